@@ -1,0 +1,1 @@
+"""Who holds what, and when it moves: experts, tokens, gradients, balance."""

@@ -1,0 +1,38 @@
+"""The settings of AdamW that dense and expert parameters share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float  # of matrices; norms and biases are never decayed
+    clip_norm: float  # of the one gradient norm over dense and expert parameters
+
+
+def adamw(parameters: list[Tensor], settings: AdamWSettings) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only. The learning rate is given at every step; it starts at zero."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, eps=settings.eps)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def zero_state(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before the first step, so that it can be saved and loaded from the start on."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }

@@ -1,0 +1,138 @@
+"""The dense parameters: data parallel, optimizer state sharded by DeepSpeed ZeRO, clipped by the joint gradient norm.
+
+Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054. DeepSpeed sees the dense module only; experts live in `ExpertShards`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.adamw import AdamWSettings, adamw, set_lr, zero_state
+from parallel.expert_shards import MOMENTS, ExpertShards
+from parallel.topology import World
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient norm is NaN or infinite; no parameter has been changed."""
+
+
+class DenseZeRO:
+    """A dense module under ZeRO stage 1 or 2. ZeRO averages gradients over the ranks, so a rank passes its part of the global
+    loss times the world size."""
+
+    def __init__(self, module: nn.Module, world: World, dtype: torch.dtype, settings: AdamWSettings, stage: int) -> None:
+        import deepspeed  # after RANK and WORLD_SIZE are set; it also takes a second
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # The shared-memory all-reduce of the CPU backend serves inference only, and would be compiled on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        self.world = world
+        self.clip_norm = settings.clip_norm
+        self.module = module
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(list(module.parameters()), settings),
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; rows are counted by the trainer
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": settings.clip_norm,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": stage},
+                "bf16": {"enabled": dtype == torch.bfloat16},
+                "steps_per_print": 10**12,
+            },
+        )
+        self._share_norm_with_experts()
+        self._create_state()
+
+    def _share_norm_with_experts(self) -> None:
+        """ZeRO clips by `scaled_global_norm`; from here on that norm spans dense and expert parameters."""
+        dense_norm = self.zero.scaled_global_norm
+        self._experts_squared_norm = 0.0
+        self._norm = 0.0
+
+        def joint_norm(*args: Any, **kwargs: Any) -> Tensor:
+            dense = float(dense_norm(*args, **kwargs))
+            self._norm = math.sqrt(dense**2 + self._experts_squared_norm) if math.isfinite(dense) else math.nan
+            # ZeRO reports an invalid norm of its own as -1.
+            if dense < 0 or not math.isfinite(self._norm):
+                raise NonFiniteGradient(
+                    f"the gradient norm is not finite (dense {dense}, experts squared {self._experts_squared_norm}); "
+                    "nothing was updated. Lower optimizer.lr, or train in float32 to see where it begins"
+                )
+            return torch.tensor(self._norm, device=self.world.device)
+
+        self.zero.scaled_global_norm = joint_norm
+
+    def _create_state(self) -> None:
+        """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""
+        optimizer = self.zero.optimizer
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                optimizer.state[flat].update(zero_state(flat))
+        self.zero._lazy_init_hp_params_optimizer_state()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch; gradients are reduced over the ranks after the `last` one of a step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float, experts: ExpertShards) -> float:
+        """Clips dense and expert gradients by their joint norm, updates both, and returns the norm before clipping.
+
+        Raises:
+            NonFiniteGradient: before anything is changed; all ranks raise together, since the norm is the same on all.
+        """
+        experts.average_gradients()
+        self._experts_squared_norm = float(experts.squared_norm())
+        set_lr(self.zero.optimizer, lr)
+        self.engine.step()
+        experts.step(lr, scale=min(1.0, self.clip_norm / (self._norm + 1e-6)))
+        return self._norm
+
+    # ------------------------------------------------------------ state, by parameter name, whole on every rank
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 value), assembled from the ranks' partitions. Collective: all ranks walk it to the end."""
+        for name, parameter in self.module.named_parameters():
+            yield f"dense.{name}", self._assemble(parameter, None)
+
+    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """(name.moment, float32 value). Collective."""
+        for name, parameter in self.module.named_parameters():
+            for key in MOMENTS:
+                yield f"dense.{name}.{key}", self._assemble(parameter, key)
+
+    def _assemble(self, parameter: Any, key: str | None) -> Tensor:
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.world.device)
+        own = parameter._hp_mapping  # the fragment of the parameter that lies in this rank's partition, if any
+        if own is not None:
+            start, length = own.lp_fragment_address.start, own.lp_fragment_address.numel
+            whole[start : start + length] = own.get_hp_fragment(key).detach()
+        return self.world.sum(whole).view(parameter.shape)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], with_moments: bool, steps: int) -> None:
+        """Sets masters, rounded weights and, if asked, moments and step count, from whole tensors named as above."""
+        for name, parameter in self.module.named_parameters():
+            value = tensors[f"dense.{name}"]
+            parameter.copy_(value)
+            own = parameter._hp_mapping
+            if own is None:
+                continue
+            start, length = own.lp_fragment_address.start, own.lp_fragment_address.numel
+            own.get_hp_fragment(None).copy_(value.flatten()[start : start + length])
+            if with_moments:
+                for key in MOMENTS:
+                    moment = tensors[f"dense.{name}.{key}"].flatten()[start : start + length]
+                    own.get_hp_fragment(key).copy_(moment)
+        if with_moments:
+            for state in self.zero.optimizer.state.values():
+                state["step"].fill_(steps)

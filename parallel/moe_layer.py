@@ -1,0 +1,82 @@
+"""The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
+
+The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
+Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp
+from kernels.expert_order import expert_order
+from kernels.router import Routing
+from parallel.token_exchange import collect, dispatch, plan_exchange
+from parallel.topology import World
+
+
+@dataclass(frozen=True)
+class LocalExperts:
+    """All experts of a layer on this device."""
+
+    gate_up_ECD: Tensor
+    down_EDF: Tensor
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0])
+        rows_ND = sorted_rows(x_TD, order.order_N)
+        rows_ND = expert_mlp(rows_ND, order.counts_E, self.gate_up_ECD, self.down_EDF)
+        return combine(rows_ND, order.order_N, routing.weights_TK)
+
+
+@dataclass(frozen=True)
+class ParallelExperts:
+    """This rank's equal share of a layer's experts; rank r owns experts r * E/W .. (r+1) * E/W - 1. All ranks call it together."""
+
+    gate_up_ECD: Tensor  # E is the rank's own number of experts here
+    down_EDF: Tensor
+    world: World
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        local_experts = self.gate_up_ECD.shape[0]
+        order = expert_order(routing.experts_TK, local_experts * self.world.size)
+        plan = plan_exchange(order.counts_E, self.world)
+        rows_RD = dispatch(sorted_rows(x_TD, order.order_N), plan)
+        by_expert_R = rows_by_expert(plan.received_counts_WE)
+        rows_RD = expert_mlp(rows_RD[by_expert_R], plan.received_counts_WE.sum(dim=0), self.gate_up_ECD, self.down_EDF)
+        rows_ND = collect(rows_RD[inverse(by_expert_R)], plan)
+        return combine(rows_ND, order.order_N, routing.weights_TK)
+
+
+def sorted_rows(x_TD: Tensor, order_N: Tensor) -> Tensor:
+    """One row for each (token, k) entry, sorted by expert.
+
+    The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order; indexing with
+    `order_N // K` would add them atomically on a GPU.
+    """
+    top_k = order_N.shape[0] // max(x_TD.shape[0], 1)
+    return x_TD.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])[order_N]
+
+
+def combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum of each token's expert rows, (T, D), summed over k in float32."""
+    rows_TKD = rows_ND[inverse(order_N)].view(*weights_TK.shape, -1)
+    return (rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_ND.dtype)
+
+
+def rows_by_expert(received_counts_WE: Tensor) -> Tensor:
+    """The permutation that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank)."""
+    ranks, local_experts = received_counts_WE.shape
+    experts_WE = torch.arange(local_experts, device=received_counts_WE.device).repeat(ranks)
+    experts_R = experts_WE.repeat_interleave(received_counts_WE.flatten())
+    return torch.argsort(experts_R, stable=True)
+
+
+def inverse(permutation_N: Tensor) -> Tensor:
+    """The permutation that undoes the given one."""
+    undone_N = torch.empty_like(permutation_N)
+    undone_N[permutation_N] = torch.arange(permutation_N.shape[0], device=permutation_N.device)
+    return undone_N

@@ -1,0 +1,73 @@
+"""The training world: which ranks there are, and how they find each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of the training world. Every collective of Tessera runs over the default group of this world."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def serve_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """The store where ranks meet, served by rank 0 on a free port of `host` and on no other interface."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    # The store owns the descriptor from here on; handing over a bound socket also leaves no moment in which another
+    # process could take the port.
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> World:
+    """Forms the default process group: NCCL for GPUs, gloo for CPUs. Blocks until all `size` ranks have joined."""
+    # DeepSpeed reads its place in the world from the environment, whatever group exists.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if on_gpu else None,
+    )
+    return World(rank, size, device)
+
+
+def leave(world: World) -> None:
+    """Dissolves the group; all ranks call it together."""
+    world.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Small models for the tests of this folder: ours, and those of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from trainer.config import ModelConfig
+
+TINY = ModelConfig(
+    hidden_size=32,
+    num_layers=3,
+    num_dense_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=48,
+    num_experts=4,
+    top_k=2,
+    expert_hidden_size=16,
+    num_shared_experts=1,
+    router_scores="sigmoid",
+    renormalize=True,
+    routed_scale=1.5,
+    selection_bias=True,
+    qk_norm=True,
+    attention_bias=True,
+    tie_embeddings=True,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    init_std=0.3,
+    max_positions=64,
+    vocab_size=96,
+)
+PLAIN = {"num_dense_layers": 0, "num_shared_experts": 0, "qk_norm": False, "attention_bias": False, "tie_embeddings": False}
+
+THEIRS: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "norm_topk_prob": True,
+}
+
+
+def qwen(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**THEIRS | {"num_experts": 4, "mlp_only_layers": [0]} | changes))
+
+
+def glm(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    own = {"n_routed_experts": 4, "use_qk_norm": True, "partial_rotary_factor": 1.0, "routed_scaling_factor": 2.5}
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**THEIRS | own | changes))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.3)
+    return model
+
+
+def tokens(rows: int, length: int, vocabulary: int = 96) -> Tensor:
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(3))

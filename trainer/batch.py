@@ -1,0 +1,61 @@
+"""The record that carries tokens into a training step, whatever the stage: pretraining, supervised warm-up or RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Packed rows. A position predicts `targets` from what stands at and before it in the same document.
+
+    `weights` are the shares of the loss, not normalised: the trainer minimises sum(weights * loss) / sum(weights) over all
+    ranks. 1 for every learned token gives the token mean; 1 / length gives the mean over sequences. 0 learns nothing.
+    """
+
+    tokens_BS: Tensor  # int64
+    targets_BS: Tensor  # int64; the next token
+    documents_BS: Tensor  # int32; which document a token belongs to; -1 is padding
+    weights_BS: Tensor  # float32
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # (B, S) each, for the objective: advantages, log-probs
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens_BS.shape[0]
+
+    def rows(self, first: int, last: int) -> TrainBatch:
+        """Rows first..last-1, as views."""
+        return self._map(lambda t: t[first:last])
+
+    def to(self, device: torch.device) -> TrainBatch:
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
+        return TrainBatch(
+            tokens_BS=change(self.tokens_BS),
+            targets_BS=change(self.targets_BS),
+            documents_BS=change(self.documents_BS),
+            weights_BS=change(self.weights_BS),
+            extras={name: change(value) for name, value in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What an objective returns: a loss for each position, and what to report; all (B, S) float32."""
+
+    loss_BS: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# (log-probs of the targets (B, S), entropy (B, S), batch) -> TokenLoss. A pure function; it travels to the ranks by pickle.
+Objective = Callable[[Tensor, Tensor, TrainBatch], TokenLoss]
+
+
+def cross_entropy(logprobs_BS: Tensor, entropy_BS: Tensor, batch: TrainBatch) -> TokenLoss:
+    """The objective of pretraining and of the supervised warm-up: the negative log-probability of the next token."""
+    return TokenLoss(loss_BS=-logprobs_BS)

@@ -1,0 +1,290 @@
+"""Every option of Tessera, typed, frozen and validated once.
+
+Hydra composes the files under conf/; `parse` turns the composed mapping into one of the two roots below, `PretrainConfig`
+or `RLConfig`. Nothing past the entry point sees a Hydra object. A field's unit is in its name or its comment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Record(BaseModel):
+    """Frozen; an unknown key is an error, a wrong type is never silently accepted (`"2"` for an integer is)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+class ModelConfig(Record):
+    """A decoder-only sparse mixture-of-experts model. Letters: D model, F expert hidden, E experts, K top-k, V vocabulary."""
+
+    hidden_size: int = Field(gt=0)  # D
+    num_layers: int = Field(gt=0)
+    num_dense_layers: int = Field(ge=0)  # the first layers have one plain SwiGLU MLP and no experts
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    dense_hidden_size: int = Field(gt=0)  # hidden size of the plain MLP of a dense layer
+    num_experts: int = Field(gt=0)  # E
+    top_k: int = Field(gt=0)  # K
+    expert_hidden_size: int = Field(gt=0)  # F
+    num_shared_experts: int = Field(ge=0)  # every token passes them; one MLP of hidden size n * F
+    router_scores: Literal["softmax", "sigmoid"]
+    renormalize: bool  # combine weights of a token sum to one before `routed_scale`
+    routed_scale: float = Field(gt=0)
+    selection_bias: bool  # a bias that moves the selection, never the combine weights (Wang et al. 2408.15664)
+    qk_norm: bool  # RMSNorm over head_dim of queries and keys
+    attention_bias: bool  # biases of the query, key and value projections
+    tie_embeddings: bool
+    rope_theta: float = Field(gt=0)
+    norm_eps: float = Field(gt=0)
+    init_std: float = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    vocab_size: int | None = None  # V; taken from the tokenizer when the run starts
+
+    @model_validator(mode="after")
+    def consistent(self) -> ModelConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); lower top_k or add experts")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd; rotary embeddings need an even one")
+        if self.num_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers ({self.num_dense_layers}) leaves no MoE layer of num_layers ({self.num_layers}); lower it"
+            )
+        return self
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+class TokenizerConfig(Record):
+    vocab_size: int = Field(ge=260)  # 256 bytes and the special tokens are always in it
+    train_mib: float = Field(gt=0)  # how much text the tokenizer is trained on
+    file: Path | None = None  # an existing tokenizer.json; then nothing is trained
+
+
+class Source(Record):
+    """What every source of text has."""
+
+    validation_share: float = Field(gt=0, lt=1)  # documents held out, chosen by a hash of their text
+    max_mib: float | None = Field(default=None, gt=0)  # stop reading after so much text; null reads everything
+    cache_dir: Path  # token arrays and trained tokenizers, keyed by what they were made from
+
+
+class StdlibSource(Source):
+    """The source text of the running Python's standard library: real text, on every machine."""
+
+    kind: Literal["stdlib"]
+
+
+class TextSource(Source):
+    """Text files, folders (every file below) and globs; one document a file."""
+
+    kind: Literal["text"]
+    paths: tuple[str, ...] = Field(min_length=1)
+
+
+class JsonlSource(Source):
+    """JSON lines; one document a line, its text under `field`."""
+
+    kind: Literal["jsonl"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    field: str
+
+
+class ParquetSource(Source):
+    """Parquet files; one document a row, its text in column `field`."""
+
+    kind: Literal["parquet"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    field: str
+
+
+DataConfig = Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- how it is trained
+
+
+class OptimizerConfig(Record):
+    """AdamW. The learning rate warms up linearly, then follows the schedule down to `final_lr_share * lr`."""
+
+    lr: float = Field(gt=0)
+    schedule: Literal["cosine", "wsd", "constant"]  # wsd: warm-up, stable, then a linear decay over the last `decay_share`
+    warmup_steps: int = Field(ge=0)
+    decay_share: float = Field(ge=0, le=1)
+    final_lr_share: float = Field(ge=0, le=1)
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip_norm: float = Field(gt=0)  # of the one global gradient norm over dense and expert parameters
+
+
+class BalanceConfig(Record):
+    """Auxiliary-loss-free balancing: once per global batch, the selection bias moves against the load."""
+
+    rule: Literal["sign", "proportional"]
+    rate: float = Field(ge=0)  # 0 freezes the bias
+
+
+class ParallelConfig(Record):
+    """Experts are split evenly over all ranks; the dense parameters are data parallel under DeepSpeed ZeRO."""
+
+    zero_stage: Literal[1, 2]
+
+
+class TrainConfig(Record):
+    """One optimizer step takes `batch_rows` rows of `sequence_length` tokens, all ranks together."""
+
+    steps: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)  # S
+    batch_rows: int = Field(gt=0)
+    micro_rows: int = Field(gt=0)  # rows that one rank takes through the model at once
+    dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on GPUs, float32 on CPUs
+    recompute: bool  # recompute activations in the backward pass
+    eval_every: int = Field(gt=0)  # steps
+    eval_rows: int = Field(gt=0)
+    checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
+    keep_checkpoints: int = Field(gt=0)
+
+
+class ClusterConfig(Record):
+    """Where the processes run. All servers bind to `host`."""
+
+    address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
+    ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
+    threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
+    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint
+    start_timeout_s: float = Field(gt=0)
+    collective_timeout_s: float = Field(gt=0)
+    object_store_mib: int = Field(ge=80)
+    host: str
+    dashboard: bool
+    dashboard_port: int = Field(gt=0, lt=65536)
+
+
+class LoggerConfig(Record):
+    wandb: Literal["auto", "online", "offline", "off"]  # auto: online when WANDB_API_KEY is set, else offline
+    project: str
+    entity: str | None
+
+
+class RunConfig(Record):
+    """What the two roots share."""
+
+    seed: int = Field(ge=0)
+    dry_run: bool  # print the resolved configuration and the estimates, then stop
+    resume: Literal["never", "auto"]  # auto: continue `run_name`, or the newest unfinished run of this kind
+    runs_dir: Path
+    run_name: str | None  # null: kind, date and time
+    optimizer: OptimizerConfig
+    balance: BalanceConfig
+    parallel: ParallelConfig
+    cluster: ClusterConfig
+    logger: LoggerConfig
+
+
+class PretrainConfig(RunConfig):
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def consistent(self) -> PretrainConfig:
+        if self.train.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"train.sequence_length ({self.train.sequence_length}) is larger than model.max_positions "
+                f"({self.model.max_positions}); shorten the rows or raise max_positions"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
+        if self.balance.rate > 0 and not self.model.selection_bias:
+            raise ValueError(
+                f"balance.rate ({self.balance.rate}) moves a selection bias that the model does not have; "
+                "set model.selection_bias=true or choose balance=frozen"
+            )
+        return self
+
+
+# ---------------------------------------------------------------- reinforcement learning
+
+
+class TaskConfig(Record):
+    """Prompts and a verifiable reward: `name` of rl/rewards/tasks.py, or an import path `package.module:Class`."""
+
+    name: str
+    options: dict[str, int | float | str | bool]  # keyword arguments of the task's class
+    eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
+
+
+class WarmupConfig(Record):
+    """A short supervised warm-up on the task's demonstrations, before the first rollout round."""
+
+    steps: int = Field(ge=0)
+    batch_rows: int = Field(gt=0)
+    lr: float = Field(gt=0)
+
+
+class RolloutConfig(Record):
+    """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
+
+    groups: int = Field(gt=0)  # N finished groups end a round
+    samples_per_group: int = Field(gt=1)  # n
+    over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
+    max_new_tokens: int = Field(gt=0)
+    max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
+    temperature: float = Field(gt=0)
+    engines: int = Field(gt=0)
+    engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
+    advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
+
+
+class AlgorithmConfig(Record):
+    """GRPO (2402.03300) with asymmetric clipping (DAPO, 2503.14476)."""
+
+    normalize_std: bool  # false: Dr. GRPO (2503.20783)
+    clip_low: float = Field(gt=0, lt=1)
+    clip_high: float = Field(gt=0)
+    aggregation: Literal["token", "sequence"]
+    off_policy: Literal["decoupled", "bypass"]
+    truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
+
+
+class LoopConfig(Record):
+    rounds: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)  # samples are packed into rows of so many tokens
+    micro_rows: int = Field(gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"]
+    recompute: bool
+    eval_every: int = Field(gt=0)  # rounds
+    checkpoint_every: int = Field(gt=0)  # rounds
+    keep_checkpoints: int = Field(gt=0)
+
+
+class RLConfig(RunConfig):
+    checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
+    task: TaskConfig
+    warmup: WarmupConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    loop: LoopConfig
+
+    @model_validator(mode="after")
+    def consistent(self) -> RLConfig:
+        if self.rollout.max_new_tokens >= self.loop.sequence_length:
+            raise ValueError(
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in a row of "
+                f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Model architectures, and their way in and out of the Hugging Face layout."""

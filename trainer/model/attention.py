@@ -1,0 +1,75 @@
+"""Attention over packed rows, and rotary positions.
+
+Shape letters: B batch, S sequence, H query heads, G key/value heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rope(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), both (B, 1, S, d), float32.
+
+    Feature i and feature i + d/2 form one rotated pair, the layout of the Hugging Face checkpoints.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
+    angles = positions_BS[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHSd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn queries or keys by the angles of `rope`, in float32; the result has the dtype of the input."""
+    x = x_BHSd.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosines + torch.cat((-second, first), dim=-1) * sines).to(x_BHSd.dtype)
+
+
+def positions_of(documents_BS: Tensor) -> Tensor:
+    """int64 positions that restart at zero wherever the document changes along a row."""
+    places = torch.arange(documents_BS.shape[1], device=documents_BS.device).expand(documents_BS.shape)
+    starts = torch.zeros_like(places)
+    starts[:, 1:] = torch.where(documents_BS[:, 1:] != documents_BS[:, :-1], places[:, 1:], 0)
+    return places - starts.cummax(dim=1).values
+
+
+class PackedAttention:
+    """An `Attend` for training: causal, and only within a document. The mask is made once for all layers.
+
+    `documents_BS` (integer) names the document of every token; -1 is padding, which attends to itself alone, so that its
+    softmax has a term and no NaN reaches the gradients.
+    """
+
+    def __init__(self, documents_BS: Tensor) -> None:
+        whole_rows = bool((documents_BS == documents_BS[:, :1]).all()) and bool((documents_BS[:, 0] >= 0).all())
+        self._mask = None if whole_rows else _mask(documents_BS)  # a mask costs the fused causal kernels
+
+    def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            q_BHSd,
+            _expanded(k_BGSd, q_BHSd.shape[1]),
+            _expanded(v_BGSd, q_BHSd.shape[1]),
+            attn_mask=self._mask,
+            is_causal=self._mask is None,
+        )
+
+
+def _mask(documents_BS: Tensor) -> Tensor:
+    """(B, 1, S, S) bool: which keys a query may see."""
+    length = documents_BS.shape[1]
+    same = documents_BS[:, :, None] == documents_BS[:, None, :]
+    mask = (same & (documents_BS >= 0)[:, :, None]).tril()
+    mask |= torch.eye(length, dtype=torch.bool, device=documents_BS.device)
+    return mask[:, None]
+
+
+def _expanded(x_BGSd: Tensor, num_heads: int) -> Tensor:
+    """Each key/value head beside the query heads that share it. Copied, because not every fused kernel takes grouped heads."""
+    batch, groups, length, head_dim = x_BGSd.shape
+    if groups == num_heads:
+        return x_BGSd
+    shared = x_BGSd[:, :, None].expand(batch, groups, num_heads // groups, length, head_dim)
+    return shared.reshape(batch, num_heads, length, head_dim)

@@ -1,0 +1,280 @@
+"""How a model of ours is called in the Hugging Face layout: its config.json and the names of its tensors.
+
+Two families cover what we train: Qwen3-MoE (softmax router) and GLM-4-MoE (sigmoid router, selection bias, shared experts).
+Shape letters: D model, F expert hidden, C = 2F, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kernels.errors import UserError
+from trainer.config import ModelConfig
+
+OUR_KEY = "tessera"  # in config.json: what the architecture has no word for; also the mark of a folder that we wrote
+
+# config.json key -> field, the same for both families
+COMMON_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "dense_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "moe_intermediate_size": "expert_hidden_size",
+    "num_experts_per_tok": "top_k",
+    "norm_topk_prob": "renormalize",
+    "tie_word_embeddings": "tie_embeddings",
+    "max_position_embeddings": "max_positions",
+    "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
+}
+# What transformers assumes when config.json does not say.
+COMMON_DEFAULTS: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+}
+DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers."""
+
+    architecture: str
+    model_type: str
+    keys: Mapping[str, str]  # config.json key -> field, beyond COMMON_KEYS
+    fixed: Mapping[str, Any]  # field -> the only value that the architecture expresses
+    demands: Mapping[str, Any]  # config.json key -> the only value that we express
+    defaults: Mapping[str, Any]
+
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    keys={"num_experts": "num_experts"},
+    fixed={
+        "router_scores": "softmax",
+        "selection_bias": False,
+        "num_shared_experts": 0,
+        "routed_scale": 1.0,
+        "qk_norm": True,
+        "attention_bias": False,  # its bias has a fourth part, on the output projection
+    },
+    demands={
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    },
+    defaults=COMMON_DEFAULTS
+    | {
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "norm_topk_prob": False,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+)
+
+GLM4_MOE = Family(
+    architecture="Glm4MoeForCausalLM",
+    model_type="glm4_moe",
+    keys={
+        "n_routed_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+        "first_k_dense_replace": "num_dense_layers",
+        "routed_scaling_factor": "routed_scale",
+        "use_qk_norm": "qk_norm",
+        "attention_bias": "attention_bias",
+    },
+    fixed={"router_scores": "sigmoid"},
+    demands={"n_group": 1, "topk_group": 1, "hidden_act": "silu", "attention_dropout": 0.0},
+    defaults=COMMON_DEFAULTS
+    | {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": False,
+    },
+)
+
+FAMILIES = (QWEN3_MOE, GLM4_MOE)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that expresses a configuration. Raises UserError naming the fields that stand in the way."""
+    obstacles = []
+    for family in FAMILIES:
+        values = config.model_dump()
+        wrong = [f"{name}={wanted} (is {values[name]})" for name, wanted in family.fixed.items() if values[name] != wanted]
+        if family is GLM4_MOE and config.num_experts < 2:
+            wrong.append(f"num_experts of at least 2 (is {config.num_experts})")
+        if not wrong:
+            return family
+        obstacles.append(f"{family.architecture} needs {', '.join(wrong)}")
+    raise UserError(f"no Hugging Face architecture expresses this model: {'; '.join(obstacles)}")
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says about the model."""
+    family = family_of(config)
+    fields = config.model_dump()
+    content: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    content |= {key: fields[field] for key, field in (COMMON_KEYS | dict(family.keys)).items()}
+    content |= family.demands
+    # rope_theta stands where transformers 5 reads it and where earlier readers do.
+    content |= {"rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+    content["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+    if family is QWEN3_MOE:
+        content["mlp_only_layers"] = list(range(config.num_dense_layers))
+    else:
+        content["num_nextn_predict_layers"] = 0
+    return content | {OUR_KEY: {"selection_bias": config.selection_bias}}
+
+
+def parse_config(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+    """The reverse of `config_json`, also for files that others wrote. Raises UserError for what we do not have."""
+    family = _family_named(content, path)
+    known = {**family.defaults, **{key: value for key, value in content.items() if value is not None}}
+    if "num_local_experts" in known:  # transformers 5 writes this name
+        known |= {"num_experts": known["num_local_experts"], "n_routed_experts": known["num_local_experts"]}
+    if "head_dim" not in known and known.get("num_attention_heads"):
+        known["head_dim"] = known.get("hidden_size", 0) // known["num_attention_heads"]
+    keys = COMMON_KEYS | dict(family.keys)
+    if missing := [key for key in keys if key not in known]:
+        raise UserError(f"{path} does not say {', '.join(missing)}")
+    wrong = [f"{key}={known[key]} (only {wanted})" for key, wanted in family.demands.items() if known[key] != wanted]
+    wrong += [f"{key}={content[key]}" for key in ("quantization_config",) if content.get(key)]
+    theta, unsupported = _rotary(family, known)
+    if wrong := wrong + unsupported:
+        raise UserError(f"{path} asks for what Tessera does not support: {', '.join(wrong)}")
+    fields = dict(family.fixed) | {field: known[key] for key, field in keys.items()} | {"rope_theta": theta}
+    if family is QWEN3_MOE:
+        fields["num_dense_layers"] = _num_first_layers(known["mlp_only_layers"], path)
+    else:
+        fields["selection_bias"] = known.get(OUR_KEY, {}).get("selection_bias", True)
+    try:
+        return family, ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise UserError(f"{path} describes no valid model: {problems}") from None
+
+
+def _family_named(content: Mapping[str, Any], path: Path) -> Family:
+    architectures = content.get("architectures") or []
+    for family in FAMILIES:
+        if family.architecture in architectures or (not architectures and content.get("model_type") == family.model_type):
+            return family
+    found = ", ".join(architectures) or content.get("model_type") or "none"
+    raise UserError(f"{path}: architecture {found} is not supported; {' and '.join(f.architecture for f in FAMILIES)} are")
+
+
+def _rotary(family: Family, known: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """theta, and the settings of the rotary embedding that we do not have."""
+    rotary = known.get("rope_parameters") or known.get("rope_scaling") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    usual_share = 0.5 if family is GLM4_MOE else 1.0
+    share = rotary.get("partial_rotary_factor", known.get("partial_rotary_factor", usual_share))
+    unsupported = [] if kind == "default" else [f"rope_type={kind} (only default)"]
+    if share != 1.0:
+        unsupported.append(f"partial_rotary_factor={share} (only 1.0)")
+    return rotary.get("rope_theta", known.get("rope_theta", DEFAULT_THETA)), unsupported
+
+
+def _num_first_layers(mlp_only_layers: list[int], path: Path) -> int:
+    if sorted(mlp_only_layers) != list(range(len(mlp_only_layers))):
+        raise UserError(f"{path}: mlp_only_layers={mlp_only_layers}, but only the first layers of a model can be dense here")
+    return len(mlp_only_layers)
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def tensors_by_name(family: Family, config: ModelConfig, state: Mapping[str, Tensor], *, fused: bool) -> dict[str, Tensor]:
+    """Every tensor of the Hugging Face layout as a view into `state` (names and shapes of LanguageModel.state()).
+
+    Reading through the views exports a model, copying into them imports one. Expert matrices stand one by one, as on the
+    hub, or with `fused` as (E, C, D) and (E, D, F).
+    """
+    tensors = {"model.embed_tokens.weight": state["dense.embedding.weight"], "model.norm.weight": state["dense.norm.weight"]}
+    if not config.tie_embeddings:
+        tensors["lm_head.weight"] = state["dense.head.weight"]
+    for layer in range(config.num_layers):
+        ours, theirs = f"dense.blocks.{layer}.", f"model.layers.{layer}."
+        tensors[theirs + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
+        tensors[theirs + "post_attention_layernorm.weight"] = state[ours + "mlp_norm.weight"]
+        tensors |= _attention(config, state, ours + "attention.", theirs + "self_attn.")
+        if layer < config.num_dense_layers:
+            tensors |= _swiglu(state[ours + "mlp.gate_up.weight"], state[ours + "mlp.down.weight"], theirs + "mlp.")
+            continue
+        tensors[theirs + "mlp.gate.weight"] = state[ours + "mlp.gate.weight"]
+        moe_layer = layer - config.num_dense_layers
+        tensors |= _experts(state["experts.gate_up"][moe_layer], state["experts.down"][moe_layer], theirs, fused)
+        if family is GLM4_MOE:
+            tensors |= _glm_extras(config, state, layer)
+    return tensors
+
+
+def _attention(config: ModelConfig, state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
+    tensors = {theirs + "o_proj.weight": state[ours + "output.weight"]}
+    for our_name, their_name in (("query", "q"), ("key", "k"), ("value", "v")):
+        tensors[f"{theirs}{their_name}_proj.weight"] = state[f"{ours}{our_name}.weight"]
+        if config.attention_bias:
+            tensors[f"{theirs}{their_name}_proj.bias"] = state[f"{ours}{our_name}.bias"]
+    if config.qk_norm:
+        tensors[theirs + "q_norm.weight"] = state[ours + "query_norm.weight"]
+        tensors[theirs + "k_norm.weight"] = state[ours + "key_norm.weight"]
+    return tensors
+
+
+def _swiglu(gate_up_CD: Tensor, down_DF: Tensor, theirs: str) -> dict[str, Tensor]:
+    gate_FD, up_FD = gate_up_CD.chunk(2)
+    return {
+        theirs + "gate_proj.weight": gate_FD,
+        theirs + "up_proj.weight": up_FD,
+        theirs + "down_proj.weight": down_DF,
+    }
+
+
+def _experts(gate_up_ECD: Tensor, down_EDF: Tensor, theirs: str, fused: bool) -> dict[str, Tensor]:
+    if fused:
+        return {theirs + "mlp.experts.gate_up_proj": gate_up_ECD, theirs + "mlp.experts.down_proj": down_EDF}
+    tensors: dict[str, Tensor] = {}
+    for expert, (gate_up_CD, down_DF) in enumerate(zip(gate_up_ECD, down_EDF, strict=True)):
+        tensors |= _swiglu(gate_up_CD, down_DF, f"{theirs}mlp.experts.{expert}.")
+    return tensors
+
+
+def _glm_extras(config: ModelConfig, state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The selection bias (zeros where ours has none) and the shared experts (matrices without elements where ours has none)."""
+    ours, theirs = f"dense.blocks.{layer}.mlp.shared.", f"model.layers.{layer}.mlp."
+    bias_E = state["bias"][layer - config.num_dense_layers]
+    tensors = {theirs + "gate.e_score_correction_bias": bias_E if config.selection_bias else torch.zeros_like(bias_E)}
+    if config.num_shared_experts:
+        gate_up_CD, down_DF = state[ours + "gate_up.weight"], state[ours + "down.weight"]
+    else:
+        like = state["dense.norm.weight"]
+        gate_up_CD, down_DF = like.new_empty(0, config.hidden_size), like.new_empty(config.hidden_size, 0)
+    return tensors | _swiglu(gate_up_CD, down_DF, theirs + "shared_experts.")

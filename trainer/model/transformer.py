@@ -1,0 +1,323 @@
+"""A decoder-only sparse mixture-of-experts transformer.
+
+`Transformer` holds every parameter that is not an expert's; the experts and the attention come in as callables, so one model
+serves a single device, expert-parallel ranks and a decoding engine. It keeps no state: positions, the selection bias and the
+documents are arguments, the load of the experts is an output. `LanguageModel` puts everything into one process.
+
+Shape letters: B batch, S sequence, T = B * S tokens, D model, F expert hidden, C = 2F, E experts, K top-k, V vocabulary,
+H query heads, G key/value heads, d head_dim, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from kernels.errors import UserError
+from kernels.expert_mlp import swiglu
+from kernels.router import Routing, route
+from parallel.moe_layer import LocalExperts
+from trainer.config import ModelConfig
+from trainer.model.attention import rope, rotate
+from trainer.model.initial import fill_normal, initial_experts, residual_std
+
+
+class LayerExperts(Protocol):
+    """The experts of one MoE layer, wherever they are."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """y_TD: for every token the sum over k of its combine weight times the output of its expert k."""
+
+
+class Attend(Protocol):
+    """Causal attention that respects documents; also what a decoding engine puts a cache behind."""
+
+    def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+        """out_BHSd, from rotated queries and keys. `layer` counts all layers from zero."""
+
+
+@dataclass(frozen=True)
+class Output:
+    hidden_BSD: Tensor  # after the final norm
+    counts_LE: Tensor  # int64; entries of every expert from valid tokens
+
+
+class Angles(NamedTuple):
+    """Rotary cosines and sines, (B, 1, S, d) float32."""
+
+    cosines: Tensor
+    sines: Tensor
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """Without torch's own initialisation, which costs time and draws from the global generator."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """The MLP of a dense layer, and the shared experts of an MoE layer; rows 0..F of `gate_up` are the gate."""
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = linear(size, 2 * hidden)
+        self.down = linear(hidden, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention around an `Attend`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.query = linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.attention_bias)
+        self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
+        self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
+        self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        heads = (*x_BSD.shape[:2], -1, self.head_dim)
+        query_BHSd = self.query_norm(self.query(x_BSD).view(heads)).transpose(1, 2)
+        key_BGSd = self.key_norm(self.key(x_BSD).view(heads)).transpose(1, 2)
+        value_BGSd = self.value(x_BSD).view(heads).transpose(1, 2)
+        out_BHSd = attend(layer, rotate(query_BHSd, *angles), rotate(key_BGSd, *angles), value_BGSd)
+        out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
+        return out_BSD
+
+
+class MoE(nn.Module):
+    """The dense part of an MoE layer: its gate and its shared experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = linear(config.hidden_size, config.num_experts)
+        shared = config.num_shared_experts * config.expert_hidden_size
+        self.shared = SwiGLU(config.hidden_size, shared) if shared else None
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD = x_BSD.flatten(0, 1)
+        routing = route(
+            functional.linear(x_TD.float(), self.gate.weight.float()),
+            top_k=self.config.top_k,
+            scores=self.config.router_scores,
+            renormalize=self.config.renormalize,
+            scale=self.config.routed_scale,
+            bias_E=bias_E if self.config.selection_bias else None,
+            valid_T=valid_BS.flatten(),
+        )
+        y_TD = experts(x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BSD), routing.counts_E
+
+
+class Block(nn.Module):
+    """Attention, then a dense MLP or an MoE layer, each behind a norm and on a residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        dense = layer < config.num_dense_layers
+        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden_size) if dense else MoE(config)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: Angles,
+        attend: Attend,
+        valid_BS: Tensor,
+        experts: LayerExperts | None,
+        bias_E: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BSD = x_BSD + self.attention(self.layer, self.attention_norm(x_BSD), angles, attend)
+        normed_BSD = self.mlp_norm(x_BSD)
+        if experts is None:
+            return x_BSD + self.mlp(normed_BSD), None
+        y_BSD, counts_E = self.mlp(normed_BSD, valid_BS, experts, bias_E)
+        return x_BSD + y_BSD, counts_E
+
+
+class Transformer(nn.Module):
+    """Every parameter that is not an expert's. The weights are unset until `initialize` or `load_state_dict`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the vocabulary size comes from the tokenizer before a model is built"
+        self.config = config
+        self.embedding = nn.utils.skip_init(
+            nn.Embedding, config.vocab_size, config.hidden_size, device=torch.get_default_device()
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """What turns hidden states into logits: its own weight, or the embedding's when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def initialize(self, seed: int) -> None:
+        """Norms one, biases zero, matrices normal(init_std) from (seed, parameter name): the same on every rank.
+
+        Matrices that write to the residual stream are scaled by 1 / sqrt(2 * num_layers), as in GPT-2.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                residual = name.endswith(("attention.output.weight", "down.weight"))
+                fill_normal(parameter, residual_std(self.config) if residual else self.config.init_std, seed, name)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        valid_BS: Tensor,
+        attend: Attend,
+        experts: Sequence[LayerExperts],
+        bias_LE: Tensor,
+        *,
+        recompute: bool = False,
+    ) -> Output:
+        """Hidden states after the final norm, and the load of every expert.
+
+        `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
+        float32. `recompute` keeps only the input of each block for the backward pass.
+        """
+        angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
+        x_BSD = self.embedding(tokens_BS)
+        counts: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            moe_layer = layer - self.config.num_dense_layers
+            routed = (experts[moe_layer], bias_LE[moe_layer]) if moe_layer >= 0 else (None, None)
+            arguments = (x_BSD, angles, attend, valid_BS, *routed)
+            if recompute:
+                x_BSD, counts_E = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD, counts_E = block(*arguments)
+            if counts_E is not None:
+                counts.append(counts_E)
+        return Output(self.norm(x_BSD), torch.stack(counts))
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of all MoE layers."""
+
+    gate_up_LECD: Tensor
+    down_LEDF: Tensor
+
+    def layers(self) -> list[LocalExperts]:
+        # unbind, whose backward builds one gradient for all layers
+        pairs = zip(self.gate_up_LECD.unbind(0), self.down_LEDF.unbind(0), strict=True)
+        return [LocalExperts(gate_up_ECD, down_EDF) for gate_up_ECD, down_EDF in pairs]
+
+
+@dataclass
+class LanguageModel:
+    """The whole model in one process."""
+
+    config: ModelConfig
+    dense: Transformer
+    experts: ExpertWeights
+    bias_LE: Tensor  # float32, whatever the dtype of the weights
+
+    @classmethod
+    def initialize(cls, config: ModelConfig, seed: int) -> LanguageModel:
+        """Fresh float32 weights on the CPU; the numbers depend on nothing but the arguments."""
+        dense = Transformer(config)
+        dense.initialize(seed)
+        gate_up_LECD, down_LEDF = (torch.empty(shape) for shape in expert_shapes(config))
+        for layer in range(config.num_moe_layers):
+            gate_up_LECD[layer], down_LEDF[layer] = initial_experts(config, seed, layer, 0, config.num_experts)
+        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
+        return cls(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, valid_BS: Tensor, attend: Attend) -> Output:
+        return self.dense(tokens_BS, positions_BS, valid_BS, attend, self.experts.layers(), self.bias_LE)
+
+    def logits(self, tokens_BS: Tensor, positions_BS: Tensor, valid_BS: Tensor, attend: Attend) -> Tensor:
+        """(B, S, V) float32, all at once: for short sequences and comparisons."""
+        hidden_BSD = self.forward(tokens_BS, positions_BS, valid_BS, attend).hidden_BSD
+        return functional.linear(hidden_BSD, self.dense.head_VD).float()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+        """Moves this model, and returns it; the selection bias stays float32."""
+        self.dense.to(device, dtype)
+        self.experts = ExpertWeights(self.experts.gate_up_LECD.to(device, dtype), self.experts.down_LEDF.to(device, dtype))
+        self.bias_LE = self.bias_LE.to(device)
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name, detached and sharing memory with the model."""
+        state = {f"dense.{name}": parameter.detach() for name, parameter in self.dense.named_parameters()}
+        state["experts.gate_up"] = self.experts.gate_up_LECD.detach()
+        state["experts.down"] = self.experts.down_LEDF.detach()
+        state["bias"] = self.bias_LE.detach()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copies the tensors of `state()` into this model. Raises UserError where names or shapes differ."""
+        own = self.state()
+        if missing := sorted(own.keys() ^ state.keys()):
+            raise UserError(f"only one of model and state has these tensors: {', '.join(missing[:8])} ({len(missing)} in all)")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise UserError(f"{name} is {tuple(tensor.shape)} in the model and {tuple(state[name].shape)} in the state")
+            tensor.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    total: int
+    active: int  # what one token passes: the dense parameters and K experts a layer
+    dense: int  # everything that is not an expert's; a tied embedding counts once
+    per_expert: int
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Numbers of trained parameters, exact; the selection bias is not trained and not counted."""
+    with torch.device("meta"):
+        dense = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    per_expert = 3 * config.hidden_size * config.expert_hidden_size
+    return ParameterCounts(
+        total=dense + config.num_moe_layers * config.num_experts * per_expert,
+        active=dense + config.num_moe_layers * config.top_k * per_expert,
+        dense=dense,
+        per_expert=per_expert,
+    )
+
+
+def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Of gate_up_LECD and down_LEDF."""
+    layers, experts = config.num_moe_layers, config.num_experts
+    hidden, size = config.expert_hidden_size, config.hidden_size
+    return (layers, experts, 2 * hidden, size), (layers, experts, size, hidden)
