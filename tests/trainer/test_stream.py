@@ -1,0 +1,109 @@
+"""Rows of a TokenStream: every token once an epoch, the same row however it is asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.errors import UserError
+from trainer.stream import TokenArray, TokenStream
+
+BOS, EOS = 90, 91
+
+
+def array_of(lengths: list[int]) -> TokenArray:
+    """Documents whose tokens are numbered through from 100: each number occurs once."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TokenArray(np.arange(100, 100 + offsets[-1]).astype(np.uint32), offsets)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> TokenStream:
+    array = array_of(draw(st.lists(st.integers(1, 12), min_size=1, max_size=12)))
+    available = array.num_tokens + 2 * array.num_documents
+    length = draw(st.integers(1, min(available - 1, 20)))
+    return TokenStream(array, length, draw(st.integers(0, 2**40)), BOS, EOS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(stream=streams(), epoch=st.integers(0, 3))
+def test_an_epoch_has_every_token_once_but_for_the_tail(stream: TokenStream, epoch: int) -> None:
+    count = stream.num_rows_per_epoch
+    batch = stream.rows(epoch * count, count)
+    inputs = [*batch.tokens_BS.flatten().tolist(), int(batch.targets_BS[-1, -1])]
+    assert batch.targets_BS.flatten().tolist() == inputs[1:]
+    bounds = stream.array.offsets.tolist()
+    by_first = {100 + a: list(range(100 + a, 100 + b)) for a, b in itertools.pairwise(bounds)}
+    place = 0
+    while place < len(inputs):
+        assert inputs[place] == BOS
+        if place + 1 < len(inputs):
+            wanted = [BOS, *by_first.pop(inputs[place + 1]), EOS]  # KeyError: a document comes twice
+            assert inputs[place : place + len(wanted)] == wanted[: len(inputs) - place]
+            place += len(wanted)
+        else:
+            place += 1
+    assert stream.tokens_per_epoch - len(inputs) < stream.sequence_length
+
+
+@settings(max_examples=100, deadline=None)
+@given(stream=streams(), first=st.integers(0, 60), count=st.integers(1, 20), data=st.data())
+def test_a_row_does_not_depend_on_how_it_is_asked_for(stream: TokenStream, first: int, count: int, data: st.DataObject) -> None:
+    together = stream.rows(first, count)
+    assert together.tokens_BS.shape == (count, stream.sequence_length)
+    fresh = TokenStream(stream.array, stream.sequence_length, stream.seed, BOS, EOS)
+    for offset in data.draw(st.permutations(range(count))):
+        one = fresh.rows(first + offset, 1)
+        for name in ("tokens_BS", "targets_BS", "documents_BS", "weights_BS"):
+            assert torch.equal(vars(one)[name][0], vars(together)[name][offset])
+
+
+@settings(max_examples=100, deadline=None)
+@given(stream=streams(), first=st.integers(0, 30))
+def test_documents_and_weights_follow_the_boundaries(stream: TokenStream, first: int) -> None:
+    batch = stream.rows(first, 4)
+    kinds = (batch.tokens_BS.dtype, batch.targets_BS.dtype, batch.documents_BS.dtype, batch.weights_BS.dtype)
+    assert kinds == (torch.int64, torch.int64, torch.int32, torch.float32)
+    for tokens, targets, ids, weights in zip(
+        batch.tokens_BS.tolist(), batch.targets_BS.tolist(), batch.documents_BS.tolist(), batch.weights_BS.tolist(), strict=True
+    ):
+        assert ids[0] == 0
+        starts = [int(token == BOS) for token in tokens[1:]]
+        assert np.diff(ids).tolist() == starts
+        assert weights == [float(token != EOS) for token in tokens]
+        assert [target == BOS for target in targets] == [weight == 0 for weight in weights]
+
+
+def test_shared_bos_and_eos_ids_keep_the_boundaries() -> None:
+    stream = TokenStream(array_of([2, 2]), 7, 0, BOS, BOS)
+    batch = stream.rows(0, 1)
+    assert batch.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    assert batch.weights_BS.tolist() == [[1, 1, 1, 0, 1, 1, 1]]
+
+
+def test_epochs_and_seeds_have_different_orders() -> None:
+    array = array_of([5] * 50)
+    stream = TokenStream(array, 16, 7, BOS, EOS)
+    count = stream.num_rows_per_epoch
+    epochs = [stream.rows(epoch * count, count).tokens_BS for epoch in range(3)]
+    other = TokenStream(array, 16, 8, BOS, EOS).rows(0, count).tokens_BS
+    assert not any(torch.equal(epochs[a], b) for a, b in ((0, epochs[1]), (1, epochs[2]), (0, other)))
+    assert torch.equal(stream.rows(0, count).tokens_BS, epochs[0])  # also after its order was dropped
+
+
+def test_the_order_of_documents_never_changes_between_versions() -> None:
+    stream = TokenStream(array_of([1] * 8), 23, 3, BOS, EOS)
+    tokens = [token for token in stream.rows(1, 1).tokens_BS[0].tolist() if token >= 100]
+    assert tokens == [105, 106, 103, 107, 100, 101, 102, 104]
+
+
+def test_less_than_one_row_is_an_error() -> None:
+    array = array_of([3, 4])
+    TokenStream(array, 10, 0, BOS, EOS)
+    with pytest.raises(UserError, match=r"has 11 tokens .*sequence_length=11 needs 12; lower sequence_length to at most 10 or"):
+        TokenStream(array, 11, 0, BOS, EOS)

@@ -1,0 +1,249 @@
+"""Byte-level BPE over the `tokenizers` package: text to token ids and back, and how many bytes each id stands for.
+
+A trained tokenizer takes digits one by one, so that numbers of any length are made of the same ten tokens, and leaves the
+rest to the word pattern of GPT-2. The special tokens come first: <|bos|> 0, <|eos|> 1, <|pad|> 2. Text never turns into a
+special token, even if it spells one: only the program puts them into a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from kernels.errors import UserError
+from trainer.config import TokenizerConfig
+from trainer.sources import MIB
+
+MIN_PAIR_COUNT = 2  # a pair seen once is noise; a small corpus then gives a smaller vocabulary
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+
+# What public tokenizers call them, the preferred name first. Many have one token for all three purposes.
+# \uff5c is a full-width bar and \u2581 a low block, in the names of DeepSeek.
+BOS_NAMES = (
+    "<|bos|>",
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+    "<|endoftext|>",
+)
+EOS_NAMES = (
+    "<|eos|>",
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|endoftext|>",
+    "<|im_end|>",
+)
+PAD_NAMES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|padding|>",
+    "<\uff5c\u2581pad\u2581\uff5c>",
+    "<|finetune_right_pad_id|>",
+    "<|endoftext|>",
+)
+
+
+class Tokenizer:
+    """A byte-level tokenizer from the text of a tokenizer.json.
+
+    `vocab_size` V is the highest id plus one; `bos`, `eos` and `pad` are ids. `origin` names the file in messages. Raises
+    UserError if the text is no tokenizer, if it is not byte-level, or if it lacks one of the three special tokens.
+    """
+
+    def __init__(self, layout: str, origin: str) -> None:
+        self.layout = layout
+        self._origin = origin
+        self._core = _parse(layout, origin)
+        self._core.no_padding()
+        self._core.no_truncation()
+        self._core.encode_special_tokens = True  # as plain text
+        self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos, self.eos, self.pad = self._find_special_tokens()
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
+        return Tokenizer, (self.layout, self._origin)
+
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Reads a tokenizer.json, also one of the Hugging Face hub. Raises UserError as the class does and if it is missing."""
+        return Tokenizer(read_tokenizer_file(path), str(path))
+
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json that `load` and Hugging Face programs read; `path` is never half-written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        aside = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.layout)
+            aside.chmod(0o644)  # mkstemp gives it to this user alone; a cache may be shared
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return list(self._core.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, on all processor cores."""
+        return [encoding.ids for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens stand for no text, bytes that are not UTF-8 become U+FFFD."""
+        return str(self._core.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self) -> Tensor:
+        """How many bytes of UTF-8 each id stands for: (V,) int64; 0 for special tokens and for ids without a token."""
+        alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
+        bytes_V = torch.zeros(self.vocab_size, dtype=torch.int64)
+        for token, index in self._core.get_vocab(with_added_tokens=False).items():
+            # One letter of the alphabet is one byte. A token with any other letter is taken literally by the decoder.
+            bytes_V[index] = len(token) if alphabet.issuperset(token) else len(token.encode())
+        for index, added in self._core.get_added_tokens_decoder().items():
+            bytes_V[index] = 0 if added.special else len(added.content.encode())
+        return bytes_V
+
+    def _find_special_tokens(self) -> tuple[int, int, int]:
+        added = {token.content: index for index, token in self._core.get_added_tokens_decoder().items()}
+        found: list[int] = []
+        missing: list[str] = []
+        for purpose, names in (("bos", BOS_NAMES), ("eos", EOS_NAMES), ("pad", PAD_NAMES)):
+            name = next((name for name in names if name in added), None)
+            if name is None:
+                missing.append(f"{purpose} (one of {', '.join(names)})")
+            else:
+                found.append(added[name])
+        if missing:
+            there = ", ".join(list(added)[:12]) or "none"
+            raise UserError(
+                f"tokenizer {self._origin} lacks these special tokens: {'; '.join(missing)}. Its added tokens are: {there}. "
+                "Add the missing ones to its added_tokens, or set tokenizer.file=null to train a tokenizer"
+            )
+        bos, eos, pad = found
+        return bos, eos, pad
+
+
+def read_tokenizer_file(path: Path) -> str:
+    """The text of a tokenizer file. Raises UserError if there is none to read."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise UserError(f"tokenizer.file={path} is a folder; name the tokenizer.json itself, such as {path / 'tokenizer.json'}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"tokenizer.file={path} does not exist (looked from {Path.cwd()}); correct the path, or set tokenizer.file=null to "
+            "train a tokenizer"
+        ) from None
+    except OSError as error:
+        raise UserError(f"tokenizer.file={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not a tokenizer: byte {error.start} is not UTF-8; tokenizer.file wants a tokenizer.json"
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, cache_dir: Path, say: Callable[[str], None]) -> Tokenizer:
+    """A tokenizer of at most `config.vocab_size` tokens from the first `config.train_mib` MiB of `texts`.
+
+    The same text gives the same tokenizer. It is kept under `cache_dir`, by a hash of the text, the size and the version of
+    `tokenizers`, and read from there the next time. Too little text gives a smaller vocabulary, none
+    gives the bytes and the special tokens.
+    """
+    sample = list(_first_bytes(texts, int(config.train_mib * MIB)))
+    digest = hashlib.sha256(f"{tokenizers.__version__} {config.vocab_size} {MIN_PAIR_COUNT}\n".encode())
+    num_bytes = 0
+    for text in sample:
+        encoded = text.encode()
+        num_bytes += len(encoded)
+        digest.update(f"{len(encoded)}\n".encode() + encoded)
+    path = cache_dir / "tokenizers" / f"{digest.hexdigest()[:24]}.json"
+    if path.exists():
+        return Tokenizer.load(path)
+    if sample:
+        say(f"training the tokenizer on {num_bytes / MIB:.1f} MiB of text")
+    tokenizer = Tokenizer(_train(sample, config.vocab_size), str(path))
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _train(sample: list[str], vocab_size: int) -> str:
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_PAIR_COUNT,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sample, trainer)
+    return str(core.to_str())
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The texts up to `limit` bytes of UTF-8; the last one is cut between two characters."""
+    for text in texts:
+        encoded = text.encode()
+        if len(encoded) >= limit:
+            yield encoded[:limit].decode(errors="ignore")
+            return
+        limit -= len(encoded)
+        yield text
+
+
+def _parse(layout: str, origin: str) -> tokenizers.Tokenizer:
+    wanted = "tokenizer.file wants the tokenizer.json of a byte-level BPE tokenizer"
+    try:
+        fields = json.loads(layout)
+    except ValueError as error:
+        raise UserError(f"{origin} is not a tokenizer: it is not JSON ({error}); {wanted}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
+        raise UserError(f"{origin} is not a tokenizer: it is JSON, but has no 'model'; {wanted}")
+    kinds = _component_kinds(fields.get("decoder"))
+    if "ByteLevel" not in kinds:
+        raise UserError(f"tokenizer {origin} is not byte-level: its decoder is {', '.join(kinds) or 'missing'}; {wanted}")
+    with _BareExceptionIsUserError(f"{origin} cannot be read by tokenizers {tokenizers.__version__}"):
+        return tokenizers.Tokenizer.from_str(layout)
+    raise AssertionError("unreachable: the block returns or raises")
+
+
+def _component_kinds(component: object) -> list[str]:
+    """Types in a decoder of a tokenizer.json, those inside a Sequence too."""
+    if not isinstance(component, dict):
+        return []
+    inner = [kind for part in component.get("decoders", []) for kind in _component_kinds(part)]
+    return [str(component.get("type")), *inner]
+
+
+class _BareExceptionIsUserError:
+    """`tokenizers` raises Exception itself for a bad file. That one type, and none of its subclasses, becomes a UserError."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is Exception:
+            raise UserError(f"{self._what}: {error}; update tokenizers, or set tokenizer.file to another file") from error
