@@ -110,9 +110,9 @@ class DenseZeRO:
             for key in MOMENTS:
                 yield f"dense.{name}.{key}", self._assemble(parameter, key)
 
-    def _assemble(self, parameter: Any, key: str | None) -> Tensor:
+    def _assemble(self, parameter: Tensor, key: str | None) -> Tensor:
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.world.device)
-        own = parameter._hp_mapping  # the fragment of the parameter that lies in this rank's partition, if any
+        own = _fragment(parameter)
         if own is not None:
             start, length = own.lp_fragment_address.start, own.lp_fragment_address.numel
             whole[start : start + length] = own.get_hp_fragment(key).detach()
@@ -124,7 +124,7 @@ class DenseZeRO:
         for name, parameter in self.module.named_parameters():
             value = tensors[f"dense.{name}"]
             parameter.copy_(value)
-            own = parameter._hp_mapping
+            own = _fragment(parameter)
             if own is None:
                 continue
             start, length = own.lp_fragment_address.start, own.lp_fragment_address.numel
@@ -136,3 +136,8 @@ class DenseZeRO:
         if with_moments:
             for state in self.zero.optimizer.state.values():
                 state["step"].fill_(steps)
+
+
+def _fragment(parameter: Any) -> Any:
+    """DeepSpeed's record of the part of a parameter that lies in this rank's partition; None if there is none."""
+    return parameter._hp_mapping

@@ -29,11 +29,7 @@ class ExpertShards:
         self.world = world
         self.masters = [t.to(world.device, torch.float32).clone().requires_grad_() for pair in layers for t in pair]
         # In float32 a weight is its own master; in bfloat16 the model computes with a rounded copy.
-        self.weights = (
-            self.masters
-            if dtype == torch.float32
-            else [m.detach().to(dtype).requires_grad_() for m in self.masters]
-        )
+        self.weights = self.masters if dtype == torch.float32 else [m.detach().to(dtype).requires_grad_() for m in self.masters]
         self.optimizer = adamw(list(self.masters), settings)
         for master in self.masters:
             self.optimizer.state[master].update(zero_state(master))

@@ -34,14 +34,14 @@ def plan_exchange(counts_E: Tensor, world: World) -> ExchangePlan:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, rows_ND: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.send_W, ctx.receive_W = send_W, receive_W
         received_RD = rows_ND.new_empty(sum(receive_W), rows_ND.shape[1])
         dist.all_to_all_single(received_RD, rows_ND.contiguous(), receive_W, send_W)
         return received_RD
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         grad_ND = grad_RD.new_empty(sum(ctx.send_W), grad_RD.shape[1])
         dist.all_to_all_single(grad_ND, grad_RD.contiguous(), ctx.send_W, ctx.receive_W)
         return grad_ND, None, None

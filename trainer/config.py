@@ -51,7 +51,9 @@ class ModelConfig(Record):
     @model_validator(mode="after")
     def consistent(self) -> ModelConfig:
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); lower top_k or add experts")
+            raise ValueError(
+                f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); lower top_k or add experts"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:

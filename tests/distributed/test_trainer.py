@@ -1,0 +1,158 @@
+"""The distributed update equals a plain loop on one device: every gradient reaches its owner once and at the right scale.
+
+The reference knows nothing of ranks: it computes the weighted mean loss of the whole batch with autograd, clips by the norm of
+all parameters together, and takes AdamW steps. A factor of the world size in expert gradients, a norm that misses experts, or a
+count that is not all-reduced, each shows here. (The most frequent fault of MoE trainers, see pytorch#160285, Megatron #5916.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.errors import UserError
+from kernels.vocab_loss import token_logprobs
+from parallel.adamw import adamw, set_lr
+from parallel.balance import updated_bias
+from parallel.topology import World
+from tests.distributed.ranks import run_ranks
+from tests.models import random_batch, spec, tiny_model
+from trainer import checkpoint
+from trainer.batch import cross_entropy
+from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.transformer import ExpertWeights, LanguageModel
+from trainer.step import Trainer, TrainerSpec
+from trainer.worker import named_tensors
+
+STEPS = 3
+LR = 1e-2
+
+
+def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """The same updates in one process without DeepSpeed, exchange or micro-batches."""
+    model = LanguageModel.initialize(spec.model, spec.seed)
+    pairs = [[p[layer].clone().requires_grad_() for layer in range(spec.model.num_moe_layers)] for p in expert_parts(model)]
+    parameters = [*model.dense.parameters(), *pairs[0], *pairs[1]]
+    optimizer = adamw(parameters, spec.adamw)
+    set_lr(optimizer, LR)
+    history = []
+    for step in range(STEPS):
+        batch = random_batch(step)
+        model.experts = ExpertWeights(torch.stack(pairs[0]), torch.stack(pairs[1]))
+        output = model.forward(
+            batch.tokens_BS, positions_of(batch.documents_BS), batch.documents_BS >= 0, PackedAttention(batch.documents_BS)
+        )
+        logprobs, _ = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, batch.targets_BS.flatten())
+        loss = -(logprobs * batch.weights_BS.flatten()).sum() / batch.weights_BS.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, spec.adamw.clip_norm)
+        optimizer.step()
+        model.bias_LE = updated_bias(model.bias_LE, output.counts_LE, spec.balance.rule, spec.balance.rate)
+        history.append({"train/loss": loss.item(), "train/grad_norm": norm.item()})
+    model.experts = ExpertWeights(torch.stack(pairs[0]).detach(), torch.stack(pairs[1]).detach())
+    return history, {name: t.detach().clone() for name, t in named_tensors(model)}
+
+
+def expert_parts(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    return model.experts.gate_up_LECD, model.experts.down_LEDF
+
+
+def learn(trainer: Trainer, world: World, first: int, last: int) -> list[dict[str, Any]]:
+    history = []
+    for step in range(first, last):
+        batch = random_batch(step)
+        share = batch.num_rows // world.size
+        history.append(trainer.learn(batch.rows(world.rank * share, (world.rank + 1) * share), cross_entropy, LR))
+    return history
+
+
+def own_state(trainer: Trainer, with_moments: bool = False) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.named_state(with_moments)}
+
+
+def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    trainer = Trainer(spec, world)
+    return learn(trainer, world, 0, STEPS), own_state(trainer)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"micro_rows": 8}),
+        (2, {"micro_rows": 2}),
+        (4, {"micro_rows": 1, "recompute": True}),
+        (2, {"micro_rows": 4, "zero_stage": 2}),
+    ],
+    ids=["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2"],
+)
+def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
+    told = spec(tiny_model(), **changes)
+    expected_history, expected = plain_loop(told)
+    results = run_ranks(train, size, told)
+    for history, _ in results:
+        for step, wanted in enumerate(expected_history):
+            assert history[step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-6)
+            assert history[step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-5)
+    assert expected_history[0]["train/grad_norm"] > told.adamw.clip_norm  # clipping is active, so the norm matters
+    for name, wanted in expected.items():
+        states = [state[name] for _, state in results]
+        found = torch.cat(states) if name.startswith("experts.") else states[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        if not name.startswith("experts."):
+            assert all(torch.equal(found, state) for state in states), f"{name} differs between ranks"
+
+
+def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[str, Tensor], list[float]]:
+    trainer = Trainer(told, world)
+    learn(trainer, world, 0, 2)
+    meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
+    checkpoint.write(Path(folder) / "step_000002", trainer.named_state(with_moments=True), meta, {"note.txt": "two"}, world)
+    state = own_state(trainer, with_moments=True)
+    return state, [m["train/loss"] for m in learn(trainer, world, 2, 4)]
+
+
+def load_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[str, Tensor], list[float]]:
+    trainer = Trainer(told, world)
+    path = Path(folder) / "step_000002"
+    meta = checkpoint.read_meta(path, told.model)
+    tensors = checkpoint.read(path, trainer.named_state(with_moments=True), world)
+    trainer.load_state(tensors, with_moments=True, updates=meta.updates)
+    state = own_state(trainer, with_moments=True)
+    return state, [m["train/loss"] for m in learn(trainer, world, 2, 4)]
+
+
+def whole(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {n: torch.cat([s[n] for s in states]) if n.startswith("experts.") else states[0][n] for n in states[0]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_path: Path, dtype: str) -> None:
+    told = spec(tiny_model(), micro_rows=2, dtype=dtype)
+    written = run_ranks(save_and_go_on, 2, told, str(tmp_path))
+    expected = whole([state for state, _ in written])
+    for size in (1, 2, 4) if dtype == "float32" else (2,):
+        loaded = run_ranks(load_and_go_on, size, told, str(tmp_path))
+        found = whole([state for state, _ in loaded])
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), f"{name} on {size} ranks"
+        if size == 2:
+            assert loaded[0][1] == written[0][1], (
+                "the losses after a resume are not those of the uninterrupted run, bit for bit"
+            )
+        else:
+            assert loaded[0][1] == pytest.approx(written[0][1], rel=1e-5)
+    damaged = next((tmp_path / "step_000002" / "state").glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=rf"damaged: state/{damaged.name} has .* expected"):
+        checkpoint.read_meta(tmp_path / "step_000002")
+    with pytest.raises(UserError, match=r"model.top_k: checkpoint 2, configuration 3"):
+        damaged.write_bytes(bytes(content[:-5]) + bytes([content[-5] ^ 1]) + bytes(content[-4:]))
+        checkpoint.read_meta(tmp_path / "step_000002", tiny_model(top_k=3))

@@ -1,0 +1,229 @@
+"""Checkpoints: sharded safetensors written by torch.distributed.checkpoint, beside a JSON record that makes them whole.
+
+    step_000120/
+        meta.json           written last: what this is, git revision, position in the data, checksums of all other files
+        config.yaml         the resolved configuration of the run
+        tokenizer.json
+        state/*.safetensors one file a rank
+        ...                 what the stage adds, for example rollout.json
+
+A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
+Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from kernels.errors import UserError
+from parallel.topology import World
+from trainer.config import ModelConfig
+
+FORMAT = 1
+EXPERT_PREFIX = "experts."  # such tensors are split over the ranks along their first dimension
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What meta.json holds besides checksums."""
+
+    kind: str  # pretrain or rl
+    step: int  # steps or rounds completed
+    updates: int  # optimizer updates since the optimizer state was new
+    model: dict[str, Any]  # a ModelConfig
+    git: str
+    position: dict[str, Any]  # where the data stands; the stage decides
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def write(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], meta: CheckpointMeta, files: Mapping[str, str], world: World
+) -> None:
+    """Writes a checkpoint; all ranks call it together, and return when it can be seen.
+
+    Args:
+        folder: its final place; its parent exists.
+        tensors: (name, tensor) pairs in the same order on all ranks; names under `experts.` are this rank's slice.
+        files: further text files, name -> content; rank 0's are written.
+
+    Raises:
+        UserError: the disk is full or not writable. The partial folder is removed; older checkpoints are untouched.
+    """
+    staging = folder.with_name(f".{folder.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "state").mkdir(parents=True)
+    world.barrier()
+    state = {name: _as_shard(name, tensor, world) for name, tensor in tensors}
+    try:
+        dcp.save(
+            state,
+            storage_writer=HuggingFaceStorageWriter(str(staging / "state"), save_distributed=True),
+            no_dist=world.size == 1,
+        )
+        if world.rank == 0:
+            _finish(staging, folder, meta, files)
+    except (CheckpointException, OSError) as error:
+        _give_up(staging, folder, error, world)
+    world.barrier()
+
+
+def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        (staging / name).write_text(content, encoding="utf-8")
+    sums = {str(p.relative_to(staging)): _checksum(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+    with open(staging / "meta.json", "w", encoding="utf-8") as out:
+        json.dump({"format": FORMAT, **asdict(meta), "files": sums}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    if folder.exists():  # an attempt that was cut off after this very step
+        shutil.rmtree(folder)
+    os.replace(staging, folder)
+
+
+def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, world: World) -> None:
+    if world.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    causes = [error] if isinstance(error, OSError) else error.failures.values()
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    free_mib = shutil.disk_usage(folder.parent).free / 2**20
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or free_mib < 1:
+        raise UserError(
+            f"no space to write the checkpoint {folder}: {free_mib:.0f} MiB are free. Older checkpoints are intact. "
+            "Free some space, or set runs_dir to another disk, and start again with resume=auto"
+        ) from error
+    if numbers & {errno.EACCES, errno.EROFS, errno.EPERM}:
+        raise UserError(
+            f"the checkpoint {folder} cannot be written: {error}. Check the permissions of {folder.parent}"
+        ) from error
+    raise error
+
+
+def _checksum(path: Path) -> dict[str, int | str]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _as_shard(name: str, tensor: Tensor, world: World) -> Tensor:
+    if world.size == 1 or not name.startswith(EXPERT_PREFIX):
+        return tensor.detach().contiguous()
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    return DTensor.from_local(tensor.detach().contiguous(), mesh, [Shard(0)], run_check=False)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_meta(folder: Path, model: ModelConfig | None = None) -> CheckpointMeta:
+    """The record of a checkpoint, after checking every file against its checksum and, if given, the model.
+
+    Raises:
+        UserError: no checkpoint, a damaged or missing file, another format, or another model.
+    """
+    try:
+        record = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        files, found_format = record.pop("files"), record.pop("format")
+        meta = CheckpointMeta(**record)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged ({error}); use an older checkpoint beside it") from None
+    if found_format != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
+    for name, expected in files.items():
+        _check_file(folder, name, expected)
+    if model is not None:
+        _check_model(folder, meta.model, model.model_dump(mode="json"))
+    return meta
+
+
+def _check_file(folder: Path, name: str, expected: dict[str, int | str]) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / 'meta.json'} names a file outside its folder: {name}")
+    if not path.is_file():
+        raise UserError(f"the checkpoint {folder} is damaged: {name} is missing; use an older checkpoint beside it")
+    found = _checksum(path)
+    if found != expected:
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {name} has {found['bytes']} bytes with sha256 {str(found['sha256'])[:12]}…, "
+            f"expected {expected['bytes']} bytes with {str(expected['sha256'])[:12]}…; use an older checkpoint beside it"
+        )
+
+
+def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = sorted(found.keys() | wanted.keys())
+    different = [
+        f"model.{n}: checkpoint {found.get(n)}, configuration {wanted.get(n)}" for n in names if found.get(n) != wanted.get(n)
+    ]
+    if different:
+        raise UserError(
+            f"{folder} holds another model:\n  " + "\n  ".join(different) + "\nUse its values, or another checkpoint"
+        )
+
+
+def read(folder: Path, shapes: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that any number of ranks wrote, in this world's division; all ranks call it together.
+
+    Args:
+        shapes: (name, tensor) as given to `write`; only shape, dtype and device are used.
+    """
+    state = {name: _as_shard(name, torch.empty_like(tensor), world) for name, tensor in shapes}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not dist.is_initialized())
+    return {name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()}
+
+
+# ---------------------------------------------------------------- which ones there are
+
+
+def available(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in checkpoints.glob("step_*") if (p / "meta.json").is_file())
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a person means by a run folder, its checkpoints folder, or the checkpoint itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        found = available(checkpoints)
+        if found:
+            return found[-1]
+    reason = "does not exist" if not path.exists() else "holds no checkpoint"
+    raise UserError(
+        f"checkpoint={path} {reason}. Give a run folder, one of its checkpoints, or a folder in the Hugging Face layout"
+    )
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what cut-off writers left."""
+    for old in available(checkpoints)[:-keep]:
+        shutil.rmtree(old)
+    for partial in checkpoints.glob(".step_*.partial"):
+        shutil.rmtree(partial)

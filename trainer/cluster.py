@@ -1,0 +1,244 @@
+"""Ray: starting it, placing the processes of a run, and saying by name which one died.
+
+The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`, which
+names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray._private import ray_constants
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kernels.errors import UserError
+from trainer.config import ClusterConfig
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_AUTO_RANKS = 2
+LOOPBACK = "127.0.0.1"
+
+
+class ProcessLost(RuntimeError):
+    """A process of the run died; the message names it."""
+
+
+# ---------------------------------------------------------------- Ray itself
+
+
+def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
+    """Starts Ray for this run on `config.host` only, or joins the running cluster at `config.address`.
+
+    Raises:
+        UserError: no cluster answers at the address, or the dashboard's port is taken.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is not None:
+        say(f"joining the Ray cluster at {config.address}")
+        try:
+            ray.init(address=config.address, **common)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at cluster.address={config.address}: {error}. Start one, or use cluster=local"
+            ) from None
+        return
+    if config.dashboard:
+        _check_port(config.host, config.dashboard_port)
+    if config.host == LOOPBACK:
+        # Ray replaces a loopback address by the machine's own and then listens on all interfaces, unless it believes that
+        # clusters are impossible here, as it does on a Mac. The variable tells its child processes, the constant this one.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    say("starting Ray on this machine")
+    ray.init(
+        num_cpus=max(ranks + 1, os.cpu_count() or 1),
+        include_dashboard=config.dashboard,
+        dashboard_host=config.host,
+        dashboard_port=config.dashboard_port if config.dashboard else None,
+        object_store_memory=config.object_store_mib * 2**20,
+        _node_ip_address=config.host,
+        **common,
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cluster.dashboard_port={port} on {host} is in use ({error.strerror}); choose another, or cluster.dashboard=false"
+            ) from None
+
+
+def stop_ray() -> None:
+    """Ends this driver's Ray, and with it the local cluster that `start_ray` started."""
+    ray.shutdown()
+
+
+def choose_ranks(config: ClusterConfig) -> int:
+    """How many ranks train: as asked, or one for each GPU of this machine (at most 2), or 2 on CPUs."""
+    if config.ranks != "auto":
+        return config.ranks
+    gpus = torch.cuda.device_count()
+    return min(gpus, MAX_AUTO_RANKS) if gpus else MAX_AUTO_RANKS
+
+
+# ---------------------------------------------------------------- placing processes
+
+
+class Placement:
+    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block."""
+
+    def __init__(self, config: ClusterConfig, ranks: int, engines: int, say: Say) -> None:
+        self.config, self.ranks, self.engines = config, ranks, engines
+        self.on_gpu = torch.cuda.is_available() if config.address is None else "GPU" in ray.cluster_resources()
+        self.group: PlacementGroup = placement_group([self._bundle(i) for i in range(ranks)], strategy="PACK")
+        self._wait(say)
+
+    def _bundle(self, rank: int) -> dict[str, float]:
+        bundle = {"CPU": 1.0 + len(range(rank, self.engines, self.ranks)) * 0.01}
+        return {**bundle, "GPU": 1.0} if self.on_gpu else bundle
+
+    def _wait(self, say: Say) -> None:
+        started = time.monotonic()
+        while not self.group.wait(2 if time.monotonic() > started else 0.5):
+            waited = time.monotonic() - started
+            total, free = ray.cluster_resources(), ray.available_resources()
+            kind = "GPU" if self.on_gpu else "CPU"
+            state = f"{self.ranks} x {kind} wanted, {total.get(kind, 0):g} in the cluster, {free.get(kind, 0):g} free"
+            say(f"waiting for a place for {self.ranks} trainer ranks ({waited:.0f} s): {state}")
+            if waited > self.config.start_timeout_s:
+                remove_placement_group(self.group)
+                raise UserError(
+                    f"no place for the run after {waited:.0f} s: {state}. Lower cluster.ranks, or wait for other runs to end"
+                )
+
+    def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
+        """An actor of class `kind` named `name` in bundle `index` (modulo the ranks); trainers get the larger half of a GPU."""
+        is_engine = not name.startswith("trainer/")
+        gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
+        asked = self.config.threads_per_rank
+        threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index % self.ranks)
+        return (
+            ray.remote(kind)
+            .options(
+                name=name,
+                num_cpus=0.01 if is_engine else 1,
+                num_gpus=gpu_share,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": self._environment(threads)},
+            )
+            .remote(*args)
+        )
+
+    def _environment(self, threads: int) -> dict[str, str]:
+        python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        environment = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not self.on_gpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        if self.config.address is None:  # every rank is on this machine: its collectives stay on the loopback interface
+            environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        return environment
+
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        remove_placement_group(self.group)  # Ray ends the actors in it
+
+
+# ---------------------------------------------------------------- calling processes
+
+
+def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
+    """The answers of named processes, in the order given.
+
+    Raises:
+        ProcessLost: one died, named, also when another only saw its connection break.
+        Exception: what a process raised itself (a UserError stays one).
+    """
+    pending = {ref: name for name, ref in calls.items()}
+    failures: dict[str, RayTaskError] = {}
+    answers: dict[str, Any] = {}
+    while pending:
+        # After a first failure the others have a moment to show who really died; they may also hang in a collective.
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=10 if failures else None)
+        if not ready:
+            break
+        name = pending.pop(ready[0])
+        try:
+            answers[name] = ray.get(ready[0])
+        except RayActorError as error:
+            raise ProcessLost(f"{name} died ({_reason(error)})") from error
+        except RayTaskError as error:
+            failures[name] = error
+    for failure in failures.values():
+        raise failure.cause if isinstance(failure.cause, UserError) else failure.as_instanceof_cause()
+    return {name: answers[name] for name in calls}
+
+
+def _reason(error: RayActorError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "killed" in line.lower()]
+    return (telling or lines or ["no reason given"])[-1][:200]
+
+
+class Processes:
+    """Actors that are asked for the same thing together."""
+
+    def __init__(self, actors: dict[str, Any]) -> None:
+        self.actors = actors
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """`method(*args)` on all of them at once; large arguments travel once."""
+        refs = [ray.put(a) if _is_large(a) else a for a in args]
+        return list(gather({name: getattr(a, method).remote(*refs) for name, a in self.actors.items()}).values())
+
+    def call_first(self, method: str, *args: Any) -> Any:
+        """`method(*args)` on the first one only."""
+        name, actor = next(iter(self.actors.items()))
+        return gather({name: getattr(actor, method).remote(*args)})[name]
+
+    def call_each(self, method: str, arguments: Sequence[Any]) -> list[Any]:
+        """`method(arguments[i])` on process i."""
+        calls = {n: getattr(a, method).remote(x) for (n, a), x in zip(self.actors.items(), arguments, strict=True)}
+        return list(gather(calls).values())
+
+
+def _is_large(value: Any) -> bool:
+    return not isinstance(value, (int, float, str, bool, Path, type(None)))
+
+
+# ---------------------------------------------------------------- surviving
+
+
+def supervise(attempt: Callable[[int], T], max_restarts: int, say: Say) -> T:
+    """Runs `attempt(number)`, counting from 1, again after a lost process, at most `max_restarts` times more."""
+    for number in range(1, max_restarts + 2):
+        try:
+            return attempt(number)
+        except ProcessLost as error:
+            if number > max_restarts:
+                raise ProcessLost(f"{error}; cluster.max_restarts={max_restarts} is used up") from error
+            say(f"{error}; restart {number} of {max_restarts} from the last checkpoint")
+    raise AssertionError("unreachable")

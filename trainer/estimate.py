@@ -1,0 +1,143 @@
+"""What a run will need, before anything is allocated: parameters, tokens, FLOPs, memory. Pure arithmetic.
+
+Activations are an estimate from the tensors that the backward pass keeps; allocators, communication buffers and libraries
+come on top (about 0.5 GiB a process).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from trainer.config import ModelConfig, PretrainConfig, RLConfig
+from trainer.model.transformer import parameter_counts
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32 = 4
+CHUNK_LOGITS = {"float32": 2**18, "bfloat16": 2**28}  # numbers in a chunk of logits, see kernels/vocab_loss.py
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int  # what the model computes with
+    gradients: int
+    optimizer_state: int  # AdamW's two moments, and float32 master weights where they are not the parameters themselves
+    activations: int  # of one micro-batch
+    logits: int  # the chunk of logits that exists at once
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_per_rank(
+    model: ModelConfig, ranks: int, rows: int, sequence_length: int, dtype: str, zero_stage: int, recompute: bool
+) -> Memory:
+    """Memory of one of `ranks` ranks that takes `rows` rows through the model at once.
+
+    Experts are split evenly over the ranks with all that belongs to them. ZeRO splits the optimizer state of the dense
+    parameters, stage 2 their gradients too.
+    """
+    counts, size = parameter_counts(model), BYTES[dtype]
+    experts = (counts.total - counts.dense) // ranks
+    rounded = size if dtype != "float32" else 0  # in float32 an expert's weight is its own master
+    dense_gradients = counts.dense * size // (ranks if zero_stage == 2 else 1)
+    tokens = rows * sequence_length
+    return Memory(
+        parameters=counts.dense * size + experts * size,
+        gradients=dense_gradients + experts * (FLOAT32 + rounded),
+        optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * FLOAT32 * (3 if rounded else 2),
+        activations=tokens * _activations_per_token(model, size, ranks, recompute),
+        logits=2 * FLOAT32 * min(CHUNK_LOGITS[dtype], tokens * vocab_size(model)),
+    )
+
+
+def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute: bool) -> int:
+    """Bytes that the backward pass keeps for one token."""
+    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    qk = (heads + kv_heads) * (2 if model.qk_norm else 1)  # before and after the norms
+    attention = 4 * hidden + qk + 2 * heads + kv_heads
+    if size < FLOAT32:  # norms keep a float32 copy of what they normalise
+        attention += (2 * hidden + (heads + kv_heads if model.qk_norm else 0)) * FLOAT32 // size
+    dense = attention + 4 * model.dense_hidden_size
+    exchanged = 2 if ranks > 1 else 0  # rows as sent and as received
+    routed = model.top_k * ((3 + exchanged) * hidden + 4 * model.expert_hidden_size)
+    shared = 4 * model.num_shared_experts * model.expert_hidden_size
+    moe = attention + routed + shared + 3 * model.num_experts * FLOAT32 // size
+    layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
+    kept = model.num_layers * hidden + max(layers) if recompute else sum(layers)
+    return (kept + 2 * hidden) * size
+
+
+def vocab_size(model: ModelConfig) -> int:
+    assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer"
+    return model.vocab_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Forward and backward: 6 for each active parameter in a matrix product, and causal attention over half the row."""
+    in_products = parameter_counts(model).active - (0 if model.tie_embeddings else vocab_size(model) * model.hidden_size)
+    return 6 * in_products + 6 * model.num_layers * model.num_heads * model.head_dim * sequence_length
+
+
+# ---------------------------------------------------------------- in words
+
+
+def budget_lines(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int, dtype: str, reason: str) -> list[str]:
+    """What is printed before a run. `reason` says why the dtype is what it is."""
+    counts = parameter_counts(model)
+    run, rows, length, recompute = _pretraining(config, model) if isinstance(config, PretrainConfig) else _rounds(config)
+    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel.zero_stage, recompute)
+    parts = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(memory, field.name) / memory.total:.0%}" for field in fields(memory)
+    )
+    experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
+    return [
+        f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
+        *run,
+        f"ranks   {ranks} x {model.num_experts // ranks} experts a layer, micro-batches of {rows} x {length:,} tokens",
+        f"memory  about {in_gib(memory.total)} per rank, libraries aside: {parts}",
+        f"dtype   {dtype}: {reason}",
+    ]
+
+
+def _pretraining(config: PretrainConfig, model: ModelConfig) -> tuple[list[str], int, int, bool]:
+    train = config.train
+    step_tokens = train.batch_rows * train.sequence_length
+    tokens = train.steps * step_tokens
+    flops = flops_per_token(model, train.sequence_length)
+    run = [
+        f"step    {train.batch_rows:,} rows x {train.sequence_length:,} tokens = {step_tokens:,}",
+        f"run     {train.steps:,} steps x {step_tokens:,} tokens = {tokens:,}",
+        f"compute {scaled(flops)} FLOPs per token x {tokens:,} tokens = {scaled(flops * tokens)} FLOPs",
+    ]
+    return run, train.micro_rows, train.sequence_length, train.recompute
+
+
+def _rounds(config: RLConfig) -> tuple[list[str], int, int, bool]:
+    rollout, loop = config.rollout, config.loop
+    samples = rollout.groups * rollout.samples_per_group
+    run = [
+        f"round   {rollout.groups} groups x {rollout.samples_per_group} samples = {samples:,}, at most "
+        f"{rollout.max_new_tokens} tokens each; {rollout.over_provision:g} times as many groups are submitted",
+        f"run     {loop.rounds:,} rounds x {samples:,} samples = {loop.rounds * samples:,}, one update a round",
+    ]
+    return run, loop.micro_rows, loop.sequence_length, loop.recompute
+
+
+def scaled(number: float) -> str:
+    """4.98 T, 23.1 G."""
+    for limit, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {letter}"
+    return f"{number:g}"
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
+
+
+def in_gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

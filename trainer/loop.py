@@ -1,0 +1,121 @@
+"""Pretraining: the loop, and the attempt that surrounds it. It runs in the driver; the ranks do what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointMeta
+from trainer.cluster import Placement, Processes
+from trainer.config import ClusterConfig, ModelConfig, PretrainConfig
+from trainer.data import Corpus
+from trainer.optimizer import adamw_settings, learning_rate
+from trainer.run_dir import RunDir
+from trainer.step import TrainerSpec
+from trainer.tracking import Tracker
+from trainer.worker import TrainWorker
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What an attempt needs; the same for all attempts of a run."""
+
+    config: PretrainConfig
+    model: ModelConfig  # config.model with the vocabulary size of the tokenizer
+    corpus: Corpus
+    ranks: int
+    dtype: str
+    run: RunDir
+    tracker: Tracker
+
+    def attempt(self) -> None:
+        """Trains from the newest checkpoint of the run, or from the start, to the end.
+
+        Raises:
+            ProcessLost: a rank died; another attempt continues from the newest checkpoint.
+        """
+        with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
+            ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
+            ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
+            self.loop(ranks, start=self._restore(ranks))
+
+    @property
+    def spec(self) -> TrainerSpec:
+        return TrainerSpec(
+            model=self.model,
+            adamw=adamw_settings(self.config.optimizer),
+            balance=self.config.balance,
+            zero_stage=self.config.parallel.zero_stage,
+            dtype=self.dtype,
+            recompute=self.config.train.recompute,
+            micro_rows=self.config.train.micro_rows,
+            temperature=1.0,
+            seed=self.config.seed,
+        )
+
+    def loop(self, ranks: Processes, start: int) -> None:
+        """Steps start+1..steps; a step's rows are a pure function of its number."""
+        train = self.config.train
+        if start == 0:
+            self.tracker.log(0, ranks.call("evaluate", train.eval_rows)[0])
+        for step in range(start, train.steps):
+            done, last = step + 1, step + 1 == train.steps
+            lr = learning_rate(step, train.steps, self.config.optimizer)
+            metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
+            if done % train.eval_every == 0 or last:
+                metrics |= ranks.call("evaluate", train.eval_rows)[0]
+            if done % train.checkpoint_every == 0 or last:
+                metrics |= self._save(ranks, done)
+            self.tracker.log(done, metrics)
+
+    def _save(self, ranks: Processes, step: int) -> dict[str, float]:
+        position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
+        meta = checkpoint_meta("pretrain", step, self.model, self.run, position)
+        return save(ranks, self.run, meta, self.corpus.tokenizer_file, {}, self.config.train.keep_checkpoints)
+
+    def _restore(self, ranks: Processes) -> int:
+        found = checkpoint.available(self.run.checkpoints)
+        if not found:
+            self.run.rewind(-1)
+            return 0
+        meta: CheckpointMeta = ranks.call("load", found[-1], True)[0]
+        self.corpus.require_same(meta.position["corpus"], found[-1])
+        self.run.rewind(meta.step)
+        self.tracker.say(f"continuing after step {meta.step} from {found[-1]}")
+        return meta.step
+
+
+# ---------------------------------------------------------------- shared with RL
+
+
+def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
+    """Trainer ranks that have met and built their part of the model."""
+    tracker.say(f"starting {placement.ranks} trainer rank{'s' * (placement.ranks > 1)}")
+    names = [f"trainer/{rank}" for rank in range(placement.ranks)]
+    ranks = Processes(
+        {name: placement.actor(TrainWorker, name, rank, rank, run.log_file(name)) for rank, name in enumerate(names)}
+    )
+    host, port = ranks.call_first("serve", cluster.host if cluster.address is None else None, cluster.start_timeout_s)
+    ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
+    ranks.call("build", spec)
+    return ranks
+
+
+def checkpoint_meta(kind: str, step: int, model: ModelConfig, run: RunDir, position: dict[str, Any]) -> CheckpointMeta:
+    return CheckpointMeta(kind=kind, step=step, updates=0, model=model.model_dump(mode="json"), git=run.git, position=position)
+
+
+def save(
+    ranks: Processes, run: RunDir, meta: CheckpointMeta, tokenizer: Path, state: dict[str, Any], keep: int
+) -> dict[str, float]:
+    """Writes a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json)."""
+    files = {
+        "config.yaml": run.config_text,
+        "tokenizer.json": tokenizer.read_text(encoding="utf-8"),
+        "state.json": json.dumps(state),
+    }
+    folder = run.checkpoints / checkpoint.folder_name(meta.step)
+    return {"time/checkpoint_s": max(ranks.call("save", folder, meta, files, keep))}

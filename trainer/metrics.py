@@ -1,0 +1,196 @@
+"""Every metric, declared once: the console line, the documentation, the report and W&B all read this table.
+
+Keys are `group/name` with the unit as suffix where there is one. A key that is not here cannot be logged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+Stage = Literal["pretrain", "rl"]
+Value = float | list[list[float]]  # the only table is moe/load: (L MoE layers, E experts)
+Values = Mapping[str, Value]
+
+LOAD = "moe/load"
+COLUMNS = 112  # of a console line; the elapsed time before it takes the rest of 120
+AXES: dict[Stage, str] = {"pretrain": "train/step", "rl": "rollout/round"}  # what W&B draws the metrics of a run against
+STEP_WORDS: dict[Stage, str] = {"pretrain": "step", "rl": "round"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    unit: str
+    label: str  # short, for lines, tables and axes
+    format: str
+    meaning: str
+
+    def text(self, value: float) -> str:
+        return format(value, self.format)
+
+
+_DECLARED = (
+    Metric("train/loss", "nats", "loss", ".4f", "mean loss of the learned tokens; RL's policy loss need not fall"),
+    Metric("train/grad_norm", "", "grad norm", ".2f", "global gradient norm of dense and expert parameters, before clipping"),
+    Metric("train/lr", "", "learning rate", ".2e", "learning rate of the update"),
+    Metric("train/entropy", "nats", "entropy", ".3f", "mean entropy of the next-token distribution on the learned tokens"),
+    Metric("train/tokens", "tokens", "tokens", ",.0f", "tokens that the update learned from, all ranks"),
+    Metric("train/rows_seen", "rows", "rows", ",.0f", "rows of the training stream taken so far"),
+    Metric("eval/loss", "nats", "eval loss", ".4f", "mean cross entropy of held-out tokens"),
+    Metric(
+        "eval/bits_per_byte", "bits/byte", "bits/byte", ".3f", "cross entropy of held-out text per byte, whatever the tokenizer"
+    ),
+    Metric("eval/max_vio", "", "eval MaxVio", ".3f", "MaxVio over all held-out tokens at once; mean over layers"),
+    Metric("moe/max_vio", "", "MaxVio", ".3f", "load of the fullest expert over the mean load, minus 1; mean over layers"),
+    Metric("moe/max_vio_worst_layer", "", "MaxVio, worst layer", ".3f", "the same of the layer where it is largest"),
+    Metric("moe/bias_range", "", "bias range", ".3f", "largest minus smallest selection bias"),
+    Metric(LOAD, "share", "expert load", ".3f", "share of a layer's tokens that each expert got; (layers, experts)"),
+    Metric("reward/mean", "reward", "reward", ".3f", "mean reward of the round's finished samples"),
+    Metric("reward/eval_mean", "reward", "eval reward", ".3f", "mean reward of one sample for each held-out prompt"),
+    Metric("reward/std", "reward", "reward std", ".3f", "standard deviation of the rewards of the round"),
+    Metric("reward/zero_std_share", "share", "groups without signal", ".1%", "groups whose samples all have the same reward"),
+    Metric("reward/missing", "samples", "unjudged", ".0f", "samples whose reward is None; they take no part in the update"),
+    Metric("rollout/length_mean", "tokens", "length", ".1f", "mean response length of the finished samples"),
+    Metric("rollout/length_max", "tokens", "longest", ".0f", "longest response of the round"),
+    Metric("rollout/finished_groups", "groups", "groups finished", ".0f", "groups that were complete when the round ended"),
+    Metric(
+        "rollout/recycled_samples", "samples", "recycled", ".0f", "samples interrupted at the end, continued in a later round"
+    ),
+    Metric("rollout/resumed_samples", "samples", "resumed", ".0f", "interrupted samples that this round continued"),
+    Metric("rollout/stale_token_share", "share", "stale", ".0%", "learned tokens that older weights generated"),
+    Metric("rollout/staleness_max", "rounds", "staleness", ".0f", "rounds that the oldest learned token is behind"),
+    Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
+    Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
+    Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
+    Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second of rollout"),
+    Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the proximal policy"),
+    Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
+    Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
+    Metric(
+        "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"
+    ),
+    Metric("policy/entropy", "nats", "policy entropy", ".3f", "mean entropy of the policy on the learned tokens"),
+    Metric("sync/weights_s", "s", "weight sync", ".2f", "wall time to bring new weights to all engines"),
+    Metric("sync/version", "", "weight version", ".0f", "updates that the engines have received"),
+    Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
+    Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
+    Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
+    Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
+    Metric("time/eval_s", "s", "evaluation", ".2f", "wall time of the evaluation"),
+    Metric("time/checkpoint_s", "s", "checkpoint", ".2f", "wall time of writing a checkpoint"),
+    Metric("mem/peak_gib", "GiB", "peak memory", ".2f", "largest memory so far of the run's processes on the driver's machine"),
+)
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _DECLARED}
+
+CONSOLE: dict[Stage, tuple[str, ...]] = {  # the console line, most important first
+    "pretrain": (
+        "train/loss",
+        "moe/max_vio",
+        "train/grad_norm",
+        "perf/tokens_per_s",
+        "time/step_s",
+        "eval/bits_per_byte",
+    ),
+    "rl": (
+        "reward/mean",
+        "rollout/length_mean",
+        "rollout/stale_token_share",
+        "train/entropy",
+        "train/grad_norm",
+        "time/step_s",
+        "reward/eval_mean",
+    ),
+}
+SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at the end of a run
+    "pretrain": (
+        "train/loss",
+        "eval/loss",
+        "eval/bits_per_byte",
+        "moe/max_vio",
+        "eval/max_vio",
+        "perf/tokens_per_s",
+        "mem/peak_gib",
+    ),
+    "rl": (
+        "reward/mean",
+        "reward/eval_mean",
+        "rollout/length_mean",
+        "rollout/truncated_share",
+        "rollout/stale_token_share",
+        "train/entropy",
+        "rollout/tokens_per_s",
+        "mem/peak_gib",
+    ),
+}
+
+
+def emit(values: Values) -> dict[str, Value]:
+    """The values, in the table's order. Raises KeyError for a key that is not declared, with the nearest one that is."""
+    for key in values:
+        if key not in METRICS:
+            close = get_close_matches(key, METRICS, n=1)
+            hint = f"; the nearest is {close[0]}" if close else ""
+            raise KeyError(f"metric {key} is not declared in trainer/metrics.py{hint}")
+    return {key: values[key] for key in METRICS if key in values}
+
+
+def console_line(stage: Stage, step: int, total_steps: int, values: Values, eta_s: float | None) -> str:
+    """One readable line of at most COLUMNS characters; what comes last gives way first."""
+    width = len(str(total_steps))
+    line = f"{STEP_WORDS[stage]} {step:>{width}}/{total_steps}"
+    end = "" if eta_s is None else f"  ETA {clock(eta_s)}"
+    for key in CONSOLE[stage]:
+        metric, value = METRICS[key], values.get(key)
+        if isinstance(value, int | float):
+            part = f"  {metric.label} {metric.text(value)}" + (" s" if metric.unit == "s" else "")
+            if len(line) + len(part) + len(end) <= COLUMNS:
+                line += part
+    return line + end
+
+
+def clock(seconds: float) -> str:
+    """1:05, 12:00, 3:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def markdown_table() -> str:
+    """All metrics, for the documentation."""
+    rows = [f"| `{m.key}` | {m.unit or '-'} | {m.meaning} |" for m in METRICS.values()]
+    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows])
+
+
+# ---------------------------------------------------------------- records of a run
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric's first and last value in a run, as text."""
+
+    label: str
+    unit: str
+    first: str
+    last: str
+
+
+def read_records(file: Path) -> list[dict[str, Value]]:
+    """The records of a metrics.jsonl, each with `step` and `stage`; a last line that was cut off is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def summary(stage: Stage, records: Sequence[Values]) -> list[Change]:
+    """First and last value of each metric that says how the run went."""
+    changes = []
+    for key in SUMMARY[stage]:
+        metric = METRICS[key]
+        found = [value for record in records if isinstance(value := record.get(key), int | float)]
+        if found:
+            changes.append(Change(metric.label, metric.unit, metric.text(found[0]), metric.text(found[-1])))
+    return changes

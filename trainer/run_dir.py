@@ -1,0 +1,264 @@
+"""A run is one folder: what was asked for, what happened, what came out.
+
+    runs/pretrain-20260801-143012/
+        config.yaml             the resolved configuration
+        status.json             kind, state, attempt, when, which revision
+        metrics.jsonl           one record a step
+        logs/attempt_N/*.log    one file a process
+        checkpoints/            see trainer/checkpoint.py
+        wandb/                  W&B's own files
+        report.html             made at the end
+
+`latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from kernels.errors import UserError
+from trainer.config import RunConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+State = Literal["running", "finished", "failed"]
+# Options that may change when a run is resumed: they leave its numbers alone, up to rounding.
+HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.")
+HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
+HARMLESS_ENDINGS = (".checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path  # absolute, because other processes write there too
+    kind: str
+    attempt: int  # how often a command has opened this folder
+    id: str  # of the W&B run
+    git: str  # revision, with "-dirty" when files differ from it; or "unknown"
+    config_text: str  # config.yaml
+    note: str  # how it came about, for the console
+    lock: IO[str]  # held while the run is open, so that two commands never write one folder
+
+    @classmethod
+    def open(cls, config: RunConfig, kind: str) -> RunDir:
+        """A new run, or with resume=auto the one to continue.
+
+        Raises:
+            UserError: the folder cannot be written, is in use, or belongs to a run with another configuration.
+        """
+        path = _resumable(config, kind) if config.resume == "auto" else None
+        if path is not None:
+            return cls._reopen(path, config, kind)
+        return cls._create(config, kind)
+
+    @classmethod
+    def _create(cls, config: RunConfig, kind: str) -> RunDir:
+        with _writable(config.runs_dir):
+            config.runs_dir.mkdir(parents=True, exist_ok=True)
+            path = _new_folder(config, kind)
+            (path / "checkpoints").mkdir()
+        note = f"new run {shown(path)}"
+        if config.resume == "auto":
+            wanted = f"no run {config.run_name}" if config.run_name else f"no unfinished {kind} run"
+            note = f"resume=auto found {wanted} in {shown(config.runs_dir)}: {note}"
+        created = datetime.now().astimezone().isoformat("T", "milliseconds")
+        status = {"kind": kind, "state": "running", "attempt": 1, "created": created, "id": secrets.token_hex(4)}
+        return cls._start(path, config, status, note)
+
+    @classmethod
+    def _reopen(cls, path: Path, config: RunConfig, kind: str) -> RunDir:
+        status = read_status(path)
+        if status["kind"] != kind:
+            raise UserError(f"{shown(path)} is a {status['kind']} run; choose another run_name for this {kind} run")
+        _require_same(path, config)
+        status |= {"state": "running", "attempt": status["attempt"] + 1}
+        return cls._start(path, config, status, f"continuing {shown(path)}, attempt {status['attempt']}")
+
+    @classmethod
+    def _start(cls, path: Path, config: RunConfig, status: dict[str, Any], note: str) -> RunDir:
+        with _writable(path):
+            lock = _locked(path)
+            text = as_yaml(config)
+            write_atomically(path / "config.yaml", text)
+            status["git"] = git_revision()
+            write_atomically(path / "status.json", json.dumps(status, indent=1))
+            _point_to(path, path.parent / f"latest-{status['kind']}")
+        return cls(path, status["kind"], status["attempt"], status["id"], status["git"], text, note, lock)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log_file(self, role: str) -> Path:
+        """Where the process `role`, such as trainer/0, logs. Attempts never share a folder."""
+        return self.path / "logs" / f"attempt_{self.attempt}" / f"{role.replace('/', '_')}.log"
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after `step`, because the run continues from there; -1 drops all."""
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with _writable(self.path):
+            write_atomically(self.metrics_file, "".join(kept))
+
+    def close(self, state: State) -> None:
+        """Writes how the run ended and lets go of the folder."""
+        with _writable(self.path):
+            write_atomically(self.path / "status.json", json.dumps(read_status(self.path) | {"state": state}, indent=1))
+        self.lock.close()
+
+
+def as_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """status.json of a run folder. UserError if there is none."""
+    try:
+        return json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+
+
+def shown(path: Path) -> str:
+    """The path as a person would write it from here."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def git_revision() -> str:
+    """The revision of the code, with "-dirty" when tracked files differ from it; "unknown" without git."""
+    if not (REPOSITORY / ".git").exists():
+        return "unknown"
+    try:
+        revision = _git("rev-parse", "--short=12", "HEAD")
+        return revision + "-dirty" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+# ---------------------------------------------------------------- finding and making folders
+
+
+def _resumable(config: RunConfig, kind: str) -> Path | None:
+    """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind."""
+    runs = config.runs_dir.absolute()
+    if config.run_name is not None:
+        path = runs / _plain_name(config.run_name)
+        return path if path.exists() else None
+    folders = [file.parent for file in runs.glob("*/status.json") if not file.parent.is_symlink()]
+    found = [(read_status(folder), folder) for folder in folders]
+    unfinished = [(s["created"], folder) for s, folder in found if s["kind"] == kind and s["state"] != "finished"]
+    return max(unfinished)[1] if unfinished else None
+
+
+def _new_folder(config: RunConfig, kind: str) -> Path:
+    runs = config.runs_dir.absolute()
+    if config.run_name is not None:
+        path = runs / _plain_name(config.run_name)
+        if path.exists():
+            raise UserError(f"{shown(path)} exists; continue it with resume=auto, or choose another run_name")
+        path.mkdir()
+        return path
+    name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = [runs / name, *(runs / f"{name}-{number}" for number in range(2, 100))]
+    for path in candidates:
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run started in this very second
+            continue
+        return path
+    raise UserError(f"{shown(candidates[0])} and 98 more of that name exist; give the run a run_name")
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or name.startswith(("latest-", ".")):
+        raise UserError(f"run_name={name} should be a plain folder name, not a path, a hidden name or latest-...; see runs_dir")
+    return name
+
+
+def _point_to(path: Path, link: Path) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    temporary.replace(link)
+
+
+def _locked(path: Path) -> IO[str]:
+    lock = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the run is closed
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        way_out = "wait for it to end, or start a new run with resume=never"
+        raise UserError(f"{shown(path)} is in use by another command; {way_out}") from None
+    return lock
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{shown(path)} cannot be written: {error.strerror or error}. Make room or change the permissions, "
+            "or put runs elsewhere with runs_dir=..."
+        ) from error
+
+
+# ---------------------------------------------------------------- the same configuration?
+
+
+def _require_same(path: Path, config: RunConfig) -> None:
+    """UserError unless the run's configuration and this one give the same numbers."""
+    old = _leaves(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    new = _leaves(config.model_dump(mode="json"))
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) and not _is_harmless(name)]
+    if changed:
+        lines = [f"  {name}: {json.dumps(old.get(name))} in the run, {json.dumps(new.get(name))} now" for name in changed]
+        raise UserError(
+            "\n".join([f"{shown(path)} cannot be continued with other options:", *lines])
+            + "\nGive the run's own values, or start a new run with resume=never"
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _is_harmless(name: str) -> bool:
+    return name in HARMLESS or name.startswith(HARMLESS_GROUPS) or name.endswith(HARMLESS_ENDINGS)

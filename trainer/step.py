@@ -1,0 +1,186 @@
+"""One rank's model, and the one optimizer step that pretraining, supervised warm-up and RL share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.vocab_loss import token_logprobs
+from parallel.adamw import AdamWSettings
+from parallel.balance import load_shares, max_violation, updated_bias
+from parallel.dense import DenseZeRO
+from parallel.expert_shards import ExpertShards
+from parallel.topology import World
+from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.config import BalanceConfig, ModelConfig
+from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.initial import initial_experts
+from trainer.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """What a rank needs to build its trainer; it travels from the driver to the ranks."""
+
+    model: ModelConfig
+    adamw: AdamWSettings
+    balance: BalanceConfig
+    zero_stage: int
+    dtype: str  # "float32" or "bfloat16"
+    recompute: bool
+    micro_rows: int
+    temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
+    seed: int
+
+
+class Trainer:
+    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it."""
+
+    def __init__(self, spec: TrainerSpec, world: World) -> None:
+        config = spec.model
+        dtype = getattr(torch, spec.dtype)
+        self.spec, self.world = spec, world
+        share = config.num_experts // world.size
+        first = share * world.rank
+        layers = [initial_experts(config, spec.seed, layer, first, first + share) for layer in range(config.num_moe_layers)]
+        self.experts = ExpertShards(layers, world, dtype, spec.adamw)
+        self.model = Transformer(config)
+        self.model.initialize(spec.seed)
+        self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.zero_stage)
+        self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
+        self.updates = 0
+
+    # ------------------------------------------------------------ one update
+
+    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, float | list[list[float]]]:
+        """One optimizer update on this rank's rows; every rank must hold the same number of rows.
+
+        Minimises sum(weights * loss) / sum(weights), both sums over all ranks, so the update does not depend on how rows are
+        dealt out to ranks and micro-batches.
+
+        Returns:
+            Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
+            entropy, gradient norm, learned tokens, balance.
+        """
+        batch = batch.to(self.world.device)
+        weight = self.world.sum(batch.weights_BS.double().sum())
+        tokens = self.world.sum((batch.weights_BS > 0).sum())
+        counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
+        totals: dict[str, Tensor] = {}
+        starts = range(0, batch.num_rows, self.spec.micro_rows)
+        for start in starts:
+            micro = batch.rows(start, start + self.spec.micro_rows)
+            loss, sums, counts = self._micro_batch(micro, objective, weight)
+            self.dense.backward(loss, last=start == starts[-1])
+            self.experts.accumulate_gradients()
+            counts_LE += counts
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value
+        norm = self.dense.step(lr, self.experts)
+        self.updates += 1
+        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
+        balance = self._balance(self.world.sum(counts_LE))
+        return {**means, **balance, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
+
+    def _micro_batch(self, batch: TrainBatch, objective: Objective, weight: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
+        logprobs_BS, entropy_BS, counts_LE = self._forward(batch)
+        result = objective(logprobs_BS, entropy_BS, batch)
+        # ZeRO averages over ranks; the factor makes that the sum that the global mean needs.
+        loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / weight).to(torch.float32)
+        metrics = {"train/loss": result.loss_BS, "train/entropy": entropy_BS, **result.metrics}
+        sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
+        return loss, sums, counts_LE
+
+    def _forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.model(
+            batch.tokens_BS,
+            positions_of(batch.documents_BS),
+            batch.documents_BS >= 0,
+            PackedAttention(batch.documents_BS),
+            self.experts.layers(),
+            self.bias_LE,
+            recompute=self.spec.recompute and torch.is_grad_enabled(),
+        )
+        hidden_TD = output.hidden_BSD.flatten(0, 1)
+        logprobs_T, entropy_T = token_logprobs(
+            hidden_TD, self.model.head_VD, batch.targets_BS.flatten(), temperature=self.spec.temperature
+        )
+        shape = batch.tokens_BS.shape
+        return logprobs_T.view(shape), entropy_T.view(shape), output.counts_LE
+
+    def _balance(self, counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
+        """Reports the balance of a global batch and moves the selection bias once."""
+        violation_L = max_violation(counts_LE)
+        if self.spec.model.selection_bias and self.spec.balance.rate > 0:
+            self.bias_LE = updated_bias(self.bias_LE, counts_LE, self.spec.balance.rule, self.spec.balance.rate)
+        return {
+            "moe/max_vio": float(violation_L.mean()),
+            "moe/max_vio_worst_layer": float(violation_L.max()),
+            "moe/bias_range": float(self.bias_LE.amax() - self.bias_LE.amin()),
+            "moe/load": [[round(share, 5) for share in row] for row in load_shares(counts_LE).tolist()],
+        }
+
+    # ------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, batch: TrainBatch, token_bytes_V: Tensor) -> dict[str, float]:
+        """Cross entropy, bits per byte of text, and MaxVio over all rows of all ranks."""
+        batch = batch.to(self.world.device)
+        counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
+        nats = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, tokens, bytes
+        for start in range(0, batch.num_rows, self.spec.micro_rows):
+            micro = batch.rows(start, start + self.spec.micro_rows)
+            logprobs_BS, entropy_BS, counts = self._forward(micro)
+            loss_BS = cross_entropy(logprobs_BS, entropy_BS, micro).loss_BS
+            weights_BS = micro.weights_BS.double()
+            bytes_BS = token_bytes_V.to(self.world.device)[micro.targets_BS]
+            nats += torch.stack([(loss_BS * weights_BS).sum(), weights_BS.sum(), (bytes_BS * weights_BS).sum()])
+            counts_LE += counts
+        total, tokens, num_bytes = self.world.sum(nats).tolist()
+        return {
+            "eval/loss": total / tokens,
+            "eval/bits_per_byte": total / math.log(2) / num_bytes,
+            "eval/max_vio": float(max_violation(self.world.sum(counts_LE)).mean()),
+        }
+
+    # ------------------------------------------------------------ state
+
+    def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor): dense ones whole, experts as this rank's slice along the expert dimension. Collective."""
+        yield "bias", self.bias_LE
+        yield from self.dense.named_masters()
+        for name, master in self.experts.named_masters():
+            yield name, master.detach()
+            if with_moments:
+                for key, moment in self.experts.moments(master).items():
+                    yield f"{name}.{key}", moment
+        if with_moments:
+            yield from self.dense.named_moments()
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
+        """Sets everything that `named_state` names, bit for bit. `updates`: optimizer steps taken so far."""
+        self.bias_LE = tensors["bias"].to(self.world.device)
+        for name, master in self.experts.named_masters():
+            master.copy_(tensors[name])
+            if with_moments:
+                for key, moment in self.experts.moments(master).items():
+                    moment.copy_(tensors[f"{name}.{key}"])
+        self.experts.round_masters()
+        self.dense.load(tensors, with_moments, updates if with_moments else 0)
+        self.experts.set_step_count(updates if with_moments else 0)
+        self.updates = updates if with_moments else 0
+
+
+def choose_dtype(asked: str) -> tuple[str, str]:
+    """(dtype, why), for "auto", "float32" or "bfloat16"."""
+    if asked != "auto":
+        return asked, "as configured"
+    if torch.cuda.is_available():
+        return "bfloat16", "a GPU multiplies it at full speed; master weights stay float32"
+    return "float32", "CPUs have no fast bfloat16, and float32 makes runs repeatable bit for bit"

@@ -1,0 +1,154 @@
+"""What a run tells the person who started it: the console, metrics.jsonl and W&B, all from one call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import wandb
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from wandb.errors import CommError, UsageError
+
+from kernels.errors import UserError
+from trainer.config import LoggerConfig
+from trainer.memory import resident_gib
+from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, summary
+from trainer.run_dir import RunDir, shown
+
+MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
+ETA_STEPS = 20  # the time left is estimated from so many last steps
+Self = TypeVar("Self", bound="Tracker")
+
+
+class Tracker:
+    """Tracks one run; `with Tracker(...) as tracker` also writes how the run ended and closes its folder.
+
+    The console gets one line a step and what `say` is told, with the time since the start, and no control characters; the
+    same lines are in the attempt's log driver.log.
+    """
+
+    def __init__(self, run: RunDir, stage: Stage, logger: LoggerConfig, total_steps: int) -> None:
+        self.run, self.stage, self.logger, self.total_steps = run, stage, logger, total_steps
+        self.started = time.monotonic()
+        self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
+        self.durations: list[float] = []  # seconds of the steps of this attempt
+        self.peak_gib, self.measured = 0.0, -MEMORY_EVERY_S
+        self.wandb: wandb.Run | None = None
+
+    def __enter__(self: Self) -> Self:
+        self.run.log_file("driver").parent.mkdir(parents=True, exist_ok=True)
+        self.say(self.run.note)
+        self.wandb = self._start_wandb()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+        self.run.close("finished" if error is None else "failed")
+        if error is None:
+            changes = summary(self.stage, read_records(self.run.metrics_file))
+            if changes:
+                print(summary_table(changes), flush=True)
+        self.say(f"{'finished' if error is None else 'stopped'}: {shown(self.run.path)}")
+
+    # ------------------------------------------------------------ what happens
+
+    def say(self, text: str) -> None:
+        """A line on the console and in the log."""
+        line = f"{clock(time.monotonic() - self.started):>7}  {text}"
+        print(line, flush=True)
+        with open(self.run.log_file("driver"), "a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+    def log(self, step: int, values: Values) -> None:
+        """Records a step. Adds the time since the last record, tokens per second and memory.
+
+        Raises:
+            KeyError: a key that trainer/metrics.py does not declare.
+            UserError: metrics.jsonl cannot be written.
+        """
+        complete = emit({**values, **self._measured(step, values)})
+        record = {"stage": self.stage, "step": step, **complete}
+        try:
+            with open(self.run.metrics_file, "a", encoding="utf-8") as out:
+                out.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{shown(self.run.metrics_file)} cannot be written: {error.strerror}; make room for it") from error
+        if self.wandb is not None:
+            scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
+            self.wandb.log({AXES[self.stage]: step, **scalars})
+        self.say(console_line(self.stage, step, self.total_steps, complete, self._seconds_left(step)))
+
+    def _measured(self, step: int, values: Values) -> dict[str, Value]:
+        now = time.monotonic()
+        measured: dict[str, Value] = {}
+        if self.last is not None and self.last[0] == step - 1:
+            measured["time/step_s"] = now - self.last[1]
+            self.durations.append(now - self.last[1])
+        self.last = (step, now)
+        tokens, seconds = values.get("train/tokens"), values.get("time/train_s")
+        if isinstance(tokens, int | float) and isinstance(seconds, int | float):
+            measured["perf/tokens_per_s"] = tokens / seconds
+        if now - self.measured >= MEMORY_EVERY_S:
+            self.measured = now
+            self.peak_gib = max(self.peak_gib, resident_gib())
+        return {**measured, "mem/peak_gib": self.peak_gib}
+
+    def _seconds_left(self, step: int) -> float | None:
+        recent = self.durations[-ETA_STEPS:]
+        return (self.total_steps - step) * sum(recent) / len(recent) if recent and step < self.total_steps else None
+
+    # ------------------------------------------------------------ W&B
+
+    def _start_wandb(self) -> wandb.Run | None:
+        mode = self.logger.wandb
+        if mode == "off":
+            return None
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        try:
+            run = self._init_wandb(mode)
+        except (CommError, UsageError) as error:
+            folder = shown(self.run.path / "wandb")
+            self.say(f"W&B cannot be reached ({error}); tracking offline, `wandb sync {folder}/offline-run-*` sends it later")
+            run = self._init_wandb("offline")
+        run.define_metric(AXES[self.stage])
+        run.define_metric("*", step_metric=AXES[self.stage])
+        return run
+
+    def _init_wandb(self, mode: Any) -> wandb.Run:
+        return wandb.init(
+            project=self.logger.project,
+            entity=self.logger.entity,
+            name=self.run.path.name,
+            id=self.run.id,
+            resume="allow",
+            mode=mode,
+            dir=self.run.path,
+            config=yaml.safe_load(self.run.config_text),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, save_code=False),
+        )
+
+
+def summary_table(changes: Sequence[Change], title: str | None = None) -> str:
+    """A plain-text table of first and last values, for the end of a run."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    table.add_column("unit")
+    table.add_column("first", justify="right")
+    table.add_column("last", justify="right")
+    for change in changes:
+        table.add_row(change.label, change.unit, change.first, change.last)
+    console = Console(width=100, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

@@ -1,0 +1,198 @@
+"""One rank of the training world: the face that Ray shows to the driver, and that tests use without Ray.
+
+Methods that the driver calls on all ranks at once are collective. Their results are the same on every rank unless noted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.errors import UserError
+from parallel.topology import World, join, leave, serve_store
+from trainer import checkpoint
+from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.config import ModelConfig
+from trainer.data import Corpus, TokenStream, open_corpus
+from trainer.model.hf import load_pretrained
+from trainer.model.transformer import ExpertWeights, LanguageModel
+from trainer.step import Trainer, TrainerSpec
+
+Metrics = dict[str, float | list[list[float]]]
+log = logging.getLogger("tessera")
+
+
+class TrainWorker:
+    """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
+
+    world: World
+    trainer: Trainer
+    store: dist.TCPStore
+    corpus: Corpus
+    stream: TokenStream
+    held_out: TokenStream
+
+    def __init__(self, rank: int, log_file: Path | None = None) -> None:
+        self.rank = rank
+        if log_file is not None:
+            log_to(log_file)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def serve(self, host: str | None, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 only: opens the store where the ranks meet, on `host` or this node's address; returns (host, port)."""
+        host = host or socket.gethostbyname(socket.gethostname())
+        self.store = serve_store(host, timeout_s)
+        return host, self.store.port
+
+    def join(self, host: str, port: int, size: int, timeout_s: float) -> None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if self.rank > 0:
+            self.store = dist.TCPStore(host, port, is_master=False)
+        self.world = join(self.store, self.rank, size, device, timeout_s)
+        log.info("rank %d of %d has joined on %s", self.rank, size, device)
+
+    def build(self, spec: TrainerSpec) -> None:
+        self.trainer = Trainer(spec, self.world)
+
+    def leave(self) -> None:
+        leave(self.world)
+
+    # ------------------------------------------------------------ learning
+
+    def open_corpus(self, folder: Path, sequence_length: int, seed: int) -> None:
+        """Where `learn_rows` and `evaluate` take their rows from. The folder is one that `trainer.data.prepare` filled."""
+        self.corpus = open_corpus(folder)
+        ends = self.corpus.tokenizer.bos, self.corpus.tokenizer.eos
+        self.stream = TokenStream(self.corpus.train, sequence_length, seed, *ends)
+        self.held_out = TokenStream(self.corpus.validation, sequence_length, 0, *ends)
+
+    def learn_rows(self, first: int, count: int, lr: float) -> Metrics:
+        """One update on rows first..first+count-1 of the training stream."""
+        share = count // self.world.size
+        started = time.perf_counter()
+        batch = self.stream.rows(first + self.rank * share, share)
+        return self._learn(batch, cross_entropy, lr, started)
+
+    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> Metrics:
+        """One update on a batch given whole to every rank; each takes its equal part of the rows."""
+        share = batch.num_rows // self.world.size
+        return self._learn(batch.rows(self.rank * share, (self.rank + 1) * share), objective, lr, time.perf_counter())
+
+    def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
+        metrics = self.trainer.learn(batch, objective, lr)
+        metrics["time/train_s"] = time.perf_counter() - started
+        log.info("update %d loss %.17g", self.trainer.updates, metrics["train/loss"])
+        return metrics
+
+    def evaluate(self, rows: int) -> Metrics:
+        """Over the first `rows` rows of the held-out documents, or as many as there are."""
+        available = self.held_out.num_rows_per_epoch // self.world.size * self.world.size
+        share = min(rows, available) // self.world.size
+        batch = self.held_out.rows(self.rank * share, share)
+        return dict(self.trainer.evaluate(batch, self.corpus.tokenizer.token_bytes()))
+
+    def new_optimizer(self) -> None:
+        """Forgets moments and step count; weights stay."""
+        tensors = {name: tensor.clone() for name, tensor in self.trainer.named_state(with_moments=True)}
+        zeroed = {name: torch.zeros_like(t) if name.endswith((".exp_avg", ".exp_avg_sq")) else t for name, t in tensors.items()}
+        self.trainer.load_state(zeroed, with_moments=True, updates=0)
+
+    # ------------------------------------------------------------ state
+
+    def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> float:
+        """Writes a checkpoint and removes all but the newest `keep`; returns the seconds that it took."""
+        started = time.perf_counter()
+        meta = replace(meta, updates=self.trainer.updates)
+        checkpoint.write(folder, self.trainer.named_state(with_moments=True), meta, files, self.world)
+        if self.rank == 0:
+            checkpoint.prune(folder.parent, keep)
+        return time.perf_counter() - started
+
+    def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
+        """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
+        meta = checkpoint.read_meta(folder, self.trainer.spec.model)
+        shapes = self.trainer.named_state(with_moments)
+        self.trainer.load_state(checkpoint.read(folder, shapes, self.world), with_moments, meta.updates)
+        return meta
+
+    def load_model(self, folder: Path) -> None:
+        """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""
+        model = load_pretrained(folder, torch.float32)
+        share = model.config.num_experts // self.world.size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        tensors = {name: t[mine] if name.startswith("experts.") else t for name, t in named_tensors(model)}
+        self.trainer.load_state(tensors, with_moments=False, updates=0)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """`LanguageModel.state` in the dtype that the ranks compute with, on the CPU: from rank 0; None elsewhere."""
+        gathered = [gather(weight.detach(), self.world) for weight in self.trainer.experts.weights]
+        if self.rank > 0:
+            return None
+        experts = ExpertWeights(torch.stack(gathered[::2]), torch.stack(gathered[1::2]))
+        model = LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
+        return {name: tensor.detach().cpu() for name, tensor in model.state().items()}
+
+
+def gather(shard: Tensor, world: World) -> Tensor:
+    """The slices of all ranks, one after the other along the first dimension. Collective."""
+    if world.size == 1:
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(world.size)]
+    dist.all_gather(parts, shard.contiguous())
+    return torch.cat(parts)
+
+
+def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """A whole model's tensors under the names that a checkpoint gives them."""
+    yield "bias", model.bias_LE
+    for name, parameter in model.dense.named_parameters():
+        yield f"dense.{name}", parameter.detach()
+    for layer in range(model.config.num_moe_layers):
+        yield f"experts.{layer}.gate_up", model.experts.gate_up_LECD[layer]
+        yield f"experts.{layer}.down", model.experts.down_LEDF[layer]
+
+
+def read_model(folder: Path) -> LanguageModel:
+    """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
+    meta = checkpoint.read_meta(folder)
+    model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
+    alone = World(0, 1, torch.device("cpu"))
+    tensors = checkpoint.read(folder, named_tensors(model), alone)
+    for name, tensor in named_tensors(model):
+        tensor.copy_(tensors[name])
+    return model
+
+
+def check_division(model: ModelConfig, rows: int, ranks: int) -> None:
+    """Raises UserError unless experts and rows divide evenly over the ranks."""
+    if model.num_experts % ranks:
+        raise UserError(
+            f"model.num_experts ({model.num_experts}) is not divisible by the number of ranks ({ranks}); "
+            f"set cluster.ranks to a divisor of {model.num_experts}"
+        )
+    if rows % ranks:
+        raise UserError(f"train.batch_rows ({rows}) is not divisible by the number of ranks ({ranks}); change either")
+
+
+def log_to(file: Path) -> None:
+    """This process's log, prints included, goes to `file`; every line says when."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - it lives as long as the process
+    sys.stdout = sys.stderr = stream
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
