@@ -27,14 +27,14 @@ class LocalExperts:
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0])
-        rows_ND = sorted_rows(x_TD, order.order_N)
+        rows_ND = sorted_rows(x_TD, order.order_N, routing.experts_TK.shape[1])
         rows_ND = expert_mlp(rows_ND, order.counts_E, self.gate_up_ECD, self.down_EDF)
         return combine(rows_ND, order.order_N, routing.weights_TK)
 
 
 @dataclass(frozen=True)
 class ParallelExperts:
-    """This rank's equal share of a layer's experts; rank r owns experts r * E/W .. (r+1) * E/W - 1. All ranks call it together."""
+    """This rank's equal share of a layer's experts: rank r of W owns r * E/W .. (r+1) * E/W - 1. All ranks call it together."""
 
     gate_up_ECD: Tensor  # E is the rank's own number of experts here
     down_EDF: Tensor
@@ -44,26 +44,26 @@ class ParallelExperts:
         local_experts = self.gate_up_ECD.shape[0]
         order = expert_order(routing.experts_TK, local_experts * self.world.size)
         plan = plan_exchange(order.counts_E, self.world)
-        rows_RD = dispatch(sorted_rows(x_TD, order.order_N), plan)
+        rows_RD = dispatch(sorted_rows(x_TD, order.order_N, routing.experts_TK.shape[1]), plan)
         by_expert_R = rows_by_expert(plan.received_counts_WE)
         rows_RD = expert_mlp(rows_RD[by_expert_R], plan.received_counts_WE.sum(dim=0), self.gate_up_ECD, self.down_EDF)
         rows_ND = collect(rows_RD[inverse(by_expert_R)], plan)
         return combine(rows_ND, order.order_N, routing.weights_TK)
 
 
-def sorted_rows(x_TD: Tensor, order_N: Tensor) -> Tensor:
+def sorted_rows(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """One row for each (token, k) entry, sorted by expert.
 
     The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order; indexing with
     `order_N // K` would add them atomically on a GPU.
     """
-    top_k = order_N.shape[0] // max(x_TD.shape[0], 1)
-    return x_TD.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, x_TD.shape[1])[order_N]
+    tokens, hidden = x_TD.shape
+    return x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[order_N]
 
 
 def combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's expert rows, (T, D), summed over k in float32."""
-    rows_TKD = rows_ND[inverse(order_N)].view(*weights_TK.shape, -1)
+    rows_TKD = rows_ND[inverse(order_N)].view(*weights_TK.shape, rows_ND.shape[1])
     return (rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_ND.dtype)
 
 
