@@ -32,11 +32,8 @@ def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rule: Rule, rate: float) ->
     counts_LE = counts_LE.to(torch.float32)
     mean_L1 = counts_LE.mean(dim=1, keepdim=True)
     missing_LE = mean_L1 - counts_LE
-    if rule == "sign":
-        step_LE = rate * missing_LE.sign()
-    else:
-        step_LE = rate * missing_LE / mean_L1.clamp(min=1.0)
-    moved_LE = bias_LE + step_LE
+    direction_LE = missing_LE.sign() if rule == "sign" else missing_LE / mean_L1.clamp(min=1.0)
+    moved_LE = bias_LE + rate * direction_LE
     return moved_LE - moved_LE.mean(dim=1, keepdim=True)
 
 

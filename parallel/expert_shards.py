@@ -1,9 +1,8 @@
 """The experts that this rank owns: weights, float32 master weights, gradients and optimizer state.
 
-Experts stay out of the dense module and out of DeepSpeed: an expert's gradient is complete on its owner after backward,
-because the tokens of all ranks came to it, so there is nothing to reduce. It is the sum over ranks of gradients of local losses
-that were each multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes it the gradient of the
-same global loss.
+Experts stay out of the dense module and out of DeepSpeed: an expert's gradient is complete on its owner after backward, because
+the tokens of all ranks came to it, so there is nothing to reduce. It is the sum over ranks of gradients of local losses, each
+multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes it the gradient of the global loss.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[st
         os.fsync(out.fileno())
     if folder.exists():  # an attempt that was cut off after this very step
         shutil.rmtree(folder)
-    os.replace(staging, folder)
+    staging.replace(folder)
 
 
 def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, world: World) -> None:

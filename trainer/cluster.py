@@ -1,7 +1,8 @@
 """Ray: starting it, placing the processes of a run, and saying by name which one died.
 
-The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`, which
-names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made here.
+The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
+which names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made
+here.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
         UserError: no cluster answers at the address, or the dashboard's port is taken.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the ranks beside any other program
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is not None:
         say(f"joining the Ray cluster at {config.address}")
@@ -82,7 +84,8 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"cluster.dashboard_port={port} on {host} is in use ({error.strerror}); choose another, or cluster.dashboard=false"
+                f"cluster.dashboard_port={port} on {host} is in use ({error.strerror}); choose another, "
+                "or go without: cluster.dashboard=false"
             ) from None
 
 

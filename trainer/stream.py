@@ -38,10 +38,11 @@ class TokenArray:
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """One order of the documents. `ends` are their ends in the concatenation, special tokens counted."""
+    """One order of documents and of rows. `ends` are the documents' ends in the concatenation, special tokens counted."""
 
     order: NDArray[np.int64]
     ends: NDArray[np.int64]
+    rows: NDArray[np.int64]  # the i-th row of the epoch is cut at rows[i] * sequence_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,9 @@ class TokenStream:
     """An endless sequence of training rows; a pure function of (seed, row index).
 
     Epoch e has its own permutation of the documents. Every document becomes <bos> tokens <eos>; the concatenation is cut into
-    rows of S inputs. A row's last target is the next row's first input; the tail that fills no row is left out until the next
-    epoch. Raises UserError if one epoch has less than one row.
+    rows of S inputs, and a row's last target is the first input of the next cut. Rows come in an order of their own, so that a
+    long document does not fill whole batches. The tail that fills no row is left out until the next epoch. Raises UserError if
+    one epoch has less than one row.
     """
 
     array: TokenArray
@@ -100,22 +102,17 @@ class TokenStream:
 
     def _cut(self, number: int, row: int, count: int) -> tuple[NDArray[np.int64], ...]:
         """(tokens, targets, documents, weights) of rows within one epoch, all int64 (count, S)."""
-        length = self.sequence_length
         epoch = self._epoch(number)
-        positions = np.arange(row * length, (row + count) * length + 1)
+        starts = epoch.rows[row : row + count, None] * self.sequence_length
+        positions = starts + np.arange(self.sequence_length + 1)  # (count, S + 1)
         nth = np.searchsorted(epoch.ends, positions, side="right")  # which document of this epoch holds a position
         document = epoch.order[nth]
         place = positions - epoch.ends[nth] + self._lengths[document]  # within <bos> tokens <eos>
         ids = np.where(place == 0, self.bos, self.eos)
         inside = (place > 0) & (place < self._lengths[document] - 1)
         ids[inside] = self.array.tokens[self.array.offsets[document[inside]] + place[inside] - 1]
-
-        def shaped(values: NDArray[np.int64]) -> NDArray[np.int64]:
-            return values.reshape(count, length)
-
-        documents_BS = shaped(nth[:-1])
-        same_document = (nth[:-1] == nth[1:]).astype(np.int64)
-        return shaped(ids[:-1]), shaped(ids[1:]), documents_BS - documents_BS[:, :1], shaped(same_document)
+        same_document = (nth[:, :-1] == nth[:, 1:]).astype(np.int64)
+        return ids[:, :-1], ids[:, 1:], nth[:, :-1] - nth[:, :1], same_document
 
     def _epoch(self, number: int) -> _Epoch:
         """The order of an epoch; the last ones asked for are kept."""
@@ -123,7 +120,8 @@ class TokenStream:
             if len(self._epochs) == KEPT_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
             # Raw Philox numbers never change between NumPy versions, which `Generator.permutation` does not promise.
-            draws = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw(self.array.num_documents)
-            order = np.argsort(draws, kind="stable")
-            self._epochs[number] = _Epoch(order, np.cumsum(self._lengths[order]))
+            raw = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw
+            order = np.argsort(raw(self.array.num_documents), kind="stable")
+            rows = np.argsort(raw(self.num_rows_per_epoch), kind="stable")
+            self._epochs[number] = _Epoch(order, np.cumsum(self._lengths[order]), rows)
         return self._epochs[number]

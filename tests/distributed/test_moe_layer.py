@@ -37,7 +37,9 @@ def routed(logits_TE: Tensor) -> Routing:
     return route(logits_TE, top_k=K, scores="softmax", renormalize=True, scale=1.0, bias_E=None, valid_T=None)
 
 
-def gradients(x: Tensor, logits: Tensor, experts: LocalExperts | ParallelExperts, weights: tuple[Tensor, Tensor]) -> list[Tensor]:
+def gradients(
+    x: Tensor, logits: Tensor, experts: LocalExperts | ParallelExperts, weights: tuple[Tensor, Tensor]
+) -> list[Tensor]:
     """The output, and the gradients of sum(cos(output)) for tokens, logits and both weights."""
     x, logits = x.clone().requires_grad_(), logits.clone().requires_grad_()
     y = experts(x, routed(logits))
@@ -68,7 +70,8 @@ def test_spread_experts_equal_local_experts(size: int) -> None:
         expected = gradients(torch.cat(x), torch.cat(logits), LocalExperts(*weights), weights)
         for part, name in enumerate(["output", "tokens", "logits", "gate_up", "down"]):
             found = torch.cat([results[seed][part] for results in by_rank])
-            torch.testing.assert_close(found, expected[part], rtol=1e-5, atol=1e-5, msg=lambda t, n=name, s=seed: f"case {s}, {n}: {t}")
+            where = f"case {seed}, {name}"
+            torch.testing.assert_close(found, expected[part], rtol=1e-5, atol=1e-5, msg=lambda text, at=where: f"{at}: {text}")
 
 
 def test_rows_by_expert_sorts_by_expert_and_keeps_the_order_of_ranks() -> None:

@@ -35,8 +35,9 @@ def streams(draw: st.DrawFn) -> TokenStream:
 def test_an_epoch_has_every_token_once_but_for_the_tail(stream: TokenStream, epoch: int) -> None:
     count = stream.num_rows_per_epoch
     batch = stream.rows(epoch * count, count)
-    inputs = [*batch.tokens_BS.flatten().tolist(), int(batch.targets_BS[-1, -1])]
-    assert batch.targets_BS.flatten().tolist() == inputs[1:]
+    in_place = torch.from_numpy(np.argsort(stream._epoch(epoch).rows))  # undoes the order of the rows
+    inputs = [*batch.tokens_BS[in_place].flatten().tolist(), int(batch.targets_BS[in_place[-1], -1])]
+    assert batch.targets_BS[in_place].flatten().tolist() == inputs[1:]
     bounds = stream.array.offsets.tolist()
     by_first = {100 + a: list(range(100 + a, 100 + b)) for a, b in itertools.pairwise(bounds)}
     place = 0
@@ -94,6 +95,13 @@ def test_epochs_and_seeds_have_different_orders() -> None:
     other = TokenStream(array, 16, 8, BOS, EOS).rows(0, count).tokens_BS
     assert not any(torch.equal(epochs[a], b) for a, b in ((0, epochs[1]), (1, epochs[2]), (0, other)))
     assert torch.equal(stream.rows(0, count).tokens_BS, epochs[0])  # also after its order was dropped
+
+
+def test_the_rows_of_a_long_document_are_spread_over_the_epoch() -> None:
+    stream = TokenStream(array_of([10] * 50 + [500]), 10, 0, BOS, EOS)
+    long = [bool(tokens[5] >= 600) for tokens in stream.rows(0, stream.num_rows_per_epoch).tokens_BS]
+    assert 40 < sum(long) < 55
+    assert sum(a != b for a, b in itertools.pairwise(long)) > 30
 
 
 def test_the_order_of_documents_never_changes_between_versions() -> None:

@@ -152,6 +152,12 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> LanguageModel:
     return model
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The architecture of a folder in the Hugging Face layout, without its weights. Raises UserError as `load_pretrained`."""
+    path = folder / "config.json"
+    return parse_config(_read_json(path), path)[1]
+
+
 def _unset_model(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
     with torch.device("meta"):
         dense = Transformer(config)

@@ -1,0 +1,372 @@
+"""From the command line to one validated configuration, and back to a person who mistyped it.
+
+Hydra composes the files under conf/, pydantic validates what comes out. Hydra alone stops at the first option it does not
+know, so this module keeps two kinds of arguments apart: group choices (`model=demo`) are checked against the folders and
+given to Hydra; single options (`train.steps=10`) are written into what Hydra composed. Then pydantic sees everything, and
+every problem is reported at once, with the nearest name that exists.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher, get_close_matches
+from inspect import isclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from kernels.errors import UserError
+from trainer.config import ModelConfig, PretrainConfig, RLConfig, RunConfig
+from trainer.estimate import budget_lines
+from trainer.run_dir import as_yaml
+from trainer.step import choose_dtype
+
+CONF = Path(__file__).parents[1] / "conf"
+SUBJECT_WIDTH = 44  # columns for `name = value` in the report; a longer one pushes its message to the right
+Root = TypeVar("Root", bound=RunConfig)
+
+
+def main(run: Callable[[Root], object], root: type[Root], config_name: str, argv: Sequence[str] | None = None) -> int:
+    """What every command does around its work. Returns the exit code: 2 for a person's mistake, 130 for Ctrl-C.
+
+    Anything else that goes wrong is ours and keeps its stack trace.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if "-h" in argv or "--help" in argv:
+            print(usage(root, config_name))
+        else:
+            run(load(root, config_name, argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0
+
+
+def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
+    """The configuration that conf/<config_name>.yaml and the arguments describe. UserError lists all problems at once."""
+    choices, values, problems = _sort_arguments(argv, group_choices(root, config_name))
+    composed = _compose(config_name, choices)
+    while True:
+        config, found = _validate(root, composed, values)
+        problems += [problem for problem in found if not _follows_from(problem, problems)]
+        kept = [value for value in values if not any(_blames(problem, value.key_or_group) for problem in found)]
+        if config is not None or len(kept) == len(values):
+            break
+        values = kept  # pydantic compares options with each other only when each is sound: look again without the faulty ones
+    if config is None or problems:
+        raise UserError(_report(problems))
+    return config
+
+
+def usage(root: type[RunConfig], config_name: str) -> str:
+    """A page: the groups with their choices, and the options at the top."""
+    composed = _compose(config_name, {})
+    groups = group_choices(root, config_name)
+    lines = [f"usage: python -m launch.{config_name} [group=choice ...] [name=value ...]", "", "groups, default first:"]
+    for group, choices in groups.items():
+        default = _default_choice(config_name, group)
+        ordered = sorted(choices, key=lambda choice: (choice != default, choice))
+        lines.append(f"  {group + '=':<13}{'  '.join(ordered)}")
+    lines += ["", "options:"]
+    for name in root.model_fields:
+        if name in groups:
+            continue
+        if isinstance(composed[name] if not OmegaConf.is_missing(composed, name) else None, DictConfig):
+            lines += [f"  {name}.{key}={_written(value)}" for key, value in composed[name].items()]
+        else:
+            lines.append(f"  {name}={'(required)' if OmegaConf.is_missing(composed, name) else _written(composed[name])}")
+    lines += ["", "Options of a group are written group.name=value; dry_run=true prints them all and what the run would need."]
+    return "\n".join(lines)
+
+
+def print_plan(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int) -> None:
+    """What dry_run shows: every option and what the run would need. Without a tokenizer yet, its size is the one asked for."""
+    if model.vocab_size is None and isinstance(config, PretrainConfig):
+        model = model.model_copy(update={"vocab_size": config.tokenizer.vocab_size})
+    asked = config.train.dtype if isinstance(config, PretrainConfig) else config.loop.dtype
+    print(as_yaml(config))
+    print("\n".join(budget_lines(config, model, ranks, *choose_dtype(asked))))
+    print("dry run: nothing was started")
+
+
+def group_choices(root: type[RunConfig], config_name: str) -> dict[str, list[str]]:
+    """Each group that this command has and the files in its folder. Experiments lie in a folder per command."""
+    folders = {name: CONF / name for name in root.model_fields if (CONF / name).is_dir()}
+    folders["experiment"] = CONF / "experiment" / config_name
+    return {name: sorted(file.stem for file in folder.glob("*.yaml")) for name, folder in folders.items()}
+
+
+def option_names(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options, at all levels."""
+    for name, field in record.model_fields.items():
+        yield prefix + name
+        for inner in _records_in(field.annotation):
+            yield from option_names(inner, f"{prefix}{name}.")
+
+
+def _records_in(annotation: Any) -> list[type[BaseModel]]:
+    if isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [record for part in get_args(annotation) for record in _records_in(part)]
+
+
+# ---------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str  # dotted; empty when options of several groups disagree
+    value: str | None  # as written; None where the message has the numbers
+    message: str
+    meant: str = ""  # the option that the person most likely wanted
+
+    @property
+    def subject(self) -> str:
+        return self.name if self.value is None else f"{self.name} = {self.value}"
+
+
+def _report(problems: list[Problem]) -> str:
+    width = min(SUBJECT_WIDTH, max(len(problem.subject) for problem in problems))
+    lines = [f"{problem.subject:<{width}}   {problem.message}" if problem.subject else problem.message for problem in problems]
+    return "\n  ".join([f"config: {len(problems)} problem{'s' * (len(problems) != 1)}", *lines])
+
+
+def _blames(problem: Problem, option: str) -> bool:
+    """Whether the problem is this option's, or a disagreement inside its group."""
+    return problem.name == option or (problem.name != "" and option.startswith(f"{problem.name}."))
+
+
+def _follows_from(problem: Problem, known: list[Problem]) -> bool:
+    """Already reported, or a disagreement in which an option takes part whose own problem is reported."""
+    if problem.value is not None or problem.message.startswith("required"):
+        return any(problem.name == other.name for other in known)
+    involved = [other.meant or other.name for other in known]
+    mentions = [text for name in involved for text in (f"{name}.", name.rpartition(".")[2])]
+    return problem in known or any(text in problem.message for text in mentions)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The known option closest to `name`; the right last part in the wrong place counts nearly as much as the whole."""
+
+    def likeness(candidate: str) -> float:
+        whole = SequenceMatcher(None, name, candidate).ratio()
+        last = SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return max(whole, last - 0.1)
+
+    best = max((other for other in names if not name.startswith(f"{other}.")), key=likeness)
+    return best if likeness(best) >= 0.7 else ""
+
+
+def _written(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def _sort_arguments(argv: Sequence[str], groups: dict[str, list[str]]) -> tuple[dict[str, str], list[Override], list[Problem]]:
+    """Group choices, single options, and the arguments that are neither."""
+    parser = OverridesParser.create()
+    choices: dict[str, str] = {}
+    values: list[Override] = []
+    problems: list[Problem] = []
+    for argument in argv:
+        problem = _refused(argument)
+        if problem is None:
+            try:
+                override = parser.parse_overrides([argument])[0]
+            except HydraException as error:
+                problem = Problem(argument, None, f"cannot be read: {str(error).splitlines()[0]}; quote special characters")
+        if problem is not None:
+            problems.append(problem)
+            continue
+        name, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            problems.append(Problem(name, override.get_value_string(), "one value is expected; a list is written [1,2]"))
+        elif name in groups and not override.is_delete() and not isinstance(value, dict):
+            if isinstance(value, str) and value in groups[name]:
+                choices[name] = value
+            else:
+                problems.append(_unknown_choice(name, _written(value), groups[name]))
+        else:
+            values.append(override)
+    return choices, values, problems
+
+
+def _refused(argument: str) -> Problem | None:
+    """Arguments that Hydra's own command line has and this one does not, and those without a value."""
+    if argument in ("-m", "--multirun"):
+        return Problem(argument, None, "sweeps are not offered; start one command for each value")
+    if argument.startswith("-"):
+        return Problem(argument, None, "unknown flag; options are written name=value, see --help")
+    if "=" not in argument and not argument.startswith("~"):
+        return Problem(argument, None, "should be written name=value, see --help")
+    if "@" in argument.partition("=")[0] or "/" in argument.partition("=")[0]:
+        return Problem(argument, None, "should be written group=choice or group.name=value, see --help")
+    return None
+
+
+def _unknown_choice(group: str, choice: str, known: list[str]) -> Problem:
+    close = get_close_matches(choice, known, n=1)
+    hint = f"did you mean {group}={close[0]}? " if close else ""
+    return Problem(group, choice, f"unknown choice; {hint}choices: {', '.join(known)}")
+
+
+def _compose(config_name: str, choices: dict[str, str]) -> DictConfig:
+    arguments = [f"{group}={choice}" for group, choice in choices.items() if group != "experiment"]
+    if "experiment" in choices:  # added last, so that its values win over those of the primary file
+        arguments.append(f"+experiment={config_name}/{choices['experiment']}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config_name, arguments)
+
+
+def _default_choice(config_name: str, group: str) -> str:
+    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
+    return next((str(entry[group]) for entry in defaults if isinstance(entry, DictConfig) and group in entry), "")
+
+
+# ---------------------------------------------------------------- validation
+
+
+def _validate(root: type[Root], composed: DictConfig, values: list[Override]) -> tuple[Root | None, list[Problem]]:
+    """The configuration, or what is wrong with it."""
+    config = composed.copy()
+    OmegaConf.set_struct(config, False)
+    known = list(option_names(root))
+    problems: list[Problem] = []
+    for value in values:
+        try:
+            _apply(config, value)
+        except (OmegaConfBaseException, UserError) as error:
+            problems.append(Problem(value.key_or_group, None, f"cannot be set: {str(error).splitlines()[0]}"))
+    plain = _resolved(config, "", problems)
+    try:
+        valid = root.model_validate(plain)
+    except ValidationError as error:
+        return None, _merged(problems + [_explained(detail, plain, known) for detail in error.errors(include_url=False)])
+    return (None, problems) if problems else (valid, [])
+
+
+def _merged(problems: list[Problem]) -> list[Problem]:
+    """One problem for each option: pydantic reports every alternative of a union on its own."""
+    merged: dict[str, Problem] = {}
+    for problem in problems:
+        key = problem.name or problem.message
+        earlier = merged.get(key, problem)
+        if earlier is not problem and problem.value is not None and earlier.value is not None:
+            problem = replace(earlier, message=f"{earlier.message} or {problem.message.removeprefix('should be ')}")
+        elif earlier is not problem:
+            problem = earlier  # required, or not resolved: said already
+        merged[key] = problem
+    return list(merged.values())
+
+
+def _apply(config: DictConfig, override: Override) -> None:
+    if not override.is_delete():
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+        return
+    parent, _, last = override.key_or_group.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) or last not in list(node.keys()):
+        raise UserError("there is no such option to delete")
+    del node[last]
+
+
+def _resolved(node: DictConfig, prefix: str, problems: list[Problem]) -> dict[str, Any]:
+    """Plain values with all interpolations followed. Required values that are still `???` and broken ones are left out."""
+    plain: dict[str, Any] = {}
+    for key in map(str, node.keys()):
+        name = prefix + key
+        try:
+            if OmegaConf.is_missing(node, key):
+                problems.append(Problem(name, None, f"required; give {name}=..."))
+                continue
+            value = node[key]
+            plain[key] = _resolved(value, f"{name}.", problems) if isinstance(value, DictConfig) else _listed(value)
+        except OmegaConfBaseException as error:
+            problems.append(Problem(name, None, f"cannot be resolved: {str(error).splitlines()[0]}"))
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _explained(detail: Any, plain: dict[str, Any], known: list[str]) -> Problem:
+    """One pydantic error in a person's words."""
+    kind, limits = detail["type"], detail.get("ctx", {})
+    name = _dotted(detail["loc"], plain, kind)
+    if kind == "value_error":
+        return Problem(name, None, detail["msg"].removeprefix("Value error, "))
+    if kind == "missing" and isinstance(detail["loc"][-1], int):
+        items = detail["input"]
+        return Problem(name.rpartition(".")[0], _written(items), f"has too few items ({len(items)})")
+    if kind == "missing":
+        return Problem(name, None, f"required; give {name}=...")
+    value = _written(detail["input"])
+    if kind == "extra_forbidden":
+        return _unknown_option(name, value, detail["loc"], known)
+    if kind == "literal_error":
+        options = limits["expected"].replace("'", "")
+        close = get_close_matches(str(detail["input"]), options.replace(" or ", ", ").split(", "), n=1)
+        return Problem(name, value, f"should be {options}" + (f"; did you mean {close[0]}?" if close else ""))
+    if kind == "string_type":
+        return Problem(name, value, f"should be text; quote it: {name}='\"{value}\"'")
+    if kind in ("model_type", "model_attributes_type"):
+        return Problem(name, value, f"is a group of options; they are written {name}.name=value")
+    if kind.startswith("union_tag"):
+        tags = ", ".join(sorted(file.stem for file in (CONF / name).glob("*.yaml")))
+        return Problem(f"{name}.kind", _written(limits.get("tag")), f"comes with the group, {name}=... of {tags}")
+    expected = EXPECTED.get(kind) or detail["msg"].replace("Input should be", "should be").replace("Tuple should", "should")
+    return Problem(name, value, expected)
+
+
+EXPECTED = {
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "path_type": "should be a path",
+    "tuple_type": "should be a list, written [a,b]",
+}
+
+
+def _unknown_option(name: str, value: str, location: tuple[str | int, ...], known: list[str]) -> Problem:
+    if name in known:  # of another kind of the same group
+        return Problem(name, value, f"is not an option of {location[0]}={location[1]}", name)
+    if (CONF / name.partition(".")[0]).is_dir() and name.partition(".")[0] not in known:
+        return Problem(name, value, "is a group of another command, see --help")
+    nearest = _nearest(name, known)
+    hint = f"; did you mean {nearest}?" if nearest else ", see --help"
+    return Problem(name, value, f"unknown option{hint}", nearest)
+
+
+def _dotted(location: tuple[str | int, ...], plain: dict[str, Any], kind: str) -> str:
+    """The option's name: pydantic's location without the labels it adds for the members of a union."""
+    names: list[str] = []
+    node: Any = plain
+    for position, part in enumerate(location):
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if inside:
+            node = node[part]
+        if inside or (kind == "missing" and position == len(location) - 1):
+            names.append(str(part))
+    return ".".join(names)

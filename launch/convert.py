@@ -1,0 +1,39 @@
+"""Writes a checkpoint in the Hugging Face layout: `python -m launch.convert RUN OUT`.
+
+OUT holds config.json, safetensors and the tokenizer; `transformers.AutoModelForCausalLM.from_pretrained(OUT)` loads it. The way
+in needs no command: `checkpoint=FOLDER` of launch.rl reads such a folder as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kernels.errors import UserError
+from trainer import checkpoint
+from trainer.model.hf import save_pretrained
+from trainer.worker import read_model
+
+
+def convert(source: Path, out: Path) -> None:
+    folder = checkpoint.resolve(source)
+    save_pretrained(read_model(folder), out, folder / "tokenizer.json")
+    print(f"{folder} is in {out} in the Hugging Face layout")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.convert", description=__doc__.partition(":")[0])
+    parser.add_argument("run", type=Path, help="a run folder or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="the folder to write; it must not exist yet")
+    arguments = parser.parse_args()
+    try:
+        convert(arguments.run, arguments.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Pretrains a sparse MoE language model: `python -m launch.pretrain [group=choice ...] [name=value ...]`, see --help."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launch.cli import main, print_plan
+from launch.report import write_report
+from trainer.cluster import choose_ranks, start_ray, stop_ray, supervise
+from trainer.config import PretrainConfig
+from trainer.data import prepare
+from trainer.estimate import budget_lines
+from trainer.loop import Pretraining
+from trainer.run_dir import RunDir
+from trainer.step import choose_dtype
+from trainer.tracking import Tracker
+from trainer.worker import check_division
+
+
+def pretrain(config: PretrainConfig) -> Path | None:
+    """Runs a whole pretraining and returns its run folder; None after a dry run."""
+    ranks = choose_ranks(config.cluster)
+    check_division(config.model, config.train.batch_rows, ranks)
+    if config.dry_run:
+        print_plan(config, config.model, ranks)
+        return None
+    run = RunDir.open(config, "pretrain")
+    with Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
+        corpus = prepare(config.data, config.tokenizer, tracker.say)
+        model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
+        dtype, reason = choose_dtype(config.train.dtype)
+        for line in budget_lines(config, model, ranks, dtype, reason):
+            tracker.say(line)
+        training = Pretraining(config, model, corpus, ranks, dtype, run, tracker)
+        start_ray(config.cluster, ranks, tracker.say)
+        try:
+            supervise(lambda number: training.attempt(), config.cluster.max_restarts, tracker.say)
+        finally:
+            stop_ray()
+    write_report([run.path], run.path / "report.html")
+    return run.path
+
+
+if __name__ == "__main__":
+    sys.exit(main(pretrain, PretrainConfig, "pretrain"))

@@ -1,0 +1,61 @@
+"""Fine-tunes a checkpoint by RL on a verifiable task: `python -m launch.rl checkpoint=RUN [name=value ...]`, see --help."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from kernels.errors import UserError
+from launch.cli import main, print_plan
+from launch.report import write_report
+from rl.loop import Reinforcement
+from rl.rewards.tasks import make_task
+from trainer import checkpoint
+from trainer.cluster import choose_ranks, start_ray, stop_ray, supervise
+from trainer.config import ModelConfig, RLConfig
+from trainer.estimate import budget_lines
+from trainer.model.hf import read_config
+from trainer.run_dir import RunDir
+from trainer.step import choose_dtype
+from trainer.tokenizer import Tokenizer
+from trainer.tracking import Tracker
+from trainer.worker import check_division
+
+
+def reinforce(config: RLConfig) -> Path | None:
+    """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
+    start_from, model = starting_point(config.checkpoint)
+    ranks = choose_ranks(config.cluster)
+    check_division(model, ranks, ranks)
+    if config.dry_run:
+        print_plan(config, model, ranks)
+        return None
+    task = make_task(config.task, config.seed)
+    tokenizer = Tokenizer.load(start_from / "tokenizer.json")
+    run = RunDir.open(config, "rl")
+    with Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
+        dtype, reason = choose_dtype(config.loop.dtype)
+        for line in budget_lines(config, model, ranks, dtype, reason):
+            tracker.say(line)
+        work = Reinforcement(config, model, tokenizer, task, start_from, ranks, dtype, run, tracker)
+        start_ray(config.cluster, ranks, tracker.say)
+        try:
+            supervise(lambda number: work.attempt(), config.cluster.max_restarts, tracker.say)
+        finally:
+            stop_ray()
+    write_report([run.path], run.path / "report.html")
+    return run.path
+
+
+def starting_point(path: Path) -> tuple[Path, ModelConfig]:
+    """The folder that `checkpoint=path` means, one of ours or one in the Hugging Face layout, and its model."""
+    if (path / "config.json").is_file():
+        if not (path / "tokenizer.json").is_file():
+            raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
+        return path, read_config(path)
+    found = checkpoint.resolve(path)
+    return found, ModelConfig(**checkpoint.read_meta(found).model)
+
+
+if __name__ == "__main__":
+    sys.exit(main(reinforce, RLConfig, "rl"))

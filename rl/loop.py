@@ -1,0 +1,179 @@
+"""Reinforcement learning with verifiable rewards: the loop, and the attempt that surrounds it. It runs in the driver."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rl.actors import RayPool
+from rl.algorithms import PolicyObjective
+from rl.april import complete, rollout_round
+from rl.engine.engine import EngineSettings
+from rl.packing import documents_of, pack, pack_demonstrations
+from rl.rewards.task import Prompt, Task
+from rl.trajectory import RolloutBuffer, Sample, fresh_group
+from trainer import checkpoint
+from trainer.batch import cross_entropy
+from trainer.cluster import Placement, Processes
+from trainer.config import ModelConfig, RLConfig
+from trainer.loop import checkpoint_meta, save, start_ranks
+from trainer.optimizer import adamw_settings, learning_rate
+from trainer.run_dir import RunDir
+from trainer.step import TrainerSpec
+from trainer.tokenizer import Tokenizer
+from trainer.tracking import Tracker
+
+EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """What an attempt needs; the same for all attempts of a run."""
+
+    config: RLConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    task: Task
+    start_from: Path  # a checkpoint of ours or a folder in the Hugging Face layout
+    ranks: int
+    dtype: str
+    run: RunDir
+    tracker: Tracker
+
+    def attempt(self) -> None:
+        """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
+        cluster, rollout = self.config.cluster, self.config.rollout
+        with Placement(cluster, self.ranks, rollout.engines, self.tracker.say) as placement:
+            pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
+            start, buffer = self._restore(ranks)
+            pool.load_weights(ranks, start)
+            self.loop(ranks, pool, buffer, start)
+
+    def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
+        """Rounds start+1..rounds. The weights of round r have version r: the number of updates since the warm-up."""
+        config, algorithm = self.config, self.config.algorithm
+        objective = PolicyObjective(algorithm)
+        if start == 0:
+            self.tracker.log(0, self.evaluate(pool))
+        for version in range(start, config.loop.rounds):
+            clock = time.perf_counter()
+            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
+            rollout_s = time.perf_counter() - clock
+            batch = pack(
+                documents_of(result.groups, algorithm.normalize_std),
+                sequence_length=config.loop.sequence_length,
+                rows_multiple_of=self.ranks,
+                aggregation=algorithm.aggregation,
+                pad_id=self.tokenizer.pad,
+            )
+            lr = learning_rate(version, config.loop.rounds, config.optimizer)
+            metrics = {**result.metrics, **ranks.call("learn", batch, objective, lr)[0], "time/rollout_s": rollout_s}
+            clock = time.perf_counter()
+            pool.load_weights(ranks, version + 1)
+            metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
+            self._close_round(ranks, pool, buffer, version + 1, metrics)
+
+    def _close_round(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
+        loop = self.config.loop
+        if done % loop.eval_every == 0 or done == loop.rounds:
+            metrics |= self.evaluate(pool)
+        if done % loop.checkpoint_every == 0 or done == loop.rounds:
+            metrics |= self._save(ranks, buffer, done)
+        metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
+        self.tracker.log(done, metrics)
+
+    # ------------------------------------------------------------ the task, in tokens
+
+    def prompt_ids(self, index: int) -> list[int]:
+        return self._ids(self.task.prompt(index))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return [self.tokenizer.bos, *self.tokenizer.encode(prompt.text)]
+
+    def score(self, sample: Sample) -> float | None:
+        """The reward of a sample that is done."""
+        prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
+        ended = sample.status == "finished"
+        text_ids = sample.response_ids[:-1] if ended else sample.response_ids  # without <eos>
+        return self.task.score(prompt, self.tokenizer.decode(text_ids), ended)
+
+    def evaluate(self, pool: RayPool) -> dict[str, float]:
+        """The mean reward of one sample for each held-out prompt, with the same noise every time."""
+        clock = time.perf_counter()
+        prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
+        samples = [s for index, ids in enumerate(prompts) for s in fresh_group(EVAL_GROUP + index, ids, 1).samples]
+        done = complete(pool, samples, self.config.rollout.advance_tokens)
+        rewards = [reward for reward in map(self.score, done) if reward is not None]
+        return {"reward/eval_mean": sum(rewards) / len(rewards), "time/eval_s": time.perf_counter() - clock}
+
+    def warm_up(self, ranks: Processes) -> None:
+        """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""
+        warmup, length = self.config.warmup, self.config.loop.sequence_length
+        index = 0
+        for step in range(warmup.steps):
+            pairs, used = [], 0
+            while used < warmup.batch_rows * length:
+                prompt, answer = self.task.demonstration(index)
+                pairs.append((self._ids(prompt), [*self.tokenizer.encode(answer), self.tokenizer.eos]))
+                used += sum(map(len, pairs[-1]))
+                index += 1
+            batch = pack_demonstrations(pairs, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
+            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
+            if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
+                self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
+        ranks.call("new_optimizer")
+
+    # ------------------------------------------------------------ processes and checkpoints
+
+    @property
+    def spec(self) -> TrainerSpec:
+        config = self.config
+        return TrainerSpec(
+            model=self.model,
+            adamw=adamw_settings(config.optimizer),
+            balance=config.balance,
+            zero_stage=config.parallel.zero_stage,
+            dtype=self.dtype,
+            recompute=config.loop.recompute,
+            micro_rows=config.loop.micro_rows,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        )
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        rollout = self.config.rollout
+        return EngineSettings(
+            slots=rollout.engine_slots,
+            max_length=self.config.loop.sequence_length,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            eos_id=self.tokenizer.eos,
+            seed=self.config.seed,
+        )
+
+    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
+        meta = checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
+        tokenizer = self.start_from / "tokenizer.json"
+        return save(ranks, self.run, meta, tokenizer, buffer.to_state(), self.config.loop.keep_checkpoints)
+
+    def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
+        """(rounds done, buffer), after the ranks have their weights."""
+        found = checkpoint.available(self.run.checkpoints)
+        if found:
+            meta = ranks.call("load", found[-1], True)[0]
+            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+            self.run.rewind(meta.step)
+            self.tracker.say(f"continuing after round {meta.step} from {found[-1]}")
+            return meta.step, RolloutBuffer.from_state(state)
+        self.run.rewind(-1)
+        self.tracker.say(f"loading {self.start_from}")
+        if (self.start_from / "meta.json").is_file():
+            ranks.call("load", self.start_from, False)
+        else:
+            ranks.call("load_model", self.start_from)
+        self.warm_up(ranks)
+        return 0, RolloutBuffer()

@@ -1,0 +1,120 @@
+"""From samples, or demonstrations, to the rows of a TrainBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kernels.errors import UserError
+from rl.algorithms import group_advantages
+from rl.trajectory import Group
+from trainer.batch import TrainBatch
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prompt and the response that is learned. `behaviour_logprobs` has one number a response token."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    behaviour_logprobs: tuple[float, ...]
+    advantage: float
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids and self.response_ids, "a prompt and a response need a token each"
+        assert len(self.response_ids) == len(self.behaviour_logprobs)
+
+    @property
+    def positions(self) -> int:
+        """Places that it takes in a row: one less than its tokens, because the last token is only a target."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+def documents_of(groups: Sequence[Group], normalize_std: bool) -> list[Document]:
+    """The judged samples of finished groups with their advantages.
+
+    A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass.
+    """
+    documents = []
+    for group in groups:
+        advantages = group_advantages([sample.reward for sample in group.samples], normalize_std)
+        for sample, advantage in zip(group.samples, advantages, strict=True):
+            if advantage is not None:
+                documents.append(Document(sample.prompt_ids, sample.response_ids, sample.logprobs, advantage))
+    return documents
+
+
+def pack(
+    documents: Sequence[Document],
+    *,
+    sequence_length: int,
+    rows_multiple_of: int,
+    aggregation: Literal["token", "sequence"],
+    pad_id: int,
+) -> TrainBatch:
+    """Packs `documents` into rows of `sequence_length`, several a row; the number of rows is a multiple of `rows_multiple_of`.
+
+    A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
+    padding has number -1. Only positions that predict a response token have a weight: 1 for the mean over tokens, 1 / length
+    of the response for the mean over sequences. Extras `advantages` and `behaviour_logprobs` stand where the weights stand.
+    Raises UserError when a document does not fit into a row.
+    """
+    assert documents, "nothing to pack"
+    rows = _first_fit_decreasing(documents, sequence_length)
+    shape = (-(-len(rows) // rows_multiple_of) * rows_multiple_of, sequence_length)
+    tokens_BS = torch.full(shape, pad_id, dtype=torch.int64)
+    targets_BS = torch.full(shape, pad_id, dtype=torch.int64)
+    documents_BS = torch.full(shape, -1, dtype=torch.int32)
+    weights_BS, advantages_BS, behaviour_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(3))
+    for row, members in enumerate(rows):
+        start = 0
+        for number, document in enumerate(members):
+            ids = torch.tensor(document.prompt_ids + document.response_ids)
+            end, length = start + document.positions, len(document.response_ids)
+            tokens_BS[row, start:end] = ids[:-1]
+            targets_BS[row, start:end] = ids[1:]
+            documents_BS[row, start:end] = number
+            weights_BS[row, end - length : end] = 1.0 if aggregation == "token" else 1.0 / length
+            advantages_BS[row, end - length : end] = document.advantage
+            behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)
+            start = end
+    extras = {"advantages": advantages_BS, "behaviour_logprobs": behaviour_BS}
+    return TrainBatch(tokens_BS, targets_BS, documents_BS, weights_BS, extras)
+
+
+def pack_demonstrations(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, sequence_length: int, rows_multiple_of: int, pad_id: int
+) -> TrainBatch:
+    """Packs (prompt ids, answer ids ending with <eos>) for supervised learning of the answers; every answer token counts 1."""
+    documents = [Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0) for prompt, answer in pairs]
+    return pack(
+        documents,
+        sequence_length=sequence_length,
+        rows_multiple_of=rows_multiple_of,
+        aggregation="token",
+        pad_id=pad_id,
+    )
+
+
+def _first_fit_decreasing(documents: Sequence[Document], sequence_length: int) -> list[list[Document]]:
+    """Longest first, each into the first row with room; equal lengths keep their order, so the result is deterministic."""
+    rows: list[list[Document]] = []
+    room: list[int] = []
+    for document in sorted(documents, key=lambda document: -document.positions):
+        if document.positions > sequence_length:
+            raise UserError(
+                f"a sample with {len(document.prompt_ids)} prompt and {len(document.response_ids)} response tokens does not "
+                f"fit into a row of loop.sequence_length = {sequence_length}; raise it to the longest prompt + "
+                "rollout.max_new_tokens, or lower rollout.max_new_tokens"
+            )
+        row = next((index for index, free in enumerate(room) if free >= document.positions), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(sequence_length)
+        rows[row].append(document)
+        room[row] -= document.positions
+    return rows

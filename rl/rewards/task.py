@@ -1,0 +1,80 @@
+"""What a task is: prompts that can be drawn forever, and a reward that a program can check.
+
+Tasks speak text only; they never see a tokenizer. A prompt is a pure function of (seed, index), so a run that resumes needs
+nothing but the index, and every process can draw it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from kernels.errors import UserError
+
+HELD_OUT_SHARE = 8  # one distinct prompt in so many is held out
+MAX_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` is what the model reads; `answer` is what it should write, in whatever form the task's score understands."""
+
+    text: str
+    answer: str
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A task is made by `Class(seed=..., **task.options)`."""
+
+    def prompt(self, index: int) -> Prompt:
+        """Training prompt `index`, any index >= 0; the same index gives the same prompt."""
+
+    def held_out(self, index: int) -> Prompt:
+        """Evaluation prompt `index`, never the text of a training prompt."""
+
+    def demonstration(self, index: int) -> tuple[Prompt, str]:
+        """Example `index` of the supervised warm-up: a training prompt and a completion to imitate; <eos> is added to it."""
+
+    def score(self, prompt: Prompt, completion: str, ended: bool) -> float | None:
+        """Reward in [0, 1] of `completion`, the text before <eos>; `ended` is False when it was cut off at max_new_tokens.
+
+        None when it could not be judged (a service was down): then the sample is left out of the update.
+        """
+
+
+def draw(make: Callable[[random.Random], Prompt], seed: int, index: int, held_out: bool) -> Prompt:
+    """Prompt `index` of one side of the split: draws from a generator seeded with (seed, side, index) until the side fits.
+
+    A hash of the text decides the side of a prompt, so the two sides are disjoint whatever the seed and the indices.
+    """
+    generator = random.Random(f"{seed}/{'held out' if held_out else 'training'}/{index}")
+    for _ in range(MAX_DRAWS):
+        prompt = make(generator)
+        digest = hashlib.sha256(prompt.text.encode()).digest()
+        if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
+            return prompt
+    raise UserError(
+        f"no {'held-out' if held_out else 'training'} prompt in {MAX_DRAWS} draws, the last was {prompt.text!r}; "
+        "the task has too few distinct prompts, widen its range in task.options"
+    )
+
+
+def item_reward(expected: Sequence[str], given: Sequence[str], ended: bool) -> float:
+    """Reward of a list of items: 1 for exactly the expected ones and an end.
+
+    Otherwise 0.7 times the share of the correct prefix in the longer of the two lists, less 0.1 when it did not end, never
+    below 0. So a longer correct prefix, fewer items too many, and stopping each pay, and nothing comes near a right answer.
+    """
+    if ended and list(given) == list(expected):
+        return 1.0
+    right = 0
+    for wanted, item in zip(expected, given, strict=False):
+        if wanted != item:
+            break
+        right += 1
+    credit = 0.7 * right / max(len(expected), len(given))
+    return max(0.0, credit - (0.0 if ended else 0.1))

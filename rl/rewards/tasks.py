@@ -1,0 +1,54 @@
+"""Tasks by name, and your own by import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from kernels.errors import UserError
+from rl.rewards.lists import Brackets, Countdown, Sort
+from rl.rewards.task import Task
+from trainer.config import TaskConfig
+
+TASKS: dict[str, type[Task]] = {"countdown": Countdown, "sort": Sort, "brackets": Brackets}
+METHODS = ("prompt", "held_out", "demonstration", "score")
+
+
+def make_task(config: TaskConfig, seed: int) -> Task:
+    """The task `config.name`, a key of TASKS or "package.module:Class", made with `seed` and `config.options`.
+
+    Raises UserError when there is no such task, when the class lacks a method of `Task`, or when it does not take an option.
+    """
+    task_class = _imported(config.name) if ":" in config.name else TASKS.get(config.name)
+    if task_class is None:
+        raise UserError(
+            f"task.name is {config.name!r}; known tasks: {', '.join(sorted(TASKS))}. "
+            'For a task of your own give its import path, "package.module:Class"'
+        )
+    parameters = [name for name in inspect.signature(task_class).parameters if name != "seed"]
+    try:
+        inspect.signature(task_class).bind(seed=seed, **config.options)
+    except TypeError as problem:
+        raise UserError(
+            f"task {config.name} cannot be made with task.options {config.options}: {problem}; "
+            f"it takes seed and: {', '.join(parameters) or 'no options'}"
+        ) from problem
+    return task_class(seed=seed, **config.options)
+
+
+def _imported(path: str) -> type:
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as problem:
+        raise UserError(
+            f"task.name is {path!r}, and module {problem.name!r} cannot be imported; "
+            f"check PYTHONPATH, or take one of: {', '.join(sorted(TASKS))}"
+        ) from problem
+    found = vars(module).get(class_name)
+    if not inspect.isclass(found):
+        raise UserError(f"task.name is {path!r}, but module {module_name} has no class {class_name!r}")
+    missing = [name for name in METHODS if not callable(inspect.getattr_static(found, name, None))]
+    if missing:
+        raise UserError(f"task class {path} lacks {', '.join(missing)}; a task has the methods {', '.join(METHODS)}")
+    return found

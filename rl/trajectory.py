@@ -1,0 +1,221 @@
+"""What a rollout leaves behind: segments, samples, groups, and the buffer that carries unfinished work to the next round.
+
+A sample is a prompt and the segments that it got so far. A segment holds the tokens sampled under one weight version, with
+the log-probabilities they were sampled at. A group is the n samples of one prompt; advantages are relative to it, so it is
+used whole or not at all. Token ids are kept, never text: a continued sample is continued from the very tokens it stopped at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens
+Status = Literal["pending", "partial", "finished", "truncated"]
+
+# A sample's uid is group * UIDS_PER_GROUP + its place in the group, so it stays unique when samples_per_group changes.
+UIDS_PER_GROUP = 1 << 16
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of one prompt, at any stage. The <eos> of a finished sample is its last response token."""
+
+    uid: int
+    group: int
+    prompt_ids: tuple[int, ...]
+    segments: tuple[Segment, ...] = ()
+    status: Status = "pending"
+    reward: float | None = None  # None: not judged (yet)
+
+    @property
+    def done(self) -> bool:
+        return self.status in ("finished", "truncated")
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """One behaviour log-probability a response token."""
+        return tuple(value for segment in self.segments for value in segment.logprobs)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The weight version that each response token was sampled under."""
+        return tuple(segment.weight_version for segment in self.segments for _ in segment.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Response tokens so far."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def oldest_version(self) -> int | None:
+        return min((segment.weight_version for segment in self.segments), default=None)
+
+    def extended(self, segment: Segment, status: Status) -> Sample:
+        """This sample with one more segment and the status it has after it."""
+        assert not self.done, f"sample {self.uid} is {self.status} already"
+        return replace(self, segments=(*self.segments, segment), status=status)
+
+    def restarted(self) -> Sample:
+        """The same prompt and uid with nothing generated.
+
+        The uid seeds the sampling noise, and it stays: with new noise a sample that was too long to finish in time would
+        mostly come back shorter, and the batch would drift towards short answers.
+        """
+        return replace(self, segments=(), status="pending", reward=None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt. `id` is the index of the prompt in the task."""
+
+    id: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def done(self) -> bool:
+        return all(sample.done for sample in self.samples)
+
+    @property
+    def oldest_version(self) -> int | None:
+        versions = [sample.oldest_version for sample in self.samples]
+        return min((version for version in versions if version is not None), default=None)
+
+    def restarted(self) -> Group:
+        return Group(self.id, tuple(sample.restarted() for sample in self.samples))
+
+
+def fresh_group(group: int, prompt_ids: Sequence[int], samples: int) -> Group:
+    """A group of `samples` pending samples."""
+    assert 0 < samples < UIDS_PER_GROUP, samples
+    uids = range(group * UIDS_PER_GROUP, group * UIDS_PER_GROUP + samples)
+    return Group(group, tuple(Sample(uid=uid, group=group, prompt_ids=tuple(prompt_ids)) for uid in uids))
+
+
+class RolloutBuffer:
+    """Groups between rounds, and the cursor of the next fresh prompt.
+
+    `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full.
+    Groups handed out by `take` are in flight until `settle`; a state saved in between counts them as not yet started in this
+    round, so a run that dies in the middle of a round loses the work of that round and no prompt.
+    """
+
+    def __init__(self, recycled: Iterable[Group] = (), surplus: Iterable[Group] = (), next_group: int = 0) -> None:
+        self._recycled = deque(recycled)
+        self._surplus = deque(surplus)
+        self._in_flight: tuple[Group, ...] = ()
+        self._next_group = next_group
+
+    @property
+    def recycled(self) -> tuple[Group, ...]:
+        return tuple(self._recycled)
+
+    @property
+    def surplus(self) -> tuple[Group, ...]:
+        return tuple(self._surplus)
+
+    @property
+    def next_group(self) -> int:
+        """How many prompts have been drawn so far."""
+        return self._next_group
+
+    def restart_older_than(self, version: int) -> int:
+        """Restarts every group that has a token from before `version`; returns how many there were."""
+        stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]
+        ids = {group.id for group in stale}
+        self._surplus = deque(group for group in self._surplus if group.id not in ids)
+        kept = [group for group in self._recycled if group.id not in ids]
+        self._recycled = deque([*(group.restarted() for group in stale), *kept])
+        return len(stale)
+
+    def take(self, finished: int, total: int, fresh: Callable[[int], Group]) -> list[Group]:
+        """Groups for one round: surplus ones first, then recycled ones, then `fresh(index of the prompt)`.
+
+        `finished` surplus groups are a whole round; then nothing else is taken. Otherwise the result has `total` groups.
+        """
+        assert not self._in_flight, "the last round was not settled"
+        groups = [self._surplus.popleft() for _ in range(min(finished, len(self._surplus)))]
+        if len(groups) < finished:
+            groups += [self._recycled.popleft() for _ in range(min(total - len(groups), len(self._recycled)))]
+            for _ in range(total - len(groups)):
+                groups.append(fresh(self._next_group))
+                self._next_group += 1
+        self._in_flight = tuple(groups)
+        return groups
+
+    def settle(self, recycled: Sequence[Group], surplus: Sequence[Group]) -> None:
+        """Ends the round: takes back what is unfinished and what is finished but was not needed, each in FIFO order."""
+        assert all(group.done for group in surplus) and not any(group.done for group in recycled)
+        self._recycled.extend(recycled)
+        self._surplus.extend(surplus)
+        self._in_flight = ()
+
+    def to_state(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_state` makes an equal buffer from it, floats bit by bit (JSON writes them by repr)."""
+        surplus = [group for group in self._in_flight if group.done]
+        unfinished = [group for group in self._in_flight if not group.done]
+        return {
+            "next_group": self._next_group,
+            "surplus": [_group_state(group) for group in (*surplus, *self._surplus)],
+            "recycled": [_group_state(group) for group in (*unfinished, *self._recycled)],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RolloutBuffer:
+        return cls(
+            recycled=[_group_from(item) for item in state["recycled"]],
+            surplus=[_group_from(item) for item in state["surplus"]],
+            next_group=state["next_group"],
+        )
+
+
+def _group_state(group: Group) -> dict[str, Any]:
+    return {"id": group.id, "samples": [_sample_state(sample) for sample in group.samples]}
+
+
+def _group_from(state: dict[str, Any]) -> Group:
+    return Group(state["id"], tuple(_sample_from(state["id"], item) for item in state["samples"]))
+
+
+def _sample_state(sample: Sample) -> dict[str, Any]:
+    return {
+        "uid": sample.uid,
+        "prompt_ids": list(sample.prompt_ids),
+        "status": sample.status,
+        "reward": sample.reward,
+        "segments": [
+            {"token_ids": list(s.token_ids), "logprobs": list(s.logprobs), "weight_version": s.weight_version}
+            for s in sample.segments
+        ],
+    }
+
+
+def _sample_from(group: int, state: dict[str, Any]) -> Sample:
+    assert state["status"] in get_args(Status), state["status"]
+    segments = tuple(Segment(tuple(s["token_ids"]), tuple(s["logprobs"]), s["weight_version"]) for s in state["segments"])
+    return Sample(
+        uid=state["uid"],
+        group=group,
+        prompt_ids=tuple(state["prompt_ids"]),
+        segments=segments,
+        status=state["status"],
+        reward=state["reward"],
+    )

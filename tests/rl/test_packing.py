@@ -1,0 +1,118 @@
+"""Rows of a TrainBatch from samples and demonstrations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.errors import UserError
+from rl.packing import Document, documents_of, pack, pack_demonstrations
+from rl.trajectory import Group, Sample, Segment
+from trainer.batch import TrainBatch
+
+PAD = 2
+LENGTH = 16
+
+
+@st.composite
+def document_lists(draw: st.DrawFn) -> list[Document]:
+    """Every token of all documents is a different number, so it can be found again."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 9)), min_size=1, max_size=12))
+    next_token, documents = 100, []
+    for prompt, response in sizes:
+        ids = tuple(range(next_token, next_token + prompt + response))
+        next_token += prompt + response
+        logprobs = tuple(-(token % 97) / 64 for token in ids[prompt:])
+        documents.append(Document(ids[:prompt], ids[prompt:], logprobs, advantage=(ids[0] % 13) / 8 - 0.5))
+    return documents
+
+
+def packed(
+    documents: list[Document], aggregation: Literal["token", "sequence"] = "token", multiple: int = 1, length: int = LENGTH
+) -> TrainBatch:
+    return pack(documents, sequence_length=length, rows_multiple_of=multiple, aggregation=aggregation, pad_id=PAD)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(document_lists(), st.sampled_from(["token", "sequence"]), st.integers(1, 4))
+def test_every_response_token_is_learned_exactly_once_with_its_own_numbers(
+    documents: list[Document], aggregation: Literal["token", "sequence"], multiple: int
+) -> None:
+    batch = packed(documents, aggregation, multiple)
+    assert batch.tokens_BS.shape[1] == LENGTH and batch.num_rows % multiple == 0
+    learned = batch.weights_BS > 0
+    expected = {
+        token: (1.0 if aggregation == "token" else 1 / len(document.response_ids), document.advantage, logprob)
+        for document in documents
+        for token, logprob in zip(document.response_ids, document.behaviour_logprobs, strict=True)
+    }
+    assert sorted(batch.targets_BS[learned].tolist()) == sorted(expected)
+    columns = (batch.weights_BS, batch.extras["advantages"], batch.extras["behaviour_logprobs"])
+    for token, *numbers in zip(batch.targets_BS[learned].tolist(), *(c[learned].tolist() for c in columns), strict=True):
+        assert numbers == pytest.approx(expected[token])
+    for column in columns:
+        assert not column[~learned].any()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(document_lists())
+def test_documents_stay_whole_in_order_and_apart(documents: list[Document]) -> None:
+    batch = packed(documents, multiple=2)
+    found = []
+    for row in range(batch.num_rows):
+        numbers = batch.documents_BS[row]
+        used = numbers[numbers >= 0].tolist()
+        assert used == sorted(used) and set(used) == set(range(len(set(used)))), "numbers count up along the row"
+        assert (numbers[len(used) :] == -1).all(), "padding stands behind the documents"
+        assert (batch.tokens_BS[row, len(used) :] == PAD).all()
+        for number in set(used):
+            places = numbers == number
+            found.append((*batch.tokens_BS[row, places].tolist(), batch.targets_BS[row, places][-1].item()))
+            assert batch.targets_BS[row, places][:-1].tolist() == batch.tokens_BS[row, places][1:].tolist()
+    assert sorted(found) == sorted(document.prompt_ids + document.response_ids for document in documents)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(document_lists())
+def test_sequence_aggregation_gives_every_sample_the_same_share(documents: list[Document]) -> None:
+    assert packed(documents, "sequence").weights_BS.sum().item() == pytest.approx(len(documents), rel=1e-5)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(document_lists())
+def test_packing_is_deterministic_and_uses_rows_well(documents: list[Document]) -> None:
+    first, second = packed(documents), packed(documents)
+    assert torch.equal(first.tokens_BS, second.tokens_BS) and torch.equal(first.documents_BS, second.documents_BS)
+    filled = (first.documents_BS >= 0).sum(dim=1)
+    assert (filled <= LENGTH // 2).sum() <= 1, "two rows that are at most half full would have been one"
+
+
+def test_the_last_token_takes_no_place_and_one_more_is_an_error_with_numbers() -> None:
+    ids = tuple(range(10))
+    document = Document(ids[:4], ids[4:], (0.0,) * 6, 1.0)
+    assert packed([document], length=9).tokens_BS.tolist() == [list(range(9))]
+    with pytest.raises(UserError, match=r"4 prompt and 6 response tokens .* loop.sequence_length = 8.*max_new_tokens"):
+        packed([document], length=8)
+
+
+def test_samples_become_documents_with_the_advantages_of_their_group() -> None:
+    def sample(uid: int, reward: float | None) -> Sample:
+        first, second = Segment((uid + 10,), (-0.5,), 0), Segment((uid + 20, 1), (-0.25, -0.125), 1)
+        return Sample(uid, 0, (7, 8), (first, second), "finished", reward)
+
+    group = Group(0, tuple(sample(uid, reward) for uid, reward in enumerate((1.0, 0.0, None))))
+    documents = documents_of([group], normalize_std=False)
+    assert [document.advantage for document in documents] == [0.5, -0.5], "a sample without a reward is left out"
+    assert documents[1] == Document((7, 8), (11, 21, 1), (-0.5, -0.25, -0.125), -0.5)
+
+
+def test_demonstrations_learn_the_answer_and_not_the_prompt() -> None:
+    batch = pack_demonstrations([([5, 6, 7], [8, 1]), ([5], [9, 1])], sequence_length=6, rows_multiple_of=2, pad_id=PAD)
+    assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 5, 9], [PAD] * 6]
+    assert batch.targets_BS.tolist() == [[6, 7, 8, 1, 9, 1], [PAD] * 6]
+    assert batch.weights_BS.tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
+    assert batch.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1], [-1] * 6]

@@ -1,0 +1,115 @@
+"""Samples, groups and the rollout buffer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl.trajectory import Group, RolloutBuffer, Sample, Segment, Status, fresh_group
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> Segment:
+    tokens = draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4))
+    logprobs = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens)))
+    return Segment(tuple(tokens), tuple(logprobs), draw(st.integers(0, 9)))
+
+
+@st.composite
+def groups(draw: st.DrawFn, done: bool) -> Group:
+    group_id = draw(st.integers(0, 10**9))
+    samples = []
+    for sample in fresh_group(group_id, draw(st.lists(st.integers(0, 99), min_size=1, max_size=3)), 2).samples:
+        parts = draw(st.lists(segments(), min_size=1, max_size=3))
+        statuses: tuple[Status, ...] = ("finished", "truncated") if done or sample.uid % 2 else ("partial",)
+        last: Status = draw(st.sampled_from(statuses))
+        for index, part in enumerate(parts):
+            sample = sample.extended(part, last if index == len(parts) - 1 else "partial")
+        samples.append(sample)
+    return Group(group_id, tuple(samples))
+
+
+def fresh(index: int) -> Group:
+    return fresh_group(index, (1, 2), 2)
+
+
+def test_sample_properties_join_the_segments_in_order() -> None:
+    sample = Sample(uid=3, group=0, prompt_ids=(9,))
+    assert (sample.length, sample.oldest_version, sample.done) == (0, None, False)
+    sample = sample.extended(Segment((4, 5), (-0.5, -0.25), 2), "partial").extended(Segment((6,), (-1.0,), 4), "finished")
+    assert sample.response_ids == (4, 5, 6)
+    assert sample.logprobs == (-0.5, -0.25, -1.0)
+    assert sample.versions == (2, 2, 4)
+    assert (sample.length, sample.oldest_version, sample.done) == (3, 2, True)
+
+
+def test_a_done_sample_cannot_be_extended_and_lengths_of_a_segment_must_agree() -> None:
+    done = Sample(uid=0, group=0, prompt_ids=(1,)).extended(Segment((4,), (-1.0,), 0), "truncated")
+    with pytest.raises(AssertionError, match="truncated already"):
+        done.extended(Segment((5,), (-1.0,), 0), "finished")
+    with pytest.raises(AssertionError):
+        Segment((1, 2), (-0.5,), 0)
+
+
+def test_uids_are_unique_across_groups_of_different_sizes() -> None:
+    uids = [sample.uid for index, size in enumerate((8, 2, 64, 1)) for sample in fresh_group(index, (1,), size).samples]
+    assert len(set(uids)) == len(uids)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(groups(done=False), max_size=3), st.lists(groups(done=True), max_size=3), st.integers(0, 10**6))
+def test_buffer_survives_json_bit_by_bit(recycled: list[Group], surplus: list[Group], cursor: int) -> None:
+    buffer = RolloutBuffer(recycled, surplus, cursor)
+    again = RolloutBuffer.from_state(json.loads(json.dumps(buffer.to_state())))
+    assert again.recycled == tuple(recycled)
+    assert again.surplus == tuple(surplus)
+    assert again.next_group == cursor
+
+
+def finished(index: int, version: int = 0) -> Group:
+    part = Segment((7,), (-1.0,), version)
+    return Group(index, tuple(sample.extended(part, "finished") for sample in fresh(index).samples))
+
+
+def partial(index: int, version: int = 0) -> Group:
+    first, second = finished(index, version).samples[0], fresh(index).samples[1]
+    return Group(index, (first, second))
+
+
+def test_take_gives_surplus_then_recycled_then_fresh_groups() -> None:
+    buffer = RolloutBuffer(recycled=[partial(1), partial(2)], surplus=[finished(3)], next_group=4)
+    assert [group.id for group in buffer.take(2, 5, fresh)] == [3, 1, 2, 4, 5]
+    assert buffer.next_group == 6
+
+
+def test_take_starts_nothing_when_the_surplus_is_a_whole_round() -> None:
+    buffer = RolloutBuffer(recycled=[partial(1)], surplus=[finished(2), finished(3), finished(4)], next_group=5)
+    assert [group.id for group in buffer.take(2, 4, fresh)] == [2, 3]
+    buffer.settle([], [])
+    assert [group.id for group in (*buffer.recycled, *buffer.surplus)] == [1, 4]
+    assert buffer.next_group == 5
+
+
+def test_state_saved_in_the_middle_of_a_round_holds_what_is_in_flight_and_takes_it_again() -> None:
+    buffer = RolloutBuffer(recycled=[partial(1), partial(2)], surplus=[finished(0)], next_group=3)
+    taken = buffer.take(2, 4, fresh)
+    again = RolloutBuffer.from_state(buffer.to_state())
+    assert again.take(2, 4, fresh) == taken
+    assert again.next_group == buffer.next_group == 4
+    with pytest.raises(AssertionError, match="not settled"):
+        buffer.take(2, 4, fresh)
+
+
+def test_restart_older_than_restarts_the_whole_group_and_keeps_its_uids() -> None:
+    buffer = RolloutBuffer(recycled=[partial(1, version=4), partial(2, version=6)], surplus=[finished(3, 4), finished(4, 5)])
+    assert buffer.restart_older_than(5) == 2
+    assert [group.id for group in buffer.surplus] == [4]
+    assert [group.id for group in buffer.recycled] == [3, 1, 2]
+    assert buffer.recycled[1] == fresh(1)
+    assert buffer.recycled[2] == partial(2, version=6)
+    assert buffer.restart_older_than(5) == 0

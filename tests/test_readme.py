@@ -1,0 +1,72 @@
+"""What the README says is so: its file map, options, metrics and example are checked against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.cli import group_choices, option_names
+from rl.rewards.task import Prompt, Task
+from rl.rewards.tasks import make_task
+from tests.test_architecture import ROOMS
+from trainer.config import PretrainConfig, RLConfig, TaskConfig
+from trainer.metrics import METRICS
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+ROOTS = {"pretrain": PretrainConfig, "rl": RLConfig}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_file_map_names_every_module_and_no_other() -> None:
+    room, named = "", set()
+    for line in README.split("## Where things are")[1].split("```")[1].splitlines():
+        if line and not line.startswith(" "):
+            room = line.split("/")[0]
+        named |= {f"{room}/{name}" for name in re.findall(r"[\w/]+\.py", line)}
+    files = {str(f.relative_to(REPOSITORY)) for r in ROOMS for f in (REPOSITORY / r).rglob("*.py") if f.name != "__init__.py"}
+    assert named == files, f"only in the map: {named - files}; only on disk: {files - named}"
+
+
+def test_metrics_and_options_in_the_readme_exist() -> None:
+    quoted = [word for code in re.findall(r"`([^`\n]+)`", README) for word in code.split()]
+    options = {name for root in ROOTS.values() for name in option_names(root)}
+    groups = {f"{g}={c}" for name, root in ROOTS.items() for g, cs in group_choices(root, name).items() for c in cs}
+    checked = 0
+    for word in quoted:
+        if re.fullmatch(r"(train|eval|moe|rollout|reward|policy|sync|perf|time|mem)/[a-z_]+", word):
+            assert word in METRICS, word
+        elif re.fullmatch(r"[a-z]+\.[a-z_]+(=\S+)?", word) and not word.endswith((".py", ".html", ".jsonl", ".convert", ".rl")):
+            assert word.partition("=")[0] in options, word
+        elif re.fullmatch(r"[a-z]+=[a-z_]+", word):
+            assert word in groups or word.partition("=")[0] in options, word
+        else:
+            continue
+        checked += 1
+    assert checked > 30
+
+
+def test_the_commands_in_the_readme_name_real_modules_and_options() -> None:
+    options = {name for root in ROOTS.values() for name in option_names(root)} | {"experiment", "task.options"}
+    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", README, re.MULTILINE)
+    assert len(commands) >= 7
+    for module, rest in commands:
+        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
+        for argument in re.findall(r"'?([\w.]+)=", rest.partition("#")[0]):
+            assert argument in options, argument
+
+
+def test_the_task_in_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    (tmp_path / "capitals.py").write_text(code[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = make_task(TaskConfig(name="capitals:Capitals", options={}, eval_prompts=1), seed=0)
+    assert isinstance(task, Task)
+    prompt, text = task.demonstration(1)
+    assert isinstance(prompt, Prompt) and task.score(prompt, text, True) == 1.0 and task.score(prompt, text, False) == 0.0

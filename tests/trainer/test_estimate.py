@@ -1,0 +1,111 @@
+"""The plan before a run adds up, and its memory follows what the trainer really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launch.cli import load
+from parallel.moe_layer import LocalExperts
+from trainer.config import ModelConfig, PretrainConfig, RLConfig
+from trainer.estimate import budget_lines, flops_per_token, in_gib, memory_per_rank, millions, scaled
+from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.transformer import LanguageModel, parameter_counts
+
+CONFIG = load(PretrainConfig, "pretrain", [])
+MODEL = CONFIG.model.model_copy(update={"vocab_size": 2048})
+
+
+def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of the distinct tensors, parameters aside, that autograd saves in a forward pass."""
+    whole = LanguageModel.initialize(model, seed=0)
+    dense = whole.dense.to(dtype)
+    pairs = list(zip(whole.experts.gate_up_LECD.to(dtype), whole.experts.down_LEDF.to(dtype), strict=True))
+    for weight in (w for pair in pairs for w in pair):
+        weight.requires_grad_()
+    parameters = {p.untyped_storage().data_ptr() for p in [*dense.parameters(), *(w for pair in pairs for w in pair)]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    documents_BS = torch.zeros(rows, length, dtype=torch.int32)
+    tokens_BS = torch.randint(model.vocab_size or 0, (rows, length), generator=torch.Generator().manual_seed(0))
+    bias_LE = torch.zeros(model.num_moe_layers, model.num_experts)
+    experts = [LocalExperts(*pair) for pair in pairs]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        dense(tokens_BS, positions_of(documents_BS), documents_BS >= 0, PackedAttention(documents_BS), experts, bias_LE)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": False, "num_shared_experts": 0, "top_k": 4}, {"num_dense_layers": 4, "dense_hidden_size": 1024}]
+)
+def test_activations_are_what_autograd_keeps_within_a_fifth(dtype: str, changes: dict[str, object]) -> None:
+    model = MODEL.model_copy(update=changes)
+    measured = kept_for_backward(model, rows=4, length=256, dtype=getattr(torch, dtype))
+    estimated = memory_per_rank(model, 1, 4, 256, dtype, zero_stage=1, recompute=False).activations
+    assert estimated == pytest.approx(measured, rel=0.2)
+
+
+def test_state_of_one_float32_rank_is_exact() -> None:
+    counts = parameter_counts(MODEL)
+    memory = memory_per_rank(MODEL, 1, 1, 256, "float32", zero_stage=1, recompute=False)
+    assert memory.parameters == memory.gradients == 4 * counts.total
+    experts = counts.total - counts.dense
+    assert memory.optimizer_state == 12 * counts.dense + 8 * experts  # an expert in float32 is its own master
+    assert memory.total == memory.parameters * 2 + memory.optimizer_state + memory.activations + memory.logits
+
+
+def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:
+    def plan(ranks: int = 2, stage: int = 1, recompute: bool = False) -> tuple[int, int, int, int]:
+        memory = memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", stage, recompute)
+        return memory.parameters, memory.gradients, memory.optimizer_state, memory.activations
+
+    assert plan(ranks=4)[0] < plan()[0] and plan(ranks=4)[2] == plan()[2] // 2
+    assert plan(stage=2)[1] < plan()[1] and plan(stage=2)[2] == plan()[2]
+    assert plan(recompute=True)[3] < 0.5 * plan()[3] and plan(recompute=True)[:3] == plan()[:3]
+
+
+def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:
+    untied = MODEL.model_copy(update={"tie_embeddings": False})
+    assert flops_per_token(MODEL, 256) == flops_per_token(untied, 256)
+    attention = 6 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * 256
+    assert flops_per_token(MODEL, 256) == 6 * parameter_counts(MODEL).active + attention
+
+
+def test_the_plan_of_a_pretraining_spells_out_its_arithmetic() -> None:
+    text = "\n".join(budget_lines(CONFIG, MODEL, 2, "float32", "no GPU"))
+    for part in (
+        "16 rows x 256 tokens = 4,096",
+        "160 steps x 4,096 tokens = 655,360",
+        "2 x 4 experts a layer",
+        "float32: no GPU",
+    ):
+        assert part in text
+    assert millions(parameter_counts(MODEL).total) in text
+    assert all(len(line) <= 128 for line in text.splitlines())
+
+
+def test_the_plan_of_an_rl_run_counts_samples() -> None:
+    config = load(RLConfig, "rl", ["checkpoint=a", "rollout.groups=4", "rollout.samples_per_group=8", "loop.rounds=10"])
+    text = "\n".join(budget_lines(config, MODEL, 1, "float32", "asked"))
+    assert "4 groups x 8 samples = 32" in text and "10 rounds x 32 samples = 320" in text and "2 times as many groups" in text
+
+
+def test_a_published_model_has_its_published_size() -> None:
+    config = load(PretrainConfig, "pretrain", ["model=qwen3_30b_a3b", "balance=frozen"])
+    counts = parameter_counts(config.model.model_copy(update={"vocab_size": 151936}))
+    assert millions(counts.total) == "30.53 billion" and millions(counts.active) == "3.35 billion"
+
+
+@pytest.mark.parametrize(("number", "text"), [(999, "999"), (1.234e6, "1.23 M"), (9.68e21, "9.68 Z")])
+def test_large_numbers_are_short(number: float, text: str) -> None:
+    assert scaled(number) == text
+
+
+def test_sizes_have_their_unit() -> None:
+    assert (in_gib(5 * 2**20), in_gib(3 * 2**30)) == ("5.0 MiB", "3.00 GiB")

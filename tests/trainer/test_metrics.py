@@ -1,0 +1,125 @@
+"""Metrics are declared once, and a record, a line and a table never show anything else."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.metrics import (
+    COLUMNS,
+    CONSOLE,
+    LOAD,
+    METRICS,
+    SUMMARY,
+    Stage,
+    clock,
+    console_line,
+    emit,
+    markdown_table,
+    read_records,
+    summary,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+SCALARS = [key for key in METRICS if key != LOAD]
+
+
+def test_keys_are_grouped_snake_case_and_declared_once() -> None:
+    for key, metric in METRICS.items():
+        assert key == metric.key
+        assert re.fullmatch(r"(train|eval|moe|reward|rollout|policy|sync|perf|time|mem)/[a-z][a-z0-9_]*", key)
+        assert metric.meaning and metric.label and "|" not in metric.meaning
+        assert metric.text(0.5)
+
+
+def test_units_agree_with_the_suffix_of_the_key() -> None:
+    suffixes = {"_per_s": "tokens/s", "_s": "s", "_gib": "GiB", "_share": "share", "_samples": "samples", "_groups": "groups"}
+    for key, metric in METRICS.items():
+        expected = next((unit for suffix, unit in suffixes.items() if key.endswith(suffix)), metric.unit)
+        assert metric.unit == expected, key
+
+
+def test_console_and_summary_show_declared_numbers() -> None:
+    for keys in (*CONSOLE.values(), *SUMMARY.values()):
+        assert set(keys) <= set(SCALARS) and len(set(keys)) == len(keys)
+
+
+def test_every_key_in_the_code_is_declared() -> None:
+    """Strings that look like a key, anywhere in trainer/ and rl/, are in the table."""
+    groups = {key.split("/")[0] for key in METRICS} - {"time"}
+    pattern = re.compile(rf"({'|'.join(groups)}|time)/[a-z_]+")
+    for file in [
+        *(REPOSITORY / "trainer").rglob("*.py"),
+        *(REPOSITORY / "rl").rglob("*.py"),
+        *(REPOSITORY / "launch").rglob("*.py"),
+    ]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and pattern.fullmatch(node.value):
+                assert node.value in METRICS or node.value in ("train/step", "rollout/round"), (
+                    f"{file}:{node.lineno} {node.value}"
+                )
+
+
+def test_an_undeclared_key_is_refused_with_the_nearest() -> None:
+    with pytest.raises(KeyError, match=r"train/los is not declared in trainer/metrics.py; the nearest is train/loss"):
+        emit({"train/los": 1.0})
+
+
+def test_emit_keeps_the_values_in_the_order_of_the_table() -> None:
+    assert list(emit({"mem/peak_gib": 1.0, "train/loss": 2.0})) == ["train/loss", "mem/peak_gib"]
+
+
+@given(
+    st.sampled_from(["pretrain", "rl"]),
+    st.dictionaries(st.sampled_from(SCALARS), st.floats(-1e6, 1e6)),
+    st.integers(0, 10**6),
+    st.floats(0, 1e6) | st.none(),
+)
+def test_a_console_line_is_one_short_line_without_control_characters(
+    stage: Stage, values: dict[str, float], step: int, eta_s: float | None
+) -> None:
+    line = console_line(stage, step, 10**6, {**values, LOAD: [[1.0]]}, eta_s)
+    assert len(line) <= COLUMNS and line.isprintable()
+    assert ("ETA" in line) == (eta_s is not None)
+
+
+def test_a_console_line_reads_as_it_should() -> None:
+    values = {"train/loss": 3.21456, "moe/max_vio": 0.3, "perf/tokens_per_s": 12345.6, "time/step_s": 0.4, "train/lr": 1.0}
+    assert (
+        console_line("pretrain", 40, 160, values, 65)
+        == "step  40/160  loss 3.2146  MaxVio 0.300  tok/s 12,346  step 0.40 s  ETA 1:05"
+    )
+    assert (
+        console_line("rl", 1, 30, {"reward/mean": 0.5, "rollout/stale_token_share": 0.12}, None)
+        == "round  1/30  reward 0.500  stale 12%"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3600, "1:00:00"), (360000, "100:00:00")]
+)
+def test_durations_read_as_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_the_documentation_has_a_row_for_each_metric() -> None:
+    rows = markdown_table().splitlines()
+    assert len(rows) == 2 + len(METRICS) and all(row.count("|") == 4 for row in rows)
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_records(file) == []
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_records(file) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_summary_has_first_and_last_values_that_exist() -> None:
+    records = [{"eval/bits_per_byte": 3.5}, {"train/loss": 7.0}, {"train/loss": 3.0, "eval/bits_per_byte": 1.5, LOAD: [[1.0]]}]
+    changes = {change.label: (change.first, change.last) for change in summary("pretrain", records)}
+    assert changes == {"loss": ("7.0000", "3.0000"), "bits/byte": ("3.500", "1.500")}

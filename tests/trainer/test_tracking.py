@@ -1,0 +1,161 @@
+"""One call reaches the console, metrics.jsonl and W&B, and says nothing that it should not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb.errors import CommError
+
+from kernels.errors import UserError
+from launch.cli import load
+from trainer import tracking
+from trainer.config import LoggerConfig, PretrainConfig
+from trainer.metrics import Change, read_records
+from trainer.run_dir import RunDir, read_status
+from trainer.tracking import Tracker, summary_table
+
+OFF = LoggerConfig(wandb="off", project="tessera", entity=None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunDir]:
+    run = RunDir.open(load(PretrainConfig, "pretrain", [f"runs_dir={tmp_path}"]), "pretrain")
+    yield run
+    run.lock.close()
+
+
+def test_a_step_is_a_record_and_a_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+        tracker.log(0, {"eval/loss": 4.0})
+        tracker.log(1, {"train/loss": 3.0, "train/tokens": 100, "time/train_s": 0.5, "moe/load": [[0.5, 0.5]]})
+        tracker.log(2, {"train/loss": 2.0})
+    first, second, third = read_records(run.metrics_file)
+    assert (first["stage"], first["step"], first["eval/loss"]) == ("pretrain", 0, 4.0)
+    assert second["perf/tokens_per_s"] == 200 and second["moe/load"] == [[0.5, 0.5]]
+    assert "time/step_s" not in first and isinstance(third["time/step_s"], float)
+    assert isinstance(third["mem/peak_gib"], float) and third["mem/peak_gib"] > 0
+    out = capsys.readouterr().out
+    assert "step 1/2  loss 3.0000" in out and "ETA" in out
+    assert all(line.isprintable() and len(line) <= 120 for line in out.splitlines())
+    assert out.splitlines()[0].endswith(run.note)
+    assert "loss" in out.splitlines()[-3] or "2.0000" in out  # the closing table
+    assert read_status(run.path)["state"] == "finished"
+    log = run.log_file("driver").read_text()
+    assert "step 2/2" in log and run.note in log
+
+
+def test_a_step_after_a_restart_has_no_step_time(run: RunDir) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=9) as tracker:
+        for step in (1, 2, 3, 2, 3):
+            tracker.log(step, {"train/loss": 1.0})
+    assert ["time/step_s" in record for record in read_records(run.metrics_file)] == [False, True, True, False, True]
+
+
+def test_a_failure_is_written_down_and_passed_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="boom"), Tracker(run, "pretrain", OFF, total_steps=2):
+        raise RuntimeError("boom")
+    assert read_status(run.path)["state"] == "failed"
+    assert "stopped" in capsys.readouterr().out
+
+
+def test_an_undeclared_key_writes_nothing(run: RunDir) -> None:
+    with pytest.raises(KeyError, match="nearest is train/loss"), Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+        tracker.log(1, {"train/los": 1.0})
+    assert not run.metrics_file.exists()
+
+
+def test_records_that_cannot_be_written_are_a_message(run: RunDir) -> None:
+    run.metrics_file.mkdir()
+    with (
+        pytest.raises(UserError, match=r"metrics.jsonl cannot be written"),
+        Tracker(run, "pretrain", OFF, total_steps=2) as tracker,
+    ):
+        tracker.log(1, {"train/loss": 1.0})
+
+
+class FakeWandb:
+    """Stands for wandb: remembers what it was asked."""
+
+    def __init__(self, unreachable: bool = False) -> None:
+        self.unreachable, self.calls, self.logged, self.axes = unreachable, [], [], []
+        self.exit_code: int | None = None
+
+    def init(self, **arguments: object) -> FakeWandb:
+        self.calls.append(arguments)
+        if self.unreachable and arguments["mode"] == "online":
+            raise CommError("no route to host")
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+def track(run: RunDir, wandb: FakeWandb, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking.wandb, "init", wandb.init)
+    logger = LoggerConfig.model_validate({"wandb": mode, "project": "tessera", "entity": None})
+    with Tracker(run, "pretrain", logger, total_steps=1) as tracker:
+        tracker.log(1, {"train/loss": 1.0, "moe/load": [[1.0]]})
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "expected"), [("auto", "", "offline"), ("auto", "k", "online"), ("offline", "k", "offline")]
+)
+def test_wandb_is_online_only_when_asked_or_with_a_key(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, mode: str, key: str, expected: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    wandb = FakeWandb()
+    track(run, wandb, mode, monkeypatch)
+    (call,) = wandb.calls
+    assert (call["mode"], call["id"], call["resume"], call["dir"]) == (expected, run.id, "allow", run.path)
+    assert wandb.axes == [("train/step", None), ("*", "train/step")]
+    assert wandb.logged[0]["train/step"] == 1 and "moe/load" not in wandb.logged[0]
+    assert wandb.exit_code == 0
+
+
+def test_without_a_network_wandb_goes_offline_and_says_so(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = FakeWandb(unreachable=True)
+    track(run, wandb, "online", monkeypatch)
+    assert [call["mode"] for call in wandb.calls] == ["online", "offline"]
+    out = capsys.readouterr().out
+    assert "W&B cannot be reached (no route to host)" in out and "wandb sync" in out
+
+
+def test_the_real_wandb_writes_offline_into_the_run_without_the_key(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    offline = LoggerConfig(wandb="offline", project="tessera", entity=None)
+    with Tracker(run, "pretrain", offline, total_steps=1) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+    written = list((run.path / "wandb").glob(f"offline-run-*-{run.id}/run-{run.id}.wandb"))
+    assert len(written) == 1
+    for file in run.path.rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file
+    assert "wandb" not in capfd.readouterr().err
+
+
+def test_the_table_has_a_row_for_each_change() -> None:
+    text = summary_table([Change("loss", "nats", "7.1", "3.2"), Change("MaxVio", "", "1.5", "0.1")], title="demo")
+    assert all(part in text for part in ("demo", "first", "last", "loss", "nats", "7.1", "3.2", "MaxVio"))
+    assert "\x1b" not in text
+
+
+def test_records_are_json_lines_that_end(run: RunDir) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        text = run.metrics_file.read_text()  # flushed at once
+        assert text.endswith("}\n") and json.loads(text)["step"] == 1
