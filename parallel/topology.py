@@ -52,7 +52,7 @@ def serve_store(host: str, timeout_s: float) -> dist.TCPStore:
 def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> World:
     """Forms the default process group: NCCL for GPUs, gloo for CPUs. Blocks until all `size` ranks have joined."""
     # DeepSpeed reads its place in the world from the environment, whatever group exists.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(device.index or 0))
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

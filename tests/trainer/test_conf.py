@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,10 @@ def test_every_file_is_reached_by_some_command() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 def test_every_file_begins_with_a_comment_that_says_what_it_is(file: Path) -> None:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    first = lines[1] if lines[0] == "# @package _global_" else lines[0]
-    assert first.startswith("# ") and first.endswith((".", "`.")), first
-    assert len(first) <= 128
+    lines = file.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+    assert comment.endswith((".", "`.")), comment
+    assert max(map(len, lines)) <= 128
 
 
 @pytest.mark.parametrize("name", ROOTS)

@@ -12,7 +12,7 @@ from trainer.estimate import budget_lines, flops_per_token, in_gib, memory_per_r
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel, parameter_counts
 
-CONFIG = load(PretrainConfig, "pretrain", [])
+CONFIG = load(PretrainConfig, "pretrain", ["train.steps=160", "train.batch_rows=16", "train.sequence_length=256"])
 MODEL = CONFIG.model.model_copy(update={"vocab_size": 2048})
 
 
@@ -91,7 +91,11 @@ def test_the_plan_of_a_pretraining_spells_out_its_arithmetic() -> None:
 
 
 def test_the_plan_of_an_rl_run_counts_samples() -> None:
-    config = load(RLConfig, "rl", ["checkpoint=a", "rollout.groups=4", "rollout.samples_per_group=8", "loop.rounds=10"])
+    config = load(
+        RLConfig,
+        "rl",
+        ["checkpoint=a", "rollout.groups=4", "rollout.samples_per_group=8", "rollout.over_provision=2", "loop.rounds=10"],
+    )
     text = "\n".join(budget_lines(config, MODEL, 1, "float32", "asked"))
     assert "4 groups x 8 samples = 32" in text and "10 rounds x 32 samples = 320" in text and "2 times as many groups" in text
 

@@ -91,14 +91,14 @@ def test_resume_without_such_a_run_says_so_and_starts_one(tmp_path: Path) -> Non
 
 
 def test_resume_refuses_options_that_change_the_numbers_and_lists_them_all(tmp_path: Path) -> None:
-    finished(tmp_path, "run_name=mine")
+    finished(tmp_path, "run_name=mine", "train.steps=160", "optimizer.lr=0.25")
     changed = config(
         tmp_path, "run_name=mine", "resume=auto", "train.steps=99", "optimizer.lr=0.5", "data=text", "data.paths=[a]"
     )
     with pytest.raises(UserError) as caught:
         RunDir.open(changed, "pretrain")
     text = str(caught.value)
-    assert "optimizer.lr: 0.002 in the run, 0.5 now" in text and "train.steps: 160 in the run, 99 now" in text
+    assert "optimizer.lr: 0.25 in the run, 0.5 now" in text and "train.steps: 160 in the run, 99 now" in text
     assert 'data.kind: "stdlib" in the run, "text" now' in text and 'data.paths: null in the run, ["a"] now' in text
     assert "resume=never" in text and "resume:" not in text
     assert read_status(tmp_path / "mine")["attempt"] == 1
