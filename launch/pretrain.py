@@ -25,9 +25,9 @@ def pretrain(config: PretrainConfig) -> Path | None:
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
+    corpus = prepare(config.data, config.tokenizer, say=print)  # a mistake in the data leaves no run folder behind
     run = RunDir.open(config, "pretrain")
     with Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
-        corpus = prepare(config.data, config.tokenizer, tracker.say)
         model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason):

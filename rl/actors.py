@@ -12,6 +12,7 @@ from rl.trajectory import Sample
 from trainer.cluster import Placement, Processes, gather
 from trainer.config import ModelConfig
 from trainer.run_dir import RunDir
+from trainer.weights import PackedTensors, unpack
 from trainer.worker import log_to
 
 
@@ -22,6 +23,9 @@ class EngineActor(Engine):
         log_to(log_file)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         super().__init__(config, settings, device, getattr(torch, dtype))
+
+    def receive(self, weights: PackedTensors, version: int) -> None:
+        self.load_weights(unpack(weights), version)
 
 
 class RayPool:
@@ -40,7 +44,7 @@ class RayPool:
         """Brings the ranks' weights to all engines: rank 0 puts them into Ray's object store, each engine reads them there."""
         refs = {name: actor.weights.remote() for name, actor in ranks.actors.items()}
         weights = next(iter(refs.values()))
-        loads = {name: actor.load_weights.remote(weights, version) for name, actor in self.engines.actors.items()}
+        loads = {name: actor.receive.remote(weights, version) for name, actor in self.engines.actors.items()}
         gather({**{name: ref for name, ref in refs.items() if ref is not weights}, **loads})
 
     def submit(self, samples: Sequence[Sample]) -> None:

@@ -104,7 +104,8 @@ def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[st
 def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, world: World) -> None:
     if world.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
-    causes = [error] if isinstance(error, OSError) else error.failures.values()
+    # The other ranks' failures arrive as (exception, traceback).
+    causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
     numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
     free_mib = shutil.disk_usage(folder.parent).free / 2**20
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or free_mib < 1:

@@ -27,6 +27,7 @@ from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.model.hf import load_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
+from trainer.weights import PackedTensors, pack
 
 Metrics = dict[str, float | list[list[float]]]
 log = logging.getLogger("tessera")
@@ -135,14 +136,14 @@ class TrainWorker:
         tensors = {name: t[mine] if name.startswith("experts.") else t for name, t in named_tensors(model)}
         self.trainer.load_state(tensors, with_moments=False, updates=0)
 
-    def weights(self) -> dict[str, Tensor] | None:
-        """`LanguageModel.state` in the dtype that the ranks compute with, on the CPU: from rank 0; None elsewhere."""
+    def weights(self) -> PackedTensors | None:
+        """`LanguageModel.state` in the dtype that the ranks compute with: from rank 0; None elsewhere."""
         gathered = [gather(weight.detach(), self.world) for weight in self.trainer.experts.weights]
         if self.rank > 0:
             return None
         experts = ExpertWeights(torch.stack(gathered[::2]), torch.stack(gathered[1::2]))
         model = LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
-        return {name: tensor.detach().cpu() for name, tensor in model.state().items()}
+        return pack(model.state())
 
 
 def gather(shard: Tensor, world: World) -> Tensor:

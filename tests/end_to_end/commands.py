@@ -1,0 +1,55 @@
+"""Starting the commands as a person would, in processes of their own, and reading what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(module: str, *arguments: str) -> subprocess.Popen[str]:
+    """`python -m launch.<module> arguments`, with the threads of this machine and not the one of the test session."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", f"launch.{module}", *arguments]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(module: str, *arguments: str, timeout_s: float = 280) -> str:
+    """Runs to the end; returns the output of a successful command, fails with it otherwise."""
+    process = start(module, *arguments)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl, also while it is being written."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def series(run_dir: Path, key: str) -> dict[int, float]:
+    """step -> value, where it was recorded; no step twice."""
+    found = [(record["step"], record[key]) for record in records(run_dir) if key in record]
+    assert len(found) == len(dict(found)), "a step was recorded twice"
+    return dict(found)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while not any(record["step"] >= step for record in records(run_dir)):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline, f"step {step} was not reached in 150 s"
+        time.sleep(0.02)

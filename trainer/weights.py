@@ -1,0 +1,47 @@
+"""Tensors as one block of bytes, for the way from the trainer to the engines.
+
+Ray moves a NumPy array through shared memory without a copy, while it would serialise each tensor of a dictionary by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes; every tensor starts at a multiple, so that it can be viewed in its dtype
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """`layout` says for each name where its bytes begin, its dtype ("bfloat16") and its shape."""
+
+    data: NDArray[np.uint8]
+    layout: Mapping[str, tuple[int, str, tuple[int, ...]]]
+
+
+def pack(tensors: Mapping[str, Tensor]) -> PackedTensors:
+    """Copies tensors of any device into one block on the CPU."""
+    layout, end = {}, 0
+    for name, tensor in tensors.items():
+        layout[name] = (end, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    data = torch.zeros(end, dtype=torch.uint8)
+    for (start, _, _), tensor in zip(layout.values(), tensors.values(), strict=True):
+        data[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8).cpu()
+    return PackedTensors(data.numpy(), layout)
+
+
+def unpack(packed: PackedTensors) -> dict[str, Tensor]:
+    """The tensors, as views of the block; it may be read-only, so they are for reading."""
+    block = torch.frombuffer(memoryview(packed.data), dtype=torch.uint8) if packed.data.size else torch.empty(0)
+    tensors = {}
+    for name, (start, dtype_name, shape) in packed.layout.items():
+        dtype = getattr(torch, dtype_name)
+        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        tensors[name] = block[start : start + size].view(dtype).view(shape)
+    return tensors
