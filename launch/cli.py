@@ -26,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from kernels.errors import UserError
+from parallel.dense import NonFiniteGradient
+from trainer.cluster import ProcessLost
 from trainer.config import ModelConfig, PretrainConfig, RLConfig, RunConfig
 from trainer.estimate import budget_lines
 from trainer.run_dir import as_yaml
@@ -36,24 +38,32 @@ SUBJECT_WIDTH = 44  # columns for `name = value` in the report; a longer one pus
 Root = TypeVar("Root", bound=RunConfig)
 
 
-def main(run: Callable[[Root], object], root: type[Root], config_name: str, argv: Sequence[str] | None = None) -> int:
-    """What every command does around its work. Returns the exit code: 2 for a person's mistake, 130 for Ctrl-C.
+def guarded(work: Callable[[], object]) -> int:
+    """Does a command's work; returns the exit code: 2 for a person's mistake, 1 for a run that could not go on, 130 for Ctrl-C.
 
-    Anything else that goes wrong is ours and keeps its stack trace.
+    Those are said in words. Anything else that goes wrong is ours and keeps its stack trace.
     """
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        if "-h" in argv or "--help" in argv:
-            print(usage(root, config_name))
-        else:
-            run(load(root, config_name, argv))
+        work()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except (ProcessLost, NonFiniteGradient) as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        print("\nstopped by Ctrl-C; resume=auto goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def main(run: Callable[[Root], object], root: type[Root], config_name: str, argv: Sequence[str] | None = None) -> int:
+    """A command with a configuration: reads the arguments, runs, and returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if "-h" in arguments or "--help" in arguments:
+        print(usage(root, config_name))
+        return 0
+    return guarded(lambda: run(load(root, config_name, arguments)))
 
 
 def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kernels.errors import UserError
+from launch.cli import guarded
 from trainer import checkpoint
 from trainer.model.hf import save_pretrained
 from trainer.worker import read_model
@@ -27,12 +27,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run folder or one of its checkpoints")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist yet")
     arguments = parser.parse_args()
-    try:
-        convert(arguments.run, arguments.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: convert(arguments.run, arguments.out))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kernels.errors import UserError
-from launch.cli import load
+from launch.cli import guarded, load
 from launch.pretrain import pretrain
 from launch.report import write_report
 from launch.rl import reinforce
@@ -86,17 +85,5 @@ def total(values: list[float], how: str) -> float:
     }[how]
 
 
-def main() -> int:
-    try:
-        demo(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; go on with resume=auto", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(lambda: demo(sys.argv[1:])))

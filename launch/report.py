@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from kernels.errors import UserError
+from launch.cli import guarded
 from trainer.metrics import LOAD, METRICS, STEP_WORDS, Metric, Stage, Value, clock, read_records, summary
 from trainer.run_dir import read_status, shown, write_atomically
 
@@ -379,12 +380,8 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, such as runs/latest-pretrain")
     parser.add_argument("--out", type=Path, help="the file to write; default: report.html in the last run folder")
     arguments = parser.parse_args()
-    try:
-        print(shown(write_report(arguments.runs, arguments.out or arguments.runs[-1] / "report.html")))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    out = arguments.out or arguments.runs[-1] / "report.html"
+    return guarded(lambda: print(shown(write_report(arguments.runs, out))))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
+from parallel.dense import NonFiniteGradient
 from trainer.config import ClusterConfig
 
 Say = Callable[[str], None]
@@ -175,7 +176,7 @@ def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
 
     Raises:
         ProcessLost: one died, named, also when another only saw its connection break.
-        Exception: what a process raised itself (a UserError stays one).
+        Exception: what a process raised itself; what is told in words (UserError, NonFiniteGradient) as it was raised.
     """
     pending = {ref: name for name, ref in calls.items()}
     failures: dict[str, RayTaskError] = {}
@@ -193,7 +194,7 @@ def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
         except RayTaskError as error:
             failures[name] = error
     for failure in failures.values():
-        raise failure.cause if isinstance(failure.cause, UserError) else failure.as_instanceof_cause()
+        raise failure.cause if isinstance(failure.cause, UserError | NonFiniteGradient) else failure.as_instanceof_cause()
     return {name: answers[name] for name in calls}
 
 

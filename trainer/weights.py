@@ -38,7 +38,7 @@ def pack(tensors: Mapping[str, Tensor]) -> PackedTensors:
 
 def unpack(packed: PackedTensors) -> dict[str, Tensor]:
     """The tensors, as views of the block; it may be read-only, so they are for reading."""
-    block = torch.frombuffer(memoryview(packed.data), dtype=torch.uint8) if packed.data.size else torch.empty(0)
+    block = torch.frombuffer(packed.data.data, dtype=torch.uint8) if packed.data.size else torch.empty(0)
     tensors = {}
     for name, (start, dtype_name, shape) in packed.layout.items():
         dtype = getattr(torch, dtype_name)

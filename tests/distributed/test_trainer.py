@@ -72,7 +72,7 @@ def learn(trainer: Trainer, world: World, first: int, last: int) -> list[dict[st
 
 
 def own_state(trainer: Trainer, with_moments: bool = False) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.named_state(with_moments)}
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.named_state(with_moments)}
 
 
 def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
