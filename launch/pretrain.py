@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.cli import main, print_plan
 from launch.report import write_report
-from trainer.cluster import choose_ranks, start_ray, stop_ray, supervise
+from trainer.cluster import check_port, choose_ranks, run_attempts
 from trainer.config import PretrainConfig
 from trainer.data import prepare
 from trainer.estimate import budget_lines
@@ -22,6 +22,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     """Runs a whole pretraining and returns its run folder; None after a dry run."""
     ranks = choose_ranks(config.cluster)
     check_division(config.model, config.train.batch_rows, ranks)
+    check_port(config.cluster)
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
@@ -33,11 +34,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         for line in budget_lines(config, model, ranks, dtype, reason):
             tracker.say(line)
         training = Pretraining(config, model, corpus, ranks, dtype, run, tracker)
-        start_ray(config.cluster, ranks, tracker.say)
-        try:
-            supervise(lambda number: training.attempt(), config.cluster.max_restarts, tracker.say)
-        finally:
-            stop_ray()
+        run_attempts(config.cluster, ranks, training.attempt, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path
 

@@ -11,7 +11,7 @@ from launch.report import write_report
 from rl.loop import Reinforcement
 from rl.rewards.tasks import make_task
 from trainer import checkpoint
-from trainer.cluster import choose_ranks, start_ray, stop_ray, supervise
+from trainer.cluster import check_port, choose_ranks, run_attempts
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import budget_lines
 from trainer.model.hf import read_config
@@ -27,6 +27,7 @@ def reinforce(config: RLConfig) -> Path | None:
     start_from, model = starting_point(config.checkpoint)
     ranks = choose_ranks(config.cluster)
     check_division(model, ranks, ranks)
+    check_port(config.cluster)
     if config.dry_run:
         print_plan(config, model, ranks)
         return None
@@ -38,11 +39,7 @@ def reinforce(config: RLConfig) -> Path | None:
         for line in budget_lines(config, model, ranks, dtype, reason):
             tracker.say(line)
         work = Reinforcement(config, model, tokenizer, task, start_from, ranks, dtype, run, tracker)
-        start_ray(config.cluster, ranks, tracker.say)
-        try:
-            supervise(lambda number: work.attempt(), config.cluster.max_restarts, tracker.say)
-        finally:
-            stop_ray()
+        run_attempts(config.cluster, ranks, work.attempt, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_AUTO_RANKS = 2
 LOOPBACK = "127.0.0.1"
+NAMES_TIMEOUT_S = 30.0
 
 
 class ProcessLost(RuntimeError):
@@ -45,7 +47,7 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
     """Starts Ray for this run on `config.host` only, or joins the running cluster at `config.address`.
 
     Raises:
-        UserError: no cluster answers at the address, or the dashboard's port is taken.
+        UserError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the ranks beside any other program
@@ -59,8 +61,6 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
                 f"no Ray cluster answers at cluster.address={config.address}: {error}. Start one, or use cluster=local"
             ) from None
         return
-    if config.dashboard:
-        _check_port(config.host, config.dashboard_port)
     if config.host == LOOPBACK:
         # Ray replaces a loopback address by the machine's own and then listens on all interfaces, unless it believes that
         # clusters are impossible here, as it does on a Mac. The variable tells its child processes, the constant this one.
@@ -78,21 +78,19 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
     )
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(config: ClusterConfig) -> None:
+    """Raises UserError if the dashboard is wanted and its port is taken; before anything is written or started."""
+    if not config.dashboard or config.address is not None:
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((config.host, config.dashboard_port))
         except OSError as error:
             raise UserError(
-                f"cluster.dashboard_port={port} on {host} is in use ({error.strerror}); choose another, "
-                "or go without: cluster.dashboard=false"
+                f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({error.strerror}); choose "
+                "another, or go without: cluster.dashboard=false"
             ) from None
-
-
-def stop_ray() -> None:
-    """Ends this driver's Ray, and with it the local cluster that `start_ray` started."""
-    ray.shutdown()
 
 
 def choose_ranks(config: ClusterConfig) -> int:
@@ -111,6 +109,7 @@ class Placement:
 
     def __init__(self, config: ClusterConfig, ranks: int, engines: int, say: Say) -> None:
         self.config, self.ranks, self.engines = config, ranks, engines
+        self.actors: dict[str, Any] = {}
         self.on_gpu = torch.cuda.is_available() if config.address is None else "GPU" in ray.cluster_resources()
         self.group: PlacementGroup = placement_group([self._bundle(i) for i in range(ranks)], strategy="PACK")
         self._wait(say)
@@ -140,7 +139,7 @@ class Placement:
         asked = self.config.threads_per_rank
         threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index % self.ranks)
-        return (
+        self.actors[name] = (
             ray.remote(kind)
             .options(
                 name=name,
@@ -151,6 +150,7 @@ class Placement:
             )
             .remote(*args)
         )
+        return self.actors[name]
 
     def _environment(self, threads: int) -> dict[str, str]:
         python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
@@ -165,7 +165,13 @@ class Placement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        remove_placement_group(self.group)  # Ray ends the actors in it
+        for actor in self.actors.values():
+            ray.kill(actor)
+        # The next attempt uses the same names, and Ray takes a moment to give them back.
+        deadline = time.monotonic() + NAMES_TIMEOUT_S
+        while self.actors.keys() & set(ray.util.list_named_actors()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        remove_placement_group(self.group)
 
 
 # ---------------------------------------------------------------- calling processes
@@ -199,9 +205,9 @@ def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
 
 
 def _reason(error: RayActorError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "killed" in line.lower()]
-    return (telling or lines or ["no reason given"])[-1][:200]
+    """The telling part of Ray's paragraph."""
+    detail = re.search(r"exit detail: ([^.]+)", str(error))
+    return detail[1] if detail else str(error).strip().splitlines()[0][:200]
 
 
 class Processes:
@@ -236,13 +242,22 @@ def _is_large(value: Any) -> bool:
 # ---------------------------------------------------------------- surviving
 
 
-def supervise(attempt: Callable[[int], T], max_restarts: int, say: Say) -> T:
-    """Runs `attempt(number)`, counting from 1, again after a lost process, at most `max_restarts` times more."""
-    for number in range(1, max_restarts + 2):
+def run_attempts(config: ClusterConfig, ranks: int, attempt: Callable[[], None], say: Say) -> None:
+    """Starts Ray, runs `attempt` until it ends without a lost process, and stops Ray, however it went."""
+    start_ray(config, ranks, say)
+    try:
+        supervise(attempt, config.max_restarts, say)
+    finally:
+        ray.shutdown()  # ends the cluster that was started here; of another one it only takes leave
+
+
+def supervise(attempt: Callable[[], T], max_restarts: int, say: Say) -> T:
+    """Runs `attempt` again after a lost process, at most `max_restarts` times more."""
+    for restarts in range(max_restarts + 1):
         try:
-            return attempt(number)
+            return attempt()
         except ProcessLost as error:
-            if number > max_restarts:
+            if restarts == max_restarts:
                 raise ProcessLost(f"{error}; cluster.max_restarts={max_restarts} is used up") from error
-            say(f"{error}; restart {number} of {max_restarts} from the last checkpoint")
+            say(f"{error}; restart {restarts + 1} of {max_restarts} from the last checkpoint")
     raise AssertionError("unreachable")

@@ -93,7 +93,8 @@ class Pretraining:
 
 def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
-    tracker.say(f"starting {placement.ranks} trainer rank{'s' * (placement.ranks > 1)}")
+    engines = f" and {placement.engines} engines" if placement.engines else ""
+    tracker.say(f"starting {placement.ranks} trainer ranks{engines}")
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
     ranks = Processes(
         {name: placement.actor(TrainWorker, name, rank, rank, run.log_file(name)) for rank, name in enumerate(names)}

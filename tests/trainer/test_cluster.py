@@ -9,7 +9,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import ProcessLost, choose_ranks, start_ray, supervise
+from trainer.cluster import ProcessLost, check_port, choose_ranks, supervise
 from trainer.config import ClusterConfig, PretrainConfig
 from trainer.worker import check_division
 
@@ -21,10 +21,10 @@ def cluster(**changes: Any) -> ClusterConfig:
 def failing(times: int) -> tuple[list[int], Any]:
     attempts: list[int] = []
 
-    def attempt(number: int) -> str:
-        attempts.append(number)
-        if number <= times:
-            raise ProcessLost(f"trainer/1 died (attempt {number})")
+    def attempt() -> str:
+        attempts.append(len(attempts) + 1)
+        if len(attempts) <= times:
+            raise ProcessLost(f"trainer/1 died (attempt {len(attempts)})")
         return "done"
 
     return attempts, attempt
@@ -48,8 +48,8 @@ def test_restarts_are_limited() -> None:
 def test_a_mistake_of_the_user_is_not_tried_again() -> None:
     attempts: list[int] = []
 
-    def attempt(number: int) -> None:
-        attempts.append(number)
+    def attempt() -> None:
+        attempts.append(1)
         raise UserError("no space")
 
     with pytest.raises(UserError, match="no space"):
@@ -57,13 +57,14 @@ def test_a_mistake_of_the_user_is_not_tried_again() -> None:
     assert attempts == [1]
 
 
-def test_a_dashboard_port_in_use_is_an_error_before_ray_starts() -> None:
+def test_a_dashboard_port_in_use_is_an_error() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
-            start_ray(cluster(dashboard=True, dashboard_port=port), 2, say=lambda text: None)
+            check_port(cluster(dashboard=True, dashboard_port=port))
+        check_port(cluster(dashboard=False, dashboard_port=port))
 
 
 def test_ranks_are_as_asked() -> None:
