@@ -58,8 +58,8 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
             ray.init(address=config.address, **common)
         except ConnectionError as error:
             raise UserError(
-                f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use cluster=local; "
-                "a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
+                f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
+                "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
             ) from None
         return
     if config.host == LOOPBACK:
