@@ -176,6 +176,14 @@ class Trainer:
         self.experts.set_step_count(updates if with_moments else 0)
         self.updates = updates if with_moments else 0
 
+    @torch.no_grad()
+    def reset_optimizer(self) -> None:
+        """Moments and step count become zero, as before the first update; weights stay."""
+        for state in (*self.experts.optimizer.state.values(), *self.dense.zero.optimizer.state.values()):
+            for tensor in state.values():
+                tensor.zero_()
+        self.updates = 0
+
 
 def choose_dtype(asked: str) -> tuple[str, str]:
     """(dtype, why), for "auto", "float32" or "bfloat16"."""

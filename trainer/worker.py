@@ -106,9 +106,7 @@ class TrainWorker:
 
     def new_optimizer(self) -> None:
         """Forgets moments and step count; weights stay."""
-        tensors = {name: tensor.clone() for name, tensor in self.trainer.named_state(with_moments=True)}
-        zeroed = {name: torch.zeros_like(t) if name.endswith((".exp_avg", ".exp_avg_sq")) else t for name, t in tensors.items()}
-        self.trainer.load_state(zeroed, with_moments=True, updates=0)
+        self.trainer.reset_optimizer()
 
     # ------------------------------------------------------------ state
 

@@ -113,7 +113,18 @@ def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
     checkpoint.write(Path(folder) / "step_000002", trainer.named_state(with_moments=True), meta, {"note.txt": "two"}, world)
     state = own_state(trainer, with_moments=True)
-    return state, [m["train/loss"] for m in learn(trainer, world, 2, 4)]
+    losses = [m["train/loss"] for m in learn(trainer, world, 2, 4)]
+    check_reset(trainer)
+    return state, losses
+
+
+def check_reset(trainer: Trainer) -> None:
+    before = own_state(trainer, with_moments=True)
+    trainer.reset_optimizer()
+    for name, tensor in own_state(trainer, with_moments=True).items():
+        wanted = torch.zeros_like(tensor) if ".exp_avg" in name else before[name]
+        assert torch.equal(tensor, wanted), f"{name} after reset_optimizer"
+    assert trainer.updates == 0
 
 
 def load_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[str, Tensor], list[float]]:

@@ -15,36 +15,14 @@ from rl.engine.pool import LocalPool, deal
 from rl.engine.sampler import exponential_noise, random_bits, sample
 from rl.packing import Document, pack
 from rl.trajectory import Sample
-from trainer.config import ModelConfig
+from tests.models import tiny_model
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel
 
 CPU = torch.device("cpu")
 EOS, TEMPERATURE, MAX_NEW, LENGTH = 1, 0.8, 24, 40
-CONFIG = ModelConfig(
-    hidden_size=32,
-    num_layers=3,
-    num_dense_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=48,
-    num_experts=4,
-    top_k=2,
-    expert_hidden_size=16,
-    num_shared_experts=1,
-    router_scores="sigmoid",
-    renormalize=True,
-    routed_scale=1.0,
-    selection_bias=True,
-    qk_norm=True,
-    attention_bias=False,
-    tie_embeddings=False,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    init_std=0.2,  # large, so that predictions are far from uniform
-    max_positions=64,
-    vocab_size=20,
+CONFIG = tiny_model(
+    num_experts=4, expert_hidden_size=16, routed_scale=1.0, tie_embeddings=False, max_positions=64, vocab_size=20
 )
 
 

@@ -8,33 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trainer.config import ModelConfig
+from tests.models import tiny_model
 
-TINY = ModelConfig(
-    hidden_size=32,
-    num_layers=3,
-    num_dense_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=48,
-    num_experts=4,
-    top_k=2,
-    expert_hidden_size=16,
-    num_shared_experts=1,
-    router_scores="sigmoid",
-    renormalize=True,
-    routed_scale=1.5,
-    selection_bias=True,
-    qk_norm=True,
-    attention_bias=True,
-    tie_embeddings=True,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    init_std=0.3,
-    max_positions=64,
-    vocab_size=96,
-)
+TINY = tiny_model(num_experts=4, expert_hidden_size=16, attention_bias=True, init_std=0.3, max_positions=64, vocab_size=96)
 PLAIN = {"num_dense_layers": 0, "num_shared_experts": 0, "qk_norm": False, "attention_bias": False, "tie_embeddings": False}
 
 THEIRS: dict[str, Any] = {
