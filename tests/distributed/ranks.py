@@ -15,11 +15,15 @@ import torch.multiprocessing as mp
 
 from parallel.topology import join, leave
 
+# Ranks are forked from a server that has imported what takes seconds; DeepSpeed picks its device and stays out of it.
+mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch._inductor.compile_fx", "trainer.step"])
+
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, kind: str = "cpu") -> list[Any]:
     """`function(world, *args)` on every rank; a failure on any rank fails the caller with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (size, folder, function, args, kind), nprocs=size)
+        arguments = (size, folder, function, args, kind)
+        mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(size)]
 
 
