@@ -69,6 +69,7 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = False
     say("starting Ray on this machine")
     ray.init(
+        address="local",  # never one that somebody else has started on this machine
         num_cpus=max(ranks + 1, os.cpu_count() or 1),
         include_dashboard=config.dashboard,
         dashboard_host=config.host,

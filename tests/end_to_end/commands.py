@@ -22,9 +22,13 @@ def start(module: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def run(module: str, *arguments: str, timeout_s: float = 280) -> str:
+def run(module: str, *arguments: str) -> str:
     """Runs to the end; returns the output of a successful command, fails with it otherwise."""
-    process = start(module, *arguments)
+    return finish(start(module, *arguments))
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 280) -> str:
+    """Waits for a command; returns the output of a successful one, fails with it otherwise."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
     finally:
