@@ -12,7 +12,7 @@ from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
 from trainer.config import PretrainConfig, RLConfig, TaskConfig
-from trainer.metrics import METRICS
+from trainer.metrics import METRICS, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -31,6 +31,11 @@ def test_the_file_map_names_every_module_and_no_other() -> None:
         named |= {f"{room}/{name}" for name in re.findall(r"[\w/]+\.py", line)}
     files = {str(f.relative_to(REPOSITORY)) for r in ROOMS for f in (REPOSITORY / r).rglob("*.py") if f.name != "__init__.py"}
     assert named == files, f"only in the map: {named - files}; only on disk: {files - named}"
+
+
+def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page == f"# Metrics\n\nMade from `trainer/metrics.py`.\n\n{markdown_table()}\n"
 
 
 def test_metrics_and_options_in_the_readme_exist() -> None:
