@@ -1,6 +1,7 @@
-"""The order in which (token, choice) entries lie beside their expert.
+"""The order in which (token, choice) entries lie beside their expert, and the tiles of rows that a grouped product walks.
 
-Shape letters: T tokens, K top-k, N = T * K entries, E experts.
+Shape letters: T tokens, K top-k, N = T * K entries, E experts, M tiles at most. This file is the reference in plain torch;
+CUDA takes kernels/triton_expert_order.py.
 """
 
 from __future__ import annotations
@@ -10,18 +11,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.errors import UserError
+
+TILE_ROWS = 128
+MAX_EXPERTS = 1024  # of the kernels, which hold a number per expert in registers
+
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """Entries sorted by expert; entry t * K + k is choice k of token t."""
+    """Entries sorted by expert; entry t * K + k is choice k of token t, its place is its position in the sorted list."""
 
-    order_N: Tensor  # int64; the entry at each place of the sorted list
+    entry_N: Tensor  # int32; the entry at each place; those of one expert in the order of entries
+    place_N: Tensor  # int32; the place of each entry, the inverse of entry_N
     counts_E: Tensor  # int64; entries of each expert, those of invalid tokens included; sums to N
+    ends_E: Tensor  # int32; the place after the last entry of each expert
+    tile_expert_M: Tensor  # int32; the expert of each tile of at most TILE_ROWS rows, in ascending order; then -1
+    tile_row_M: Tensor  # int32; the first place of each tile; then -1
+    num_tiles: Tensor  # int32, (1,); how many of the M tiles there are
+    by_load_E: Tensor  # int32; the experts by descending count, the lower index first where counts are equal
 
 
 def expert_order(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
-    """Sort the entries of `experts_TK` (int64, 0 <= expert < num_experts) by expert, entries of one expert in token order."""
-    experts_N = experts_TK.reshape(-1)
+    """Sort the entries of `experts_TK` (int64 or int32, 0 <= expert < num_experts) by expert, without a wait for the GPU.
+
+    M = N // TILE_ROWS + min(E, N) is the most tiles that any routing needs. Raises UserError where int32 cannot count N.
+    """
+    if experts_TK.numel() >= 2**31:
+        raise UserError(
+            f"{experts_TK.shape[0]} tokens x top_k={experts_TK.shape[1]} are {experts_TK.numel()} entries, but places are "
+            f"32-bit numbers; give at most {(2**31 - 1) // experts_TK.shape[1]} tokens at once"
+        )
+    if experts_TK.is_cuda:
+        if num_experts > MAX_EXPERTS:
+            raise UserError(f"{num_experts} experts; the kernel that orders entries holds at most {MAX_EXPERTS}; use fewer")
+        from kernels.triton_expert_order import order_with_kernels  # here, because CPU machines may lack Triton
+
+        return ExpertOrder(*order_with_kernels(experts_TK, num_experts, most_tiles(experts_TK.numel(), num_experts), TILE_ROWS))
+    experts_N = experts_TK.reshape(-1).long()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_N.device)
     counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N))
-    return ExpertOrder(order_N=experts_N.argsort(stable=True), counts_E=counts_E)
+    entry_N = experts_N.argsort(stable=True)
+    place_N = torch.empty_like(entry_N)
+    place_N[entry_N] = torch.arange(entry_N.shape[0], device=entry_N.device)
+    by_load_E = counts_E.argsort(descending=True, stable=True)
+    return ExpertOrder(
+        entry_N.int(), place_N.int(), counts_E, counts_E.cumsum(0).int(), *_tiles(counts_E, entry_N.shape[0]), by_load_E.int()
+    )
+
+
+def most_tiles(num_entries: int, num_experts: int) -> int:
+    """M: every expert with entries has at most one tile that is not full."""
+    return num_entries // TILE_ROWS + min(num_experts, num_entries)
+
+
+def _tiles(counts_E: Tensor, num_entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(tile_expert_M, tile_row_M, num_tiles)."""
+    tiles_E = (counts_E + TILE_ROWS - 1) // TILE_ROWS
+    ends_E = tiles_E.cumsum(0)
+    tile_M = torch.arange(most_tiles(num_entries, counts_E.shape[0]), device=counts_E.device)
+    expert_M = torch.searchsorted(ends_E, tile_M, right=True)
+    used_M = expert_M < counts_E.shape[0]
+    safe_M = expert_M.clamp(max=counts_E.shape[0] - 1)
+    row_M = (counts_E.cumsum(0) - counts_E)[safe_M] + (tile_M - (ends_E - tiles_E)[safe_M]) * TILE_ROWS
+    return torch.where(used_M, expert_M, -1).int(), torch.where(used_M, row_M, -1).int(), ends_E[-1:].int()

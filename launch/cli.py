@@ -8,11 +8,10 @@ every problem is reported at once, with the nearest name that exists.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from difflib import SequenceMatcher, get_close_matches
+from dataclasses import replace
+from difflib import get_close_matches
 from inspect import isclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from kernels.errors import UserError
+from launch.problems import Problem, not_as_expected, report, unknown_option, written
 from parallel.dense import NonFiniteGradient
 from trainer.cluster import ProcessLost
 from trainer.config import ModelConfig, PretrainConfig, RLConfig, RunConfig
@@ -34,7 +34,6 @@ from trainer.run_dir import as_yaml
 from trainer.step import choose_dtype
 
 CONF = Path(__file__).parents[1] / "conf"
-SUBJECT_WIDTH = 44  # columns for `name = value` in the report; a longer one pushes its message to the right
 Root = TypeVar("Root", bound=RunConfig)
 
 
@@ -78,7 +77,7 @@ def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
             break
         values = kept  # pydantic compares options with each other only when each is sound: look again without the faulty ones
     if config is None or problems:
-        raise UserError(_report(problems))
+        raise UserError(report(problems))
     return config
 
 
@@ -96,9 +95,9 @@ def usage(root: type[RunConfig], config_name: str) -> str:
         if name in groups:
             continue
         if isinstance(composed[name] if not OmegaConf.is_missing(composed, name) else None, DictConfig):
-            lines += [f"  {name}.{key}={_written(value)}" for key, value in composed[name].items()]
+            lines += [f"  {name}.{key}={written(value)}" for key, value in composed[name].items()]
         else:
-            lines.append(f"  {name}={'(required)' if OmegaConf.is_missing(composed, name) else _written(composed[name])}")
+            lines.append(f"  {name}={'(required)' if OmegaConf.is_missing(composed, name) else written(composed[name])}")
     lines += ["", "Options of a group are written group.name=value; dry_run=true prints them all and what the run would need."]
     return "\n".join(lines)
 
@@ -137,24 +136,6 @@ def _records_in(annotation: Any) -> list[type[BaseModel]]:
 # ---------------------------------------------------------------- problems
 
 
-@dataclass(frozen=True)
-class Problem:
-    name: str  # dotted; empty when options of several groups disagree
-    value: str | None  # as written; None where the message has the numbers
-    message: str
-    meant: str = ""  # the option that the person most likely wanted
-
-    @property
-    def subject(self) -> str:
-        return self.name if self.value is None else f"{self.name} = {self.value}"
-
-
-def _report(problems: list[Problem]) -> str:
-    width = min(SUBJECT_WIDTH, max(len(problem.subject) for problem in problems))
-    lines = [f"{problem.subject:<{width}}   {problem.message}" if problem.subject else problem.message for problem in problems]
-    return "\n  ".join([f"config: {len(problems)} problem{'s' * (len(problems) != 1)}", *lines])
-
-
 def _blames(problem: Problem, option: str) -> bool:
     """Whether the problem is this option's, or a disagreement inside its group."""
     return problem.name == option or (problem.name != "" and option.startswith(f"{problem.name}."))
@@ -167,23 +148,6 @@ def _follows_from(problem: Problem, known: list[Problem]) -> bool:
     involved = [other.meant or other.name for other in known]
     mentions = [text for name in involved for text in (f"{name}.", name.rpartition(".")[2])]
     return problem in known or any(text in problem.message for text in mentions)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """The known option closest to `name`; the right last part in the wrong place counts nearly as much as the whole."""
-
-    def likeness(candidate: str) -> float:
-        whole = SequenceMatcher(None, name, candidate).ratio()
-        last = SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(whole, last - 0.1)
-
-    best = max((other for other in names if not name.startswith(f"{other}.")), key=likeness)
-    return best if likeness(best) >= 0.7 else ""
-
-
-def _written(value: Any) -> str:
-    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 # ---------------------------------------------------------------- the command line
@@ -212,7 +176,7 @@ def _sort_arguments(argv: Sequence[str], groups: dict[str, list[str]]) -> tuple[
             if isinstance(value, str) and value in groups[name]:
                 choices[name] = value
             else:
-                problems.append(_unknown_choice(name, _written(value), groups[name]))
+                problems.append(_unknown_choice(name, written(value), groups[name]))
         else:
             values.append(override)
     return choices, values, problems
@@ -325,38 +289,20 @@ def _explained(detail: Any, plain: dict[str, Any], known: list[str]) -> Problem:
         return Problem(name, None, detail["msg"].removeprefix("Value error, "))
     if kind == "missing" and isinstance(detail["loc"][-1], int):
         items = detail["input"]
-        return Problem(name.rpartition(".")[0], _written(items), f"has too few items ({len(items)})")
+        return Problem(name.rpartition(".")[0], written(items), f"has too few items ({len(items)})")
     if kind == "missing":
         return Problem(name, None, f"required; give {name}=...")
-    value = _written(detail["input"])
+    value = written(detail["input"])
     if kind == "extra_forbidden":
         return _unknown_option(name, value, detail["loc"], known)
-    if kind == "literal_error":
-        options = limits["expected"].replace("'", "")
-        close = get_close_matches(str(detail["input"]), options.replace(" or ", ", ").split(", "), n=1)
-        return Problem(name, value, f"should be {options}" + (f"; did you mean {close[0]}?" if close else ""))
     if kind == "string_type":
         return Problem(name, value, f"should be text; quote it: {name}='\"{value}\"'")
     if kind in ("model_type", "model_attributes_type"):
         return Problem(name, value, f"is a group of options; they are written {name}.name=value")
     if kind.startswith("union_tag"):
         tags = ", ".join(sorted(file.stem for file in (CONF / name).glob("*.yaml")))
-        return Problem(f"{name}.kind", _written(limits.get("tag")), f"comes with the group, {name}=... of {tags}")
-    expected = EXPECTED.get(kind) or detail["msg"].replace("Input should be", "should be").replace("Tuple should", "should")
-    return Problem(name, value, expected)
-
-
-EXPECTED = {
-    "int_parsing": "should be a whole number",
-    "int_type": "should be a whole number",
-    "int_from_float": "should be a whole number",
-    "float_parsing": "should be a number",
-    "float_type": "should be a number",
-    "bool_parsing": "should be true or false",
-    "bool_type": "should be true or false",
-    "path_type": "should be a path",
-    "tuple_type": "should be a list, written [a,b]",
-}
+        return Problem(f"{name}.kind", written(limits.get("tag")), f"comes with the group, {name}=... of {tags}")
+    return Problem(name, value, not_as_expected(detail))
 
 
 def _unknown_option(name: str, value: str, location: tuple[str | int, ...], known: list[str]) -> Problem:
@@ -364,9 +310,7 @@ def _unknown_option(name: str, value: str, location: tuple[str | int, ...], know
         return Problem(name, value, f"is not an option of {location[0]}={location[1]}", name)
     if (CONF / name.partition(".")[0]).is_dir() and name.partition(".")[0] not in known:
         return Problem(name, value, "is a group of another command, see --help")
-    nearest = _nearest(name, known)
-    hint = f"; did you mean {nearest}?" if nearest else ", see --help"
-    return Problem(name, value, f"unknown option{hint}", nearest)
+    return unknown_option(name, value, known)
 
 
 def _dotted(location: tuple[str | int, ...], plain: dict[str, Any], kind: str) -> str:

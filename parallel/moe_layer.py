@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import expert_order
 from kernels.router import Routing
-from parallel.token_exchange import collect, dispatch, plan_exchange
+from parallel.token_exchange import ExchangePlan, collect, dispatch, plan_exchange
 from parallel.topology import World
 
 
@@ -27,9 +27,7 @@ class LocalExperts:
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0])
-        rows_ND = sorted_rows(x_TD, order.order_N, routing.experts_TK.shape[1])
-        rows_ND = expert_mlp(rows_ND, order.counts_E, self.gate_up_ECD, self.down_EDF)
-        return combine(rows_ND, order.order_N, routing.weights_TK)
+        return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
 @dataclass(frozen=True)
@@ -44,39 +42,31 @@ class ParallelExperts:
         local_experts = self.gate_up_ECD.shape[0]
         order = expert_order(routing.experts_TK, local_experts * self.world.size)
         plan = plan_exchange(order.counts_E, self.world)
-        rows_RD = dispatch(sorted_rows(x_TD, order.order_N, routing.experts_TK.shape[1]), plan)
-        by_expert_R = rows_by_expert(plan.received_counts_WE)
-        rows_RD = expert_mlp(rows_RD[by_expert_R], plan.received_counts_WE.sum(dim=0), self.gate_up_ECD, self.down_EDF)
-        rows_ND = collect(rows_RD[inverse(by_expert_R)], plan)
-        return combine(rows_ND, order.order_N, routing.weights_TK)
+        rows_RD = dispatch(sorted_rows(x_TD, order.entry_N, routing.experts_TK.shape[1]), plan)
+        received = expert_order(received_experts(plan), local_experts)
+        rows_ND = collect(expert_mlp(rows_RD, received, None, self.gate_up_ECD, self.down_EDF), plan)
+        return combine(rows_ND, order.place_N, routing.weights_TK)
 
 
-def sorted_rows(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+def sorted_rows(x_TD: Tensor, entry_N: Tensor, top_k: int) -> Tensor:
     """One row for each (token, k) entry, sorted by expert.
 
     The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order; indexing with
-    `order_N // K` would add them atomically on a GPU.
+    `entry_N // K` would add them atomically on a GPU.
     """
     tokens, hidden = x_TD.shape
-    return x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[order_N]
+    return x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[entry_N]
 
 
-def combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor) -> Tensor:
+def combine(rows_ND: Tensor, place_N: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's expert rows, (T, D), summed over k in float32."""
-    rows_TKD = rows_ND[inverse(order_N)].view(*weights_TK.shape, rows_ND.shape[1])
+    rows_TKD = rows_ND[place_N].view(*weights_TK.shape, rows_ND.shape[1])
     return (rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_ND.dtype)
 
 
-def rows_by_expert(received_counts_WE: Tensor) -> Tensor:
-    """The permutation that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank)."""
-    ranks, local_experts = received_counts_WE.shape
-    experts_WE = torch.arange(local_experts, device=received_counts_WE.device).repeat(ranks)
-    experts_R = experts_WE.repeat_interleave(received_counts_WE.flatten())
-    return torch.argsort(experts_R, stable=True)
-
-
-def inverse(permutation_N: Tensor) -> Tensor:
-    """The permutation that undoes the given one."""
-    undone_N = torch.empty_like(permutation_N)
-    undone_N[permutation_N] = torch.arange(permutation_N.shape[0], device=permutation_N.device)
-    return undone_N
+def received_experts(plan: ExchangePlan) -> Tensor:
+    """The local expert of each received row, (R, 1); they come sorted by source rank, then by expert."""
+    ranks, local_experts = plan.received_counts_WE.shape
+    experts_WE = torch.arange(local_experts, device=plan.received_counts_WE.device).repeat(ranks)
+    counts = plan.received_counts_WE.flatten()
+    return experts_WE.repeat_interleave(counts, output_size=sum(plan.receive_W)).unsqueeze(1)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.router import Routing, route
-from parallel.moe_layer import LocalExperts, ParallelExperts, inverse, rows_by_expert
+from parallel.moe_layer import LocalExperts, ParallelExperts, received_experts
+from parallel.token_exchange import ExchangePlan
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 
@@ -74,9 +75,7 @@ def test_spread_experts_equal_local_experts(size: int) -> None:
             torch.testing.assert_close(found, expected[part], rtol=1e-5, atol=1e-5, msg=lambda text, at=where: f"{at}: {text}")
 
 
-def test_rows_by_expert_sorts_by_expert_and_keeps_the_order_of_ranks() -> None:
-    received_WE = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    labels = ["a0", "a0", "c0", "a1", "b1", "b1"]  # expert, source rank
-    order = rows_by_expert(received_WE)
-    assert [labels[i] for i in order] == ["a0", "a0", "a1", "b1", "b1", "c0"]
-    assert order[inverse(order)].tolist() == list(range(6))
+def test_received_rows_know_their_expert() -> None:
+    # two ranks sent (1, 0, 2) and (2, 1, 0) rows for the three experts here
+    plan = ExchangePlan(send_W=[], receive_W=[3, 3], received_counts_WE=torch.tensor([[1, 0, 2], [2, 1, 0]]))
+    assert received_experts(plan).flatten().tolist() == [0, 2, 2, 0, 0, 1]

@@ -1,95 +1,328 @@
-"""The experts' MLPs against one row at a time."""
+"""The experts' MLPs: the reference against one row at a time, the Hopper kernels against the reference."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.errors import UserError
 from kernels.expert_mlp import expert_mlp
+from kernels.expert_order import ExpertOrder, expert_order
 
-COUNTS = {
-    "even": [2, 2, 2],
-    "some without rows": [0, 5, 0, 1, 0],
-    "all on one": [0, 0, 7],
-    "one row": [0, 1],
-    "one expert": [4],
-    "no rows": [0, 0],
-}
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+gpu = pytest.mark.gpu
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
 
-def weights(experts: int, size: int, hidden: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(experts, 2 * hidden, size, dtype=torch.float64, generator=generator, requires_grad=True)
-    return gate_up, torch.randn(experts, size, hidden, dtype=torch.float64, generator=generator, requires_grad=True)
+@dataclass(frozen=True)
+class Case:
+    x_TD: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+    gate_up_ECD: Tensor
+    down_EDF: Tensor
+
+    @classmethod
+    def draw(cls, experts_TK: Tensor, experts: int, size: int, hidden: int, seed: int = 0) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        weights_TK = torch.rand(experts_TK.shape, generator=generator, dtype=torch.float64) + 0.1
+        gate_up_ECD, down_EDF = normal(experts, 2 * hidden, size) / size**0.5, normal(experts, size, hidden) / hidden**0.5
+        return cls(normal(experts_TK.shape[0], size), experts_TK, weights_TK, gate_up_ECD, down_EDF)
+
+    def to(self, device: str, dtype: torch.dtype) -> Case:
+        """Rounded to bfloat16 first where the dtype is not float64, so that all devices start from the same numbers."""
+        rounded = [t.bfloat16().to(device, dtype) for t in (self.x_TD, self.gate_up_ECD, self.down_EDF)]
+        weights = self.weights_TK.bfloat16().to(device, torch.promote_types(dtype, torch.float32))
+        return Case(rounded[0], self.experts_TK.to(device), weights, rounded[1], rounded[2])
+
+    @property
+    def order(self) -> ExpertOrder:
+        return expert_order(self.experts_TK, self.down_EDF.shape[0])
+
+    def results(self, pull: int = 1) -> list[Tensor]:
+        """y and the gradients of x, the weights, gate_up and down, for an upstream gradient drawn from the seed `pull`."""
+        inputs = [t.requires_grad_() for t in (self.x_TD, self.weights_TK, self.gate_up_ECD, self.down_EDF)]
+        y = expert_mlp(inputs[0], self.order, *inputs[1:])
+        pull_TD = torch.randn(y.shape, generator=torch.Generator().manual_seed(pull)).bfloat16().to(y.device, y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, inputs, pull_TD)]
 
 
-def reference(x_RD: Tensor, counts: list[int], gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
-    experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
+def different_experts(tokens: int, experts: int, top_k: int, seed: int, skew: float = 0.0) -> Tensor:
+    """K different experts a token; `skew` 1 is Zipf's law."""
+    likely_E = (1.0 / torch.arange(1, experts + 1) ** skew).expand(max(tokens, 1), experts)
+    return torch.multinomial(likely_E, top_k, generator=torch.Generator().manual_seed(seed))[:tokens]
+
+
+def by_hand(case: Case) -> Tensor:
     rows = []
-    for x, expert in zip(x_RD, experts, strict=True):
-        gate, up = (gate_up_ECD[expert] @ x).chunk(2)
-        rows.append(down_EDF[expert] @ (gate * torch.sigmoid(gate) * up))
-    return torch.stack(rows) if rows else x_RD * 1.0
+    for x, experts, weights in zip(case.x_TD, case.experts_TK, case.weights_TK, strict=True):
+        y = x * 0.0
+        for expert, weight in zip(experts, weights, strict=True):
+            gate, up = (case.gate_up_ECD[expert] @ x).chunk(2)
+            y = y + weight * (case.down_EDF[expert] @ (gate * torch.sigmoid(gate) * up))
+        rows.append(y)
+    return torch.stack(rows) if rows else case.x_TD * 1.0
 
 
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_forward_and_gradients_equal_the_reference(counts: list[int]) -> None:
-    gate_up, down = weights(len(counts), 4, 3)
-    x = torch.randn(sum(counts), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    ours = expert_mlp(x, torch.tensor(counts), gate_up, down)
-    expected = reference(x, counts, gate_up, down)
+@settings(deadline=None)
+@given(st.integers(0, 9), st.integers(1, 6), st.integers(0, 50), st.data())
+def test_the_reference_by_hand(tokens: int, experts: int, seed: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    case = Case.draw(different_experts(tokens, experts, top_k, seed, skew=1.0), experts, size=4, hidden=3, seed=seed)
+    inputs = [t.requires_grad_() for t in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    ours, expected = expert_mlp(inputs[0], case.order, *inputs[1:]), by_hand(case)
     torch.testing.assert_close(ours, expected)
     pull = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ours_grads = torch.autograd.grad(ours, (x, gate_up, down), pull)
-    expected_grads = torch.autograd.grad(expected, (x, gate_up, down), pull, allow_unused=True, materialize_grads=True)
-    for ours_grad, expected_grad in zip(ours_grads, expected_grads, strict=True):
-        torch.testing.assert_close(ours_grad, expected_grad)
+    grads = torch.autograd.grad(ours, inputs, pull, allow_unused=True, materialize_grads=True)
+    for grad, wanted in zip(
+        grads, torch.autograd.grad(expected, inputs, pull, allow_unused=True, materialize_grads=True), strict=True
+    ):
+        torch.testing.assert_close(grad, wanted)
 
 
-def test_gradcheck_with_non_contiguous_rows() -> None:
-    gate_up, down = weights(3, 4, 2)
-    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    counts = torch.tensor([3, 0, 2])
-    assert torch.autograd.gradcheck(lambda x, g, d: expert_mlp(x.t(), counts, g, d), (x, gate_up, down))
+def test_gradcheck_with_non_contiguous_tokens() -> None:
+    case = Case.draw(different_experts(5, 3, 2, 0), 3, size=4, hidden=2)
+    order = case.order
+    inputs = [t.requires_grad_() for t in (case.x_TD.t().contiguous(), case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    assert torch.autograd.gradcheck(lambda x, w, g, d: expert_mlp(x.t(), order, w, g, d), inputs)
 
 
-def test_experts_without_rows_get_zero_gradients_not_none() -> None:
-    gate_up, down = weights(3, 4, 2)
-    x = torch.ones(2, 4, dtype=torch.float64)
-    expert_mlp(x, torch.tensor([0, 2, 0]), gate_up, down).sum().backward()
-    for grad in (gate_up.grad, down.grad):
-        assert grad is not None
+def test_experts_without_tokens_get_zero_gradients_not_none() -> None:
+    case = Case.draw(torch.tensor([[1], [1]]), 3, size=4, hidden=2)
+    _, _, _, gate_up, down = case.results()
+    for grad in (gate_up, down):
         assert (grad[0] == 0).all() and (grad[2] == 0).all() and (grad[1] != 0).any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="grouped products run on a GPU")
-@pytest.mark.parametrize("counts", [[40, 0, 3, 85], [0, 0, 0, 128], [128, 0, 0, 0], [1, 0, 0, 0]])
-def test_grouped_products_equal_the_loop_within_bfloat16(counts: list[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [
-        torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in ((sum(counts), 64), (4, 96, 64), (4, 64, 48))
-    ]
-    results = []
-    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
-        inputs = [tensor.bfloat16().to(device, dtype).requires_grad_() for tensor in tensors]
-        y = expert_mlp(inputs[0], torch.tensor(counts, device=device), inputs[1], inputs[2])
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-    for ours, expected in zip(*results, strict=True):
-        scale = expected.abs().max()
-        torch.testing.assert_close(ours.float().cpu() / scale, expected / scale, rtol=0, atol=2e-2)
+def check_slots(device: str, dtype: torch.dtype) -> None:
+    """Experts anywhere in a larger arena whose slots hold other things too: the same numbers, in place."""
+    case = Case.draw(different_experts(150, 4, 2, 0), 4, size=128, hidden=64).to(device, dtype)
+    expected = case.results()
+    slots_E = torch.tensor([6, 0, 3, 5], dtype=torch.int32, device=device)
+    arena = torch.full((7, 3 * 128 * 64), 7.0, device=device, dtype=dtype)
+    gate_up_SCD, down_SDF = arena[:, : 2 * 64 * 128].view(7, 128, 128), arena[:, 2 * 64 * 128 :].view(7, 128, 64)
+    gate_up_SCD[slots_E], down_SDF[slots_E] = case.gate_up_ECD.detach(), case.down_EDF.detach()
+    inputs = [case.x_TD, case.weights_TK, gate_up_SCD.requires_grad_(), down_SDF.requires_grad_()]
+    y = expert_mlp(inputs[0], case.order, *inputs[1:], slots_E=slots_E)
+    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.device, y.dtype)
+    grads = torch.autograd.grad(y, inputs, pull)
+    for ours, wanted in zip([y, *grads[:2], grads[2][slots_E], grads[3][slots_E]], expected, strict=True):
+        assert torch.equal(ours, wanted)
+    unused = torch.tensor([1, 2, 4], device=device)
+    assert not grads[2][unused].any() and not grads[3][unused].any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="grouped products run on a GPU")
-@pytest.mark.parametrize("hidden", [16, 12])
-def test_any_gradient_layout_and_size_on_a_gpu(hidden: int) -> None:
-    gate_up, down = (tensor.detach().bfloat16().cuda().requires_grad_() for tensor in weights(3, 16, hidden))
-    x = torch.ones(16, 9, dtype=torch.bfloat16, device="cuda").t().requires_grad_()
-    y = expert_mlp(x, torch.tensor([4, 0, 5], device="cuda"), gate_up, down)
-    of_sum = torch.autograd.grad(y.sum(), (x, gate_up, down), retain_graph=True)
-    of_ones = torch.autograd.grad(y, (x, gate_up, down), torch.ones_like(y))
-    for ours, expected in zip(of_sum, of_ones, strict=True):
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+def test_experts_in_slots_of_an_arena() -> None:
+    check_slots("cpu", torch.float32)
+
+
+def test_no_weights_are_weights_of_one() -> None:
+    case = Case.draw(different_experts(6, 4, 2, 0), 4, size=4, hidden=2)
+    ones = torch.ones_like(case.weights_TK)
+    arguments = (case.x_TD, case.order)
+    torch.testing.assert_close(
+        expert_mlp(*arguments, None, case.gate_up_ECD, case.down_EDF),
+        expert_mlp(*arguments, ones, case.gate_up_ECD, case.down_EDF),
+    )
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
+
+
+def torch_bfloat16(case: Case, pull: int = 1) -> list[Tensor]:
+    """What plain torch makes of the same numbers in bfloat16."""
+    inputs = [t.detach().requires_grad_() for t in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    x, weights, gate_up, down = inputs
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(down.shape[0]):
+        token, choice = (case.experts_TK == expert).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up[expert].t()).chunk(2, dim=-1)
+        rows = (torch.nn.functional.silu(gate) * up) @ down[expert].t()
+        y = y.index_add(0, token, rows * weights[token, choice, None])
+    y = y.to(x.dtype)
+    pull_TD = torch.randn(y.shape, generator=torch.Generator().manual_seed(pull)).bfloat16().to(y.device, y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, inputs, pull_TD)]
+
+
+SHAPES = [
+    (1, 4, 1, 64, 64),
+    (77, 8, 2, 320, 64),
+    (128, 2, 2, 64, 192),
+    (500, 16, 4, 256, 128),
+    (1000, 16, 4, 2048, 768),
+    (300, 128, 8, 192, 320),
+    (2048, 1, 1, 512, 1024),
+    (257, 8, 2, 128, 96),
+    (300, 4, 2, 64, 32),
+    (400, 8, 2, 192, 224),
+]
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "size", "hidden"), SHAPES)
+@pytest.mark.parametrize("skew", [0.0, 1.0, 4.0])
+def test_kernels_are_as_exact_as_torch(tokens: int, experts: int, top_k: int, size: int, hidden: int, skew: float) -> None:
+    case = Case.draw(different_experts(tokens, experts, top_k, 3, skew), experts, size, hidden)
+    exact = case.to("cuda", torch.float32).results()
+    ours = case.to("cuda", torch.bfloat16).results()
+    torch_results = torch_bfloat16(case.to("cuda", torch.bfloat16))
+    for name, found, theirs, wanted in zip(["y", "x", "weights", "gate_up", "down"], ours, torch_results, exact, strict=True):
+        assert torch.isfinite(found).all(), name
+        luck = 2**-8 / found.numel() ** 0.5  # a few numbers may happen to round well in the other's hands
+        assert relative(found, wanted) <= 2 * relative(theirs, wanted) + luck, name
+
+
+@gpu
+@needs_hopper
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 400), st.integers(1, 40), st.integers(1, 5), st.integers(1, 10), st.integers(0, 99), st.data())
+def test_any_legal_routing(tokens: int, experts: int, sizes: int, hiddens: int, seed: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, min(experts, 8)))
+    chosen = different_experts(tokens, experts, top_k, seed, data.draw(st.floats(0, 3)))
+    case = Case.draw(chosen, experts, 64 * sizes, 32 * hiddens, seed)
+    exact, ours = case.to("cuda", torch.float32).results(), case.to("cuda", torch.bfloat16).results()
+    for name, found, wanted in zip(["y", "x", "weights", "gate_up", "down"], ours, exact, strict=True):
+        assert found.shape == wanted.shape and torch.isfinite(found).all(), name
+        assert relative(found, wanted) < 2e-2 or not wanted.any(), name
+
+
+@gpu
+@needs_hopper
+def test_kernels_in_slots_of_an_arena() -> None:
+    check_slots("cuda", torch.bfloat16)
+
+
+@gpu
+@needs_hopper
+def test_runs_repeat_bit_for_bit_whatever_lay_in_memory() -> None:
+    case = Case.draw(different_experts(900, 16, 4, 3, 1.0), 16, 256, 192).to("cuda", torch.bfloat16)
+    first = case.results()
+    for _ in range(5):
+        junk = [torch.full((1 << 22,), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+        del junk
+        for ours, before in zip(case.results(), first, strict=True):
+            assert torch.equal(ours, before)
+
+
+@gpu
+@needs_hopper
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    case = Case.draw(different_experts(700, 16, 4, 3, 1.0), 16, 256, 192).to("cuda", torch.bfloat16)
+    whole = expert_mlp(case.x_TD, case.order, case.weights_TK, case.gate_up_ECD, case.down_EDF)
+    for part in (slice(0, 1), slice(5, 6), slice(3, 40), slice(200, 700)):
+        order = expert_order(case.experts_TK[part], 16)
+        alone = expert_mlp(case.x_TD[part], order, case.weights_TK[part], case.gate_up_ECD, case.down_EDF)
+        assert torch.equal(alone, whole[part])
+
+
+@gpu
+@needs_hopper
+def test_no_wait_for_the_gpu_and_replays_in_a_graph() -> None:
+    case = Case.draw(different_experts(300, 8, 2, 3), 8, 128, 64).to("cuda", torch.bfloat16)
+    other = Case.draw(different_experts(300, 8, 2, 9, 2.0), 8, 128, 64, seed=5).to("cuda", torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    pull = torch.ones_like(case.x_TD)
+
+    def step() -> list[Tensor]:
+        y = expert_mlp(inputs[0], expert_order(case.experts_TK, 8), *inputs[1:])
+        return [y.detach(), *torch.autograd.grad(y, inputs, pull)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        case.experts_TK.copy_(other.experts_TK)
+        for mine, new in zip(inputs, (other.x_TD, other.weights_TK, other.gate_up_ECD, other.down_EDF), strict=True):
+            mine.copy_(new)
+    graph.replay()
+    for replayed, fresh in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, fresh)
+
+
+@gpu
+@needs_hopper
+def test_what_is_kept_for_backward() -> None:
+    tokens, experts, top_k, size, hidden = 4096, 16, 8, 512, 256
+    case = Case.draw(different_experts(tokens, experts, top_k, 0), experts, size, hidden).to("cuda", torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    order = case.order
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = expert_mlp(inputs[0], order, *inputs[1:])
+    kept = torch.cuda.memory_allocated() - before - y.nbytes
+    assert kept <= 4 * tokens * top_k * hidden + 2 * 64 * 2 * hidden + 4096  # the pre-activations; x is the caller's
+
+
+@gpu
+@needs_hopper
+def test_gradients_only_where_they_are_wanted_and_in_any_layout() -> None:
+    case = Case.draw(different_experts(200, 4, 2, 0), 4, 128, 64).to("cuda", torch.bfloat16)
+    inputs = [case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF]
+    everything = [t.detach().clone().requires_grad_() for t in inputs]
+    y = expert_mlp(everything[0], case.order, *everything[1:])
+    wanted = torch.autograd.grad(y, everything, torch.ones_like(y))
+    for index in range(4):
+        some = [t.detach().clone().requires_grad_(i == index) for i, t in enumerate(inputs)]
+        expert_mlp(some[0], case.order, *some[1:]).sum().backward()  # an expanded gradient
+        assert [t.grad is not None for t in some] == [i == index for i in range(4)]
+        grad = some[index].grad
+        assert grad is not None and torch.equal(grad, wanted[index])
+    wide = torch.cat([case.x_TD, case.x_TD], dim=1)
+    assert torch.equal(expert_mlp(wide[:, :128], case.order, *inputs[1:]), y.detach())
+
+
+@gpu
+@needs_hopper
+def test_more_than_2_to_the_31_numbers() -> None:
+    tokens, top_k, size, hidden = 150_000, 8, 2048, 64
+    torch.manual_seed(0)
+    x = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16)
+    gate_up = torch.randn(8, 2 * hidden, size, device="cuda", dtype=torch.bfloat16) / size**0.5
+    down = torch.randn(8, size, hidden, device="cuda", dtype=torch.bfloat16) / hidden**0.5
+    experts_TK = torch.arange(8, device="cuda").expand(tokens, top_k).contiguous()
+    weights = torch.rand(tokens, top_k, device="cuda")
+    last = slice(tokens - 50, tokens)
+    with torch.no_grad():
+        whole = expert_mlp(x, expert_order(experts_TK, 8), weights, gate_up, down)
+        tail = expert_mlp(x[last], expert_order(experts_TK[last], 8), weights[last], gate_up, down)
+    assert torch.equal(whole[last], tail)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize(
+    ("size", "hidden", "dtype", "message"),
+    [
+        (96, 64, torch.bfloat16, "hidden_size=96 is not a multiple of 64"),
+        (64, 48, torch.bfloat16, "expert_hidden_size=48 is not a multiple of 32.*use 64"),
+        (64, 64, torch.float16, "take bfloat16"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said(size: int, hidden: int, dtype: torch.dtype, message: str) -> None:
+    case = Case.draw(different_experts(4, 2, 1, 0), 2, size, hidden).to("cuda", dtype)
+    with pytest.raises(UserError, match=message):
+        expert_mlp(case.x_TD, case.order, case.weights_TK, case.gate_up_ECD, case.down_EDF)

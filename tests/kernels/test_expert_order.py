@@ -1,18 +1,119 @@
-"""The order of entries by expert."""
+"""The order of entries by expert: the reference against Python's sort, the kernels against the reference."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kernels.expert_order import expert_order
+from kernels.errors import UserError
+from kernels.expert_order import TILE_ROWS, ExpertOrder, expert_order, most_tiles
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CASES = {  # name: (tokens, top_k, experts, experts in use)
+    "one entry": (1, 1, 1, 1),
+    "fewer entries than experts": (3, 2, 16, 16),
+    "spans of one chunk": (150, 2, 5, 5),
+    "empty experts": (100, 4, 40, 7),
+    "all tokens to one expert": (300, 1, 4, 1),
+    "more experts than a tile of slots": (120, 2, 130, 130),
+}
 
 
-@given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 8), st.integers(0, 100))
+def choices(tokens: int, top_k: int, experts: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
+
+
+def with_kernels(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
+    from kernels.triton_expert_order import order_with_kernels
+
+    return ExpertOrder(*order_with_kernels(experts_TK, num_experts, most_tiles(experts_TK.numel(), num_experts), TILE_ROWS))
+
+
+def assert_equal(found: ExpertOrder, expected: ExpertOrder) -> None:
+    for field in fields(ExpertOrder):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=0, atol=0, msg=lambda text, at=field.name: f"{at}: {text}")
+
+
+@given(st.integers(0, 200), st.integers(1, 4), st.integers(1, 8), st.integers(0, 100))
 def test_entries_are_sorted_by_expert_then_token(tokens: int, top_k: int, experts: int, seed: int) -> None:
-    chosen = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
+    chosen = choices(tokens, top_k, experts, seed)
     order = expert_order(chosen, experts)
-    entries = [(int(expert), entry) for entry, expert in enumerate(chosen.flatten())]
-    assert order.order_N.tolist() == [entry for _, entry in sorted(entries)]
-    assert order.counts_E.tolist() == [sum(expert == e for expert, _ in entries) for e in range(experts)]
+    entries = sorted((int(expert), entry) for entry, expert in enumerate(chosen.flatten()))
+    counts = [sum(expert == e for expert, _ in entries) for e in range(experts)]
+    assert order.entry_N.tolist() == [entry for _, entry in entries]
+    assert [entries[place][1] for place in order.place_N.tolist()] == list(range(len(entries)))
+    assert order.counts_E.tolist() == counts
+    assert order.ends_E.tolist() == [sum(counts[: e + 1]) for e in range(experts)]
+    assert order.by_load_E.tolist() == sorted(range(experts), key=lambda e: (-counts[e], e))
+
+
+@given(st.integers(0, 600), st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
+def test_tiles_cover_every_expert_in_order(tokens: int, top_k: int, experts: int, seed: int) -> None:
+    order = expert_order(choices(tokens, top_k, experts, seed), experts)
+    expected, start = [], 0
+    for expert, count in enumerate(order.counts_E.tolist()):
+        expected += [(expert, start + row) for row in range(0, count, TILE_ROWS)]
+        start += count
+    assert order.num_tiles.tolist() == [len(expected)]
+    tail = [(-1, -1)] * (most_tiles(tokens * top_k, experts) - len(expected))
+    assert list(zip(order.tile_expert_M.tolist(), order.tile_row_M.tolist(), strict=True)) == expected + tail
+
+
+def test_too_many_entries_for_32_bits_are_refused() -> None:
+    experts_TK = torch.zeros(1, dtype=torch.int64).expand(2**30, 2)
+    with pytest.raises(UserError, match=r"1073741824 tokens x top_k=2 are 2147483648 entries.*at most 1073741823 tokens"):
+        expert_order(experts_TK, 4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_reference(name: str, kernel_device: str) -> None:
+    tokens, top_k, experts, used = CASES[name]
+    chosen = choices(tokens, top_k, used)
+    assert_equal(with_kernels(chosen.to(kernel_device), experts), expert_order(chosen, experts))
+
+
+def test_kernels_order_no_entries(kernel_device: str) -> None:
+    chosen = torch.zeros(0, 2, dtype=torch.int64)
+    assert_equal(with_kernels(chosen.to(kernel_device), 5), expert_order(chosen, 5))
+
+
+def test_kernels_keep_experts_out_of_range_within_bounds(kernel_device: str) -> None:
+    chosen = torch.tensor([[-5, 2], [7, 1], [2**40, 0]])
+    assert_equal(with_kernels(chosen.to(kernel_device), 3), expert_order(chosen.clamp(0, 2), 3))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("tokens", [8192, 32768, 8191])
+@pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (1024, 3), (60, 4), (8, 2)])
+def test_many_entries_on_a_gpu(tokens: int, experts: int, top_k: int) -> None:
+    chosen = (torch.randn(tokens, top_k, generator=torch.Generator().manual_seed(1)).abs() * experts / 3).long() % experts
+    assert_equal(expert_order(chosen.cuda(), experts), expert_order(chosen, experts))
+
+
+@gpu
+@needs_gpu
+def test_a_gpu_does_not_wait_and_replays_in_a_graph() -> None:
+    static = choices(1000, 4, 32).cuda()
+    expert_order(static, 32)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expert_order(static, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        order = expert_order(static, 32)
+    for seed in (5, 6):
+        chosen = choices(1000, 4, 32, seed)
+        static.copy_(chosen)
+        graph.replay()
+        assert_equal(order, expert_order(chosen, 32))

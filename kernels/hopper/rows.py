@@ -1,0 +1,346 @@
+"""Products of rows that are sorted by expert with the matrices of their experts, and what is fused onto their ends.
+
+Shape letters: R rows, D model, F expert hidden, C = 2F, E experts, S slots, M tiles of rows. With a K-fold choice R = T * K.
+
+    up       h_RC = x_RD @ gate_up_SCD^T,  a_RF = silu(gate) * up
+    down     y_RD = a_RF @ down_SDF^T
+    d_hidden d_a = dy_RD @ down_SDF;  d_h_RC = dSwiGLU(weight * d_a, h),  weight * a_RF,  dots_R = <d_a, a>
+    d_rows   d_x_RD = d_h_RC @ gate_up_SCD
+
+The gradient of a combine weight is <dy, y> = <dy @ down, a>, so y is not kept (SonicMoE, arXiv 2512.14080, section 3.2).
+
+Bounds at R = 262144, D = 2048, F = 768, E = 128 (Qwen3-30B-A3B, 32768 tokens), on an H200 at 785 TF/s and 4.2 TB/s:
+operations 4RDF, 2RDF, 2RDF, 4RDF: 2.10, 1.05, 1.05, 2.10 ms; bytes, each operand once, 3.1, 1.9, 3.9, 2.7 GB: 0.7, 0.4, 0.9,
+0.6 ms. So the tensor cores bound all four.
+
+Rows are copied into expert order first (kernels/rows.py): a producer that gathers them itself, with single-thread copies
+in place of bulk ones, took 2.8 ms for the product `up` where the copy (0.3 ms) and the product (2.4 ms) took 2.7.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.expert_order import ExpertOrder
+from kernels.hopper.ring import (
+    BUFFERS,
+    DEPTH,
+    HALF,
+    PIECE,
+    REGISTERS,
+    ROWS,
+    WARPS,
+    acquire,
+    allocate_ring,
+    await_stage,
+    blocks,
+    clippable,
+    clipped,
+    drain,
+    halves,
+    multiply,
+    multiprocessors,
+    pieces_of,
+    release,
+    send,
+    stacked_rows,
+    swizzled,
+    write,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+HALF_PIECE = gl.constexpr(32)
+
+
+@gluon.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) with the hardware's reciprocal, at most 1 ulp off."""
+    divisor = 1.0 + gl.exp2(x * -LOG2_E)
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def locate(tiles, tile, n_tiles):
+    """(column tile, expert, first row, rows of the expert from there on) of a tile."""
+    m = tile // n_tiles
+    expert = gl.load(tiles[1] + m)
+    row = gl.load(tiles[2] + m)
+    return tile % n_tiles, expert, row, gl.load(tiles[3] + expert) - row
+
+
+@gluon.jit
+def load_left(ring, desc, stage, ready, row, column):
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(desc, [row + half * HALF, column], ready, ring[0].index(2 * stage + half))
+
+
+@gluon.jit
+def load_hidden(ring, gate_desc, up_desc, step, row, column):
+    """Pre-activations of a piece come through the ring too: gates in place of the left tile, ups of the right one."""
+    stage, ready = acquire(ring, step, 2 * ROWS * PIECE * 2)
+    load_left(ring, gate_desc, stage, ready, row, column)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(up_desc, [row + half * HALF, column], ready, hidden_up(ring, stage, half))
+
+
+@gluon.jit
+def hidden_up(ring, stage, HALF_INDEX: gl.constexpr):
+    return ring[1].index(stage)._reinterpret(gl.bfloat16, (2, HALF, PIECE), ring[0].type.layout).index(HALF_INDEX)
+
+
+@gluon.jit
+def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr):
+    """`loads` is the views (left, right, gates, ups)."""
+    total = gl.load(tiles[0]) * n_tiles
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        n, expert, row, _ = locate(tiles, tile, n_tiles)
+        slot = expert if slots is None else gl.load(slots + expert)
+        slot_row = slot * slot_rows
+        for k in range(0, depth, DEPTH):
+            stage, ready = acquire(ring, step, (ROWS + N) * DEPTH * 2)
+            load_left(ring, loads[0], stage, ready, row, k)
+            right = ring[1].index(stage)
+            if KIND == "up":
+                gate_row = slot_row + n * (N // 2)
+                tma.async_copy_global_to_shared(loads[1], [gate_row, k], ready, right.slice(0, N // 2))
+                tma.async_copy_global_to_shared(loads[1], [gate_row + hidden, k], ready, right.slice(N // 2, N // 2))
+            elif KIND == "down":
+                tma.async_copy_global_to_shared(loads[1], [slot_row + n * N, k], ready, right)
+            else:
+                tma.async_copy_global_to_shared(loads[1], [slot_row + k, n * N], ready, right)
+            step += 1
+        if KIND == "d_hidden":
+            for piece in gl.static_range(N // PIECE):
+                load_hidden(ring, loads[2], loads[3], step, row, n * N + piece * PIECE)
+                step += 1
+
+
+@gluon.jit
+def store_rows(product, results, out_desc, row, valid, column):
+    pieces = pieces_of(product)
+    for piece in gl.static_range(len(pieces)):
+        tma.store_wait(BUFFERS - 1)
+        write(pieces[piece], results.index(piece % BUFFERS), out_desc, row, valid, column + piece * PIECE)
+
+
+@gluon.jit
+def store_swiglu(product, results, stores, row, valid, column, hidden):
+    """Columns [0, N/2) of the product are gates, the others ups; `stores` is the views (out, gates, ups)."""
+    low, high = halves(product)
+    if product.shape[1] == 2 * PIECE:
+        gates, ups = (low,), (high,)
+    else:
+        gates, ups = halves(low), halves(high)
+    for piece in gl.static_range(len(gates)):
+        at = column + piece * PIECE
+        if at < hidden:
+            gate = gates[piece].to(gl.bfloat16)
+            up = ups[piece].to(gl.bfloat16)
+            tma.store_wait(1)
+            write(gate, results.index(piece % BUFFERS), stores[1], row, valid, at)
+            tma.store_wait(1)
+            write(up, results.index((piece + 1) % BUFFERS), stores[2], row, valid, at)
+            g = gate.to(gl.float32)  # rounded, as backward will see it
+            activation = g * sigmoid(g) * up.to(gl.float32)
+            tma.store_wait(1)
+            write(activation, results.index(piece % BUFFERS), stores[0], row, valid, at)
+
+
+@gluon.jit
+def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots, row, valid, column, hidden,
+                   SECOND: gl.constexpr):  # fmt: skip
+    """d_h over h in the ring's own stage, weight * a through the result buffers. Half a piece at a time, for the registers."""
+    pieces = pieces_of(product)
+    layout: gl.constexpr = halves(pieces[0])[0].type.layout
+    r = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    if weights is None:
+        weight = gl.full((HALF, 1), 1.0, gl.float32, layout)
+    else:
+        entry = gl.load(entries + row + r, mask=r < valid, other=0)
+        weight = gl.expand_dims(gl.load(weights + entry, mask=r < valid, other=0.0), 1)
+    dot = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, layout))
+    for piece in gl.static_range(len(pieces)):
+        at = column + piece * PIECE
+        stage = await_stage(ring, step)
+        gate = ring[0].index(2 * stage + SECOND)
+        up = hidden_up(ring, stage, SECOND)
+        weighted = results.index(piece % BUFFERS)
+        parts = halves(pieces[piece])
+        for part in gl.static_range(2):
+            gate_part = gate.slice(part * HALF_PIECE, HALF_PIECE, 1)
+            up_part = up.slice(part * HALF_PIECE, HALF_PIECE, 1)
+            g = gate_part.load(layout).to(gl.float32)
+            u = up_part.load(layout).to(gl.float32)
+            s = sigmoid(g)
+            silu = g * s
+            activation = silu * u
+            dot += gl.sum(parts[part] * activation, axis=1)
+            d_activation = parts[part] * weight
+            gate_part.store((d_activation * u * (s + silu * (1.0 - s))).to(gl.bfloat16))
+            up_part.store((d_activation * silu).to(gl.bfloat16))
+            weighted.slice(part * HALF_PIECE, HALF_PIECE, 1).store((activation * weight).to(gl.bfloat16))
+        tma.store_wait(0)
+        if piece > 0:
+            release(ring, step - 1, True)
+        if at < hidden:
+            fence_async_shared()
+            send(gate, stores[1], row, valid, at)
+            send(up, stores[2], row, valid, at)
+            send(weighted, stores[0], row, valid, at)
+        step += 1
+    gl.store(dots + r, dot, mask=r < valid)
+    tma.store_wait(0)
+    release(ring, step - 1, True)
+    return step
+
+
+@gluon.jit
+def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles,
+             KIND: gl.constexpr, N: gl.constexpr):  # fmt: skip
+    total = gl.load(tiles[0]) * n_tiles
+    steps = gl.cdiv(depth, DEPTH)
+    gl.assume(steps > 0)  # or the assembler cannot tell that the products before a result are done, and runs them one by one
+    further: gl.constexpr = N // PIECE if KIND == "d_hidden" else 0
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        n, _, row, left = locate(tiles, tile, n_tiles)
+        row += SECOND * HALF
+        valid = gl.minimum(left - SECOND * HALF, HALF)
+        if valid > 0:
+            product, step = multiply(ring, step, steps, SECOND, False, KIND == "d_hidden" or KIND == "d_rows", N)
+            if KIND == "up":
+                store_swiglu(product, results, stores, row, valid, n * (N // 2), hidden)
+            elif KIND == "d_hidden":
+                partial = dots + n.to(gl.int64) * rows + row
+                step = store_d_swiglu(product, ring, step, results, stores, weights, entries, partial, row, valid, n * N,
+                                      hidden, SECOND)  # fmt: skip
+            else:
+                store_rows(product, results, stores[0], row, valid, n * N)
+        else:
+            step = drain(ring, step, steps + further)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def kernel(loads, stores, weights, entries, dots, rows, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr,
+           N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    right: gl.constexpr = (DEPTH, N) if KIND == "d_hidden" or KIND == "d_rows" else (N, DEPTH)
+    ring, results, others = allocate_ring((HALF, DEPTH), right, LAYOUT)
+    gl.warp_specialize(
+        [
+            (consumer, (0, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N)),
+            (consumer, (1, ring, others, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N)),
+            (producer, (ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND, N)),
+        ],
+        WARPS,
+        REGISTERS,
+    )
+
+
+def up(x_RD: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> tuple[Tensor, Tensor]:
+    """(h_RC as a `clippable` allocation, a_RF)."""
+    rows, hidden = x_RD.shape[0], gate_up_SCD.shape[1] // 2
+    h, _ = clippable(rows, 2 * hidden, x_RD)
+    out, a_RF = clippable(rows, hidden, x_RD)
+    width = 256 if hidden > PIECE.value else 128
+    weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
+    right = blocks(weights, (width // 2, DEPTH.value))
+    n_tiles = triton.cdiv(2 * hidden, width)
+    _launch("up", width, order, slots_E, slot_rows, x_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=h)
+    return h, a_RF
+
+
+def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> Tensor:
+    """y_RD."""
+    columns = down_SDF.shape[1]
+    out, y_RD = clippable(a_RF.shape[0], columns, a_RF)
+    width = _width(columns)
+    weights, slot_rows = stacked_rows(down_SDF, "down")
+    right = blocks(weights, (width, DEPTH.value))
+    _launch("down", width, order, slots_E, slot_rows, a_RF, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
+    return y_RD
+
+
+def d_hidden(
+    dy_RD: Tensor, h: Tensor, weights_N: Tensor | None, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOrder
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_h_RC as a `clippable` allocation, weight * a_RF, partial sums dots_PR float32); `h` is what `up` returned.
+
+    `weights_N` is float32, by entry; None is a weight of one.
+    """
+    rows, hidden = dy_RD.shape[0], down_SDF.shape[2]
+    d_h, _ = clippable(rows, 2 * hidden, dy_RD)
+    out, weighted_RF = clippable(rows, hidden, dy_RD)
+    width = _width(hidden)
+    n_tiles = triton.cdiv(hidden, width)
+    dots_PR = dy_RD.new_empty(n_tiles, rows, dtype=torch.float32)
+    weights, slot_rows = stacked_rows(down_SDF, "down")
+    right = blocks(weights, (DEPTH.value, width))
+    _launch("d_hidden", width, order, slots_E, slot_rows, dy_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=d_h,
+            h_in=h[HALF.value :], weights_N=weights_N, dots=dots_PR)  # fmt: skip
+    return d_h, weighted_RF, dots_PR
+
+
+def d_rows(d_h_RC: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> Tensor:
+    """d_x_RD."""
+    columns = gate_up_SCD.shape[2]
+    out, d_x_RD = clippable(d_h_RC.shape[0], columns, d_h_RC)
+    width = _width(columns)
+    weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
+    right = blocks(weights, (DEPTH.value, width))
+    _launch("d_rows", width, order, slots_E, slot_rows, d_h_RC, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
+    return d_x_RD
+
+
+def _width(columns: int) -> int:
+    return 256 if columns > 128 else 128
+
+
+def gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of both halves of the columns, each with an end of its own, so that no block of one reaches into the other."""
+    return h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
+
+
+def _launch(
+    kind: str,
+    width: int,
+    order: ExpertOrder,
+    slots_E: Tensor | None,
+    slot_rows: int,
+    left: Tensor,
+    right: TensorDescriptor,
+    out: Tensor,
+    *,
+    hidden: int,
+    n_tiles: int,
+    h: Tensor | None = None,
+    h_in: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    dots: Tensor | None = None,
+) -> None:
+    half = (HALF.value, PIECE.value)
+    kernel[(multiprocessors(left.device),)](
+        (blocks(left, half), right, *(blocks(matrix, half) for matrix in gate_and_up(left if h_in is None else h_in))),
+        (clipped(out, half), *(clipped(matrix, half) for matrix in gate_and_up(out if h is None else h))),
+        weights_N,
+        order.entry_N,
+        dots,
+        left.shape[0],
+        (order.num_tiles, order.tile_expert_M, order.tile_row_M, order.ends_E),
+        slots_E,
+        slot_rows,
+        left.shape[1],
+        hidden,
+        n_tiles,
+        KIND=kind,
+        N=width,
+        LAYOUT=swizzled(2),
+        num_warps=4,
+    )

@@ -1,0 +1,121 @@
+"""Measures Tessera's own operations against others on this machine: `python -m launch.bench experts|vocab_loss|router`.
+
+Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kernels.errors import UserError
+from launch.benchmarks import experts, record, router, vocab_loss
+from launch.benchmarks.contest import Case, Work
+from launch.benchmarks.options import SHAPES, Options, read_options
+from launch.benchmarks.peers import PACKAGES
+from launch.benchmarks.timing import measure_ceilings
+
+TABLE_WIDTH = 200  # columns where the output is no terminal
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    options: type[Options]
+    defaults: Mapping[str, Mapping[str, Any]]  # of each type of device
+    peers: Mapping[str, Callable[[], Work]]
+    measure: Callable[..., Iterator[Case]]
+
+
+BENCHMARKS = {
+    "experts": Benchmark(experts.ExpertsOptions, experts.DEFAULTS, experts.PEERS, experts.measure),
+    "vocab_loss": Benchmark(vocab_loss.VocabLossOptions, vocab_loss.DEFAULTS, vocab_loss.PEERS, vocab_loss.measure),
+    "router": Benchmark(router.RouterOptions, router.DEFAULTS, router.PEERS, router.measure),
+}
+
+
+def bench(name: str, arguments: Sequence[str]) -> Path:
+    """Runs one benchmark and returns the JSON file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    benchmark = BENCHMARKS[name]
+    options = read_options(benchmark.options, _defaults(name, device), arguments)
+    asked = options.model_dump().get("peers")  # the router's only peer is plain torch
+    contenders = _contenders(benchmark.peers, asked, device)
+    versions = {peer: PACKAGES[peer].version() for peer in contenders if peer in PACKAGES}
+    where, ceilings = record.surroundings(device, versions), measure_ceilings(device)
+    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+    console.print(record.heading(ceilings, where), highlight=False)
+    cases: list[Case] = []
+    for case in benchmark.measure(options, contenders, device, ceilings):
+        cases.append(case)
+        record.write(options.out, name, options.model_dump(mode="json"), where, ceilings, cases)
+        console.print(record.table(case))
+        for peer, why in case.failures.items():
+            console.print(f"{peer} could not do this: {why}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"every number is in {options.out}", soft_wrap=True, highlight=False)
+    return options.out
+
+
+def _defaults(name: str, device: torch.device) -> dict[str, Any]:
+    return {**BENCHMARKS[name].defaults[device.type], "out": f"bench-{name}.json"}
+
+
+def _contenders(
+    peers: Mapping[str, Callable[[], Work]], asked: Sequence[str] | None, device: torch.device
+) -> dict[str, Callable[[], Work]]:
+    """Plain torch always; the packages that were asked for, or else those that are here. They run on a GPU only."""
+    able = {peer for peer in peers if peer not in PACKAGES or (device.type == "cuda" and PACKAGES[peer].installed())}
+    for peer in asked or ():
+        if device.type != "cuda":
+            raise UserError(f"peers = {peer} needs a GPU, and torch finds none here")
+        if peer not in able:
+            raise UserError(f"peers = {peer} is not installed; it needs {', '.join(PACKAGES[peer].modules)}")
+    return {
+        peer: load for peer, load in peers.items() if peer in able and (asked is None or peer not in PACKAGES or peer in asked)
+    }
+
+
+def usage() -> str:
+    lines = ["usage: python -m launch.bench experts|vocab_loss|router [name=value ...]", "", "models, and their sizes:"]
+    lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
+    for name, benchmark in BENCHMARKS.items():
+        lines += ["", f"options of {name}, with their defaults on a GPU and on a CPU:"]
+        on_gpu, on_cpu = (_defaults(name, torch.device(kind)) for kind in ("cuda", "cpu"))
+        for key, field in benchmark.options.model_fields.items():
+            default = on_gpu.get(key, "" if field.default is None else field.default)
+            on_both = default if on_gpu.get(key) == on_cpu.get(key) else f"{default} or {on_cpu[key]}"
+            note = field.description if field.description and key != "out" else ""
+            lines.append(f"  {f'{key}={on_both}':<42}{note}".rstrip())
+    return "\n".join([*lines, "", "A size that is given replaces that of the model. Lists are written a,b."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 2 for a person's mistake, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(usage())
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in BENCHMARKS:
+            close = get_close_matches(name, BENCHMARKS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{name} is no benchmark; {hint}There are {', '.join(BENCHMARKS)}")
+        bench(name, rest)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; the file holds the cases that were finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

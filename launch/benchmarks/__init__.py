@@ -1,0 +1,1 @@
+"""What `python -m launch.bench` measures: one module a benchmark, its peers beside it."""

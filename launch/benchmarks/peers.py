@@ -1,0 +1,201 @@
+"""The other implementations, each behind one signature a benchmark. Plain torch is always there, packages when installed.
+
+Shape letters: T tokens, D model, F expert hidden, E experts, K top-k, N = T * K, C = 2F (gate rows, then up
+rows), V vocabulary.
+
+    experts     (x_TD, experts_TK, weights_TK, gate_up_ECD, down_EDF) -> y_TD; from routing to output, sorting included
+    vocab_loss  (hidden_TD, head_VD, targets_T) -> negative log-likelihood of every target, (T,)
+    router      (logits_TE, bias_E, top_k) -> weights_TK
+
+Each is given what Tessera's functions are given (int64 expert numbers, float32 combine weights) and converts what it must
+itself. The packages were read at the versions named beside them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where a peer comes from."""
+
+    modules: tuple[str, ...]  # what must be importable
+    distribution: str  # what pip calls it
+
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.distribution)
+
+
+LIGER = Package(("liger_kernel", "triton"), "liger-kernel")
+PACKAGES = {
+    "liger": LIGER,
+    "liger_sm90": Package(("liger_kernel", "cutlass", "tvm_ffi"), "liger-kernel"),
+    "scattermoe": Package(("scattermoe",), "scattermoe"),
+    "sonicmoe": Package(("sonicmoe", "quack", "cutlass"), "sonic-moe"),
+    "cce": Package(("cut_cross_entropy",), "cut-cross-entropy"),
+    "cce_exact": Package(("cut_cross_entropy",), "cut-cross-entropy"),
+}
+
+
+# ---------------------------------------------------------------- experts
+
+
+def torch_experts(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The usual way in plain torch: sort, gather, two grouped products, back into token order, weighted sum.
+
+    Grouped products take bfloat16 on a GPU; elsewhere a loop over the experts does the same.
+    """
+    if not x_TD.is_cuda:
+        return _looped(x_TD, experts_TK, weights_TK, gate_up_ECD, down_EDF)
+    (tokens, top_k), num_experts = experts_TK.shape, down_EDF.shape[0]
+    sorted_N, entry_N = experts_TK.reshape(-1).sort(stable=True)
+    ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=x_TD.device), right=True).int()
+    place_N = torch.empty_like(entry_N).scatter_(0, entry_N, torch.arange(entry_N.numel(), device=x_TD.device))
+    x_ND = x_TD.index_select(0, entry_N // top_k)
+    gate_NF, up_NF = functional.grouped_mm(x_ND, gate_up_ECD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    y_ND = functional.grouped_mm(functional.silu(gate_NF) * up_NF, down_EDF.transpose(1, 2), offs=ends_E)
+    y_TKD = y_ND.index_select(0, place_N).view(tokens, top_k, -1)
+    return (y_TKD * weights_TK.to(y_TKD.dtype)[..., None]).sum(dim=1)
+
+
+def _looped(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
+    y_TD = torch.zeros_like(x_TD)
+    for expert, (gate_up_CD, down_DF) in enumerate(zip(gate_up_ECD.unbind(0), down_EDF.unbind(0), strict=True)):
+        token_R, choice_R = (experts_TK == expert).nonzero(as_tuple=True)
+        gate_RF, up_RF = functional.linear(x_TD[token_R], gate_up_CD).chunk(2, dim=-1)
+        y_RD = functional.linear(functional.silu(gate_RF) * up_RF, down_DF)
+        y_TD = y_TD.index_add(0, token_R, y_RD * weights_TK[token_R, choice_R, None].to(y_RD.dtype))
+    return y_TD
+
+
+def liger_experts() -> Callable[..., Tensor]:
+    """Liger 0.8.5: Triton kernels, pre-activations saved."""
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
+        return LigerFusedMoEFunction.apply(x_TD, gate_up_ECD, down_EDF, experts_TK.int(), weights_TK)
+
+    return work
+
+
+def scattermoe_experts() -> Callable[..., Tensor]:
+    """ScatterMoE 0.3.0: Triton products that gather on the way in or scatter on the way out."""
+    from scattermoe import flatten_sort_count, parallel_linear
+
+    def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
+        order = flatten_sort_count(experts_TK, num_experts=down_EDF.shape[0])
+        gate_up_NC = parallel_linear(x_TD, gate_up_ECD.transpose(1, 2), experts_TK.shape[1], *order, grouped_out=True)
+        gate_NF, up_NF = gate_up_NC.chunk(2, dim=-1)
+        act_NF = functional.silu(gate_NF) * up_NF
+        return parallel_linear(act_NF, down_EDF.transpose(1, 2), 1, *order, gates=weights_TK.to(x_TD.dtype), grouped_in=True)
+
+    return work
+
+
+def sonicmoe_experts() -> Callable[..., Tensor]:
+    """SonicMoE 0.1.2 through its entry for routings that were made elsewhere; gate rows before up rows, as ours lie."""
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tensor, down_EDF: Tensor) -> Tensor:
+        tokens, top_k = experts_TK.shape
+        token_N = torch.arange(tokens, device=x_TD.device, dtype=torch.int32).repeat_interleave(top_k)
+        y_TD, _ = moe_general_routing_inputs(
+            x_TD,
+            weights_TK.reshape(-1),
+            token_N,
+            experts_TK.reshape(-1).int(),
+            gate_up_ECD.permute(1, 2, 0),
+            None,
+            down_EDF.permute(1, 2, 0),
+            None,
+            down_EDF.shape[0],
+            torch.cuda.current_stream().cuda_stream,
+            ActivationType.SWIGLU,
+            concat_layout=True,
+        )
+        return y_TD
+
+    return work
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+def naive_vocab_loss(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """All logits at once, the softmax in float32."""
+    return functional.cross_entropy(functional.linear(hidden_TD, head_VD).float(), targets_T, reduction="none")
+
+
+def chunked_vocab_loss(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """The same for 1,024 tokens at a time, computed again in the backward pass."""
+    pieces = zip(hidden_TD.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
+    return torch.cat([_recomputed(hidden, head_VD, targets) for hidden, targets in pieces])
+
+
+def _recomputed(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    return checkpoint(naive_vocab_loss, hidden_TD, head_VD, targets_T, use_reentrant=False, preserve_rng_state=False)
+
+
+def cce_vocab_loss() -> Callable[..., Tensor]:
+    """Cut cross-entropy 25.1.1 as it comes: gradients below 2^-12 are skipped."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden_TD, head_VD, targets_T: linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="none")
+
+
+def cce_exact_vocab_loss() -> Callable[..., Tensor]:
+    """Cut cross-entropy 25.1.1 without skipping."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def work(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="none", filter_eps=None)
+
+    return work
+
+
+def liger_vocab_loss() -> Callable[..., Tensor]:
+    """Liger 0.8.5, Triton, a loss per token: its gradients are then computed in the backward pass."""
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+
+    def work(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+        # bias, class weights, ignored index, z-loss, label smoothing, reduction
+        return LigerFusedLinearCrossEntropyFunction.apply(hidden_TD, head_VD, targets_T, None, None, -100, 0.0, 0.0, "none")[0]
+
+    return work
+
+
+def liger_sm90_vocab_loss() -> Callable[..., Tensor]:
+    """Liger 0.8.5, CuTe DSL for Hopper."""
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    return lambda hidden_TD, head_VD, targets_T: LigerFusedScaledCrossEntropySM90Function.apply(hidden_TD, head_VD, targets_T)
+
+
+# ---------------------------------------------------------------- router
+
+
+def torch_router(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """softmax, topk of score + bias, renormalised weights; then the order and the counts that dispatch needs."""
+    scores_TE = logits_TE.softmax(dim=-1)
+    experts_TK = (scores_TE + bias_E).topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(1, experts_TK)
+    experts_N = experts_TK.reshape(-1)
+    entry_N = experts_N.argsort(stable=True)
+    torch.empty_like(entry_N).scatter_(0, entry_N, torch.arange(entry_N.numel(), device=entry_N.device))
+    torch.bincount(experts_N, minlength=logits_TE.shape[1]).cumsum(0)
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True)

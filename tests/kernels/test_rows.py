@@ -1,0 +1,125 @@
+"""Rows of tokens to places and back: the references by definition, the kernels against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import rows
+from kernels.errors import UserError
+from kernels.expert_order import expert_order
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def case(tokens: int, top_k: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(x_TD, y_ND, place_N, weights_TK, partials_PN)."""
+    generator = torch.Generator().manual_seed(tokens + hidden)
+    order = expert_order(torch.randint(0, 5, (tokens, top_k), generator=generator), 5)
+    entries = tokens * top_k
+    x_TD, y_ND = torch.randn(tokens, hidden, generator=generator), torch.randn(entries, hidden, generator=generator)
+    weights_TK, partials_PN = torch.rand(tokens, top_k, generator=generator), torch.randn(3, entries, generator=generator)
+    return x_TD, y_ND, order.place_N, weights_TK, partials_PN
+
+
+def spread(x_TD: Tensor, place_N: Tensor, top_k: int) -> Tensor:
+    out_ND = x_TD.new_full((place_N.shape[0], x_TD.shape[1]), float("nan"))
+    rows.spread_rows(x_TD, place_N, top_k, out_ND)
+    return out_ND
+
+
+def test_rows_go_to_their_places_and_come_back_weighted() -> None:
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(7, 3, 8)
+    out_ND = spread(x_TD, place_N, 3)
+    out_TD, sums_TK = rows.combine_rows_and_partials(y_ND, place_N, 3, partials_PN)
+    weighted_TD = rows.combine_rows(y_ND, place_N, 3, weights_TK=weights_TK)
+    for t in range(7):
+        at_K = place_N[3 * t : 3 * t + 3]
+        assert all(torch.equal(out_ND[at], x_TD[t]) for at in at_K)
+        torch.testing.assert_close(out_TD[t], y_ND[at_K].sum(dim=0))
+        torch.testing.assert_close(weighted_TD[t], (weights_TK[t, :, None] * y_ND[at_K]).sum(dim=0))
+        torch.testing.assert_close(sums_TK[t], partials_PN[:, at_K].sum(dim=0))
+
+
+def test_the_sum_of_half_precision_rows_is_rounded_once() -> None:
+    y_ND = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16).expand(3, 8)
+    assert rows.combine_rows(y_ND.contiguous(), torch.arange(3), 3).tolist() == [[258.0] * 8]
+
+
+def test_rows_that_do_not_fit_16_bytes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"rows of 12 numbers.*multiple of 8"):
+        rows.combine_rows(torch.zeros(2, 12), torch.arange(2), 1)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(0, 2, 8), (1, 1, 8), (9, 3, 24), (5, 2, 2056)])
+@pytest.mark.parametrize("stride", [0, 8, 3])  # more than the row has numbers
+def test_kernels_equal_the_references(tokens: int, top_k: int, hidden: int, stride: int, kernel_device: str) -> None:
+    from kernels.triton_rows import launch_combine, launch_spread
+
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(tokens, top_k, hidden)
+
+    def placed(matrix: Tensor) -> Tensor:
+        wide = torch.full((matrix.shape[0], hidden + stride), float("nan"), device=kernel_device)
+        wide[:, :hidden] = matrix.to(kernel_device)
+        return wide[:, :hidden]
+
+    place, y = place_N.to(kernel_device), placed(y_ND)
+    out_ND = placed(torch.zeros_like(y_ND))
+    launch_spread(placed(x_TD), place, top_k, out_ND)
+    assert torch.equal(out_ND.cpu(), spread(x_TD, place_N, top_k))
+    out_TD, none = launch_combine(y, place, top_k, weights_TK.to(kernel_device), None)
+    assert none is None
+    torch.testing.assert_close(out_TD.cpu(), rows.combine_rows(y_ND, place_N, top_k, weights_TK=weights_TK))
+    found = launch_combine(y, place, top_k, None, partials_PN.to(kernel_device))
+    for ours, theirs in zip(found, rows.combine_rows_and_partials(y_ND, place_N, top_k, partials_PN), strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("hidden", [64, 2048, 7168, 8 * 33])
+def test_bfloat16_on_a_gpu(hidden: int) -> None:
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(500, 8, hidden)
+    x_TD, y_ND = x_TD.bfloat16(), y_ND.bfloat16()
+    assert torch.equal(spread(x_TD.cuda(), place_N.cuda(), 8).cpu(), spread(x_TD, place_N, 8))
+    out_TD = rows.combine_rows(y_ND.cuda(), place_N.cuda(), 8, weights_TK=weights_TK.cuda())
+    # A fused multiply-add may move a sum across the edge of a rounding: one unit of bfloat16's last place.
+    torch.testing.assert_close(out_TD.cpu(), rows.combine_rows(y_ND, place_N, 8, weights_TK=weights_TK), rtol=2**-7, atol=1e-6)
+    sum_TD, sums_TK = rows.combine_rows_and_partials(y_ND.cuda(), place_N.cuda(), 8, partials_PN.cuda())
+    assert torch.equal(sum_TD.cpu(), rows.combine_rows(y_ND, place_N, 8))
+    torch.testing.assert_close(sums_TK.cpu(), rows.combine_rows_and_partials(y_ND, place_N, 8, partials_PN)[1])
+
+
+@gpu
+@needs_gpu
+def test_offsets_beyond_32_bits() -> None:
+    tokens, hidden = 2**15, 2**16 + 8  # N * D > 2^31 numbers, 4.3 GB
+    x_TD = torch.arange(tokens, device="cuda", dtype=torch.float32).bfloat16()[:, None].expand(tokens, hidden).contiguous()
+    place_N = torch.arange(tokens, device="cuda", dtype=torch.int32).flip(0)
+    out_ND = torch.empty_like(x_TD)
+    rows.spread_rows(x_TD, place_N, 1, out_ND)
+    assert torch.equal(out_ND[:, -1], x_TD[:, -1].flip(0))
+    assert torch.equal(rows.combine_rows(out_ND, place_N, 1)[:, -1], x_TD[:, -1])
+
+
+@gpu
+@needs_gpu
+def test_a_gpu_replays_in_a_graph() -> None:
+    x_TD, y_ND, place_N, weights_TK, _ = (tensor.cuda() for tensor in case(300, 4, 64))
+    out_ND = torch.empty_like(y_ND)
+
+    def both() -> Tensor:
+        rows.spread_rows(x_TD, place_N, 4, out_ND)
+        return rows.combine_rows(out_ND, place_N, 4, weights_TK=weights_TK)
+
+    both()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = both()
+    x_TD.mul_(-3.0)
+    graph.replay()
+    torch.testing.assert_close(out_TD, x_TD * weights_TK.sum(dim=1, keepdim=True))
