@@ -1,42 +1,138 @@
 """Log-probabilities of target tokens and the entropy of the prediction, without the (T, V) logits in memory.
 
-Shape letters: T tokens, D model, V vocabulary. Rows are taken `chunk` at a time and their logits computed again in the
-backward pass, so at most (chunk, V) numbers exist at once.
+Shape letters: T tokens, D model, V vocabulary, W columns of a chunk of the vocabulary. The reference takes tokens `chunk` at a
+time; bfloat16 on a Hopper GPU takes the products of kernels/hopper/vocabulary.py.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels.errors import UserError
+
 CPU_CHUNK_LOGITS = 1 << 18  # 1 MiB of float32: the logits of a chunk stay in the cache
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB of float32: large enough that the products run at full speed
 MIN_CHUNK = 64  # tokens; below it the matrix products get slow
+GRADIENT_BYTES = 1 << 29  # of a chunk of the logits' gradient on Hopper
+ALIGNMENT = 64  # of D on Hopper: the depth of a step of its product
 
 
-def token_logprobs(
-    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(log p(target), entropy of p) in nats, p = softmax(hidden @ head^T / temperature); both (T,), float32, differentiable.
 
     `targets_T` is int64 in 0..V-1. Logits are float32 whatever the dtype of `hidden_TD` and `head_VD`, which must agree
-    (float64 stays float64). `chunk` is in tokens; None takes what suits the device.
+    (float64 stays float64). bfloat16 on a GPU takes kernels/hopper/vocabulary.py: D must be a multiple of 64, a token's results
+    do not depend on the other tokens, and backward needs at most 0.7 GB beside the gradients.
     """
-    if chunk is None:
-        chunk = max(MIN_CHUNK, (GPU_CHUNK_LOGITS if head_VD.is_cuda else CPU_CHUNK_LOGITS) // head_VD.shape[0])
-    logprobs_T, entropy_T = _TokenLogprobs.apply(hidden_TD, head_VD, targets_T, temperature, chunk)
+    if hidden_TD.is_cuda and hidden_TD.dtype not in (torch.float32, torch.float64):
+        _check_hopper(hidden_TD, head_VD, targets_T)
+        if hidden_TD.stride(1) != 1 or hidden_TD.stride(0) % 8 or hidden_TD.data_ptr() % 16:
+            hidden_TD = hidden_TD.contiguous()
+        logprobs_T, entropy_T = _HopperLogprobs.apply(hidden_TD, head_VD, targets_T, temperature)
+        return logprobs_T, entropy_T
+    logits = GPU_CHUNK_LOGITS if head_VD.is_cuda else CPU_CHUNK_LOGITS
+    return chunked_logprobs(hidden_TD, head_VD, targets_T, temperature, max(MIN_CHUNK, logits // head_VD.shape[0]))
+
+
+def chunked_logprobs(
+    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The reference of `token_logprobs`, `chunk` tokens at a time; their logits are computed again in the backward pass."""
+    logprobs_T, entropy_T = _ChunkedLogprobs.apply(hidden_TD, head_VD, targets_T, temperature, chunk)
     return logprobs_T, entropy_T
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with a float32 result (float64 for float64)."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
+def _check_hopper(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None:
+    if hidden_TD.dtype != torch.bfloat16 or head_VD.dtype != torch.bfloat16 or targets_T.dtype != torch.int64:
+        raise UserError(
+            f"the vocabulary's kernels take bfloat16 and int64 targets; hidden is {hidden_TD.dtype}, head {head_VD.dtype}, "
+            f"targets {targets_T.dtype}; convert them, or use float32, which takes the reference"
+        )
+    capability = torch.cuda.get_device_capability(hidden_TD.device)
+    if capability != (9, 0):
+        raise UserError(
+            f"the vocabulary's kernels need a Hopper GPU (compute capability 9.0); "
+            f"{torch.cuda.get_device_name(hidden_TD.device)} has {capability[0]}.{capability[1]}; use float32, which takes the "
+            f"reference, or a Hopper GPU"
+        )
+    (tokens, hidden), (_, head_hidden) = hidden_TD.shape, head_VD.shape
+    if hidden != head_hidden or targets_T.shape != (tokens,):
+        raise UserError(
+            f"hidden is {tuple(hidden_TD.shape)}, head {tuple(head_VD.shape)}, targets {tuple(targets_T.shape)}; "
+            f"expected (T, D), (V, D) and (T,)"
+        )
+    if hidden % ALIGNMENT:
+        raise UserError(
+            f"hidden_size={hidden} is not a multiple of {ALIGNMENT}, which the vocabulary's bfloat16 kernels need; "
+            f"use {-(-hidden // ALIGNMENT) * ALIGNMENT}, or float32, which takes the reference"
+        )
+    if not head_VD.is_contiguous() or head_VD.data_ptr() % 16:
+        raise UserError(
+            f"the head has strides {head_VD.stride()}; the vocabulary's kernels read whole rows: call .contiguous()"
+        )
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _HopperLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        from kernels.hopper import vocabulary  # here, because CPU machines may lack Triton
+
+        ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        if hidden_TD.shape[0] == 0:
+            nothing = hidden_TD.new_empty(0, dtype=torch.float32)
+            ctx.save_for_backward(hidden_TD, head_VD, targets_T, nothing, nothing)
+            return nothing, nothing.clone()
+        targets_T = targets_T.contiguous()
+        logprobs_T, entropy_T, log_sum_T = vocabulary.statistics_of(hidden_TD, head_VD, targets_T, temperature)
+        ctx.save_for_backward(hidden_TD, head_VD, targets_T, log_sum_T, entropy_T)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
+        from kernels.hopper import vocabulary
+
+        hidden_TD, head_VD, targets_T, log_sum_T, entropy_T = ctx.saved_tensors
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        (tokens, _), vocab = hidden_TD.shape, head_VD.shape[0]
+        if tokens == 0 or (grad_logprobs_T is None and grad_entropy_T is None):
+            return torch.zeros_like(hidden_TD), torch.zeros_like(head_VD), None, None
+        constants_4T = _gradient_constants(log_sum_T, entropy_T, grad_logprobs_T, grad_entropy_T, ctx.temperature)
+        # By columns of the vocabulary, so that one product makes the head's gradient of a chunk whole.
+        width = vocabulary.chunk_width(tokens, vocab, GRADIENT_BYTES)
+        dz_TW = hidden_TD.new_empty(tokens, width)
+        d_hidden = hidden_TD.new_zeros(hidden_TD.shape, dtype=torch.float32) if need_hidden else None
+        d_head = torch.empty_like(head_VD) if need_head else None
+        for first in range(0, vocab, width):
+            vocabulary.logit_gradients(hidden_TD, head_VD, targets_T, ctx.temperature, constants_4T, first, dz_TW)
+            dz = dz_TW[:, : min(width, vocab - first)]
+            if d_head is not None:
+                torch.mm(dz.t(), hidden_TD, out=d_head[first : first + width])
+            if d_hidden is not None:
+                d_hidden += torch.mm(dz, head_VD[first : first + width], out_dtype=torch.float32)
+        return None if d_hidden is None else d_hidden.to(hidden_TD.dtype), d_head, None, None
+
+
+def _gradient_constants(
+    log_sum_T: Tensor, entropy_T: Tensor, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, temperature: float
+) -> Tensor:
+    """(4, T): log2 of the sum, and a, b, c of dz = p (a (z - log2 sum) + b) + c at the target, z in base 2.
+
+    From g (onehot - p) - h p (log p + H), g and h the upstream gradients of the log-probability and of the entropy H.
+    """
+    zero_T = torch.zeros_like(log_sum_T)
+    of_logprob_T = zero_T if grad_logprobs_T is None else grad_logprobs_T.float() / temperature
+    of_entropy_T = zero_T if grad_entropy_T is None else grad_entropy_T.float() / temperature
+    return torch.stack([log_sum_T, -math.log(2) * of_entropy_T, -of_logprob_T - of_entropy_T * entropy_T, of_logprob_T])
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float, chunk: int
@@ -48,7 +144,7 @@ class _TokenLogprobs(torch.autograd.Function):
         log_sum_T, entropy_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
         for first in range(0, hidden.shape[0], chunk):
             rows = slice(first, first + chunk)
-            logits = _product(hidden[rows], head.t())
+            logits = torch.mm(hidden[rows], head.t())
             if temperature != 1.0:
                 logits.div_(temperature)
             log_sum_T[rows] = logits.logsumexp(dim=-1)
@@ -70,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = head.new_zeros(head.shape, dtype=log_sum_T.dtype) if need_head else None
         for first in range(0, hidden.shape[0], chunk):
             rows = slice(first, first + chunk)
-            logits = _product(hidden[rows], head.t())
+            logits = torch.mm(hidden[rows], head.t())
             if temperature != 1.0:
                 logits.div_(temperature)
             grad = _grad_logits(
@@ -82,20 +178,16 @@ class _TokenLogprobs(torch.autograd.Function):
             )
             if temperature != 1.0:
                 grad.div_(temperature)
-            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(grad, head)
             if grad_head is not None:
-                if grad_head.dtype == grad.dtype:
-                    grad_head.addmm_(grad.t(), hidden[rows])
-                else:
-                    grad_head += _product(grad.t(), hidden[rows])
+                grad_head.addmm_(grad.t(), hidden[rows])
         return grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype), None, None, None
 
 
 def _operands(hidden_TD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """What the products take: as they are, or float32 where the device has no half-precision product with float32 result."""
-    if hidden_TD.is_cuda or hidden_TD.dtype in (torch.float32, torch.float64):
+    """What the products take: float32, or float64 as it is."""
+    if hidden_TD.dtype == torch.float64:
         return hidden_TD, head_VD
     return hidden_TD.float(), head_VD.float()
 

@@ -126,6 +126,12 @@ def halves(tile):
 
 
 @gluon.jit
+def beside(low, high):
+    """The tile that `halves` takes apart."""
+    return gl.reshape(gl.permute(gl.join(low, high), (0, 2, 1)), (low.shape[0], 2 * low.shape[1]))
+
+
+@gluon.jit
 def pieces_of(tile):
     """The tile's columns in pieces of PIECE: 2 or 4."""
     low, high = halves(tile)

@@ -39,6 +39,7 @@ from kernels.hopper.ring import (
     acquire,
     allocate_ring,
     await_stage,
+    beside,
     blocks,
     clippable,
     clipped,
@@ -154,6 +155,21 @@ def store_swiglu(product, results, stores, row, valid, column, hidden):
 
 
 @gluon.jit
+def d_swiglu(gate, up, d_unweighted, weight, dot):
+    """(d_gate, d_up, weight * activation), bfloat16, and `dot` plus the products of activation and its unweighted gradient."""
+    g = gate.to(gl.float32)
+    u = up.to(gl.float32)
+    s = sigmoid(g)
+    silu = g * s
+    activation = silu * u
+    d_activation = d_unweighted * weight
+    d_gate = d_activation * u * (s + silu * (1.0 - s))
+    d_up = d_activation * silu
+    dot = gl.fma(d_unweighted, activation, dot)
+    return d_gate.to(gl.bfloat16), d_up.to(gl.bfloat16), (activation * weight).to(gl.bfloat16), dot
+
+
+@gluon.jit
 def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots, row, valid, column, hidden,
                    SECOND: gl.constexpr):  # fmt: skip
     """d_h over h in the ring's own stage, weight * a through the result buffers. Half a piece at a time, for the registers."""
@@ -165,27 +181,21 @@ def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots,
     else:
         entry = gl.load(entries + row + r, mask=r < valid, other=0)
         weight = gl.expand_dims(gl.load(weights + entry, mask=r < valid, other=0.0), 1)
-    dot = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, layout))
+    dot = gl.zeros((HALF, HALF_PIECE), gl.float32, layout)
     for piece in gl.static_range(len(pieces)):
         at = column + piece * PIECE
         stage = await_stage(ring, step)
         gate = ring[0].index(2 * stage + SECOND)
         up = hidden_up(ring, stage, SECOND)
         weighted = results.index(piece % BUFFERS)
+        gates = halves(gate.load(pieces[piece].type.layout))
+        ups = halves(up.load(pieces[piece].type.layout))
         parts = halves(pieces[piece])
-        for part in gl.static_range(2):
-            gate_part = gate.slice(part * HALF_PIECE, HALF_PIECE, 1)
-            up_part = up.slice(part * HALF_PIECE, HALF_PIECE, 1)
-            g = gate_part.load(layout).to(gl.float32)
-            u = up_part.load(layout).to(gl.float32)
-            s = sigmoid(g)
-            silu = g * s
-            activation = silu * u
-            dot += gl.sum(parts[part] * activation, axis=1)
-            d_activation = parts[part] * weight
-            gate_part.store((d_activation * u * (s + silu * (1.0 - s))).to(gl.bfloat16))
-            up_part.store((d_activation * silu).to(gl.bfloat16))
-            weighted.slice(part * HALF_PIECE, HALF_PIECE, 1).store((activation * weight).to(gl.bfloat16))
+        d_gate0, d_up0, weighted0, dot = d_swiglu(gates[0], ups[0], parts[0], weight, dot)
+        d_gate1, d_up1, weighted1, dot = d_swiglu(gates[1], ups[1], parts[1], weight, dot)
+        gate.store(beside(d_gate0, d_gate1))
+        up.store(beside(d_up0, d_up1))
+        weighted.store(beside(weighted0, weighted1))
         tma.store_wait(0)
         if piece > 0:
             release(ring, step - 1, True)
@@ -195,7 +205,7 @@ def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots,
             send(up, stores[2], row, valid, at)
             send(weighted, stores[0], row, valid, at)
         step += 1
-    gl.store(dots + r, dot, mask=r < valid)
+    gl.store(dots + r, gl.sum(dot, axis=1), mask=r < valid)
     tma.store_wait(0)
     release(ring, step - 1, True)
     return step
@@ -229,8 +239,10 @@ def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots
 
 
 @gluon.jit
-def kernel(loads, stores, weights, entries, dots, rows, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr,
-           N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, weights, entries, dots, rows, tiles,
+           slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    loads = (left_desc, right_desc, gate_in_desc, up_in_desc)  # Triton does not launch with tuples of views
+    stores = (out_desc, gate_desc, up_desc)
     right: gl.constexpr = (DEPTH, N) if KIND == "d_hidden" or KIND == "d_rows" else (N, DEPTH)
     ring, results, others = allocate_ring((HALF, DEPTH), right, LAYOUT)
     gl.warp_specialize(
@@ -327,8 +339,11 @@ def _launch(
 ) -> None:
     half = (HALF.value, PIECE.value)
     kernel[(multiprocessors(left.device),)](
-        (blocks(left, half), right, *(blocks(matrix, half) for matrix in gate_and_up(left if h_in is None else h_in))),
-        (clipped(out, half), *(clipped(matrix, half) for matrix in gate_and_up(out if h is None else h))),
+        blocks(left, half),
+        right,
+        *(blocks(matrix, half) for matrix in gate_and_up(left if h_in is None else h_in)),
+        clipped(out, half),
+        *(clipped(matrix, half) for matrix in gate_and_up(out if h is None else h)),
         weights_N,
         order.entry_N,
         dots,

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from launch.benchmarks.timing import Call, Ceilings, Memory, Timing, interleaved, memory_of
+from launch.benchmarks.timing import Call, Ceilings, Memory, Timing, captured, interleaved, memory_of
 
 OURS = "tessera"
 PIECE_ROWS = 8192  # of which float64 copies exist at once
@@ -107,8 +107,12 @@ def compete(
     matrices: set[str],
     ceilings: Ceilings,
     repeats: int | None,
+    graphs: bool = False,
 ) -> Case:
-    """Checks, measures and times all competitors. A peer that cannot do it is reported and left out; ours has to."""
+    """Checks, measures and times all competitors. A peer that cannot do it is reported and left out; ours has to.
+
+    `graphs`: on a GPU what is timed is the replay of a graph, for work so short that launching it takes longer.
+    """
     device = sets[0].pull.device
     works: dict[str, Work] = {OURS: ours}
     errors = {OURS: errors_of(ours)}
@@ -125,6 +129,8 @@ def compete(
     rows = []
     for direction in DIRECTIONS:
         calls = {name: _call(one, sets, direction) for name, one in works.items()}
+        if graphs and device.type == "cuda":
+            calls = {name: captured(call, len(sets)) for name, call in calls.items()}
         times = interleaved(calls, device, repeats)
         sides = {
             name: Side(time, amount.rate(direction, time.median_ms), memory[name], errors[name]) for name, time in times.items()

@@ -197,5 +197,6 @@ def torch_router(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
     experts_N = experts_TK.reshape(-1)
     entry_N = experts_N.argsort(stable=True)
     torch.empty_like(entry_N).scatter_(0, entry_N, torch.arange(entry_N.numel(), device=entry_N.device))
-    torch.bincount(experts_N, minlength=logits_TE.shape[1]).cumsum(0)
+    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=experts_N.device)  # bincount would wait for the GPU
+    counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N)).cumsum(0)
     return weights_TK / weights_TK.sum(dim=-1, keepdim=True)
