@@ -2,8 +2,8 @@
 
 Softmax scores in float32, a selection bias, renormalised weights. This work moves bytes, so the ceiling is the copy. Counted is
 what cannot be avoided: forwards the logits (4 bytes each) come in and, for every entry, expert (8), weight (4), entry and place
-(4 each) go out; backwards the logits or scores come in again, their gradient goes out, and the weights' gradient comes in. A GPU
-replays a CUDA graph of it, since Python takes longer to launch these kernels than they run.
+(4 each) go out; backwards the logits or scores come in again, their gradient goes out, and the weights' gradient comes in. A
+GPU replays a CUDA graph of it, since Python takes longer to launch these kernels than they run.
 """
 
 from __future__ import annotations

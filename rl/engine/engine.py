@@ -246,7 +246,7 @@ def _prefill_batches(prefixes: list[tuple[int, ...]]) -> list[list[tuple[int, ..
 
 
 def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
-    """(B, V) float32 by the same product as the trainer's `token_logprobs`."""
+    """(B, V) float32. On a CPU by the same product as the trainer's `token_logprobs`; a GPU's adds up in another order."""
     if hidden_BD.is_cuda and hidden_BD.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden_BD, head_VD.t(), out_dtype=torch.float32)
     return torch.mm(hidden_BD.float(), head_VD.float().t())

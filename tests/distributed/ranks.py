@@ -23,7 +23,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, kind: str = "
     """`function(world, *args)` on every rank; a failure on any rank fails the caller with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, function, args, kind)
-        mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
+        # On a GPU machine the server's imports open CUDA, which a fork cannot use.
+        mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver" if kind == "cpu" else "spawn")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(size)]
 
 

@@ -12,6 +12,7 @@ from tests.distributed.test_trainer import load_and_go_on, plain_loop, save_and_
 from tests.models import spec, tiny_model
 
 GPUS = torch.cuda.device_count()
+SMALLEST = tiny_model(hidden_size=64, expert_hidden_size=32)  # that the kernels take in bfloat16
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")]
 sizes = pytest.mark.parametrize(
     "size", [1, pytest.param(2, marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"))]
@@ -33,9 +34,8 @@ def test_float32_updates_on_gpus_equal_the_plain_loop_on_a_cpu(size: int) -> Non
 
 @sizes
 def test_bfloat16_updates_on_gpus_stay_near_float32(size: int) -> None:
-    model = tiny_model(hidden_size=64, expert_hidden_size=64)  # the least that the kernels take
-    expected_history, _ = plain_loop(spec(model, micro_rows=4))
-    results = run_ranks(train, size, spec(model, micro_rows=4, dtype="bfloat16"), kind="cuda")
+    expected_history, _ = plain_loop(spec(SMALLEST, micro_rows=4))
+    results = run_ranks(train, size, spec(SMALLEST, micro_rows=4, dtype="bfloat16"), kind="cuda")
     for step, wanted in enumerate(expected_history):
         assert results[0][0][step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=3e-2)
         assert results[0][0][step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=0.15)
@@ -43,7 +43,7 @@ def test_bfloat16_updates_on_gpus_stay_near_float32(size: int) -> None:
 
 @sizes
 def test_a_checkpoint_of_gpus_loads_bit_for_bit_on_gpus_and_on_cpus(size: int, tmp_path: Path) -> None:
-    told = spec(tiny_model(), micro_rows=2, dtype="bfloat16")
+    told = spec(SMALLEST, micro_rows=2, dtype="bfloat16")
     written = whole([state for state, _ in run_ranks(save_and_go_on, size, told, str(tmp_path), kind="cuda")])
     for kind, ranks in (("cuda", size), ("cpu", 2)):
         loaded = whole([state for state, _ in run_ranks(load_and_go_on, ranks, told, str(tmp_path), kind=kind)])
