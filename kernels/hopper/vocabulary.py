@@ -2,7 +2,7 @@
 
 Shape letters: T tokens, D model, V vocabulary, N columns of a tile, W columns of a chunk. Logits live in the registers of the
 product that makes them, scaled to base 2: z = hidden . head * log2(e) / temperature. Forward keeps of each row of each tile the
-largest z and, relative to it, the sums of 2^z and of z 2^z, and a second kernel adds those up in a fixed order (online softmax,
+largest z, m, and the sums of 2^(z - m) and of (z - m) 2^(z - m), and a second kernel adds those up in a fixed order (online softmax,
 Milakov and Gimelshein, arXiv 1805.02867, over tiles instead of steps). Backward makes the logits of a chunk of the vocabulary
 again and turns them into their gradient. A row's result does not depend on the other rows.
 
@@ -60,24 +60,43 @@ def producer(ring, hidden_desc, head_desc, tiles, m_tiles, first_column, depth, 
 
 
 @gluon.jit
+def logits_of(piece, column, vocabulary, scale):
+    """(z of a piece, its columns)."""
+    c = column + gl.arange(0, PIECE, gl.SliceLayout(0, piece.type.layout))
+    return gl.where(gl.expand_dims(c < vocabulary, 0), piece * scale, NOTHING), c
+
+
+@gluon.jit
 def statistics(product, partials, target_logit, targets, n, row, rows, vocabulary, scale, N: gl.constexpr):
-    """Largest, sum of 2^ and weighted sum of each row's columns, to (3, tiles, T) `partials`; the target's z if it is here."""
-    layout: gl.constexpr = product.type.layout
-    r = row + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    c = n * N + gl.arange(0, N, gl.SliceLayout(0, layout))
-    z = gl.where(gl.expand_dims(c < vocabulary, 0), product * scale, NOTHING)
+    """m and both sums of each row's columns, to (3, tiles, T) `partials`; the target's z if it is here."""
+    pieces = pieces_of(product)
+    layout: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
+    r = row + gl.arange(0, HALF, layout)
     target = gl.load(targets + r, mask=r < rows, other=-1).to(gl.int32)
     here = (target >= n * N) & (target < n * N + N)
+    largest = gl.full((HALF,), NOTHING, gl.float32, layout)
+    for piece in gl.static_range(len(pieces)):
+        z, _ = logits_of(pieces[piece], n * N + piece * PIECE, vocabulary, scale)
+        largest = gl.maximum(largest, gl.max(z, axis=1))
     if gl.max(here.to(gl.int32), axis=0) > 0:  # few tiles hold any row's target
-        chosen = gl.sum(gl.where(gl.expand_dims(target, 1) == gl.expand_dims(c, 0), z, 0.0), axis=1)
+        chosen = gl.zeros((HALF,), gl.float32, layout)
+        for piece in gl.static_range(len(pieces)):
+            z, c = logits_of(pieces[piece], n * N + piece * PIECE, vocabulary, scale)
+            chosen += gl.sum(gl.where(gl.expand_dims(target, 1) == gl.expand_dims(c, 0), z, 0.0), axis=1)
         gl.store(target_logit + r, chosen, mask=here)
-    largest = gl.max(z, axis=1)
-    e = gl.exp2(z - gl.expand_dims(largest, 1))
-    at = n.to(gl.int64) * rows + r
+    total = gl.zeros((HALF,), gl.float32, layout)
+    weighted = gl.zeros((HALF,), gl.float32, layout)
+    for piece in gl.static_range(len(pieces)):
+        z, _ = logits_of(pieces[piece], n * N + piece * PIECE, vocabulary, scale)
+        below = z - gl.expand_dims(largest, 1)
+        e = gl.exp2(below)
+        total += gl.sum(e, axis=1)
+        weighted += gl.sum(below * e, axis=1)
+    at = gl.cast(n, gl.int64) * rows + r
     between = gl.cast(gl.cdiv(vocabulary, N), gl.int64) * rows
     gl.store(partials + at, largest, mask=r < rows)
-    gl.store(partials + between + at, gl.sum(e, axis=1), mask=r < rows)
-    gl.store(partials + 2 * between + at, gl.sum(z * e, axis=1), mask=r < rows)
+    gl.store(partials + between + at, total, mask=r < rows)
+    gl.store(partials + 2 * between + at, weighted, mask=r < rows)
 
 
 @gluon.jit
@@ -144,26 +163,26 @@ def reduce_kernel(partials, target_logit, logprobs, entropy, log_sum, rows, tile
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = row < rows
     between = tl.cast(tiles, tl.int64) * rows
-    most = tl.full([TOKENS], -float("inf"), tl.float32)
+    most = tl.full([TOKENS], -1e30, tl.float32)  # finite, so that nothing times it is nothing
     total = tl.zeros([TOKENS], tl.float32)
     weighted = tl.zeros([TOKENS], tl.float32)
     for first in range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)[:, None]
         at = tile.to(tl.int64) * rows + row[None, :]
         mask = (tile < tiles) & inside[None, :]
-        largest = tl.load(partials + at, mask=mask, other=-float("inf"))
+        largest = tl.load(partials + at, mask=mask, other=-1e30)
         a = tl.load(partials + between + at, mask=mask, other=0.0)
         b = tl.load(partials + 2 * between + at, mask=mask, other=0.0)
         new = tl.maximum(most, tl.max(largest, axis=0))
-        old_share, share = tl.exp2(most - new), tl.exp2(largest - new[None, :])
-        total = total * old_share + tl.sum(a * share, axis=0)
-        weighted = weighted * old_share + tl.sum(b * share, axis=0)
+        fall, falls = most - new, largest - new[None, :]
+        weighted = (weighted + fall * total) * tl.exp2(fall) + tl.sum((b + falls * a) * tl.exp2(falls), axis=0)
+        total = total * tl.exp2(fall) + tl.sum(a * tl.exp2(falls), axis=0)
         most = new
     bits = most + tl.log2(total)
     z = tl.load(target_logit + row, mask=inside, other=0.0)
     tl.store(log_sum + row, bits, mask=inside)
     tl.store(logprobs + row, (z - bits) * 0.6931471805599453, mask=inside)
-    tl.store(entropy + row, (bits - weighted / total) * 0.6931471805599453, mask=inside)
+    tl.store(entropy + row, (tl.log2(total) - weighted / total) * 0.6931471805599453, mask=inside)
 
 
 def statistics_of(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ if not GPU:
     import triton.experimental.gluon  # noqa: F401  # Triton imports it at the first launch, and refuses if the variable is gone
     from triton.runtime import interpreter
 
+    import kernels.hopper.vocabulary
     import kernels.triton_expert_order
     import kernels.triton_router
     import kernels.triton_rows  # noqa: F401

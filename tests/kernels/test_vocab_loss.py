@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,6 +78,24 @@ def test_bfloat16_gives_float32_results_and_bfloat16_gradients() -> None:
     for ours, wanted in ((hidden, exact[0]), (head, exact[1])):
         assert ours.grad is not None and wanted.grad is not None and ours.grad.dtype == torch.bfloat16
         torch.testing.assert_close(ours.grad.double(), wanted.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("tokens", "tiles"), [(1, 1), (45, 3), (33, 70)])
+def test_statistics_of_tiles_add_up(tokens: int, tiles: int, kernel_device: str) -> None:
+    from kernels.hopper.vocabulary import REDUCE_TILES, REDUCE_TOKENS, reduce_kernel
+
+    generator = torch.Generator().manual_seed(tokens)
+    z_TNW = 3 * torch.randn(tokens, tiles, 8, generator=generator) + 50 * torch.randn(tokens, 1, 1, generator=generator)
+    largest_TN = z_TNW.max(dim=-1).values
+    below_TNW = z_TNW - largest_TN[..., None]
+    partials = torch.stack([largest_TN, below_TNW.exp2().sum(-1), (below_TNW * below_TNW.exp2()).sum(-1)]).transpose(1, 2)
+    found = torch.full((3, tokens), float("nan"), device=kernel_device)
+    arguments = [partials.contiguous().to(kernel_device), z_TNW[:, -1, 0].contiguous().to(kernel_device), *found]
+    grid = (-(-tokens // REDUCE_TOKENS),)
+    reduce_kernel[grid](*arguments, tokens, tiles, TOKENS=REDUCE_TOKENS, TILES=REDUCE_TILES)
+    log_p = (z_TNW.double().flatten(1) * math.log(2)).log_softmax(dim=-1)
+    expected = torch.stack([log_p[:, -8], -(log_p.exp() * log_p).sum(dim=-1)])
+    torch.testing.assert_close(found[:2].cpu().double(), expected, rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------- on a GPU
