@@ -35,7 +35,7 @@ PIECE = gl.constexpr(64)  # columns that leave a consumer at once
 STAGES = gl.constexpr(4)  # all that shared memory holds beside the results on their way out
 BUFFERS = gl.constexpr(2)  # for results, of each consumer
 WARPS = gl.constexpr((4, 1))  # of the second consumer and the producer; the first consumer has the kernel's own 4
-REGISTERS = gl.constexpr((232, 40))  # of a thread; what the three leave nothing of
+REGISTERS = gl.constexpr((232, 40))  # of a thread; with the first consumer's 232 that is the whole register file
 
 
 @gluon.jit

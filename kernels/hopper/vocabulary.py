@@ -2,9 +2,9 @@
 
 Shape letters: T tokens, D model, V vocabulary, N columns of a tile, W columns of a chunk. Logits live in the registers of the
 product that makes them, scaled to base 2: z = hidden . head * log2(e) / temperature. Forward keeps of each row of each tile the
-largest z, m, and the sums of 2^(z - m) and of (z - m) 2^(z - m), and a second kernel adds those up in a fixed order (online softmax,
-Milakov and Gimelshein, arXiv 1805.02867, over tiles instead of steps). Backward makes the logits of a chunk of the vocabulary
-again and turns them into their gradient. A row's result does not depend on the other rows.
+largest z, m, and the sums of 2^(z - m) and of (z - m) 2^(z - m), and a second kernel adds those up in a fixed order (online
+softmax, Milakov and Gimelshein, arXiv 1805.02867, over tiles instead of steps). Backward makes the logits of a chunk of the
+vocabulary again and turns them into their gradient. A row's result does not depend on the other rows.
 
 Bounds at T = 8192, D = 2048, V = 151936 on an H200 at 785 TF/s and 4.2 TB/s: forward 2TDV = 5.1 TFLOP, 6.5 ms, against 0.75 GB,
 0.18 ms; backward three times the operations (logits, both products), 19.5 ms. So the tensor cores bound both.

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import triton
+
+import kernels.hopper
+from kernels.errors import UserError
 
 LEAST_LAUNCHES = 20
 MOST_SPILLED = 16  # bytes a thread; a register or two does not show
@@ -28,3 +35,9 @@ def test_every_launch_compiles_without_spills_or_serialized_products() -> None:
         # Serialized products cost a tenth of the speed: the assembler does so when it cannot tell that a loop over steps runs.
         assert launch["serialized"] == 0, launch
         assert launch["spilled"] <= MOST_SPILLED, launch
+
+
+def test_another_triton_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    with pytest.raises(UserError, match=r"Triton 3\.6.*this is Triton 3\.9\.0; install torch 2\.11"):
+        importlib.reload(kernels.hopper)
