@@ -27,12 +27,17 @@ def token_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, tem
 
     `targets_T` is int64 in 0..V-1. Logits are float32 whatever the dtype of `hidden_TD` and `head_VD`, which must agree
     (float64 stays float64). bfloat16 on a GPU takes kernels/hopper/vocabulary.py: D must be a multiple of 64, a token's results
-    do not depend on the other tokens, and backward needs at most 0.7 GB beside the gradients.
+    do not depend on the other tokens, and backward needs 0.5 GB and 8 T D bytes beside the gradients.
     """
     if hidden_TD.is_cuda and hidden_TD.dtype not in (torch.float32, torch.float64):
         _check_hopper(hidden_TD, head_VD, targets_T)
-        if hidden_TD.stride(1) != 1 or hidden_TD.stride(0) % 8 or hidden_TD.data_ptr() % 16:
-            hidden_TD = hidden_TD.contiguous()
+        if (
+            hidden_TD.stride(1) != 1
+            or hidden_TD.stride(0) < hidden_TD.shape[1]
+            or hidden_TD.stride(0) % 8
+            or hidden_TD.data_ptr() % 16
+        ):
+            hidden_TD = hidden_TD.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps what only starts unaligned
         logprobs_T, entropy_T = _HopperLogprobs.apply(hidden_TD, head_VD, targets_T, temperature)
         return logprobs_T, entropy_T
     logits = GPU_CHUNK_LOGITS if head_VD.is_cuda else CPU_CHUNK_LOGITS
@@ -59,6 +64,10 @@ def _check_hopper(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None
             f"the vocabulary's kernels need a Hopper GPU (compute capability 9.0); "
             f"{torch.cuda.get_device_name(hidden_TD.device)} has {capability[0]}.{capability[1]}; use float32, which takes the "
             f"reference, or a Hopper GPU"
+        )
+    if not hidden_TD.device == head_VD.device == targets_T.device:
+        raise UserError(
+            f"hidden is on {hidden_TD.device}, head on {head_VD.device}, targets on {targets_T.device}; move them to one device"
         )
     (tokens, hidden), (_, head_hidden) = hidden_TD.shape, head_VD.shape
     if hidden != head_hidden or targets_T.shape != (tokens,):

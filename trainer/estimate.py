@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
 from trainer.config import ModelConfig, PretrainConfig, RLConfig
 from trainer.model.transformer import parameter_counts
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
-CHUNK_LOGITS = {"float32": 2**18, "bfloat16": 2**28}  # numbers in a chunk of logits, see kernels/vocab_loss.py
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Memory:
     gradients: int
     optimizer_state: int  # AdamW's two moments, and float32 master weights where they are not the parameters themselves
     activations: int  # of one micro-batch
-    logits: int  # the chunk of logits that exists at once
+    logits: int  # what exists at once of the logits and of what is made of them
 
     @property
     def total(self) -> int:
@@ -50,8 +50,15 @@ def memory_per_rank(
         gradients=dense_gradients + experts * (FLOAT32 + rounded),
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * FLOAT32 * (3 if rounded else 2),
         activations=tokens * _activations_per_token(model, size, ranks, recompute),
-        logits=2 * FLOAT32 * min(CHUNK_LOGITS[dtype], tokens * vocab_size(model)),
+        logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
     )
+
+
+def _logits(tokens: int, vocabulary: int, hidden: int, dtype: str) -> int:
+    """kernels/vocab_loss.py: float32 keeps a chunk and its gradient; bfloat16 a chunk's gradient and two float32 (T, D)."""
+    if dtype == "float32":
+        return 2 * FLOAT32 * min(CPU_CHUNK_LOGITS, tokens * vocabulary)
+    return min(GRADIENT_BYTES, BYTES[dtype] * tokens * vocabulary) + 2 * FLOAT32 * tokens * hidden
 
 
 def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute: bool) -> int:

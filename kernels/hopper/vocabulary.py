@@ -40,17 +40,28 @@ from kernels.hopper.ring import (
 )
 
 WIDTH = 256
+GROUP = gl.constexpr(64)  # row tiles that go through all columns together; at D = 2048 their 34 MB stay in the L2 cache
 NOTHING = gl.constexpr(-1e30)  # the logit of columns past the vocabulary; finite, so that nothing times it is nothing
 REDUCE_TOKENS, REDUCE_TILES = 32, 64
+
+
+@gluon.jit
+def locate(tile, tiles, m_tiles):
+    """(row tile, column tile). Blocks that run together share columns of the head and the rows of a group."""
+    of_group = GROUP * (tiles // m_tiles)
+    first = tile // of_group * GROUP
+    size = gl.minimum(m_tiles - first, GROUP)
+    within = tile % of_group
+    return first + within % size, within // size
 
 
 @gluon.jit
 def producer(ring, hidden_desc, head_desc, tiles, m_tiles, first_column, depth, N: gl.constexpr):
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        # Blocks that run together share columns of the head, which comes from memory once; all rows stay in the L2 cache.
-        row = tile % m_tiles * ROWS
-        column = first_column + tile // m_tiles * N
+        m, n = locate(tile, tiles, m_tiles)
+        row = m * ROWS
+        column = first_column + n * N
         for k in range(0, depth, DEPTH):
             stage, ready = acquire(ring, step, (ROWS + N) * DEPTH * 2)
             for half in gl.static_range(2):
@@ -130,8 +141,8 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_log
     gl.assume(steps > 0)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n = tile // m_tiles
-        row = tile % m_tiles * ROWS + SECOND * HALF
+        m, n = locate(tile, tiles, m_tiles)
+        row = m * ROWS + SECOND * HALF
         product, step = multiply(ring, step, steps, SECOND, False, False, N)
         if constants is None:
             statistics(product, partials, target_logit, targets, n, row, rows, vocabulary, scale, N)
@@ -140,7 +151,7 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_log
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles", "m_tiles", "first_column", "depth", "rows", "vocabulary"])
 def kernel(hidden_desc, head_desc, out_desc, partials, target_logit, constants, targets, tiles, m_tiles, first_column, depth,
            rows, vocabulary, scale, N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Statistics of the logits where `constants` is None, else their gradient."""
@@ -158,7 +169,8 @@ def kernel(hidden_desc, head_desc, out_desc, partials, target_logit, constants, 
     )  # fmt: skip
 
 
-@triton.jit
+# Without specialization, because Triton chooses the layout, and with it the order of sums, by what it knows of the arguments.
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def reduce_kernel(partials, target_logit, logprobs, entropy, log_sum, rows, tiles, TOKENS: tl.constexpr, TILES: tl.constexpr):
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = row < rows
@@ -190,7 +202,8 @@ def statistics_of(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, tempera
     tokens, vocabulary = hidden_TD.shape[0], head_VD.shape[0]
     tiles = triton.cdiv(vocabulary, WIDTH)
     partials = hidden_TD.new_empty(3, tiles, tokens, dtype=torch.float32)
-    target_logit_T, logprobs_T, entropy_T, log_sum_T = hidden_TD.new_empty(4, tokens, dtype=torch.float32)
+    logprobs_T, entropy_T, log_sum_T = hidden_TD.new_empty(3, tokens, dtype=torch.float32)
+    target_logit_T = torch.full_like(logprobs_T, math.nan)  # what a target outside of the vocabulary keeps
     _launch(hidden_TD, head_VD, targets_T, temperature, 0, tiles, None, partials=partials, target_logit_T=target_logit_T)
     reduce_kernel[(triton.cdiv(tokens, REDUCE_TOKENS),)](
         partials, target_logit_T, logprobs_T, entropy_T, log_sum_T, tokens, tiles, TOKENS=REDUCE_TOKENS, TILES=REDUCE_TILES

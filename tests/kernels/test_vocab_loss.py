@@ -152,14 +152,14 @@ def test_kernels_are_as_exact_as_torch(tokens: int, vocabulary: int, size: int, 
 @gpu
 @needs_hopper
 def test_a_token_does_not_depend_on_its_batch_and_runs_repeat() -> None:
-    hidden, head, targets = gpu_inputs(700, 3000, 192)
+    hidden, head, targets = gpu_inputs(700, 30000, 192)
     whole = token_logprobs(hidden, head, targets)
     grads = torch.autograd.grad(whole, (hidden, head), [torch.ones_like(part) for part in whole])
     again = token_logprobs(hidden, head, targets)
     more = torch.autograd.grad(again, (hidden, head), [torch.ones_like(part) for part in again])
     for one, other in zip((*whole, *grads), (*again, *more), strict=True):
         assert torch.equal(one, other)
-    for part in (slice(0, 1), slice(5, 6), slice(100, 357)):
+    for part in (slice(0, 1), slice(5, 6), slice(100, 357), slice(0, 16), slice(7, 519)):  # multiples of 16 too
         alone = token_logprobs(hidden[part], head, targets[part])
         assert all(torch.equal(one, other[part]) for one, other in zip(alone, whole, strict=True))
 
@@ -179,6 +179,21 @@ def test_strided_hidden_states_no_tokens_and_one_leaf() -> None:
     none = token_logprobs(hidden[:0], head, targets[:0])
     assert none[0].shape == none[1].shape == (0,)
     assert not torch.autograd.grad(none[0].sum(), head)[0].any()
+
+
+@gpu
+@needs_hopper
+def test_unaligned_and_repeated_rows_are_copied_and_targets_out_of_range_show() -> None:
+    hidden, head, targets = (tensor.detach() for tensor in gpu_inputs(90, 700, 128))
+    expected = token_logprobs(hidden, head, targets)
+    unaligned = torch.cat([hidden.new_zeros(1), hidden.flatten()])[1:].view(90, 128)
+    assert torch.equal(token_logprobs(unaligned, head, targets)[0], expected[0])
+    odd = torch.cat([hidden, hidden[:, :3]], dim=1)[:1, :128]  # one row, so contiguous whatever its stride
+    assert torch.equal(token_logprobs(odd, head, targets[:1])[0], expected[0][:1])
+    repeated = token_logprobs(hidden[:1].expand(5, -1), head, targets[:1].expand(5))
+    assert torch.equal(repeated[0], expected[0][:1].expand(5))
+    outside = token_logprobs(hidden[:3], head, torch.tensor([-100, 700, 5], device="cuda"))[0]
+    assert outside.isnan().tolist() == [True, True, False]
 
 
 @gpu
