@@ -190,6 +190,7 @@ def reduce_kernel(partials, target_logit, logprobs, entropy, log_sum, rows, tile
         weighted = (weighted + fall * total) * tl.exp2(fall) + tl.sum((b + falls * a) * tl.exp2(falls), axis=0)
         total = total * tl.exp2(fall) + tl.sum(a * tl.exp2(falls), axis=0)
         most = new
+    total = tl.where(inside, total, 1.0)
     bits = most + tl.log2(total)
     z = tl.load(target_logit + row, mask=inside, other=0.0)
     tl.store(log_sum + row, bits, mask=inside)
