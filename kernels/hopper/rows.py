@@ -144,7 +144,8 @@ def store_swiglu(product, results, stores, row, valid, column, hidden):
         if at < hidden:
             gate = gates[piece].to(gl.bfloat16)
             up = ups[piece].to(gl.bfloat16)
-            tma.store_wait(1)
+            # The tile before may have ended with an odd number of results, and so in the buffer that comes first here.
+            tma.store_wait(0 if piece == 0 else 1)
             write(gate, results.index(piece % BUFFERS), stores[1], row, valid, at)
             tma.store_wait(1)
             write(up, results.index((piece + 1) % BUFFERS), stores[2], row, valid, at)
