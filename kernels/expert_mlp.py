@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
+from kernels.limits import require_hopper, require_multiple
 from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
 
 # Of D and F on a GPU: the depth of a step of its products; 2F is a depth, F is one only with zeros behind.
@@ -51,22 +52,36 @@ def swiglu(gate_up_RC: Tensor) -> Tensor:
     return functional.silu(gate_RF) * up_RF
 
 
+def sorted_rows(x_TD: Tensor, entry_N: Tensor, top_k: int) -> Tensor:
+    """One row for each (token, k) entry, sorted by expert.
+
+    The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order; indexing with
+    `entry_N // K` would add them atomically on a GPU.
+    """
+    tokens, hidden = x_TD.shape
+    return x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[entry_N]
+
+
+def combine(rows_ND: Tensor, place_N: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """The sum of each token's expert rows, (T, D), weighted in float32 where there are weights."""
+    tokens = place_N.shape[0] // max(top_k, 1)
+    rows_TKD = rows_ND[place_N].view(tokens, top_k, rows_ND.shape[1])
+    if weights_TK is not None:
+        rows_TKD = rows_TKD * weights_TK.unsqueeze(-1)
+    return rows_TKD.sum(dim=1).to(rows_ND.dtype)
+
+
 def _reference(
     x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor | None, gate_up_SCD: Tensor, down_SDF: Tensor, slots_E: Tensor | None
 ) -> Tensor:
-    tokens, hidden = x_TD.shape
-    top_k = order.entry_N.shape[0] // max(tokens, 1) if weights_TK is None else weights_TK.shape[1]
-    # The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order.
-    rows_ND = x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[order.entry_N]
+    top_k = order.entry_N.shape[0] // max(x_TD.shape[0], 1) if weights_TK is None else weights_TK.shape[1]
+    rows_ND = sorted_rows(x_TD, order.entry_N, top_k)
     if slots_E is not None:
         gate_up_SCD, down_SDF = gate_up_SCD[slots_E], down_SDF[slots_E]
     # unbind, not indexing: its backward builds the gradient of all experts once instead of adding E full-size tensors.
     experts = zip(rows_ND.split(order.counts_E.tolist()), gate_up_SCD.unbind(0), down_SDF.unbind(0), strict=True)
     rows_ND = torch.cat([functional.linear(swiglu(functional.linear(x, up_CD)), down_DF) for x, up_CD, down_DF in experts])
-    rows_TKD = rows_ND[order.place_N].view(tokens, top_k, hidden)
-    if weights_TK is not None:
-        rows_TKD = rows_TKD * weights_TK.unsqueeze(-1)
-    return rows_TKD.sum(dim=1).to(x_TD.dtype)
+    return combine(rows_ND, order.place_N, top_k, weights_TK)
 
 
 def _check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
@@ -75,27 +90,15 @@ def _check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
             f"the experts' kernels take bfloat16; x is {x_TD.dtype}, gate_up {gate_up_SCD.dtype}, down {down_SDF.dtype}; "
             f"use bfloat16 for all three, or float32 for the reference"
         )
-    capability = torch.cuda.get_device_capability(x_TD.device)
-    if capability != (9, 0):
-        raise UserError(
-            f"the experts' kernels need a Hopper GPU (compute capability 9.0); {torch.cuda.get_device_name(x_TD.device)} has "
-            f"{capability[0]}.{capability[1]}; use float32, which takes the reference, or a Hopper GPU"
-        )
+    require_hopper(x_TD.device, "the experts'")
     (_, double, hidden), expert_hidden = gate_up_SCD.shape, down_SDF.shape[2]
     if double != 2 * expert_hidden or down_SDF.shape[1] != hidden or x_TD.shape[1] != hidden:
         raise UserError(
             f"x is {tuple(x_TD.shape)}, gate_up {tuple(gate_up_SCD.shape)}, down {tuple(down_SDF.shape)}; expected (T, D), "
             f"(S, 2F, D) and (S, D, F)"
         )
-    for name, size, step in (
-        ("hidden_size", hidden, HIDDEN_ALIGNMENT),
-        ("expert_hidden_size", expert_hidden, EXPERT_HIDDEN_ALIGNMENT),
-    ):
-        if size % step:
-            raise UserError(
-                f"{name}={size} is not a multiple of {step}, which the experts' bfloat16 kernels need; "
-                f"use {-(-size // step) * step}, or float32, which takes the reference"
-            )
+    require_multiple("hidden_size", hidden, HIDDEN_ALIGNMENT, "the experts'")
+    require_multiple("expert_hidden_size", expert_hidden, EXPERT_HIDDEN_ALIGNMENT, "the experts'")
 
 
 class _HopperMLP(torch.autograd.Function):

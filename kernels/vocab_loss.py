@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.errors import UserError
+from kernels.limits import require_hopper, require_multiple
 
 CPU_CHUNK_LOGITS = 1 << 18  # 1 MiB of float32: the logits of a chunk stay in the cache
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB of float32: large enough that the products run at full speed
@@ -58,13 +59,7 @@ def _check_hopper(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None
             f"the vocabulary's kernels take bfloat16 and int64 targets; hidden is {hidden_TD.dtype}, head {head_VD.dtype}, "
             f"targets {targets_T.dtype}; convert them, or use float32, which takes the reference"
         )
-    capability = torch.cuda.get_device_capability(hidden_TD.device)
-    if capability != (9, 0):
-        raise UserError(
-            f"the vocabulary's kernels need a Hopper GPU (compute capability 9.0); "
-            f"{torch.cuda.get_device_name(hidden_TD.device)} has {capability[0]}.{capability[1]}; use float32, which takes the "
-            f"reference, or a Hopper GPU"
-        )
+    require_hopper(hidden_TD.device, "the vocabulary's")
     if not hidden_TD.device == head_VD.device == targets_T.device:
         raise UserError(
             f"hidden is on {hidden_TD.device}, head on {head_VD.device}, targets on {targets_T.device}; move them to one device"
@@ -75,11 +70,7 @@ def _check_hopper(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None
             f"hidden is {tuple(hidden_TD.shape)}, head {tuple(head_VD.shape)}, targets {tuple(targets_T.shape)}; "
             f"expected (T, D), (V, D) and (T,)"
         )
-    if hidden % ALIGNMENT:
-        raise UserError(
-            f"hidden_size={hidden} is not a multiple of {ALIGNMENT}, which the vocabulary's bfloat16 kernels need; "
-            f"use {-(-hidden // ALIGNMENT) * ALIGNMENT}, or float32, which takes the reference"
-        )
+    require_multiple("hidden_size", hidden, ALIGNMENT, "the vocabulary's")
     if not head_VD.is_contiguous() or head_VD.data_ptr() % 16:
         raise UserError(
             f"the head has strides {head_VD.stride()}; the vocabulary's kernels read whole rows: call .contiguous()"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp
+from kernels.expert_mlp import combine, expert_mlp, sorted_rows
 from kernels.expert_order import expert_order
 from kernels.router import Routing
 from parallel.token_exchange import ExchangePlan, collect, dispatch, plan_exchange
@@ -39,29 +39,13 @@ class ParallelExperts:
     world: World
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        local_experts = self.gate_up_ECD.shape[0]
+        local_experts, top_k = self.gate_up_ECD.shape[0], routing.experts_TK.shape[1]
         order = expert_order(routing.experts_TK, local_experts * self.world.size)
         plan = plan_exchange(order.counts_E, self.world)
-        rows_RD = dispatch(sorted_rows(x_TD, order.entry_N, routing.experts_TK.shape[1]), plan)
+        rows_RD = dispatch(sorted_rows(x_TD, order.entry_N, top_k), plan)
         received = expert_order(received_experts(plan), local_experts)
         rows_ND = collect(expert_mlp(rows_RD, received, None, self.gate_up_ECD, self.down_EDF), plan)
-        return combine(rows_ND, order.place_N, routing.weights_TK)
-
-
-def sorted_rows(x_TD: Tensor, entry_N: Tensor, top_k: int) -> Tensor:
-    """One row for each (token, k) entry, sorted by expert.
-
-    The copy by `expand` comes before the permutation so that backward sums a token's K rows in a fixed order; indexing with
-    `entry_N // K` would add them atomically on a GPU.
-    """
-    tokens, hidden = x_TD.shape
-    return x_TD.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)[entry_N]
-
-
-def combine(rows_ND: Tensor, place_N: Tensor, weights_TK: Tensor) -> Tensor:
-    """The weighted sum of each token's expert rows, (T, D), summed over k in float32."""
-    rows_TKD = rows_ND[place_N].view(*weights_TK.shape, rows_ND.shape[1])
-    return (rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_ND.dtype)
+        return combine(rows_ND, order.place_N, top_k, routing.weights_TK)
 
 
 def received_experts(plan: ExchangePlan) -> Tensor:
