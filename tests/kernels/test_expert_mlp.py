@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
+from tests.kernels.capture import captured
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 gpu = pytest.mark.gpu
@@ -241,25 +242,13 @@ def test_no_wait_for_the_gpu_and_replays_in_a_graph() -> None:
         y = expert_mlp(inputs[0], expert_order(case.experts_TK, 8), *inputs[1:])
         return [y.detach(), *torch.autograd.grad(y, inputs, pull)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replays = captured(step)
     with torch.no_grad():
         case.experts_TK.copy_(other.experts_TK)
         for mine, new in zip(inputs, (other.x_TD, other.weights_TK, other.gate_up_ECD, other.down_EDF), strict=True):
             mine.copy_(new)
     graph.replay()
-    for replayed, fresh in zip(captured, step(), strict=True):
+    for replayed, fresh in zip(replays, step(), strict=True):
         assert torch.equal(replayed, fresh)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from kernels.expert_order import TILE_ROWS, ExpertOrder, expert_order, most_tiles
+from tests.kernels.capture import captured
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -102,16 +103,7 @@ def test_many_entries_on_a_gpu(tokens: int, experts: int, top_k: int) -> None:
 @needs_gpu
 def test_a_gpu_does_not_wait_and_replays_in_a_graph() -> None:
     static = choices(1000, 4, 32).cuda()
-    expert_order(static, 32)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        expert_order(static, 32)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        order = expert_order(static, 32)
+    graph, order = captured(lambda: expert_order(static, 32))
     for seed in (5, 6):
         chosen = choices(1000, 4, 32, seed)
         static.copy_(chosen)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from kernels.vocab_loss import chunked_logprobs, token_logprobs
+from tests.kernels.capture import captured
 
 
 def reference(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -206,22 +207,12 @@ def test_no_wait_for_the_gpu_and_replays_in_a_graph() -> None:
         outputs = token_logprobs(hidden, head, targets)
         return [*(part.detach() for part in outputs), *torch.autograd.grad(outputs, (hidden, head), pulls)]
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replays = captured(step)
     with torch.no_grad():
         hidden.mul_(-0.5)
         targets.copy_(targets.flip(0))
     graph.replay()
-    for replayed, fresh in zip(captured, step(), strict=True):
+    for replayed, fresh in zip(replays, step(), strict=True):
         assert torch.equal(replayed, fresh)
 
 
