@@ -1,0 +1,74 @@
+"""Where experts live: one owner each, and copies for the step at hand. Records and legality; pure, on the CPU.
+
+Source: Hecate, arXiv 2502.02581, section 3.1. An owner keeps an expert's master weights and optimizer state; a copy is a
+replica of its weights on another device, for one step. Every rank plans alike from the same loads, so a plan never travels.
+
+Letters: E experts of one layer, D devices (a rank has one), L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices 0..devices-1, `devices_per_node` consecutive ones on each node."""
+
+    devices: int
+    devices_per_node: int
+
+    def __post_init__(self) -> None:
+        if self.devices % self.devices_per_node:
+            raise ValueError(f"{self.devices} devices do not fill nodes of {self.devices_per_node}")
+
+    @property
+    def nodes(self) -> int:
+        return self.devices // self.devices_per_node
+
+    def node_of(self, device: int) -> int:
+        return device // self.devices_per_node
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who owns and who holds the experts of one layer."""
+
+    owner_E: Ints
+    copies_ED: Bools  # where an expert's weights are: on its owner, and on every device with a copy
+
+    def __post_init__(self) -> None:
+        experts, devices = self.copies_ED.shape
+        if self.owner_E.shape != (experts,):
+            raise ValueError(f"{self.owner_E.shape} owners for {experts} experts")
+        if not ((self.owner_E >= 0) & (self.owner_E < devices)).all():
+            raise ValueError(f"owners {self.owner_E.tolist()} are not all devices 0..{devices - 1}")
+        if not self.copies_ED[np.arange(experts), self.owner_E].all():
+            raise ValueError("an expert is missing on its owner")
+
+    @property
+    def extra_D(self) -> Ints:
+        """Copies on each device beside what it owns."""
+        owned_D = np.bincount(self.owner_E, minlength=self.copies_ED.shape[1])
+        return np.asarray(self.copies_ED.sum(axis=0) - owned_D, dtype=np.int64)
+
+
+def without_copies(owner_E: Ints, devices: int) -> Placement:
+    """Plain expert parallelism: every expert on its owner alone."""
+    copies_ED = np.zeros((len(owner_E), devices), dtype=np.bool_)
+    copies_ED[np.arange(len(owner_E)), owner_E] = True
+    return Placement(owner_E, copies_ED)
+
+
+def even_owners(experts: int, devices: int) -> Ints:
+    """Equal consecutive shares: device d owns d * E/D .. (d+1) * E/D - 1."""
+    if experts % devices:
+        raise ValueError(f"{experts} experts do not divide evenly over {devices} devices")
+    return np.repeat(np.arange(devices), experts // devices)
