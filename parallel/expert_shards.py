@@ -1,59 +1,74 @@
-"""The experts that this rank owns: weights, float32 master weights, gradients and optimizer state.
+"""Who owns the experts of all MoE layers, and steps them: float32 masters, gradients, AdamW's moments, once in the world.
 
-Experts stay out of the dense module and out of DeepSpeed: an expert's gradient is complete on its owner after backward, because
-the tokens of all ranks came to it, so there is nothing to reduce. It is the sum over ranks of gradients of local losses, each
-multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes it the gradient of the global loss.
+FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit, any rank may own any experts, but every rank owns equally
+many over all layers together. What the model computes with, copies included, lies in the arena (expert_arena.py).
+
+Experts stay out of the dense module and out of DeepSpeed. Gradients are sums over ranks of gradients of local losses, each
+multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes them those of the global loss.
+
+Letters: L MoE layers, E experts of a layer, O experts owned by a rank over all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.adamw import AdamWSettings, adamw, set_lr, zero_state
-from parallel.moe_layer import LocalExperts, ParallelExperts
+from parallel.expert_arena import ExpertArena, ExpertShape
+from parallel.placement import Ints, without_copies
+from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTS = ("gate_up", "down")
 
 
 class ExpertShards:
-    """Experts of all MoE layers owned by this rank. Shapes: gate_up (E/W, 2F, D) and down (E/W, D, F) for each layer."""
+    """One rank's experts. Every method is collective unless it says otherwise."""
 
     def __init__(
-        self, layers: Sequence[tuple[Tensor, Tensor]], world: World, dtype: torch.dtype, settings: AdamWSettings
+        self,
+        shape: ExpertShape,
+        initial: Callable[[int, int], Parts],
+        owner_LE: Ints,
+        world: World,
+        dtype: torch.dtype,
+        settings: AdamWSettings,
     ) -> None:
+        """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only."""
         self.world = world
-        self.masters = [t.to(world.device, torch.float32).clone().requires_grad_() for pair in layers for t in pair]
-        # In float32 a weight is its own master; in bfloat16 the model computes with a rounded copy.
-        self.weights = self.masters if dtype == torch.float32 else [m.detach().to(dtype).requires_grad_() for m in self.masters]
+        self.owner_LE = owner_LE
+        self.own = _own(owner_LE, world)
+        self.masters = shape.matrices(len(self.own), torch.float32, world.device)
+        for row, (layer, expert) in enumerate(self.own):
+            for master, value in zip(self.masters, initial(layer, expert), strict=True):
+                master[row].copy_(value)
+        for master in self.masters:
+            master.requires_grad_()
         self.optimizer = adamw(list(self.masters), settings)
         for master in self.masters:
             self.optimizer.state[master].update(zero_state(master))
+        self.arena = ExpertArena(shape, len(self.own), world, dtype, self._add_gradients)
+        self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
+        self.round_masters()
 
-    def layers(self) -> list[LocalExperts | ParallelExperts]:
-        """One callable for each MoE layer, over the current weights."""
-        pairs = list(zip(self.weights[::2], self.weights[1::2], strict=True))
-        if self.world.size == 1:
-            return [LocalExperts(gate_up, down) for gate_up, down in pairs]
-        return [ParallelExperts(gate_up, down, self.world) for gate_up, down in pairs]
+    # ------------------------------------------------------------ gradients and the update
 
-    def accumulate_gradients(self) -> None:
-        """After each micro-batch's backward: gradients of rounded weights are summed in float32 at the masters."""
-        if self.weights is self.masters:
-            return
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight.grad is not None:
-                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-                weight.grad = None
-
-    def average_gradients(self) -> None:
-        """After the last micro-batch: from the sum of scaled local losses to the gradient of the global loss."""
-        for master in self.masters:
+    def _add_gradients(self, row: int, gradients: Parts) -> None:
+        for master, gradient in zip(self.masters, gradients, strict=True):
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+            master.grad[row : row + gradient.shape[0]].add_(gradient)
+
+    def average_gradients(self) -> None:
+        """After the last micro-batch's backward: from the sum of scaled local losses to the gradient of the global loss."""
+        for master in self.masters:
+            assert master.grad is not None, "every MoE layer gives gradients, zeros where no token came"
             master.grad.div_(self.world.size)
 
     def squared_norm(self) -> Tensor:
@@ -76,19 +91,85 @@ class ExpertShards:
 
     @torch.no_grad()
     def round_masters(self) -> None:
-        """Brings the weights that the model computes with up to the masters."""
-        if self.weights is not self.masters:
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.copy_(master)
+        """Brings the weights that the model computes with up to the masters. Local."""
+        for rows, master in zip(self.arena.rows, self.masters, strict=True):
+            rows[: len(self.own)].copy_(master)
+        self.arena.outdated()
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, this rank's slice along the expert dimension)."""
-        for index, master in enumerate(self.masters):
-            yield f"experts.{index // 2}.{'down' if index % 2 else 'gate_up'}", master
+    # ------------------------------------------------------------ owners
+
+    @torch.no_grad()
+    def reshard(self, owner_LE: Ints) -> None:
+        """Moves experts to new owners, masters and moments bit for bit. Placements start from the owners alone again.
+
+        One tensor after the other, so that memory rises by a third of what a rank owns at most. Between updates only.
+        """
+        own = _own(owner_LE, self.world)
+        if len(own) != len(self.own):
+            raise ValueError(f"rank {self.world.rank} would own {len(own)} experts instead of {len(self.own)}")
+        for master in self.masters:
+            assert master.grad is None, "experts move between updates, when there are no gradients"
+            for tensor in (master.data, *self.moments(master).values()):
+                tensor.copy_(_resharded(tensor, self.owner_LE, owner_LE, self.world))
+        self.owner_LE, self.own = owner_LE, own
+        self.arena.place([without_copies(owner_E, self.world.size) for owner_E in owner_LE])
+        self.round_masters()
+
+    # ------------------------------------------------------------ state
 
     def moments(self, master: Tensor) -> dict[str, Tensor]:
         return {key: self.optimizer.state[master][key] for key in MOMENTS}
 
+    def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Views. Local."""
+        for row, (layer, expert) in enumerate(self.own):
+            for part, master in zip(PARTS, self.masters, strict=True):
+                name = f"experts.{layer}.{expert}.{part}"
+                yield name, master.detach()[row]
+                if with_moments:
+                    for key, moment in self.moments(master).items():
+                        yield f"{name}.{key}", moment[row]
+
     def set_step_count(self, steps: int) -> None:
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(steps)
+
+    def gathered(self, layer: int) -> Parts | None:
+        """All experts of a layer in the dtype of the model, (E, 2F, D) and (E, D, F), on rank 0; None elsewhere."""
+        owner_E, slots = self.owner_LE[layer], self.arena.layers[layer].slots
+        shape, rows = self.arena.shape, self.arena.rows
+        whole = shape.matrices(shape.experts, self.arena.dtype, self.world.device) if self.world.rank == 0 else None
+        messages = []
+        for expert, owner in enumerate(owner_E.tolist()):
+            for index in range(len(PARTS)):
+                if owner == self.world.rank and whole is not None:
+                    whole[index][expert].copy_(rows[index][slots[expert]])
+                elif owner == self.world.rank:
+                    messages.append(dist.P2POp(dist.isend, rows[index][slots[expert]], 0, tag=2 * expert + index))
+                elif whole is not None:
+                    messages.append(dist.P2POp(dist.irecv, whole[index][expert], owner, tag=2 * expert + index))
+        Pending(messages).wait()
+        return whole
+
+
+def _own(owner_LE: Ints, world: World) -> list[tuple[int, int]]:
+    """(layer, expert) of what this rank owns, in the order of the masters' rows."""
+    return [(layer, expert) for layer, expert in np.argwhere(owner_LE == world.rank).tolist()]
+
+
+def _resharded(tensor: Tensor, old_LE: Ints, new_LE: Ints, world: World) -> Tensor:
+    """The rows of this rank's experts under new owners: those that stay are copied, those that move are sent."""
+    old = {name: row for row, name in enumerate(_own(old_LE, world))}
+    new = {name: row for row, name in enumerate(_own(new_LE, world))}
+    rows = torch.empty_like(tensor)
+    for name in old.keys() & new.keys():
+        rows[new[name]].copy_(tensor[old[name]])
+    messages = []
+    for tag, (layer, expert) in enumerate(np.argwhere(old_LE != new_LE).tolist()):
+        source, target = int(old_LE[layer, expert]), int(new_LE[layer, expert])
+        if source == world.rank:
+            messages.append(dist.P2POp(dist.isend, tensor[old[layer, expert]], target, tag=tag))
+        elif target == world.rank:
+            messages.append(dist.P2POp(dist.irecv, rows[new[layer, expert]], source, tag=tag))
+    Pending(messages).wait()
+    return rows

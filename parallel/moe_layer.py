@@ -7,15 +7,16 @@ Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import combine, expert_mlp, sorted_rows
-from kernels.expert_order import expert_order
+from kernels.expert_mlp import expert_mlp
+from kernels.expert_order import ExpertOrder, expert_order
 from kernels.router import Routing
-from parallel.token_exchange import ExchangePlan, collect, dispatch, plan_exchange
-from parallel.topology import World
+from parallel.expert_arena import ExpertArena, LayerExperts
+from parallel.token_exchange import collect, destinations, dispatch, plan_exchange
 
 
 @dataclass(frozen=True)
@@ -25,32 +26,78 @@ class LocalExperts:
     gate_up_ECD: Tensor
     down_EDF: Tensor
 
+    def prepare(self) -> None:
+        """Everything is here."""
+
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0])
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
 @dataclass(frozen=True)
-class ParallelExperts:
-    """This rank's equal share of a layer's experts: rank r of W owns r * E/W .. (r+1) * E/W - 1. All ranks call it together."""
+class ShardedExperts:
+    """A layer's experts on all ranks, own ones and copies. All ranks call it together; gradients go to the arena."""
 
-    gate_up_ECD: Tensor  # E is the rank's own number of experts here
-    down_EDF: Tensor
-    world: World
+    layer: int
+    arena: ExpertArena
+
+    def prepare(self) -> None:
+        """Copies set out; what is computed between here and the call hides their way."""
+        self.arena.fetch(self.layer)
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        local_experts, top_k = self.gate_up_ECD.shape[0], routing.experts_TK.shape[1]
-        order = expert_order(routing.experts_TK, local_experts * self.world.size)
-        plan = plan_exchange(order.counts_E, self.world)
-        rows_RD = dispatch(sorted_rows(x_TD, order.entry_N, top_k), plan)
-        received = expert_order(received_experts(plan), local_experts)
-        rows_ND = collect(expert_mlp(rows_RD, received, None, self.gate_up_ECD, self.down_EDF), plan)
-        return combine(rows_ND, order.place_N, top_k, routing.weights_TK)
+        experts = self.arena.materialised(self.layer)
+        order = expert_order(routing.experts_TK, experts.index_E.shape[0])
+        if self.arena.world.size == 1:
+            return self._experts(x_TD, order, routing.weights_TK, experts)
+        rank_TK = destinations(routing.experts_TK, order, experts.ends_ED, experts.phase_E)
+        exchange = plan_exchange(rank_TK, self.arena.world.size)
+        received = dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, exchange)
+        here_RK = torch.where(received.experts_RK >= 0, experts.index_E[received.experts_RK.long()], -1)
+        order = expert_order(here_RK, len(experts.slots), num_entries=exchange.entries)
+        y_RD = self._experts(received.x_RD, order, received.weights_RK, experts)
+        return collect(y_RD, exchange, routing.experts_TK.shape[1])
+
+    def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
+        if self.arena.rematerialise:
+            x_RD = _FetchNext.apply(x_RD, self)
+        gate_up_SCD, down_SDF = self.arena.rows
+        y_RD = expert_mlp(
+            x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
+        )
+        if self.arena.rematerialise:
+            y_RD = _FetchAgain.apply(y_RD, self)
+            self.arena.release(self.layer)
+        return y_RD
+
+    def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
+        self.arena.return_gradients(self.layer, (gate_up_ECD, down_EDF))
 
 
-def received_experts(plan: ExchangePlan) -> Tensor:
-    """The local expert of each received row, (R, 1); they come sorted by source rank, then by expert."""
-    ranks, local_experts = plan.received_counts_WE.shape
-    experts_WE = torch.arange(local_experts, device=plan.received_counts_WE.device).repeat(ranks)
-    counts = plan.received_counts_WE.flatten()
-    return experts_WE.repeat_interleave(counts, output_size=sum(plan.receive_W)).unsqueeze(1)
+class _FetchAgain(torch.autograd.Function):
+    """Behind a layer's experts; backward comes here first and waits until the copies are there again."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
+        ctx.experts = experts
+        return y_RD.view_as(y_RD)
+
+    @staticmethod
+    def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
+        ctx.experts.arena.materialised(ctx.experts.layer)
+        return d_y_RD, None
+
+
+class _FetchNext(torch.autograd.Function):
+    """Before a layer's experts; backward comes here last, frees the copies and starts those of the layer below, which have the
+    attention's backward pass to arrive (Hecate, section 3.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, experts: ShardedExperts) -> Tensor:
+        ctx.experts = experts
+        return x_RD.view_as(x_RD)
+
+    @staticmethod
+    def backward(ctx: Any, d_x_RD: Tensor) -> tuple[Tensor, None]:
+        ctx.experts.arena.exchange_for_previous(ctx.experts.layer)
+        return d_x_RD, None

@@ -1,57 +1,166 @@
-"""Moving tokens to the ranks of their experts and back: an all-to-all that autograd can walk backwards.
+"""Tokens to the ranks that hold their experts, and the experts' results back.
 
-Letters: N entries (token, k) of this rank, sorted by expert; R entries that this rank receives; D model; W ranks.
+A token goes to a rank once, whatever its K: with the choices that the rank will serve, and with their combine weights, so that
+its results are summed there and return as one row (the deduplication of DeepSeek-V3, arXiv 2412.19437, section 3.2.2, here by
+rank). All ranks call everything here together.
+
+Letters: T tokens of this rank, K top-k, S rows sent, R rows received, D model, E experts, W ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from parallel.topology import World
+from kernels.expert_order import ExpertOrder, expert_order
+from kernels.rows import combine_rows, spread_rows
+from parallel.placement import Floats
+
+
+def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
+    """What `destinations` needs: where each device's part of an expert's entries ends, and where this rank starts to count.
+
+    Args:
+        shares_ED: the shares of this rank's entries of each expert that go to each device; rows sum to one.
+
+    Returns:
+        (E * D,) ascending: e + the sum of shares up to a device; (E,) in [0, 1): a phase that differs between ranks and
+        experts, so that single entries, which have no parts, do not all go to the same copy.
+    """
+    experts = shares_ED.shape[0]
+    ends_ED: Floats = shares_ED.cumsum(axis=1)
+    ends_ED = ends_ED / ends_ED[:, -1:]  # the last share ends at exactly 1
+    golden = 0.6180339887498949  # its multiples spread evenly over [0, 1) (Weyl)
+    phase_E = ((rank + 1) * golden + np.arange(experts) * golden * golden) % 1.0
+    flat: Floats = (np.arange(experts)[:, None] + ends_ED).ravel()
+    return flat, phase_E
+
+
+def destinations(experts_TK: Tensor, order: ExpertOrder, ends_ED: Tensor, phase_E: Tensor) -> Tensor:
+    """The rank of each entry, (T, K) int64: the entries of an expert are dealt out in the proportion of the shares.
+
+    Entry i of the n that this rank has for expert e goes where (i + phase) / n falls, so parts differ from the shares by less
+    than one entry, and over ranks the phases even out.
+    """
+    devices = ends_ED.shape[0] // phase_E.shape[0]
+    experts_N = experts_TK.flatten().long()
+    starts_E = order.ends_E - order.counts_E
+    rank_N = (order.place_N - starts_E[experts_N]).double()
+    at_N = ((rank_N + phase_E[experts_N]) / order.counts_E[experts_N]).clamp(max=1 - 1e-12)
+    found_N = torch.searchsorted(ends_ED, experts_N + at_N, right=True)
+    return (found_N - experts_N * devices).view(experts_TK.shape)
 
 
 @dataclass(frozen=True)
-class ExchangePlan:
-    """How many rows go where. Backward uses the same plan the other way round."""
+class Exchange:
+    """Which row goes where. The way back, and backward, walk it in the other direction."""
 
+    place_N: Tensor  # int32, (T * K,): the sent row of an entry, if it is its token's first for that rank; else -1
+    row_TK: Tensor  # int64: the sent row that carries an entry
+    entry_S: Tensor  # int32: the first entry of each sent row; rows are sorted by rank, then by token
+    rank_S: Tensor  # int64: where each row goes
     send_W: list[int]  # rows to each rank
     receive_W: list[int]  # rows from each rank
-    received_counts_WE: Tensor  # (W, local experts): rows from each rank for each of this rank's experts
+    entries: int  # choices that this rank will serve, over all received rows
 
 
-def plan_exchange(counts_E: Tensor, world: World) -> ExchangePlan:
-    """Tells every rank how many rows to expect. `counts_E`: this rank's entries for each expert of all ranks, (E,) int64."""
-    counts_WE = counts_E.view(world.size, -1)
-    received_WE = torch.empty_like(counts_WE)
-    dist.all_to_all_single(received_WE, counts_WE.contiguous())
-    sizes = torch.stack([counts_WE.sum(dim=1), received_WE.sum(dim=1)]).tolist()  # the one host sync of a layer
-    return ExchangePlan(send_W=sizes[0], receive_W=sizes[1], received_counts_WE=received_WE)
+def plan_exchange(rank_TK: Tensor, ranks: int) -> Exchange:
+    """From the rank of each entry. One message of two numbers to every rank, and the one wait for the device of a layer."""
+    tokens, top_k = rank_TK.shape
+    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+    first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same rank
+    leads_TK = first_TK == torch.arange(top_k, device=rank_TK.device)
+    counts_W2 = torch.zeros(ranks, 2, dtype=torch.int64, device=rank_TK.device)
+    flat_N = rank_TK.flatten()
+    counts_W2[:, 0].scatter_add_(0, flat_N, leads_TK.flatten().long())
+    counts_W2[:, 1].scatter_add_(0, flat_N, torch.ones_like(flat_N))
+    received_W2 = torch.empty_like(counts_W2)
+    dist.all_to_all_single(received_W2, counts_W2)
+    send_W, receive_W, entries_W = torch.stack([counts_W2[:, 0], received_W2[:, 0], received_W2[:, 1]]).tolist()
+    leaders_TK = torch.where(leads_TK, rank_TK, -1)
+    order = expert_order(leaders_TK, ranks, num_entries=sum(send_W))
+    row_TK = order.place_N.view(tokens, top_k).long().gather(1, first_TK)
+    return Exchange(
+        order.place_N, row_TK, order.entry_N, flat_N[order.entry_N.long()], send_W, receive_W, entries=sum(entries_W)
+    )
 
 
-class _AllToAll(torch.autograd.Function):
+@dataclass(frozen=True)
+class Received:
+    """Rows that came to this rank, sorted by the rank that they came from."""
+
+    x_RD: Tensor
+    weights_RK: Tensor  # float32; combine weights of the choices served here, 0 elsewhere
+    experts_RK: Tensor  # int32; the experts of the choices served here, -1 elsewhere
+
+
+def dispatch(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, exchange: Exchange) -> Received:
+    """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights."""
+    token_S = exchange.entry_S.long() // max(experts_TK.shape[1], 1)
+    here_SK = rank_TK[token_S] == exchange.rank_S.unsqueeze(1)
+    experts_SK = torch.where(here_SK, experts_TK[token_S], -1).int()
+    experts_RK = _all_to_all(experts_SK, exchange.send_W, exchange.receive_W)
+    x_RD, weights_RK = _Dispatch.apply(x_TD, weights_TK.float(), token_S, here_SK, exchange)
+    return Received(x_RD, weights_RK, experts_RK)
+
+
+def collect(y_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+    """Rows of results back to where their tokens came from, and their sum for each token in float32: (R, D) -> (T, D)."""
+    y_TD: Tensor = _Collect.apply(y_RD, exchange, top_k)
+    return y_TD
+
+
+class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.send_W, ctx.receive_W = send_W, receive_W
-        received_RD = rows_ND.new_empty(sum(receive_W), rows_ND.shape[1])
-        dist.all_to_all_single(received_RD, rows_ND.contiguous(), receive_W, send_W)
-        return received_RD
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, token_S: Tensor, here_SK: Tensor, exchange: Exchange
+    ) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.top_k = exchange, weights_TK.shape[1]
+        ctx.save_for_backward(here_SK)
+        weights_RK = _all_to_all(weights_TK[token_S] * here_SK, exchange.send_W, exchange.receive_W)
+        return _send_rows(x_TD, exchange, ctx.top_k), weights_RK
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        grad_ND = grad_RD.new_empty(sum(ctx.send_W), grad_RD.shape[1])
-        dist.all_to_all_single(grad_ND, grad_RD.contiguous(), ctx.send_W, ctx.receive_W)
-        return grad_ND, None, None
+    @once_differentiable
+    def backward(ctx: Any, d_x_RD: Tensor, d_weights_RK: Tensor) -> tuple[Tensor | None, ...]:
+        exchange: Exchange = ctx.exchange
+        (here_SK,) = ctx.saved_tensors
+        d_weights_SK = _all_to_all(d_weights_RK, exchange.receive_W, exchange.send_W) * here_SK
+        columns_TK = torch.arange(ctx.top_k, device=d_weights_SK.device).expand_as(exchange.row_TK)
+        d_weights_TK = d_weights_SK[exchange.row_TK, columns_TK]
+        return _return_rows(d_x_RD, exchange, ctx.top_k), d_weights_TK, None, None, None
 
 
-def dispatch(rows_ND: Tensor, plan: ExchangePlan) -> Tensor:
-    """Rows to the ranks of their experts: (N, D) sorted by expert -> (R, D) sorted by source rank, then expert."""
-    return _AllToAll.apply(rows_ND, plan.send_W, plan.receive_W)
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+        ctx.exchange, ctx.top_k = exchange, top_k
+        return _return_rows(y_RD, exchange, top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _send_rows(d_y_TD, ctx.exchange, ctx.top_k), None, None
 
 
-def collect(rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-    """The way back of `dispatch`: (R, D) -> (N, D), in the order in which the rows left."""
-    return _AllToAll.apply(rows_RD, plan.receive_W, plan.send_W)
+def _send_rows(x_TD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+    rows_SD = x_TD.new_empty(sum(exchange.send_W), x_TD.shape[1])
+    spread_rows(x_TD.contiguous(), exchange.place_N, top_k, rows_SD)
+    return _all_to_all(rows_SD, exchange.send_W, exchange.receive_W)
+
+
+def _return_rows(rows_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+    rows_SD = _all_to_all(rows_RD, exchange.receive_W, exchange.send_W)
+    return combine_rows(rows_SD, exchange.place_N, top_k)
+
+
+def _all_to_all(rows: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:
+    received = rows.new_empty(sum(receive_W), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive_W, send_W)
+    return received

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.placement import Topology
+
 
 @dataclass(frozen=True)
 class World:
@@ -19,6 +21,11 @@ class World:
     rank: int
     size: int
     device: torch.device
+    ranks_per_node: int  # consecutive ranks share a node
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.size, self.ranks_per_node)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
@@ -64,7 +71,16 @@ def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
     )
-    return World(rank, size, device)
+    return World(rank, size, device, _ranks_per_node(size))
+
+
+def _ranks_per_node(size: int) -> int:
+    """How many consecutive ranks share each host; 1 where hosts have unequally many or their ranks are not consecutive."""
+    hosts: list[str] = [""] * size
+    dist.all_gather_object(hosts, socket.gethostname())
+    first = hosts.count(hosts[0])
+    regular = size % first == 0 and all(len({*hosts[i : i + first]}) == 1 for i in range(0, size, first))
+    return first if regular and len({*hosts}) == size // first else 1
 
 
 def leave(world: World) -> None:

@@ -29,15 +29,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
-FORMAT = 1
-EXPERT_PREFIX = "experts."  # such tensors are split over the ranks along their first dimension
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def write(
 
     Args:
         folder: its final place; its parent exists.
-        tensors: (name, tensor) pairs in the same order on all ranks; names under `experts.` are this rank's slice.
+        tensors: (name, tensor) pairs; what several ranks name must be the same on them, and is written once.
         files: further text files, name -> content; rank 0's are written.
 
     Raises:
@@ -74,7 +71,7 @@ def write(
         shutil.rmtree(staging, ignore_errors=True)
         (staging / "state").mkdir(parents=True)
     world.barrier()
-    state = {name: _as_shard(name, tensor, world) for name, tensor in tensors}
+    state = {name: tensor.detach().contiguous() for name, tensor in tensors}
     try:
         dcp.save(
             state,
@@ -123,13 +120,6 @@ def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, 
 def _checksum(path: Path) -> dict[str, int | str]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _as_shard(name: str, tensor: Tensor, world: World) -> Tensor:
-    if world.size == 1 or not name.startswith(EXPERT_PREFIX):
-        return tensor.detach().contiguous()
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    return DTensor.from_local(tensor.detach().contiguous(), mesh, [Shard(0)], run_check=False)
 
 
 # ---------------------------------------------------------------- reading
@@ -185,15 +175,15 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def read(folder: Path, shapes: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that any number of ranks wrote, in this world's division; all ranks call it together.
+def read(folder: Path, shapes: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that this rank asks for, of a checkpoint that any number of ranks wrote; all ranks call it together.
 
     Args:
         shapes: (name, tensor) as given to `write`; only shape, dtype and device are used.
     """
-    state = {name: _as_shard(name, torch.empty_like(tensor), world) for name, tensor in shapes}
+    state = {name: torch.empty_like(tensor) for name, tensor in shapes}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not dist.is_initialized())
-    return {name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return state
 
 
 # ---------------------------------------------------------------- which ones there are

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +15,15 @@ from kernels.vocab_loss import token_logprobs
 from parallel.adamw import AdamWSettings
 from parallel.balance import load_shares, max_violation, updated_bias
 from parallel.dense import DenseZeRO
+from parallel.expert_arena import ExpertShape
 from parallel.expert_shards import ExpertShards
+from parallel.moe_layer import ShardedExperts
+from parallel.placement import even_owners
 from parallel.topology import World
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.config import BalanceConfig, ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
-from trainer.model.initial import initial_experts
+from trainer.model.initial import initial_expert
 from trainer.model.transformer import Transformer
 
 
@@ -44,10 +49,9 @@ class Trainer:
         config = spec.model
         dtype = getattr(torch, spec.dtype)
         self.spec, self.world = spec, world
-        share = config.num_experts // world.size
-        first = share * world.rank
-        layers = [initial_experts(config, spec.seed, layer, first, first + share) for layer in range(config.num_moe_layers)]
-        self.experts = ExpertShards(layers, world, dtype, spec.adamw)
+        shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
+        owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
+        self.experts = ExpertShards(shape, partial(initial_expert, config, spec.seed), owner_LE, world, dtype, spec.adamw)
         self.model = Transformer(config)
         self.model.initialize(spec.seed)
         self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.zero_stage)
@@ -75,8 +79,8 @@ class Trainer:
         for start in starts:
             micro = batch.rows(start, start + self.spec.micro_rows)
             loss, sums, counts = self._micro_batch(micro, objective, weight)
-            self.dense.backward(loss, last=start == starts[-1])
-            self.experts.accumulate_gradients()
+            with self.experts.arena.backward_pass():
+                self.dense.backward(loss, last=start == starts[-1])
             counts_LE += counts
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
@@ -102,7 +106,7 @@ class Trainer:
             positions_of(batch.documents_BS),
             batch.documents_BS >= 0,
             PackedAttention(batch.documents_BS),
-            self.experts.layers(),
+            [ShardedExperts(layer, self.experts.arena) for layer in range(self.spec.model.num_moe_layers)],
             self.bias_LE,
             recompute=self.spec.recompute and torch.is_grad_enabled(),
         )
@@ -151,14 +155,10 @@ class Trainer:
     # ------------------------------------------------------------ state
 
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor): dense ones whole, experts as this rank's slice along the expert dimension. Collective."""
+        """(name, tensor): dense ones on every rank, an expert's on its owner. Collective."""
         yield "bias", self.bias_LE
         yield from self.dense.named_masters()
-        for name, master in self.experts.named_masters():
-            yield name, master.detach()
-            if with_moments:
-                for key, moment in self.experts.moments(master).items():
-                    yield f"{name}.{key}", moment
+        yield from self.experts.named_state(with_moments)
         if with_moments:
             yield from self.dense.named_moments()
 
@@ -166,11 +166,8 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
         """Sets everything that `named_state` names, bit for bit. `updates`: optimizer steps taken so far."""
         self.bias_LE = tensors["bias"].to(self.world.device)
-        for name, master in self.experts.named_masters():
-            master.copy_(tensors[name])
-            if with_moments:
-                for key, moment in self.experts.moments(master).items():
-                    moment.copy_(tensors[f"{name}.{key}"])
+        for name, tensor in self.experts.named_state(with_moments):
+            tensor.copy_(tensors[name])
         self.experts.round_masters()
         self.dense.load(tensors, with_moments, updates if with_moments else 0)
         self.experts.set_step_count(updates if with_moments else 0)

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.rows import LANE
+from parallel.expert_shards import PARTS
 from parallel.topology import World, join, leave, serve_store
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
@@ -123,34 +125,23 @@ class TrainWorker:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
         meta = checkpoint.read_meta(folder, self.trainer.spec.model)
         shapes = self.trainer.named_state(with_moments)
-        self.trainer.load_state(checkpoint.read(folder, shapes, self.world), with_moments, meta.updates)
+        self.trainer.load_state(checkpoint.read(folder, shapes), with_moments, meta.updates)
         return meta
 
     def load_model(self, folder: Path) -> None:
         """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""
         model = load_pretrained(folder, torch.float32)
-        share = model.config.num_experts // self.world.size
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        tensors = {name: t[mine] if name.startswith("experts.") else t for name, t in named_tensors(model)}
-        self.trainer.load_state(tensors, with_moments=False, updates=0)
+        self.trainer.load_state(dict(named_tensors(model)), with_moments=False, updates=0)
 
     def weights(self) -> PackedTensors | None:
         """`LanguageModel.state` in the dtype that the ranks compute with: from rank 0; None elsewhere."""
-        gathered = [gather(weight.detach(), self.world) for weight in self.trainer.experts.weights]
-        if self.rank > 0:
+        layers = [self.trainer.experts.gathered(layer) for layer in range(self.trainer.spec.model.num_moe_layers)]
+        whole = [parts for parts in layers if parts is not None]
+        if not whole:
             return None
-        experts = ExpertWeights(torch.stack(gathered[::2]), torch.stack(gathered[1::2]))
+        experts = ExpertWeights(*(torch.stack(parts) for parts in zip(*whole, strict=True)))
         model = LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
         return pack(model.state())
-
-
-def gather(shard: Tensor, world: World) -> Tensor:
-    """The slices of all ranks, one after the other along the first dimension. Collective."""
-    if world.size == 1:
-        return shard
-    parts = [torch.empty_like(shard) for _ in range(world.size)]
-    dist.all_gather(parts, shard.contiguous())
-    return torch.cat(parts)
 
 
 def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
@@ -159,27 +150,32 @@ def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.dense.named_parameters():
         yield f"dense.{name}", parameter.detach()
     for layer in range(model.config.num_moe_layers):
-        yield f"experts.{layer}.gate_up", model.experts.gate_up_LECD[layer]
-        yield f"experts.{layer}.down", model.experts.down_LEDF[layer]
+        for expert in range(model.config.num_experts):
+            for part, whole in zip(PARTS, (model.experts.gate_up_LECD, model.experts.down_LEDF), strict=True):
+                yield f"experts.{layer}.{expert}.{part}", whole[layer, expert]
 
 
 def read_model(folder: Path) -> LanguageModel:
     """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
     meta = checkpoint.read_meta(folder)
     model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
-    alone = World(0, 1, torch.device("cpu"))
-    tensors = checkpoint.read(folder, named_tensors(model), alone)
+    tensors = checkpoint.read(folder, named_tensors(model))
     for name, tensor in named_tensors(model):
         tensor.copy_(tensors[name])
     return model
 
 
 def check_division(model: ModelConfig, rows: int, ranks: int) -> None:
-    """Raises UserError unless experts and rows divide evenly over the ranks."""
+    """Raises UserError unless experts and rows divide evenly over the ranks, and tokens can travel."""
     if model.num_experts % ranks:
         raise UserError(
             f"model.num_experts ({model.num_experts}) is not divisible by the number of ranks ({ranks}); "
             f"set cluster.ranks to a divisor of {model.num_experts}"
+        )
+    if ranks > 1 and model.hidden_size % LANE:
+        raise UserError(
+            f"model.hidden_size ({model.hidden_size}) is not a multiple of {LANE}, which tokens need to travel between ranks; "
+            "choose one that is, or set cluster.ranks=1"
         )
     if rows % ranks:
         raise UserError(f"train.batch_rows ({rows}) is not divisible by the number of ranks ({ranks}); change either")

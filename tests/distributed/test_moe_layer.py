@@ -1,81 +1,216 @@
-"""Experts spread over ranks compute what experts on one device compute: outputs and every gradient.
+"""Experts spread over ranks, with any owners and any copies, compute what experts on one device compute: outputs, every
+gradient and three updates.
 
-Rank r gives a loss of its own; the sum of all losses is what one device differentiates. Cases include ranks without tokens,
-experts without tokens, and all tokens on one expert.
+Every rank gives losses of its own; the sum of all is what one device differentiates. Cases include layers that a rank owns
+nothing of, copies everywhere and nowhere, shares from zero to one, ranks without tokens, experts without tokens, all tokens
+on the same experts, several nodes, rematerialised copies, recomputed activations, several micro-batches, and evaluation in
+between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.router import Routing, route
-from parallel.moe_layer import LocalExperts, ParallelExperts, received_experts
-from parallel.token_exchange import ExchangePlan
+from parallel.adamw import AdamWSettings, adamw, set_lr
+from parallel.expert_arena import ExpertShape
+from parallel.expert_shards import ExpertShards
+from parallel.moe_layer import LocalExperts, ShardedExperts
+from parallel.placement import Floats, Ints, Placement
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 
-D, F, E, K = 8, 6, 8, 2
-CASES = 12
+SHAPE = ExpertShape(layers=3, experts=8, hidden=8, expert_hidden=6)
+K, MICRO_BATCHES, STEPS, LR = 3, 2, 3, 1e-2
+CASES = 8
+# A large eps: at 1e-8 AdamW divides rounding noise by rounding noise where a gradient is nearly zero.
+ADAMW = AdamWSettings(betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, clip_norm=1.0)
 
 
-def case(seed: int, size: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """(tokens of each rank, router logits of each rank, gate_up, down)."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 20, (size,), generator=generator).tolist()
-    if seed % 3 == 0:
-        tokens[seed % size] = 0
-    x = [torch.randn(t, D, generator=generator) for t in tokens]
-    logits = [torch.randn(t, E, generator=generator) * 2 for t in tokens]
-    if seed % 4 == 1:  # all tokens want the same two experts
-        logits = [torch.zeros(t, E).index_fill(1, torch.tensor([3, 6]), 9.0) for t in tokens]
-    gate_up = torch.randn(E, 2 * F, D, generator=generator)
-    return x, logits, gate_up, torch.randn(E, D, F, generator=generator)
+@dataclass(frozen=True)
+class Case:
+    x: list[list[list[Tensor]]]  # for each step, micro-batch and rank: (T, D)
+    logits: list[list[list[Tensor]]]  # for each step, micro-batch and rank: (L, T, E)
+    owner_LE: Ints
+    copies_LED: list[list[np.ndarray[Any, Any]]]  # for each step and layer
+    shares: list[list[list[Floats]]]  # for each step, layer and rank: (E, D)
+    ranks_per_node: int
+    rematerialise: bool
+    recompute: bool
+
+
+def case(seed: int, size: int) -> Case:
+    torch_random = torch.Generator().manual_seed(seed)
+    random = np.random.default_rng(seed)
+    layers, experts = SHAPE.layers, SHAPE.experts
+
+    def tokens() -> list[int]:
+        counts = random.integers(0, 12, size)
+        if seed % 3 == 0:
+            counts[seed % size] = 0
+        return counts.tolist()
+
+    def logits(count: int) -> Tensor:
+        if seed % 4 == 1:  # all tokens want the same experts
+            return torch.zeros(layers, count, experts).index_fill(2, torch.tensor([1, 3, 6]), 9.0)
+        return torch.randn(layers, count, experts, generator=torch_random) * 2
+
+    counts = [[tokens() for _ in range(MICRO_BATCHES)] for _ in range(STEPS)]
+    owner_LE = random.permutation(np.repeat(np.arange(size), layers * experts // size)).reshape(layers, experts)
+    copies, shares = [], []
+    for _ in range(STEPS):
+        copies.append([random_copies(random, owner_E, size, density=seed % 3 / 2) for owner_E in owner_LE])
+        shares.append([[random_shares(random, copies_ED) for _ in range(size)] for copies_ED in copies[-1]])
+    return Case(
+        x=[[[torch.randn(t, SHAPE.hidden, generator=torch_random) for t in micro] for micro in step] for step in counts],
+        logits=[[[logits(t) for t in micro] for micro in step] for step in counts],
+        owner_LE=owner_LE,
+        copies_LED=copies,
+        shares=shares,
+        ranks_per_node=int(random.choice([n for n in (1, 2, 4, 8) if size % n == 0])),
+        rematerialise=seed % 2 == 0,
+        recompute=seed % 4 > 1,
+    )
+
+
+def random_copies(random: np.random.Generator, owner_E: Ints, size: int, density: float) -> np.ndarray[Any, Any]:
+    copies_ED = random.random((len(owner_E), size)) < density
+    copies_ED[np.arange(len(owner_E)), owner_E] = True
+    return copies_ED
+
+
+def random_shares(random: np.random.Generator, copies_ED: np.ndarray[Any, Any]) -> Floats:
+    """Some copies get nothing; rows sum to one."""
+    weights_ED = copies_ED * random.random(copies_ED.shape) * (random.random(copies_ED.shape) < 0.7)
+    weights_ED += copies_ED * 1e-9
+    return weights_ED / weights_ED.sum(axis=1, keepdims=True)
+
+
+def initial(layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * layer + expert)
+    size, hidden = SHAPE.hidden, SHAPE.expert_hidden
+    return torch.randn(2 * hidden, size, generator=generator), torch.randn(size, hidden, generator=generator)
 
 
 def routed(logits_TE: Tensor) -> Routing:
     return route(logits_TE, top_k=K, scores="softmax", renormalize=True, scale=1.0, bias_E=None, valid_T=None)
 
 
-def gradients(
-    x: Tensor, logits: Tensor, experts: LocalExperts | ParallelExperts, weights: tuple[Tensor, Tensor]
-) -> list[Tensor]:
-    """The output, and the gradients of sum(cos(output)) for tokens, logits and both weights."""
-    x, logits = x.clone().requires_grad_(), logits.clone().requires_grad_()
-    y = experts(x, routed(logits))
-    y.cos().sum().backward()
-    found = [y, x.grad, logits.grad, *(w.grad for w in weights)]
-    assert all(t is not None for t in found), "a tensor got no gradient at all; it should get zeros"
-    return [t.detach() for t in found if t is not None]
+def forward(x_TD: Tensor, logits_LTE: Tensor, layers: Sequence[LocalExperts | ShardedExperts], recompute: bool) -> Tensor:
+    def block(x_TD: Tensor, logits_TE: Tensor, experts: LocalExperts | ShardedExperts) -> Tensor:
+        experts.prepare()
+        hidden_TD = x_TD.tanh()  # where attention would be
+        return x_TD + experts(hidden_TD, routed(logits_TE))
+
+    for logits_TE, experts in zip(logits_LTE, layers, strict=True):
+        if recompute:
+            x_TD = checkpoint(block, x_TD, logits_TE, experts, use_reentrant=False)
+        else:
+            x_TD = block(x_TD, logits_TE, experts)
+    return x_TD
 
 
-def spread(world: World) -> list[list[Tensor]]:
-    results = []
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_()
+
+
+def spread(world: World, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [spread_case(world, case(seed, world.size)) for seed in seeds]
+
+
+def spread_case(world: World, told: Case) -> dict[str, Any]:
+    world = replace(world, ranks_per_node=told.ranks_per_node)
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, world, torch.float32, ADAMW)
+    layers = [ShardedExperts(layer, shards.arena) for layer in range(SHAPE.layers)]
+    found: dict[str, Any] = {"tokens": [], "norms": []}
+    for step in range(STEPS):
+        placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
+        shares_LED = [by_rank[world.rank] for by_rank in told.shares[step]]
+        shards.arena.place(placements, shares_LED, rematerialise=told.rematerialise)
+        for micro in range(MICRO_BATCHES):
+            x, logits = leaf(told.x[step][micro][world.rank]), leaf(told.logits[step][micro][world.rank])
+            y = forward(x, logits, layers, told.recompute)
+            with shards.arena.backward_pass():
+                (y.cos().sum() * world.size).backward()
+            assert x.grad is not None and logits.grad is not None, "a tensor got no gradient at all; it should get zeros"
+            with torch.no_grad():
+                again = forward(x, logits, layers, recompute=False)
+            torch.testing.assert_close(again, y)
+            found["tokens"].append((y.detach(), x.grad / world.size, logits.grad / world.size))
+        shards.average_gradients()
+        found["norms"].append(shards.squared_norm().item())
+        if step == 0:
+            gradients = [master.grad for master in shards.masters]
+            found["gradients"] = {
+                own: [g[row].clone() for g in gradients if g is not None] for row, own in enumerate(shards.own)
+            }
+        shards.step(LR, scale=0.5)
+    found["state"] = {name: tensor.clone() for name, tensor in shards.named_state(with_moments=True)}
+    return found
+
+
+def one_device(told: Case, size: int) -> dict[str, Any]:
+    """The same without ranks: tokens of all ranks one after the other, all experts here."""
+    names = [(layer, expert) for layer in range(SHAPE.layers) for expert in range(SHAPE.experts)]
+    weights = {name: [leaf(part) for part in initial(*name)] for name in names}
+    parameters = [part for name in names for part in weights[name]]
+    optimizer = adamw(parameters, ADAMW)
+    set_lr(optimizer, LR)
+    found: dict[str, Any] = {"tokens": [], "norms": []}
+    for step in range(STEPS):
+        for micro in range(MICRO_BATCHES):
+            x, logits = leaf(torch.cat(told.x[step][micro])), leaf(torch.cat(told.logits[step][micro], dim=1))
+            stacked = [
+                [torch.stack([weights[layer, e][part] for e in range(SHAPE.experts)]) for part in range(2)]
+                for layer in range(SHAPE.layers)
+            ]
+            y = forward(x, logits, [LocalExperts(*parts) for parts in stacked], recompute=False)
+            y.cos().sum().backward()
+            found["tokens"].append((y.detach(), x.grad, logits.grad))
+        gradients = [part.grad for part in parameters if part.grad is not None]
+        found["norms"].append(sum(gradient.double().square().sum().item() for gradient in gradients))
+        if step == 0:
+            found["gradients"] = {
+                name: [part.grad.clone() for part in weights[name] if part.grad is not None] for name in names
+            }
+        for gradient in gradients:
+            gradient.mul_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = {name: [part.detach() for part in weights[name]] for name in names}
+    return found
+
+
+def close(found: Tensor, expected: Tensor, where: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{where}: {text}")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_sharded_experts_equal_experts_on_one_device(size: int) -> None:
+    by_rank = run_ranks(spread, size, range(CASES))
     for seed in range(CASES):
-        x, logits, gate_up, down = case(seed, world.size)
-        share = E // world.size
-        own = slice(world.rank * share, (world.rank + 1) * share)
-        weights = (gate_up[own].clone().requires_grad_(), down[own].clone().requires_grad_())
-        experts = ParallelExperts(*weights, world)
-        results.append(gradients(x[world.rank], logits[world.rank], experts, weights))
-    return results
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_spread_experts_equal_local_experts(size: int) -> None:
-    by_rank = run_ranks(spread, size)
-    for seed in range(CASES):
-        x, logits, gate_up, down = case(seed, size)
-        weights = (gate_up.requires_grad_(), down.requires_grad_())
-        expected = gradients(torch.cat(x), torch.cat(logits), LocalExperts(*weights), weights)
-        for part, name in enumerate(["output", "tokens", "logits", "gate_up", "down"]):
-            found = torch.cat([results[seed][part] for results in by_rank])
-            where = f"case {seed}, {name}"
-            torch.testing.assert_close(found, expected[part], rtol=1e-5, atol=1e-5, msg=lambda text, at=where: f"{at}: {text}")
-
-
-def test_received_rows_know_their_expert() -> None:
-    # two ranks sent (1, 0, 2) and (2, 1, 0) rows for the three experts here
-    plan = ExchangePlan(send_W=[], receive_W=[3, 3], received_counts_WE=torch.tensor([[1, 0, 2], [2, 1, 0]]))
-    assert received_experts(plan).flatten().tolist() == [0, 2, 2, 0, 0, 1]
+        told, results = case(seed, size), [rank[seed] for rank in by_rank]
+        expected = one_device(told, size)
+        for micro, wanted in enumerate(expected["tokens"]):
+            for index, name in enumerate(["output", "gradient of tokens", "gradient of logits"]):
+                parts = [result["tokens"][micro][index] for result in results]
+                close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}, {name}")
+        for result in results:
+            assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        owned = [name for result in results for name in result["gradients"]]
+        assert sorted(owned) == sorted(expected["gradients"]), "each expert has one owner"
+        for result in results:
+            for (layer, expert), gradients in result["gradients"].items():
+                for index, part in enumerate(("gate_up", "down")):
+                    where = f"case {seed}, expert {expert} of layer {layer}, {part}"
+                    close(gradients[index], expected["gradients"][layer, expert][index], f"{where}, gradient")
+                    state = result["state"][f"experts.{layer}.{expert}.{part}"]
+                    close(state, expected["weights"][layer, expert][index], f"{where} after {STEPS} updates")

@@ -20,7 +20,7 @@ from trainer.checkpoint import CheckpointMeta
 from trainer.model.transformer import LanguageModel
 from trainer.worker import named_tensors, read_model
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
 MODEL = tiny_model()
 
 

@@ -14,7 +14,7 @@ from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.families import family_of, tensors_by_name
 from trainer.model.hf import load_pretrained
-from trainer.model.initial import initial_experts
+from trainer.model.initial import initial_expert
 from trainer.model.transformer import ExpertWeights, LanguageModel, Output, parameter_counts
 
 
@@ -143,9 +143,10 @@ def test_parameter_counts_are_those_of_the_modules(changes: dict[str, Any]) -> N
 def test_a_rank_draws_the_experts_that_the_whole_model_has() -> None:
     whole = LanguageModel.initialize(TINY, seed=5).experts
     for layer in range(TINY.num_moe_layers):
-        gate_up, down = initial_experts(TINY, 5, layer, 1, 3)
-        assert torch.equal(gate_up, whole.gate_up_LECD[layer, 1:3])
-        assert torch.equal(down, whole.down_LEDF[layer, 1:3])
+        for expert in (1, 2):
+            gate_up, down = initial_expert(TINY, 5, layer, expert)
+            assert torch.equal(gate_up, whole.gate_up_LECD[layer, expert])
+            assert torch.equal(down, whole.down_LEDF[layer, expert])
     matrices = [matrix for layer in whole.gate_up_LECD for matrix in layer]
     assert not any(torch.equal(a, b) for place, a in enumerate(matrices) for b in matrices[:place]), "two experts are equal"
 

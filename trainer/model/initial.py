@@ -12,17 +12,13 @@ from torch import Tensor
 from trainer.config import ModelConfig
 
 
-def initial_experts(config: ModelConfig, seed: int, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Experts first..last-1 of MoE layer `layer` (counted without the dense layers), float32 on the CPU.
-
-    Returns gate_up_ECD and down_EDF with E = last - first and C = 2 * expert_hidden_size.
-    """
-    gate_up_ECD = torch.empty(last - first, 2 * config.expert_hidden_size, config.hidden_size)
-    down_EDF = torch.empty(last - first, config.hidden_size, config.expert_hidden_size)
-    for place, expert in enumerate(range(first, last)):
-        fill_normal(gate_up_ECD[place], config.init_std, seed, f"experts.{layer}.{expert}.gate_up")
-        fill_normal(down_EDF[place], residual_std(config), seed, f"experts.{layer}.{expert}.down")
-    return gate_up_ECD, down_EDF
+def initial_expert(config: ModelConfig, seed: int, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """gate_up_CD and down_DF of an expert of MoE layer `layer` (counted without the dense layers), float32 on the CPU."""
+    gate_up_CD = torch.empty(2 * config.expert_hidden_size, config.hidden_size)
+    down_DF = torch.empty(config.hidden_size, config.expert_hidden_size)
+    fill_normal(gate_up_CD, config.init_std, seed, f"experts.{layer}.{expert}.gate_up")
+    fill_normal(down_DF, residual_std(config), seed, f"experts.{layer}.{expert}.down")
+    return gate_up_CD, down_DF
 
 
 def residual_std(config: ModelConfig) -> float:

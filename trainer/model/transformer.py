@@ -25,11 +25,14 @@ from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig
 from trainer.model.attention import rope, rotate
-from trainer.model.initial import fill_normal, initial_experts, residual_std
+from trainer.model.initial import fill_normal, initial_expert, residual_std
 
 
 class LayerExperts(Protocol):
     """The experts of one MoE layer, wherever they are."""
+
+    def prepare(self) -> None:
+        """Called before the layer's attention, under which weights may travel."""
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """y_TD: for every token the sum over k of its combine weight times the output of its expert k."""
@@ -156,6 +159,8 @@ class Block(nn.Module):
         experts: LayerExperts | None,
         bias_E: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
+        if experts is not None:
+            experts.prepare()
         x_BSD = x_BSD + self.attention(self.layer, self.attention_norm(x_BSD), angles, attend)
         normed_BSD = self.mlp_norm(x_BSD)
         if experts is None:
@@ -256,7 +261,8 @@ class LanguageModel:
         dense.initialize(seed)
         gate_up_LECD, down_LEDF = (torch.empty(shape) for shape in expert_shapes(config))
         for layer in range(config.num_moe_layers):
-            gate_up_LECD[layer], down_LEDF[layer] = initial_experts(config, seed, layer, 0, config.num_experts)
+            for expert in range(config.num_experts):
+                gate_up_LECD[layer, expert], down_LEDF[layer, expert] = initial_expert(config, seed, layer, expert)
         bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
         return cls(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
 

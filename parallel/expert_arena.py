@@ -1,0 +1,189 @@
+"""What a rank computes experts with: its own ones, and copies of others' for the step at hand.
+
+FSSDP (Hecate, arXiv 2502.02581, section 3). The arena's rows 0..O-1 are the rank's own experts over all layers, in the order of
+(layer, expert); copies lie behind them. Copies are fetched by SparseAllGather before they are needed, once a step; gradients of
+copies go home by SparseReduceScatter, one layer behind the backward pass. With rematerialisation only one layer's copies exist
+at a time, and backward fetches them again.
+
+Letters: L MoE layers, E experts of a layer, O experts owned by a rank over all layers, S slots of the arena, D model, F expert
+hidden, C = 2F, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel.placement import Floats, Placement
+from parallel.sparse_collectives import GatherPlan, Parts, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.token_exchange import boundaries
+from parallel.topology import World
+
+AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Of all experts of a model: every layer has as many, all of one shape."""
+
+    layers: int
+    experts: int  # in each layer
+    hidden: int  # D
+    expert_hidden: int  # F
+
+    def matrices(self, experts: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Uninitialised gate_up (experts, 2F, D) and down (experts, D, F)."""
+        sizes = ((experts, 2 * self.expert_hidden, self.hidden), (experts, self.hidden, self.expert_hidden))
+        return tuple(torch.empty(size, dtype=dtype, device=device) for size in sizes)
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one layer that this rank has under one placement."""
+
+    placement: Placement
+    slots: dict[int, int]  # expert -> row of the arena; own experts first, then copies, each in ascending order
+    owned: int  # how many of them are own; their rows are adjacent
+    slots_E: Tensor  # int32; the values of `slots`
+    index_E: Tensor  # int32, one for each expert of the layer: its position in `slots`, -1 where it is not here
+    ends_ED: Tensor  # float64, (E * W,); see token_exchange.boundaries
+    phase_E: Tensor  # float64
+    gather: GatherPlan
+
+    @property
+    def first_own(self) -> int:
+        return next(iter(self.slots.values()), 0)
+
+
+class ExpertArena:
+    """One rank's weights of experts, in the dtype of the model. All ranks make the same calls in the same order."""
+
+    def __init__(self, shape: ExpertShape, owned: int, world: World, dtype: torch.dtype, add_gradients: AddGradients) -> None:
+        self.shape, self.owned, self.world, self.dtype = shape, owned, world, dtype
+        self.rows = shape.matrices(owned, dtype, world.device)
+        self._add_gradients = add_gradients
+        self._returning: tuple[int, SparseReduceScatter] | None = None
+        self._walking_back = False
+
+    def place(
+        self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
+    ) -> None:
+        """From here on experts lie as `placements` says, one for each layer, and tokens go to them by `shares_LED`.
+
+        `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing moves yet.
+        """
+        self.placements, self.rematerialise = list(placements), rematerialise
+        extra_L = [int(placement.extra_D[self.world.rank]) for placement in placements]
+        self._reserve(self.owned + (max(extra_L) if rematerialise else sum(extra_L)))
+        own = copy = 0
+        self.layers: list[LayerExperts] = []
+        for layer, placement in enumerate(placements):
+            shares_ED = placement.copies_ED.astype(np.float64) if shares_LED is None else shares_LED[layer]
+            found = self._layer(placement, shares_ED, own, self.owned + copy)
+            self.layers.append(found)
+            own += found.owned
+            copy += 0 if rematerialise else extra_L[layer]
+        self.outdated()
+
+    def _layer(self, placement: Placement, shares_ED: Floats, first_own: int, first_copy: int) -> LayerExperts:
+        rank, device = self.world.rank, self.world.device
+        mine = placement.owner_E == rank
+        owned, copies = np.flatnonzero(mine).tolist(), np.flatnonzero(placement.copies_ED[:, rank] & ~mine).tolist()
+        slots = dict(zip(owned, range(first_own, first_own + len(owned)), strict=True))
+        slots |= dict(zip(copies, range(first_copy, first_copy + len(copies)), strict=True))
+        index_E = torch.full((self.shape.experts,), -1, dtype=torch.int32)
+        index_E[list(slots)] = torch.arange(len(slots), dtype=torch.int32)
+        ends_ED, phase_E = boundaries(shares_ED, rank)
+        return LayerExperts(
+            placement=placement,
+            slots=slots,
+            owned=len(owned),
+            slots_E=torch.tensor(list(slots.values()), dtype=torch.int32, device=device),
+            index_E=index_E.to(device),
+            ends_ED=torch.from_numpy(ends_ED).to(device),
+            phase_E=torch.from_numpy(phase_E).to(device),
+            gather=gather_plan(placement, self.world.topology, rank),
+        )
+
+    def _reserve(self, slots: int) -> None:
+        """Room for copies; own rows keep their content."""
+        if self.rows[0].shape[0] != slots:
+            old, self.rows = self.rows, self.shape.matrices(slots, self.dtype, self.world.device)
+            for new, rows in zip(self.rows, old, strict=True):
+                new[: self.owned].copy_(rows[: self.owned])
+
+    # ------------------------------------------------------------ copies
+
+    def outdated(self) -> None:
+        """Own rows have changed: copies of them are of no use any more."""
+        self._present: set[int] = set()
+        self._gathers: dict[int, SparseAllGather] = {}
+
+    def fetch(self, layer: int) -> None:
+        """Starts the SparseAllGather of a layer's copies, unless they are here or on their way."""
+        if layer not in self._present and layer not in self._gathers:
+            slots = self.layers[layer].slots
+
+            def parts(expert: int) -> Parts:
+                return tuple(rows[slots[expert]] for rows in self.rows)
+
+            self._gathers[layer] = SparseAllGather(self.layers[layer].gather, parts)
+
+    def materialised(self, layer: int) -> LayerExperts:
+        """A layer, once its copies may be read."""
+        self.fetch(layer)
+        if layer in self._gathers:
+            self._gathers.pop(layer).finish()
+            self._present.add(layer)
+        return self.layers[layer]
+
+    def release(self, layer: int) -> None:
+        """With rematerialisation, after a layer's forward: the next layer's copies may take the place of this one's.
+
+        Not where activations are recomputed in the backward pass, which is about to need them.
+        """
+        if self.rematerialise and not self._walking_back:
+            self._present.discard(layer)
+
+    def exchange_for_previous(self, layer: int) -> None:
+        """With rematerialisation, after a layer's backward: its copies make room for those of the layer below."""
+        self._present.discard(layer)
+        if layer > 0:
+            self.fetch(layer - 1)
+
+    # ------------------------------------------------------------ gradients
+
+    @contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Surrounds the backward pass of a micro-batch; behind it all gradients have been added at their owners."""
+        self._walking_back = True
+        yield
+        self._walking_back = False
+        self._finish_gradients()
+
+    def return_gradients(self, layer: int, gradients: Parts) -> None:
+        """Takes the gradients of a layer's experts, in the order of its slots: own ones stay, those of copies set out for home.
+
+        What the layer before sent is awaited here, so it has had the attention's backward pass to arrive.
+        """
+        self._finish_gradients()
+        found = self.layers[layer]
+        self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
+        position = {expert: index for index, expert in enumerate(found.slots)}
+
+        def parts(expert: int) -> Parts:
+            return tuple(part[position[expert]] for part in gradients)
+
+        self._returning = layer, SparseReduceScatter(found.gather, parts)
+
+    def _finish_gradients(self) -> None:
+        if self._returning is not None:
+            (layer, reduce), self._returning = self._returning, None
+            for expert, gradients in reduce.finish():
+                row = self.layers[layer].slots[expert]
+                self._add_gradients(row, tuple(part.unsqueeze(0) for part in gradients))

@@ -1,0 +1,62 @@
+"""The plan of sparse collectives: every copy arrives once, messages match, and an expert crosses each network card once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.placement import Placement, Topology, even_owners, without_copies
+from parallel.sparse_collectives import gather_plan
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[Placement, Topology]:
+    topology = Topology(draw(st.integers(1, 4)) * (per_node := draw(st.integers(1, 4))), per_node)
+    experts = draw(st.integers(1, 12))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    owner_E = random.integers(0, topology.devices, experts)
+    copies_ED = random.random((experts, topology.devices)) < draw(st.floats(0, 1))
+    copies_ED[np.arange(experts), owner_E] = True
+    return Placement(owner_E, copies_ED), topology
+
+
+@given(placements())
+def test_every_copy_arrives_once_and_messages_match(case: tuple[Placement, Topology]) -> None:
+    placement, topology = case
+    plans = [gather_plan(placement, topology, rank) for rank in range(topology.devices)]
+    arrived: Counter[tuple[int, int]] = Counter()
+    for hop in ("across", "within"):
+        hops = [getattr(plan, hop) for plan in plans]
+        sent = sorted((m.expert, rank, m.peer) for rank, h in enumerate(hops) for m in h.sends)
+        received = sorted((m.expert, m.peer, rank) for rank, h in enumerate(hops) for m in h.receives)
+        assert sent == received
+        for expert, source, target in sent:
+            same_node = topology.node_of(source) == topology.node_of(target)
+            assert same_node == (hop == "within")
+            has_it = source == placement.owner_E[expert] or (hop == "within" and arrived[expert, source] == 1)
+            assert has_it, "a rank sends an expert that it does not have yet"
+            arrived[expert, target] += 1
+        for h in hops:
+            assert list(h.sends) == sorted(h.sends, key=lambda m: (m.expert, m.peer))
+            assert list(h.receives) == sorted(h.receives, key=lambda m: (m.expert, m.peer))
+    wanted = {(e, d) for e, d in np.argwhere(placement.copies_ED).tolist() if placement.owner_E[e] != d}
+    assert arrived == Counter(wanted)
+
+
+@given(placements())
+def test_an_expert_enters_a_node_once(case: tuple[Placement, Topology]) -> None:
+    placement, topology = case
+    entered = Counter(
+        (message.expert, topology.node_of(message.peer))
+        for rank in range(topology.devices)
+        for message in gather_plan(placement, topology, rank).across.sends
+    )
+    assert not entered or max(entered.values()) == 1
+
+
+def test_without_copies_nothing_moves() -> None:
+    plan = gather_plan(without_copies(even_owners(8, 4), 4), Topology(4, 2), 1)
+    assert not (plan.across.sends or plan.across.receives or plan.within.sends or plan.within.receives)
