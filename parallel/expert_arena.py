@@ -49,7 +49,7 @@ class LayerExperts:
     placement: Placement
     slots: dict[int, int]  # expert -> row of the arena; own experts first, then copies, each in ascending order
     owned: int  # how many of them are own; their rows are adjacent
-    slots_E: Tensor  # int32; the values of `slots`
+    slots_E: Tensor  # int32; the values of `slots`; where there are none, any row, to which no token comes
     index_E: Tensor  # int32, one for each expert of the layer: its position in `slots`, -1 where it is not here
     ends_ED: Tensor  # float64, (E * W,); see token_exchange.boundaries
     phase_E: Tensor  # float64
@@ -103,7 +103,7 @@ class ExpertArena:
             placement=placement,
             slots=slots,
             owned=len(owned),
-            slots_E=torch.tensor(list(slots.values()), dtype=torch.int32, device=device),
+            slots_E=torch.tensor(list(slots.values()) or [0], dtype=torch.int32, device=device),
             index_E=index_E.to(device),
             ends_ED=torch.from_numpy(ends_ED).to(device),
             phase_E=torch.from_numpy(phase_E).to(device),

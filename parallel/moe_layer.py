@@ -54,7 +54,7 @@ class ShardedExperts:
         exchange = plan_exchange(rank_TK, self.arena.world.size)
         received = dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, exchange)
         here_RK = torch.where(received.experts_RK >= 0, experts.index_E[received.experts_RK.long()], -1)
-        order = expert_order(here_RK, len(experts.slots), num_entries=exchange.entries)
+        order = expert_order(here_RK, experts.slots_E.shape[0], num_entries=exchange.entries)
         y_RD = self._experts(received.x_RD, order, received.weights_RK, experts)
         return collect(y_RD, exchange, routing.experts_TK.shape[1])
 

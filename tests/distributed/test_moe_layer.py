@@ -97,7 +97,8 @@ def random_shares(random: np.random.Generator, copies_ED: np.ndarray[Any, Any]) 
 def initial(layer: int, expert: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * layer + expert)
     size, hidden = SHAPE.hidden, SHAPE.expert_hidden
-    return torch.randn(2 * hidden, size, generator=generator), torch.randn(size, hidden, generator=generator)
+    # of a size that keeps values near one, where rounding says little
+    return torch.randn(2 * hidden, size, generator=generator) * 0.4, torch.randn(size, hidden, generator=generator) * 0.4
 
 
 def routed(logits_TE: Tensor) -> Routing:
