@@ -8,6 +8,7 @@ of kernels/hopper, which keep for backward what SonicMoE keeps (arXiv 2512.14080
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
 from kernels.limits import require_hopper, require_multiple
 from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
+
+WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
 
 # Of D and F on a GPU: the depth of a step of its products; 2F is a depth, F is one only with zeros behind.
 HIDDEN_ALIGNMENT, EXPERT_HIDDEN_ALIGNMENT = 64, 32
@@ -32,17 +35,25 @@ def expert_mlp(
     down_SDF: Tensor,
     *,
     slots_E: Tensor | None = None,
+    gradients: WeightGradients | None = None,
 ) -> Tensor:
     """y[t] = sum over k of weights[t, k] * down_e @ (silu(gate_e @ x[t]) * (up_e @ x[t])), e the expert of entry t * K + k.
 
-    y_TD has the dtype of `x_TD`. No weights are weights of one. `slots_E` (int32) says in which slot of the matrices each
-    expert lies; None is expert e in slot e. On a GPU slots may lie apart in memory by whole rows, and bfloat16 needs D to be a
-    multiple of 64 and F of 32; any T, and experts without entries, which get a gradient of zero, as do slots without expert.
+    y_TD has the dtype of `x_TD`. No weights are weights of one; that of an absent entry is not read. `slots_E` (int32) says in
+    which slot of the matrices each expert lies; None is expert e in slot e. On a GPU slots may lie apart in memory by whole
+    rows, and bfloat16 needs D to be a multiple of 64 and F of 32; any T, and experts without entries, which get a gradient of
+    zero, as do slots without expert.
+
+    With `gradients` the matrices are constants to autograd, an arena that may hold more than these experts. Backward, which
+    comes if `x_TD` or `weights_TK` needs a gradient, gives it those of the E experts once; until then the arena must hold them.
     """
     if x_TD.is_cuda and x_TD.dtype not in (torch.float32, torch.float64):
         _check_hopper(x_TD, gate_up_SCD, down_SDF)
-        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E)
+        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients)
         return y_TD
+    if gradients is not None:
+        gate_up_SCD, down_SDF = _TakeSlots.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, slots_E, gradients)
+        slots_E = None
     return _reference(x_TD, order, weights_TK, gate_up_SCD, down_SDF, slots_E)
 
 
@@ -63,18 +74,21 @@ def sorted_rows(x_TD: Tensor, entry_N: Tensor, top_k: int) -> Tensor:
 
 
 def combine(rows_ND: Tensor, place_N: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
-    """The sum of each token's expert rows, (T, D), weighted in float32 where there are weights."""
+    """The sum of each token's expert rows, (T, D), weighted in float32 where there are weights; absent entries add nothing."""
     tokens = place_N.shape[0] // max(top_k, 1)
+    present_TK = (place_N >= 0).view(tokens, top_k)
+    if rows_ND.shape[0] < place_N.shape[0]:
+        rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])  # what a place of -1 finds
     rows_TKD = rows_ND[place_N].view(tokens, top_k, rows_ND.shape[1])
     if weights_TK is not None:
-        rows_TKD = rows_TKD * weights_TK.unsqueeze(-1)
+        rows_TKD = rows_TKD * torch.where(present_TK, weights_TK, 0).unsqueeze(-1)
     return rows_TKD.sum(dim=1).to(rows_ND.dtype)
 
 
 def _reference(
     x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor | None, gate_up_SCD: Tensor, down_SDF: Tensor, slots_E: Tensor | None
 ) -> Tensor:
-    top_k = order.entry_N.shape[0] // max(x_TD.shape[0], 1) if weights_TK is None else weights_TK.shape[1]
+    top_k = order.place_N.shape[0] // max(x_TD.shape[0], 1) if weights_TK is None else weights_TK.shape[1]
     rows_ND = sorted_rows(x_TD, order.entry_N, top_k)
     if slots_E is not None:
         gate_up_SCD, down_SDF = gate_up_SCD[slots_E], down_SDF[slots_E]
@@ -82,6 +96,30 @@ def _reference(
     experts = zip(rows_ND.split(order.counts_E.tolist()), gate_up_SCD.unbind(0), down_SDF.unbind(0), strict=True)
     rows_ND = torch.cat([functional.linear(swiglu(functional.linear(x, up_CD)), down_DF) for x, up_CD, down_DF in experts])
     return combine(rows_ND, order.place_N, top_k, weights_TK)
+
+
+class _TakeSlots(torch.autograd.Function):
+    """The matrices of E experts out of an arena, whose gradients leave autograd here. Tokens and weights are passed so that
+    backward comes at all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor | None,
+        gate_up_SCD: Tensor,
+        down_SDF: Tensor,
+        slots_E: Tensor | None,
+        gradients: WeightGradients,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.gradients = gradients
+        return (gate_up_SCD.clone(), down_SDF.clone()) if slots_E is None else (gate_up_SCD[slots_E], down_SDF[slots_E])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gate_up_ECD: Tensor, d_down_EDF: Tensor) -> tuple[None, ...]:
+        ctx.gradients(d_gate_up_ECD, d_down_EDF)
+        return None, None, None, None, None, None
 
 
 def _check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
@@ -113,44 +151,80 @@ class _HopperMLP(torch.autograd.Function):
         down_SDF: Tensor,
         order: ExpertOrder,
         slots_E: Tensor | None,
+        gradients: WeightGradients | None,
     ) -> Tensor:
         from kernels.hopper import rows  # here, because CPU machines may lack Triton
 
-        ctx.order, ctx.slots_E = order, slots_E
+        ctx.order, ctx.slots_E, ctx.gradients = order, slots_E, gradients
+        ctx.top_k = order.place_N.shape[0] // max(x_TD.shape[0], 1)
         if weights_TK is not None:
             weights_TK = weights_TK.float().contiguous()
-        ctx.top_k = order.entry_N.shape[0] // max(x_TD.shape[0], 1)
-        if x_TD.shape[0] == 0:
-            ctx.save_for_backward(x_TD, weights_TK, gate_up_SCD, down_SDF, x_TD)
-            return torch.empty_like(x_TD)
-        h, a_NF = rows.up(_spread(x_TD, order, ctx.top_k), gate_up_SCD, slots_E, order)
-        ctx.save_for_backward(x_TD, weights_TK, gate_up_SCD, down_SDF, h)
-        return combine_rows(rows.down(a_NF, down_SDF, slots_E, order), order.place_N, ctx.top_k, weights_TK=weights_TK)
+        h, y_TD = x_TD, torch.zeros_like(x_TD)
+        if order.entry_N.shape[0]:
+            h, a_NF = rows.up(_spread(x_TD, order, ctx.top_k), gate_up_SCD, slots_E, order)
+            y_ND = rows.down(a_NF, down_SDF, slots_E, order)
+            y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
+        # An arena is not saved: its owner may write to other slots before backward.
+        ctx.arena = (gate_up_SCD, down_SDF) if gradients is not None else None
+        ctx.save_for_backward(x_TD, weights_TK, h, *(() if gradients is not None else (gate_up_SCD, down_SDF)))
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels.hopper import columns, ring, rows
-
-        x_TD, weights_TK, gate_up_SCD, down_SDF, h = ctx.saved_tensors
-        order, slots_E, slots = ctx.order, ctx.slots_E, gate_up_SCD.shape[0]
-        if x_TD.shape[0] == 0:
-            none = None if weights_TK is None else torch.zeros_like(weights_TK)
-            return torch.zeros_like(x_TD), none, torch.zeros_like(gate_up_SCD), torch.zeros_like(down_SDF), None, None
+        x_TD, weights_TK, h, *matrices = ctx.saved_tensors
+        gate_up_SCD, down_SDF = ctx.arena or matrices
         need_x, need_weights, need_gate_up, need_down = ctx.needs_input_grad[:4]
-        dy, dy_ND = ring.clippable(order.entry_N.shape[0], x_TD.shape[1], x_TD)
-        spread_rows(dy_TD.contiguous(), order.place_N, ctx.top_k, dy_ND)
-        d_h, weighted_NF, dots_PN = rows.d_hidden(dy_ND, h, weights_TK, down_SDF, slots_E, order)
-        d_down = columns.d_weights(dy, weighted_NF, slots, slots_E, order) if need_down else None
-        del dy, dy_ND, weighted_NF
-        d_gate_up = None
-        if need_gate_up:
-            d_gate_up = columns.d_weights(d_h, _spread(x_TD, order, ctx.top_k), slots, slots_E, order)
-        d_x = d_weights_TK = None
-        if need_x or need_weights:
-            d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
-            d_x, d_weights_TK = combine_rows_and_partials(d_rows_ND, order.place_N, ctx.top_k, dots_PN)
-        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None
+        compact = ctx.gradients is not None
+        need_gate_up, need_down = need_gate_up or compact, need_down or compact
+        if ctx.order.entry_N.shape[0]:
+            need = need_x or need_weights, need_gate_up, need_down
+            found = _hopper_backward(ctx, dy_TD, x_TD, weights_TK, h, gate_up_SCD, down_SDF, need)
+        else:
+            slots = ctx.order.counts_E.shape[0] if compact else gate_up_SCD.shape[0]
+            none = None if weights_TK is None else torch.zeros_like(weights_TK)
+            found = (
+                torch.zeros_like(x_TD),
+                none,
+                gate_up_SCD.new_zeros(slots, *gate_up_SCD.shape[1:]),
+                down_SDF.new_zeros(slots, *down_SDF.shape[1:]),
+            )
+        d_x, d_weights_TK, d_gate_up, d_down = found
+        if compact:
+            ctx.gradients(d_gate_up, d_down)
+            d_gate_up = d_down = None
+        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None
+
+
+def _hopper_backward(
+    ctx: Any,
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    h: Tensor,
+    gate_up_SCD: Tensor,
+    down_SDF: Tensor,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x_TD, weights_TK, gate_up, down. `need` says which: of x and the weights, of gate_up, of down."""
+    from kernels.hopper import columns, ring, rows
+
+    order, slots_E = ctx.order, ctx.slots_E
+    # where gradients of the matrices go: to the experts' slots, or one after the other
+    slots, out_E = (order.counts_E.shape[0], None) if ctx.gradients is not None else (gate_up_SCD.shape[0], slots_E)
+    dy, dy_ND = ring.clippable(order.entry_N.shape[0], x_TD.shape[1], x_TD)
+    spread_rows(dy_TD.contiguous(), order.place_N, ctx.top_k, dy_ND)
+    d_h, weighted_NF, dots_PN = rows.d_hidden(dy_ND, h, weights_TK, down_SDF, slots_E, order)
+    d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order) if need[2] else None
+    del dy, dy_ND, weighted_NF
+    d_gate_up = None
+    if need[1]:
+        d_gate_up = columns.d_weights(d_h, _spread(x_TD, order, ctx.top_k), slots, out_E, order)
+    d_x = d_weights_TK = None
+    if need[0]:
+        d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
+        d_x, d_weights_TK = combine_rows_and_partials(d_rows_ND, order.place_N, ctx.top_k, dots_PN)
+    return d_x, d_weights_TK, d_gate_up, d_down
 
 
 def _spread(x_TD: Tensor, order: ExpertOrder, top_k: int) -> Tensor:

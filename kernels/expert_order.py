@@ -22,7 +22,7 @@ class ExpertOrder:
     """Entries sorted by expert; entry t * K + k is choice k of token t, its place is its position in the sorted list."""
 
     entry_N: Tensor  # int32; the entry at each place; those of one expert in the order of entries
-    place_N: Tensor  # int32; the place of each entry, the inverse of entry_N
+    place_N: Tensor  # int32, (T * K,); the place of each entry, the inverse of entry_N; -1 of an absent one
     counts_E: Tensor  # int64; entries of each expert, those of invalid tokens included; sums to N
     ends_E: Tensor  # int32; the place after the last entry of each expert
     tile_expert_M: Tensor  # int32; the expert of each tile of at most TILE_ROWS rows, in ascending order; then -1
@@ -31,11 +31,15 @@ class ExpertOrder:
     by_load_E: Tensor  # int32; the experts by descending count, the lower index first where counts are equal
 
 
-def expert_order(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
-    """Sort the entries of `experts_TK` (int64 or int32, 0 <= expert < num_experts) by expert, without a wait for the GPU.
+def expert_order(experts_TK: Tensor, num_experts: int, *, num_entries: int | None = None) -> ExpertOrder:
+    """Sort the entries of `experts_TK` (int64 or int32, below num_experts) by expert, without a wait for the GPU.
 
-    M = N // TILE_ROWS + min(E, N) is the most tiles that any routing needs. Raises UserError where int32 cannot count N.
+    An expert of -1 makes an entry absent: it has no place and is not counted. `num_entries` is N, how many are present, which
+    the caller must know; None means that all T * K are. M = N // TILE_ROWS + min(E, N) is the most tiles that any routing
+    needs. Raises UserError where int32 cannot count the entries.
     """
+    if num_entries is None:
+        num_entries = experts_TK.numel()
     if experts_TK.numel() >= 2**31:
         raise UserError(
             f"{experts_TK.shape[0]} tokens x top_k={experts_TK.shape[1]} are {experts_TK.numel()} entries, but places are "
@@ -46,13 +50,15 @@ def expert_order(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
             raise UserError(f"{num_experts} experts; the kernel that orders entries holds at most {MAX_EXPERTS}; use fewer")
         from kernels.triton_expert_order import order_with_kernels  # here, because CPU machines may lack Triton
 
-        return ExpertOrder(*order_with_kernels(experts_TK, num_experts, most_tiles(experts_TK.numel(), num_experts), TILE_ROWS))
+        tiles = most_tiles(num_entries, num_experts)
+        return ExpertOrder(*order_with_kernels(experts_TK, num_experts, num_entries, tiles, TILE_ROWS))
     experts_N = experts_TK.reshape(-1).long()
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_N.device)
-    counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N))
-    entry_N = experts_N.argsort(stable=True)
-    place_N = torch.empty_like(entry_N)
-    place_N[entry_N] = torch.arange(entry_N.shape[0], device=entry_N.device)
+    present = int((experts_N >= 0).sum())
+    assert present == num_entries, f"{present} entries are present, the caller says {num_entries}"
+    counts_E = experts_N[experts_N >= 0].bincount(minlength=num_experts)
+    entry_N = experts_N.argsort(stable=True)[experts_N.shape[0] - present :]  # absent ones come first
+    place_N = torch.full_like(experts_N, -1)
+    place_N[entry_N] = torch.arange(present, device=entry_N.device)
     by_load_E = counts_E.argsort(descending=True, stable=True)
     return ExpertOrder(
         entry_N.int(), place_N.int(), counts_E, counts_E.cumsum(0).int(), *_tiles(counts_E, entry_N.shape[0]), by_load_E.int()

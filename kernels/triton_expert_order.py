@@ -25,15 +25,15 @@ COUNTERS = 4096  # numbers of a tile of the spans' counts
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def order_with_kernels(experts_TK: Tensor, num_experts: int, most_tiles: int, tile_rows: int) -> Ordered:
-    """The fields of kernels.expert_order.ExpertOrder. An expert out of range counts as the nearest one in range."""
+def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, most_tiles: int, tile_rows: int) -> Ordered:
+    """The fields of kernels.expert_order.ExpertOrder. A negative expert is an absent entry, too large a one the last expert."""
     experts_TK, device = experts_TK.contiguous(), experts_TK.device
     num_entries = experts_TK.numel()
     span = CHUNK * triton.cdiv(num_entries, CHUNK * MAX_SPANS)
     spans = triton.cdiv(num_entries, span) if num_entries else 0
     padded = max(16, triton.next_power_of_2(num_experts))
     # One allocation for all, since each would cost as much as a launch.
-    sizes = [spans * num_experts, num_entries, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
+    sizes = [spans * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     counts_PE, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
@@ -51,6 +51,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, most_tiles: int, ti
         num_tiles,
         by_load_E,
         num_entries,
+        num_present,
         span,
         spans,
         most_tiles,
@@ -67,8 +68,9 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, most_tiles: int, ti
 
 @triton.jit
 def _experts_at(experts, entries, inside, E: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The experts of entries, within range whatever the caller wrote: no address below can leave its tensor."""
-    return tl.minimum(tl.maximum(tl.load(experts + entries, mask=inside, other=0), 0), E - 1).to(tl.int32)
+    """(the experts of entries, which are present); within range, so that no address leaves its tensor, whatever was written."""
+    expert = tl.load(experts + entries, mask=inside, other=-1)
+    return tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32), expert >= 0
 
 
 @triton.jit(do_not_specialize=["num_entries", "span"])
@@ -86,8 +88,8 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     count = tl.zeros([E_PADDED], tl.int32)
     for start in range(0, span, BLOCK):
         entries = first + start + tl.arange(0, BLOCK)
-        inside = entries < end
-        count += tl.histogram(_experts_at(experts, entries, inside, E), E_PADDED, mask=inside)
+        expert, present = _experts_at(experts, entries, entries < end, E)
+        count += tl.histogram(expert, E_PADDED, mask=present)
     column = tl.arange(0, E_PADDED)
     tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
 
@@ -114,6 +116,7 @@ def _place(  # type: ignore[no-untyped-def]
     next_place,
     first,
     end,
+    num_present,
     span,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
@@ -124,12 +127,13 @@ def _place(  # type: ignore[no-untyped-def]
     for start in range(0, span, CHUNK):
         entries = first + start + lane
         inside = entries < end
-        expert = _experts_at(experts, entries, inside, E)
-        earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
+        expert, present = _experts_at(experts, entries, inside, E)
+        named = tl.where(present, expert, -1)
+        earlier = (named[:, None] == named[None, :]) & (lane[:, None] > lane[None, :])
         at = tl.gather(next_place, expert, 0) + tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(place + entries, at, mask=inside)
-        tl.store(entry + at, entries.to(tl.int32), mask=inside)
-        next_place += tl.histogram(expert, E_PADDED, mask=inside)
+        tl.store(place + entries, tl.where(present, at, -1), mask=inside)
+        tl.store(entry + at, entries.to(tl.int32), mask=present & (at < num_present))
+        next_place += tl.histogram(expert, E_PADDED, mask=present)
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def _schedule(  # type: ignore[no-untyped-def]
     tl.store(by_load + rank, slot, mask=slot < E)
 
 
-@triton.jit(do_not_specialize=["num_entries", "span", "spans", "most_tiles"])
+@triton.jit(do_not_specialize=["num_entries", "num_present", "span", "spans", "most_tiles"])
 def _order_kernel(  # type: ignore[no-untyped-def]
     experts,
     span_counts,
@@ -180,6 +184,7 @@ def _order_kernel(  # type: ignore[no-untyped-def]
     num_tiles,
     by_load,
     num_entries,
+    num_present,
     span,
     spans,
     most_tiles,
@@ -197,7 +202,7 @@ def _order_kernel(  # type: ignore[no-untyped-def]
     if program < spans:
         first = program.to(tl.int64) * span
         end = tl.minimum(first + span, num_entries)
-        _place(experts, entry, place, starts + before, first, end, span, E, E_PADDED, CHUNK)
+        _place(experts, entry, place, starts + before, first, end, num_present, span, E, E_PADDED, CHUNK)
     else:
         if program == spans:
             column = tl.arange(0, E_PADDED)

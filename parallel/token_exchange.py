@@ -35,9 +35,9 @@ def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
     """
     experts = shares_ED.shape[0]
     ends_ED: Floats = shares_ED.cumsum(axis=1)
-    ends_ED = ends_ED / ends_ED[:, -1:]  # the last share ends at exactly 1
+    ends_ED /= ends_ED[:, -1:].copy()  # the last share ends at exactly 1
     golden = 0.6180339887498949  # its multiples spread evenly over [0, 1) (Weyl)
-    phase_E = ((rank + 1) * golden + np.arange(experts) * golden * golden) % 1.0
+    phase_E = np.asarray(((rank + 1) * golden + np.arange(experts) * golden * golden) % 1.0, dtype=np.float64)
     flat: Floats = (np.arange(experts)[:, None] + ends_ED).ravel()
     return flat, phase_E
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
 from kernels.expert_mlp import expert_mlp
@@ -124,6 +125,67 @@ def check_slots(device: str, dtype: torch.dtype) -> None:
 
 def test_experts_in_slots_of_an_arena() -> None:
     check_slots("cpu", torch.float32)
+
+
+def without(case: Case, absent_TK: Tensor) -> Case:
+    """The same with these entries absent and weights there that would be noticed."""
+    return replace(
+        case,
+        experts_TK=case.experts_TK.masked_fill(absent_TK, -1),
+        weights_TK=case.weights_TK.detach().masked_fill(absent_TK, torch.nan),
+    )
+
+
+ABSENCES = {"some": 0.4, "many": 0.9, "all": 1.1}
+
+
+def check_absent_entries_and_an_arena(device: str, dtype: torch.dtype, share: float) -> None:
+    """Absent entries are entries of weight zero; gradients of an arena that its owner writes to meanwhile go to the caller."""
+    full = Case.draw(different_experts(150, 6, 3, 0), 6, size=128, hidden=64).to(device, dtype)
+    absent_TK = (torch.rand(150, 3, generator=torch.Generator().manual_seed(1)) < share).to(device)
+    expected = replace(full, weights_TK=full.weights_TK.masked_fill(absent_TK, 0)).results()
+    case = without(full, absent_TK)
+    slots_E = torch.tensor([6, 0, 3, 5, 8, 1], dtype=torch.int32, device=device)
+    arena = [torch.full((9, *part.shape[1:]), 7.0, device=device, dtype=dtype) for part in (case.gate_up_ECD, case.down_EDF)]
+    for rows, part in zip(arena, (case.gate_up_ECD, case.down_EDF), strict=True):
+        rows[slots_E.long()] = part.detach()
+    found: list[tuple[Tensor, Tensor]] = []
+    order = expert_order(case.experts_TK, 6, num_entries=int((~absent_TK).sum()))
+    x, weights = case.x_TD.detach().requires_grad_(), case.weights_TK.requires_grad_()
+
+    def experts(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+        return expert_mlp(x_TD, order, weights_TK, *arena, slots_E=slots_E, gradients=lambda *parts: found.append(parts))
+
+    for recompute in (False, True):
+        y = checkpoint(experts, x, weights, use_reentrant=False) if recompute else experts(x, weights)
+        for rows in arena:
+            rows[[2, 4, 7]] += 1.0  # of other layers
+        pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.device, y.dtype)
+        d_x, d_weights = torch.autograd.grad(y, (x, weights), pull)
+        assert len(found) == 1 + recompute, "the caller is given the gradients once"
+        d_gate_up, d_down = found[-1]
+        names = ["y", "x", "weights", "gate_up", "down"]
+        expected_weights = expected[2].masked_fill(absent_TK, 0)
+        wanted = [expected[0], expected[1], expected_weights, expected[3], expected[4]]
+        for name, ours, theirs in zip(names, (y.detach(), d_x, d_weights, d_gate_up, d_down), wanted, strict=True):
+            assert ours.shape == theirs.shape and torch.isfinite(ours).all(), name
+            assert relative(ours, theirs) < (1e-5 if dtype == torch.float32 else 1e-2) or not theirs.any(), name
+            assert theirs.any() or not ours.any(), name
+    with torch.no_grad():
+        experts(x, weights)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("share", ABSENCES.values(), ids=ABSENCES.keys())
+def test_absent_entries_and_gradients_to_the_caller(share: float) -> None:
+    check_absent_entries_and_an_arena("cpu", torch.float32, share)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize("share", ABSENCES.values(), ids=ABSENCES.keys())
+def test_kernels_leave_absent_entries_out_and_give_gradients_to_the_caller(share: float) -> None:
+    check_absent_entries_and_an_arena("cuda", torch.bfloat16, share)
 
 
 def test_no_weights_are_weights_of_one() -> None:

@@ -30,10 +30,19 @@ def choices(tokens: int, top_k: int, experts: int, seed: int = 0) -> Tensor:
     return torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
 
 
+def thinned(experts_TK: Tensor, share: float, seed: int = 0) -> tuple[Tensor, int]:
+    """With about `share` of the entries absent, and some tokens wholly; and how many are left."""
+    generator = torch.Generator().manual_seed(seed)
+    absent_TK = torch.rand(experts_TK.shape, generator=generator) < share
+    absent_TK |= torch.rand(experts_TK.shape[0], 1, generator=generator) < share / 2
+    return experts_TK.masked_fill(absent_TK, -1), int((~absent_TK).sum())
+
+
 def with_kernels(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
     from kernels.triton_expert_order import order_with_kernels
 
-    return ExpertOrder(*order_with_kernels(experts_TK, num_experts, most_tiles(experts_TK.numel(), num_experts), TILE_ROWS))
+    present = int((experts_TK >= 0).sum())
+    return ExpertOrder(*order_with_kernels(experts_TK, num_experts, present, most_tiles(present, num_experts), TILE_ROWS))
 
 
 def assert_equal(found: ExpertOrder, expected: ExpertOrder) -> None:
@@ -53,6 +62,19 @@ def test_entries_are_sorted_by_expert_then_token(tokens: int, top_k: int, expert
     assert order.counts_E.tolist() == counts
     assert order.ends_E.tolist() == [sum(counts[: e + 1]) for e in range(experts)]
     assert order.by_load_E.tolist() == sorted(range(experts), key=lambda e: (-counts[e], e))
+
+
+@given(st.integers(0, 200), st.integers(1, 4), st.integers(1, 8), st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.integers(0, 100))
+def test_absent_entries_are_left_out(tokens: int, top_k: int, experts: int, share: float, seed: int) -> None:
+    chosen, present = thinned(choices(tokens, top_k, experts, seed), share, seed)
+    order = expert_order(chosen, experts, num_entries=present)
+    entries = [entry for _, entry in sorted((int(e), entry) for entry, e in enumerate(chosen.flatten()) if e >= 0)]
+    assert order.entry_N.tolist() == entries
+    places = {entry: place for place, entry in enumerate(entries)}
+    assert order.place_N.tolist() == [places.get(entry, -1) for entry in range(tokens * top_k)]
+    kept = expert_order(chosen[chosen >= 0].unsqueeze(1), experts)
+    for name in ("counts_E", "ends_E", "tile_expert_M", "tile_row_M", "num_tiles", "by_load_E"):
+        assert torch.equal(getattr(order, name), getattr(kept, name)), name
 
 
 @given(st.integers(0, 600), st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
@@ -80,6 +102,16 @@ def test_kernels_equal_the_reference(name: str, kernel_device: str) -> None:
     assert_equal(with_kernels(chosen.to(kernel_device), experts), expert_order(chosen, experts))
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_kernels_leave_absent_entries_out(name: str, share: float, kernel_device: str) -> None:
+    tokens, top_k, experts, used = CASES[name]
+    chosen, present = thinned(choices(tokens, top_k, used), share)
+    expected = expert_order(chosen, experts, num_entries=present)
+    assert_equal(with_kernels(chosen.to(kernel_device), experts), expected)
+    assert_equal(with_kernels(chosen.int().to(kernel_device), experts), expected)
+
+
 def test_kernels_order_no_entries(kernel_device: str) -> None:
     chosen = torch.zeros(0, 2, dtype=torch.int64)
     assert_equal(with_kernels(chosen.to(kernel_device), 5), expert_order(chosen, 5))
@@ -87,7 +119,7 @@ def test_kernels_order_no_entries(kernel_device: str) -> None:
 
 def test_kernels_keep_experts_out_of_range_within_bounds(kernel_device: str) -> None:
     chosen = torch.tensor([[-5, 2], [7, 1], [2**40, 0]])
-    assert_equal(with_kernels(chosen.to(kernel_device), 3), expert_order(chosen.clamp(0, 2), 3))
+    assert_equal(with_kernels(chosen.to(kernel_device), 3), expert_order(chosen.clamp(-1, 2), 3, num_entries=5))
 
 
 @gpu
@@ -97,6 +129,9 @@ def test_kernels_keep_experts_out_of_range_within_bounds(kernel_device: str) -> 
 def test_many_entries_on_a_gpu(tokens: int, experts: int, top_k: int) -> None:
     chosen = (torch.randn(tokens, top_k, generator=torch.Generator().manual_seed(1)).abs() * experts / 3).long() % experts
     assert_equal(expert_order(chosen.cuda(), experts), expert_order(chosen, experts))
+    some, present = thinned(chosen, 0.5)
+    found = expert_order(some.cuda(), experts, num_entries=present)
+    assert_equal(found, expert_order(some, experts, num_entries=present))
 
 
 @gpu

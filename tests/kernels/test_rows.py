@@ -14,33 +14,38 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def case(tokens: int, top_k: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x_TD, y_ND, place_N, weights_TK, partials_PN)."""
+def case(tokens: int, top_k: int, hidden: int, absent: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(x_TD, y_ND, place_N, weights_TK, partials_PN); if `absent`, without some of the entries, whose weights are NaN."""
     generator = torch.Generator().manual_seed(tokens + hidden)
-    order = expert_order(torch.randint(0, 5, (tokens, top_k), generator=generator), 5)
-    entries = tokens * top_k
+    experts_TK = torch.randint(-1 if absent else 0, 5, (tokens, top_k), generator=generator)
+    entries = int((experts_TK >= 0).sum())
+    order = expert_order(experts_TK, 5, num_entries=entries)
     x_TD, y_ND = torch.randn(tokens, hidden, generator=generator), torch.randn(entries, hidden, generator=generator)
     weights_TK, partials_PN = torch.rand(tokens, top_k, generator=generator), torch.randn(3, entries, generator=generator)
+    weights_TK = weights_TK.masked_fill(experts_TK < 0, float("nan"))
     return x_TD, y_ND, order.place_N, weights_TK, partials_PN
 
 
 def spread(x_TD: Tensor, place_N: Tensor, top_k: int) -> Tensor:
-    out_ND = x_TD.new_full((place_N.shape[0], x_TD.shape[1]), float("nan"))
+    out_ND = x_TD.new_full((int((place_N >= 0).sum()), x_TD.shape[1]), float("nan"))
     rows.spread_rows(x_TD, place_N, top_k, out_ND)
     return out_ND
 
 
-def test_rows_go_to_their_places_and_come_back_weighted() -> None:
-    x_TD, y_ND, place_N, weights_TK, partials_PN = case(7, 3, 8)
+@pytest.mark.parametrize("absent", [False, True])
+def test_rows_go_to_their_places_and_come_back_weighted(absent: bool) -> None:
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(7, 3, 8, absent)
     out_ND = spread(x_TD, place_N, 3)
     out_TD, sums_TK = rows.combine_rows_and_partials(y_ND, place_N, 3, partials_PN)
     weighted_TD = rows.combine_rows(y_ND, place_N, 3, weights_TK=weights_TK)
     for t in range(7):
-        at_K = place_N[3 * t : 3 * t + 3]
+        here_K = place_N[3 * t : 3 * t + 3] >= 0
+        at_K = place_N[3 * t : 3 * t + 3][here_K]
         assert all(torch.equal(out_ND[at], x_TD[t]) for at in at_K)
         torch.testing.assert_close(out_TD[t], y_ND[at_K].sum(dim=0))
-        torch.testing.assert_close(weighted_TD[t], (weights_TK[t, :, None] * y_ND[at_K]).sum(dim=0))
-        torch.testing.assert_close(sums_TK[t], partials_PN[:, at_K].sum(dim=0))
+        torch.testing.assert_close(weighted_TD[t], (weights_TK[t, here_K, None] * y_ND[at_K]).sum(dim=0))
+        torch.testing.assert_close(sums_TK[t, here_K], partials_PN[:, at_K].sum(dim=0))
+        assert not sums_TK[t, ~here_K].any()
 
 
 def test_the_sum_of_half_precision_rows_is_rounded_once() -> None:
@@ -54,11 +59,14 @@ def test_rows_that_do_not_fit_16_bytes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(0, 2, 8), (1, 1, 8), (9, 3, 24), (5, 2, 2056)])
-@pytest.mark.parametrize("stride", [0, 8, 3])  # more than the row has numbers
-def test_kernels_equal_the_references(tokens: int, top_k: int, hidden: int, stride: int, kernel_device: str) -> None:
+@pytest.mark.parametrize(("stride", "absent"), [(0, False), (8, False), (3, False), (8, True)])
+def test_kernels_equal_the_references(
+    tokens: int, top_k: int, hidden: int, stride: int, absent: bool, kernel_device: str
+) -> None:
+    """`stride`: by how much rows lie further apart than they have numbers."""
     from kernels.triton_rows import launch_combine, launch_spread
 
-    x_TD, y_ND, place_N, weights_TK, partials_PN = case(tokens, top_k, hidden)
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(tokens, top_k, hidden, absent)
 
     def placed(matrix: Tensor) -> Tensor:
         wide = torch.full((matrix.shape[0], hidden + stride), float("nan"), device=kernel_device)
@@ -81,8 +89,9 @@ def test_kernels_equal_the_references(tokens: int, top_k: int, hidden: int, stri
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("hidden", [64, 2048, 7168, 8 * 33])
-def test_bfloat16_on_a_gpu(hidden: int) -> None:
-    x_TD, y_ND, place_N, weights_TK, partials_PN = case(500, 8, hidden)
+@pytest.mark.parametrize("absent", [False, True])
+def test_bfloat16_on_a_gpu(hidden: int, absent: bool) -> None:
+    x_TD, y_ND, place_N, weights_TK, partials_PN = case(500, 8, hidden, absent)
     x_TD, y_ND = x_TD.bfloat16(), y_ND.bfloat16()
     assert torch.equal(spread(x_TD.cuda(), place_N.cuda(), 8).cpu(), spread(x_TD, place_N, 8))
     out_TD = rows.combine_rows(y_ND.cuda(), place_N.cuda(), 8, weights_TK=weights_TK.cuda())
