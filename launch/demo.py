@@ -24,7 +24,12 @@ from trainer.run_dir import shown
 CHANGES = {"pretrain": ("eval/bits_per_byte", "moe/max_vio"), "rl": ("reward/eval_mean", "reward/mean")}
 # ... and, of all its records, how to sum them up.
 TOTALS = {
-    "pretrain": (("perf/tokens_per_s", "median"),),
+    "pretrain": (
+        ("moe/rank_imbalance_owners", "mean"),
+        ("moe/rank_imbalance", "mean"),
+        ("moe/moved_mib", "median"),
+        ("perf/tokens_per_s", "median"),
+    ),
     "rl": (
         ("rollout/stale_token_share", "mean"),
         ("rollout/recycled_samples", "sum"),
@@ -64,9 +69,10 @@ def closing_table(pretrained: Path, tuned: Path) -> Table:
             values = of(records, key)
             table.add_row(METRICS[key].label, METRICS[key].unit, METRICS[key].text(values[0]), METRICS[key].text(values[-1]))
         for key, how in TOTALS[stage]:
-            table.add_row(
-                f"{METRICS[key].label} ({stage}, {how})", METRICS[key].unit, "", METRICS[key].text(total(of(records, key), how))
-            )
+            if values := of(records, key):  # one rank has no copies to tell of
+                table.add_row(
+                    f"{METRICS[key].label} ({stage}, {how})", METRICS[key].unit, "", METRICS[key].text(total(values, how))
+                )
         table.add_section()
     return table
 

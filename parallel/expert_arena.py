@@ -21,6 +21,7 @@ from torch import Tensor
 
 from parallel.placement import Floats, Placement
 from parallel.sparse_collectives import GatherPlan, Parts, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
 
@@ -69,6 +70,17 @@ class ExpertArena:
         self._add_gradients = add_gradients
         self._returning: tuple[int, SparseReduceScatter] | None = None
         self._walking_back = False
+        self._exposed = Stopwatch(world.device)
+        self._moved_bytes = 0
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(rows[0].nbytes for rows in self.rows)
+
+    def take_costs(self) -> tuple[int, float]:
+        """(bytes of weights and gradients sent, seconds waited for copies) by this rank since the last call."""
+        moved, self._moved_bytes = self._moved_bytes, 0
+        return moved, self._exposed.take()
 
     def place(
         self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
@@ -78,8 +90,10 @@ class ExpertArena:
         `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing moves yet.
         """
         self.placements, self.rematerialise = list(placements), rematerialise
-        extra_L = [int(placement.extra_D[self.world.rank]) for placement in placements]
-        self._reserve(self.owned + (max(extra_L) if rematerialise else sum(extra_L)))
+        extra_LD = np.stack([placement.extra_D for placement in placements])
+        kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
+        self.most_copies = int(kept_D.max())
+        self._reserve(self.owned + int(kept_D[self.world.rank]))
         own = copy = 0
         self.layers: list[LayerExperts] = []
         for layer, placement in enumerate(placements):
@@ -87,7 +101,7 @@ class ExpertArena:
             found = self._layer(placement, shares_ED, own, self.owned + copy)
             self.layers.append(found)
             own += found.owned
-            copy += 0 if rematerialise else extra_L[layer]
+            copy += 0 if rematerialise else int(extra_LD[layer, self.world.rank])
         self.outdated()
 
     def _layer(self, placement: Placement, shares_ED: Floats, first_own: int, first_copy: int) -> LayerExperts:
@@ -133,12 +147,14 @@ class ExpertArena:
                 return tuple(rows[slots[expert]] for rows in self.rows)
 
             self._gathers[layer] = SparseAllGather(self.layers[layer].gather, parts)
+            self._moved_bytes += self.layers[layer].gather.num_sends * self.expert_bytes
 
     def materialised(self, layer: int) -> LayerExperts:
         """A layer, once its copies may be read."""
         self.fetch(layer)
         if layer in self._gathers:
-            self._gathers.pop(layer).finish()
+            with self._exposed:
+                self._gathers.pop(layer).finish()
             self._present.add(layer)
         return self.layers[layer]
 
@@ -180,10 +196,13 @@ class ExpertArena:
             return tuple(part[position[expert]] for part in gradients)
 
         self._returning = layer, SparseReduceScatter(found.gather, parts)
+        self._moved_bytes += found.gather.num_receives * self.expert_bytes
 
     def _finish_gradients(self) -> None:
         if self._returning is not None:
             (layer, reduce), self._returning = self._returning, None
-            for expert, gradients in reduce.finish():
+            with self._exposed:
+                arrived = reduce.finish()
+            for expert, gradients in arrived:
                 row = self.layers[layer].slots[expert]
                 self._add_gradients(row, tuple(part.unsqueeze(0) for part in gradients))

@@ -43,6 +43,14 @@ class GatherPlan:
     across: Hop  # owner -> a leader on each other node
     within: Hop  # owner or leader -> the other devices of its node
 
+    @property
+    def num_sends(self) -> int:
+        return len(self.across.sends) + len(self.within.sends)
+
+    @property
+    def num_receives(self) -> int:
+        return len(self.across.receives) + len(self.within.receives)
+
 
 def gather_plan(placement: Placement, topology: Topology, rank: int) -> GatherPlan:
     """A node's leader for an expert that another node owns is the lowest of its devices that get a copy."""

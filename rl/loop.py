@@ -135,7 +135,7 @@ class Reinforcement:
             model=self.model,
             adamw=adamw_settings(config.optimizer),
             balance=config.balance,
-            zero_stage=config.parallel.zero_stage,
+            parallel=config.parallel,
             dtype=self.dtype,
             recompute=config.loop.recompute,
             micro_rows=config.loop.micro_rows,

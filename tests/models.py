@@ -8,7 +8,7 @@ import torch
 
 from parallel.adamw import AdamWSettings
 from trainer.batch import TrainBatch
-from trainer.config import BalanceConfig, ModelConfig
+from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
 from trainer.step import TrainerSpec
 
 TINY: dict[str, Any] = {
@@ -42,13 +42,18 @@ def tiny_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**TINY, **changes})
 
 
+def parallel(**changes: Any) -> ParallelConfig:
+    values = {"zero_stage": 1, "overlap": 2, "memory": 2, "rematerialise": False, "reshard_every": 2}
+    return ParallelConfig(**{**values, **changes})
+
+
 def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
     values: dict[str, Any] = {
         "model": model,
         # A large eps: at 1e-8 AdamW divides rounding noise by rounding noise where a gradient is nearly zero.
         "adamw": AdamWSettings(betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1, clip_norm=0.5),
         "balance": BalanceConfig(rule="sign", rate=0.01),
-        "zero_stage": 1,
+        "parallel": parallel(),
         "dtype": "float32",
         "recompute": False,
         "micro_rows": 1,

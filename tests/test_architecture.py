@@ -11,6 +11,8 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import from itself and from those before it
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
+    "parallel/placement.py": {"numpy", "dataclasses", "__future__"},
+    "parallel/planning.py": {"numpy", "dataclasses", "parallel", "__future__"},
     "rl/algorithms.py": {"torch", "math", "numpy", "dataclasses", "collections", "typing", "__future__", "rl", "trainer"},
     "rl/off_policy.py": {"torch", "dataclasses", "collections", "typing", "__future__"},
 }

@@ -140,9 +140,14 @@ class BalanceConfig(Record):
 
 
 class ParallelConfig(Record):
-    """Experts are split evenly over all ranks; the dense parameters are data parallel under DeepSpeed ZeRO."""
+    """An expert is owned by one rank and copied, step by step, to where its tokens are (FSSDP); the dense parameters are data
+    parallel under DeepSpeed ZeRO. Without copies this is plain expert parallelism."""
 
     zero_stage: Literal[1, 2]
+    overlap: int = Field(ge=0)  # t: the hottest experts of a layer that may be copied
+    memory: int = Field(ge=0)  # m: copies of others' experts that a rank has room for in each layer
+    rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
+    reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
 
 
 class TrainConfig(Record):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
-from trainer.config import ModelConfig, PretrainConfig, RLConfig
+from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig
 from trainer.model.transformer import parameter_counts
 
 GIB = 2**30
@@ -22,8 +22,9 @@ class Memory:
     """Bytes on one rank."""
 
     parameters: int  # what the model computes with
+    copies: int  # of experts that other ranks own
     gradients: int
-    optimizer_state: int  # AdamW's two moments, and float32 master weights where they are not the parameters themselves
+    optimizer_state: int  # AdamW's two moments and float32 master weights
     activations: int  # of one micro-batch
     logits: int  # what exists at once of the logits and of what is made of them
 
@@ -33,22 +34,23 @@ class Memory:
 
 
 def memory_per_rank(
-    model: ModelConfig, ranks: int, rows: int, sequence_length: int, dtype: str, zero_stage: int, recompute: bool
+    model: ModelConfig, ranks: int, rows: int, sequence_length: int, dtype: str, parallel: ParallelConfig, recompute: bool
 ) -> Memory:
     """Memory of one of `ranks` ranks that takes `rows` rows through the model at once.
 
-    Experts are split evenly over the ranks with all that belongs to them. ZeRO splits the optimizer state of the dense
-    parameters, stage 2 their gradients too.
+    Every rank owns equally many experts with all that belongs to them, and has room for `parallel.memory` copies a layer. ZeRO
+    splits the optimizer state of the dense parameters, stage 2 their gradients too.
     """
     counts, size = parameter_counts(model), BYTES[dtype]
     experts = (counts.total - counts.dense) // ranks
-    rounded = size if dtype != "float32" else 0  # in float32 an expert's weight is its own master
-    dense_gradients = counts.dense * size // (ranks if zero_stage == 2 else 1)
+    dense_gradients = counts.dense * size // (ranks if parallel.zero_stage == 2 else 1)
+    copies_a_layer = min(parallel.overlap, parallel.memory) if ranks > 1 else 0
     tokens = rows * sequence_length
     return Memory(
         parameters=counts.dense * size + experts * size,
-        gradients=dense_gradients + experts * (FLOAT32 + rounded),
-        optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * FLOAT32 * (3 if rounded else 2),
+        copies=copies_a_layer * (1 if parallel.rematerialise else model.num_moe_layers) * counts.per_expert * size,
+        gradients=dense_gradients + experts * FLOAT32,
+        optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * 3 * FLOAT32,
         activations=tokens * _activations_per_token(model, size, ranks, recompute),
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
     )
@@ -69,8 +71,8 @@ def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute:
     if size < FLOAT32:  # norms keep a float32 copy of what they normalise
         attention += (2 * hidden + (heads + kv_heads if model.qk_norm else 0)) * FLOAT32 // size
     dense = attention + 4 * model.dense_hidden_size
-    exchanged = 2 if ranks > 1 else 0  # rows as sent and as received
-    routed = model.top_k * ((3 + exchanged) * hidden + 4 * model.expert_hidden_size)
+    exchanged = 2 * min(ranks, model.top_k) if ranks > 1 else 0  # a token's rows as received and as they go back
+    routed = model.top_k * (3 * hidden + 4 * model.expert_hidden_size) + exchanged * hidden
     shared = 4 * model.num_shared_experts * model.expert_hidden_size
     moe = attention + routed + shared + 3 * model.num_experts * FLOAT32 // size
     layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
@@ -96,7 +98,7 @@ def budget_lines(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: i
     """What is printed before a run. `reason` says why the dtype is what it is."""
     counts = parameter_counts(model)
     run, rows, length, recompute = _pretraining(config, model) if isinstance(config, PretrainConfig) else _rounds(config)
-    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel.zero_stage, recompute)
+    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute)
     parts = ", ".join(
         f"{field.name.replace('_', ' ')} {getattr(memory, field.name) / memory.total:.0%}" for field in fields(memory)
     )
@@ -105,7 +107,7 @@ def budget_lines(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: i
         f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
         *run,
         f"ranks   {ranks} x {model.num_experts // ranks} experts a layer, micro-batches of {rows} x {length:,} tokens",
-        f"memory  about {in_gib(memory.total)} per rank, libraries aside: {parts}",
+        f"memory  {in_gib(memory.total)} a rank beside libraries: {parts}",
         f"dtype   {dtype}: {reason}",
     ]
 

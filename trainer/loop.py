@@ -48,7 +48,7 @@ class Pretraining:
             model=self.model,
             adamw=adamw_settings(self.config.optimizer),
             balance=self.config.balance,
-            zero_stage=self.config.parallel.zero_stage,
+            parallel=self.config.parallel,
             dtype=self.dtype,
             recompute=self.config.train.recompute,
             micro_rows=self.config.train.micro_rows,

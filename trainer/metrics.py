@@ -49,6 +49,12 @@ _DECLARED = (
     Metric("moe/max_vio_worst_layer", "", "MaxVio, worst layer", ".3f", "the same of the layer where it is largest"),
     Metric("moe/bias_range", "", "bias range", ".3f", "largest minus smallest selection bias"),
     Metric(LOAD, "share", "expert load", ".3f", "share of a layer's tokens that each expert got; (layers, experts)"),
+    Metric("moe/rank_imbalance", "", "rank imbalance", ".3f", "expert load of the busiest rank over the mean, with copies"),
+    Metric("moe/rank_imbalance_owners", "", "imbalance, no copies", ".3f", "the same if owners alone served their experts"),
+    Metric("moe/copies_per_layer", "copies", "copies", ".1f", "copies beside the owners, all ranks; mean over layers"),
+    Metric("moe/copies_mib", "MiB", "memory of copies", ".1f", "memory of the copies on the rank that holds most of them"),
+    Metric("moe/moved_mib", "MiB", "moved", ".1f", "weights to copies and gradients from them in the step, sent by all ranks"),
+    Metric("moe/owners_moved", "experts", "owners moved", ".0f", "experts that got another owner after the step"),
     Metric("reward/mean", "reward", "reward", ".3f", "mean reward of the round's finished samples"),
     Metric("reward/eval_mean", "reward", "eval reward", ".3f", "mean reward of one sample for each held-out prompt"),
     Metric("reward/std", "reward", "reward std", ".3f", "standard deviation of the rewards of the round"),
@@ -80,6 +86,9 @@ _DECLARED = (
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
+    Metric(
+        "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
+    ),
     Metric("time/eval_s", "s", "evaluation", ".2f", "wall time of the evaluation"),
     Metric("time/checkpoint_s", "s", "checkpoint", ".2f", "wall time of writing a checkpoint"),
     Metric("mem/peak_gib", "GiB", "peak memory", ".2f", "largest memory so far of the run's processes on the driver's machine"),

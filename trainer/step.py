@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +18,20 @@ from parallel.balance import load_shares, max_violation, updated_bias
 from parallel.dense import DenseZeRO
 from parallel.expert_arena import ExpertShape
 from parallel.expert_shards import ExpertShards
+from parallel.materialisation import Materialisation, MaterialisationSettings
 from parallel.moe_layer import ShardedExperts
 from parallel.placement import even_owners
+from parallel.planning import Budget
 from parallel.topology import World
+from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
-from trainer.config import BalanceConfig, ModelConfig
+from trainer.checkpoint import CheckpointMeta
+from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Transformer
+
+OWNERS, LOADS = "placement.owners", "placement.loads"  # names in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class TrainerSpec:
     model: ModelConfig
     adamw: AdamWSettings
     balance: BalanceConfig
-    zero_stage: int
+    parallel: ParallelConfig
     dtype: str  # "float32" or "bfloat16"
     recompute: bool
     micro_rows: int
@@ -52,9 +59,10 @@ class Trainer:
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
         self.experts = ExpertShards(shape, partial(initial_expert, config, spec.seed), owner_LE, world, dtype, spec.adamw)
+        self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel))
         self.model = Transformer(config)
         self.model.initialize(spec.seed)
-        self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.zero_stage)
+        self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         self.updates = 0
 
@@ -88,7 +96,8 @@ class Trainer:
         self.updates += 1
         means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
         balance = self._balance(self.world.sum(counts_LE))
-        return {**means, **balance, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
+        placement = self.materialisation.observe(counts_LE, self.updates) if self.world.size > 1 else {}
+        return {**means, **balance, **placement, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
 
     def _micro_batch(self, batch: TrainBatch, objective: Objective, weight: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
@@ -157,6 +166,9 @@ class Trainer:
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor): dense ones on every rank, an expert's on its owner. Collective."""
         yield "bias", self.bias_LE
+        if with_moments:
+            yield OWNERS, torch.from_numpy(self.experts.owner_LE)
+            yield LOADS, self.materialisation.state()
         yield from self.dense.named_masters()
         yield from self.experts.named_state(with_moments)
         if with_moments:
@@ -164,14 +176,33 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
-        """Sets everything that `named_state` names, bit for bit. `updates`: optimizer steps taken so far."""
+        """Sets everything that `named_state` names, bit for bit; the owners must be these already.
+
+        `updates`: optimizer steps taken so far.
+        """
         self.bias_LE = tensors["bias"].to(self.world.device)
         for name, tensor in self.experts.named_state(with_moments):
             tensor.copy_(tensors[name])
         self.experts.round_masters()
+        if with_moments:
+            self.materialisation.load_state(tensors[LOADS])
         self.dense.load(tensors, with_moments, updates if with_moments else 0)
         self.experts.set_step_count(updates if with_moments else 0)
         self.updates = updates if with_moments else 0
+
+    def load(self, folder: Path, with_moments: bool) -> CheckpointMeta:
+        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew.
+
+        With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
+        """
+        meta = checkpoint.read_meta(folder, self.spec.model)
+        if with_moments:
+            owner_LE = checkpoint.read(folder, [(OWNERS, torch.from_numpy(self.experts.owner_LE))])[OWNERS]
+            counts = torch.bincount(owner_LE.flatten(), minlength=self.world.size)
+            if len(counts) == self.world.size and counts.min() == counts.max():
+                self.experts.reshard(owner_LE.numpy())
+        self.load_state(checkpoint.read(folder, self.named_state(with_moments)), with_moments, meta.updates)
+        return meta
 
     @torch.no_grad()
     def reset_optimizer(self) -> None:
@@ -180,6 +211,11 @@ class Trainer:
             for tensor in state.values():
                 tensor.zero_()
         self.updates = 0
+
+
+def materialisation_settings(config: ParallelConfig) -> MaterialisationSettings:
+    budget = Budget(config.overlap, config.memory)
+    return MaterialisationSettings(budget, config.rematerialise, config.reshard_every)
 
 
 def choose_dtype(asked: str) -> tuple[str, str]:

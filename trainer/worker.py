@@ -123,10 +123,7 @@ class TrainWorker:
 
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
-        meta = checkpoint.read_meta(folder, self.trainer.spec.model)
-        shapes = self.trainer.named_state(with_moments)
-        self.trainer.load_state(checkpoint.read(folder, shapes), with_moments, meta.updates)
-        return meta
+        return self.trainer.load(folder, with_moments)
 
     def load_model(self, folder: Path) -> None:
         """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""

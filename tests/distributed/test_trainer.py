@@ -20,12 +20,12 @@ from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
-from tests.models import random_batch, spec, tiny_model
+from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.step import OWNERS, Trainer, TrainerSpec
 from trainer.worker import named_tensors
 
 STEPS = 3
@@ -86,9 +86,11 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (1, {"micro_rows": 8}),
         (2, {"micro_rows": 2}),
         (4, {"micro_rows": 1, "recompute": True}),
-        (2, {"micro_rows": 4, "zero_stage": 2}),
+        (2, {"micro_rows": 4, "parallel": parallel(zero_stage=2, overlap=0, memory=0, reshard_every=0)}),
+        (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(rematerialise=True, overlap=4, memory=4)}),
+        (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
     ],
-    ids=["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2"],
+    ids=["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise", "4-ranks-reshard"],
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
     told = spec(tiny_model(), **changes)
@@ -130,9 +132,7 @@ def check_reset(trainer: Trainer) -> None:
 def load_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[str, Tensor], list[float]]:
     trainer = Trainer(told, world)
     path = Path(folder) / "step_000002"
-    meta = checkpoint.read_meta(path, told.model)
-    tensors = checkpoint.read(path, trainer.named_state(with_moments=True))
-    trainer.load_state(tensors, with_moments=True, updates=meta.updates)
+    trainer.load(path, with_moments=True)
     state = own_state(trainer, with_moments=True)
     return state, [m["train/loss"] for m in learn(trainer, world, 2, 4)]
 
@@ -151,6 +151,8 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
         found = whole([state for state, _ in loaded])
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
+            if name == OWNERS and size != 2:
+                continue  # another number of ranks has owners of its own
             assert torch.equal(found[name], tensor), f"{name} on {size} ranks"
         if size == 2:
             assert loaded[0][1] == written[0][1], (

@@ -92,7 +92,7 @@ def test_numbers_arrive_as_they_are_written(steps: int, lr: float, seed: int) ->
         ("modle=demo", "modle = demo unknown option; did you mean model?"),
         ("model=demoo", "model = demoo unknown choice; did you mean model=demo? choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
         ("model=3", "model = 3 unknown choice; choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
-        ("parallel=null", "parallel = null unknown choice; choices: zero1, zero2"),
+        ("parallel=null", "parallel = null unknown choice; choices: ep, fssdp"),
         ("rollout=april", "rollout = april is a group of another command, see --help"),
         ("train.steps=abc", "train.steps = abc should be a whole number"),
         ("train.steps=1.5", "train.steps = 1.5 should be a whole number"),

@@ -47,27 +47,36 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.d
 def test_activations_are_what_autograd_keeps_within_a_fifth(dtype: str, changes: dict[str, object]) -> None:
     model = MODEL.model_copy(update=changes)
     measured = kept_for_backward(model, rows=4, length=256, dtype=getattr(torch, dtype))
-    estimated = memory_per_rank(model, 1, 4, 256, dtype, zero_stage=1, recompute=False).activations
+    estimated = memory_per_rank(model, 1, 4, 256, dtype, parallel=CONFIG.parallel, recompute=False).activations
     assert estimated == pytest.approx(measured, rel=0.2)
 
 
 def test_state_of_one_float32_rank_is_exact() -> None:
     counts = parameter_counts(MODEL)
-    memory = memory_per_rank(MODEL, 1, 1, 256, "float32", zero_stage=1, recompute=False)
+    memory = memory_per_rank(MODEL, 1, 1, 256, "float32", parallel=CONFIG.parallel, recompute=False)
     assert memory.parameters == memory.gradients == 4 * counts.total
-    experts = counts.total - counts.dense
-    assert memory.optimizer_state == 12 * counts.dense + 8 * experts  # an expert in float32 is its own master
+    assert memory.optimizer_state == 12 * counts.total and memory.copies == 0
     assert memory.total == memory.parameters * 2 + memory.optimizer_state + memory.activations + memory.logits
 
 
 def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:
     def plan(ranks: int = 2, stage: int = 1, recompute: bool = False) -> tuple[int, int, int, int]:
-        memory = memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", stage, recompute)
+        parallel = CONFIG.parallel.model_copy(update={"zero_stage": stage})
+        memory = memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", parallel, recompute)
         return memory.parameters, memory.gradients, memory.optimizer_state, memory.activations
 
     assert plan(ranks=4)[0] < plan()[0] and plan(ranks=4)[2] == plan()[2] // 2
     assert plan(stage=2)[1] < plan()[1] and plan(stage=2)[2] == plan()[2]
     assert plan(recompute=True)[3] < 0.5 * plan()[3] and plan(recompute=True)[:3] == plan()[:3]
+
+
+def test_copies_take_room_for_every_layer_or_for_one() -> None:
+    def copies(**changes: object) -> int:
+        parallel = CONFIG.parallel.model_copy(update={"overlap": 3, "memory": 2, **changes})
+        return memory_per_rank(MODEL, 2, 8, 256, "bfloat16", parallel, recompute=False).copies
+
+    one = 2 * 3 * MODEL.hidden_size * MODEL.expert_hidden_size
+    assert copies() == 2 * MODEL.num_moe_layers * one and copies(rematerialise=True) == 2 * one and copies(overlap=0) == 0
 
 
 def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:

@@ -116,7 +116,7 @@ def test_resume_allows_what_leaves_the_numbers_alone(tmp_path: Path) -> None:
     arguments += [
         "train.micro_rows=1",
         "train.recompute=true",
-        "parallel=zero2",
+        "parallel=ep",
         "data.cache_dir=/other",
         "cluster.dashboard=true",
     ]

@@ -1,0 +1,173 @@
+"""Which experts are copied where for a step, who owns them, and which copy serves whose tokens: pure functions of the loads.
+
+Source: Hecate, arXiv 2502.02581: sparse materialisation (section 4.2, algorithm 1), heterogeneous sharding (section 4.3,
+algorithm 2), dispatch (section 4.4). What the paper leaves open is decided here and said: how many replicas an expert gets,
+which device takes them, and when moving owners is worth it. Every rank computes the same plan from the same loads; ties go to
+the lower index.
+
+Letters: L MoE layers, E experts of a layer, D devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
+
+WORTH_MOVING = 0.95  # new owners must bring the busiest devices' load of non-overlapped experts at least this far down
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What copies may cost (Hecate, section 4.2)."""
+
+    overlap: int  # t: experts of a layer whose copies travel while attention computes
+    memory: int  # m: copies that a device has room for in each layer
+
+
+def hottest(loads_E: Floats, count: int) -> Ints:
+    """The experts with the largest loads in descending order, at most `count`, none without load."""
+    order_E = np.argsort(-loads_E, kind="stable")[:count]
+    return np.asarray(order_E[loads_E[order_E] > 0], dtype=np.int64)
+
+
+def materialise(loads_E: Floats, owner_E: Ints, topology: Topology, budget: Budget) -> Placement:
+    """Sparse materialisation: copies of the `overlap` hottest experts, at most `memory` on a device.
+
+    Where all of them fit they go everywhere. Else replicas are apportioned to experts by load (largest remainder), and go to
+    nodes without one first, then to nodes and devices with more room.
+    """
+    hot_E = hottest(loads_E, budget.overlap)
+    bare = without_copies(owner_E, topology.devices)
+    memory = min(budget.memory, len(hot_E))
+    if memory == 0 or topology.devices == 1:
+        return bare
+    copies_ED = bare.copies_ED.copy()
+    if len(hot_E) <= memory:
+        copies_ED[hot_E] = True
+        return Placement(owner_E, copies_ED)
+    replicas_E = apportion(loads_E[hot_E], topology.devices * memory, topology.devices - 1)
+    room_D = np.full(topology.devices, memory)
+    for expert, replicas in zip(hot_E.tolist(), replicas_E.tolist(), strict=True):
+        for _ in range(replicas):
+            device = _roomiest(copies_ED[expert], room_D, topology)
+            if device is None:
+                break
+            copies_ED[expert, device] = True
+            room_D[device] -= 1
+    return Placement(owner_E, copies_ED)
+
+
+def apportion(weights_E: Floats, seats: int, most: int) -> Ints:
+    """`seats` in proportion to the weights, at most `most` each: whole shares first, then the largest remainders (Hamilton)."""
+    seats = min(seats, most * len(weights_E))
+    quota_E = weights_E / weights_E.sum() * seats
+    given_E = np.minimum(np.floor(quota_E), most).astype(np.int64)
+    while (left := seats - int(given_E.sum())) > 0:
+        remainder_E = np.where(given_E < most, quota_E - given_E, -np.inf)
+        open_E = np.argsort(-remainder_E, kind="stable")[: min(left, int((given_E < most).sum()))]
+        given_E[open_E] += 1
+    return given_E
+
+
+def _roomiest(has_D: Bools, room_D: Ints, topology: Topology) -> int | None:
+    """Where the next replica of an expert goes: nodes with fewest of it, then most room on the node, then on the device."""
+    free_D = ~has_D & (room_D > 0)
+    if not free_D.any():
+        return None
+    per_node = topology.devices_per_node
+    on_node_D = np.repeat(has_D.reshape(-1, per_node).sum(axis=1), per_node)
+    node_room_D = np.repeat(room_D.reshape(-1, per_node).sum(axis=1), per_node)
+    order_D = np.lexsort((np.arange(len(room_D)), -room_D, -node_room_D, on_node_D, ~free_D))
+    return int(order_D[0])
+
+
+def shares(placement: Placement, topology: Topology, device: int) -> Floats:
+    """Which share of a device's entries of each expert goes to which device, (E, D); rows sum to one.
+
+    To itself if it holds the expert, else evenly over the holders on its node, else evenly over all (Hecate, section 4.4).
+    """
+    holders_ED = placement.copies_ED.astype(np.float64)
+    node_D = np.arange(topology.devices) // topology.devices_per_node
+    near_ED = holders_ED * (node_D == topology.node_of(device))
+    own_ED = np.zeros_like(holders_ED)
+    own_ED[:, device] = holders_ED[:, device]
+    chosen_ED = np.where(near_ED.any(axis=1, keepdims=True), near_ED, holders_ED)
+    chosen_ED = np.where(own_ED.any(axis=1, keepdims=True), own_ED, chosen_ED)
+    return np.asarray(chosen_ED / chosen_ED.sum(axis=1, keepdims=True))
+
+
+def device_loads(placement: Placement, topology: Topology, loads_E: Floats) -> Floats:
+    """Entries that each device computes, (D,), if every device has an equal share of each expert's."""
+    holders_ED = placement.copies_ED.astype(np.float64)
+    nodes, per_node = topology.nodes, topology.devices_per_node
+    on_node_EN = holders_ED.reshape(-1, nodes, per_node).sum(axis=2)
+    # Of a device's entries: its own, those of its node's devices without a copy, those of nodes without a copy.
+    near_EN = np.where(on_node_EN > 0, (per_node - on_node_EN) / np.maximum(on_node_EN, 1), 0.0)
+    far_E = (on_node_EN == 0).sum(axis=1) * per_node / holders_ED.sum(axis=1)
+    served_ED = holders_ED * (1 + np.repeat(near_EN, per_node, axis=1) + far_E[:, None])
+    return np.asarray((loads_E[:, None] * served_ED).sum(axis=0) / topology.devices)
+
+
+def imbalance(loads_D: Floats) -> float:
+    """The busiest device's load over the mean; 1 is even, and what no load is."""
+    return float(loads_D.max() / loads_D.mean()) if loads_D.sum() > 0 else 1.0
+
+
+# ---------------------------------------------------------------- owners
+
+
+def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget) -> Ints:
+    """Heterogeneous sharding: owners that spread each layer's load, whatever number of a layer's experts a device then owns.
+
+    Every device keeps owning equally many experts over all layers together, so memory does not change. The `overlap` hottest
+    experts of a layer are copied anyhow: they fill what is left, on their present owner where it has room. Returns the present
+    owners unless the new ones lower the busiest devices' load of the others to `WORTH_MOVING` of what it is.
+    """
+    layers, experts = owner_LE.shape
+    cold_LE = np.array(loads_LE, dtype=np.float64)
+    hot: list[tuple[int, int]] = []
+    for layer in range(layers):
+        found = hottest(loads_LE[layer], budget.overlap)
+        cold_LE[layer, found] = 0.0
+        hot += [(layer, expert) for expert in found.tolist()]
+    room_D = np.full(topology.devices, layers * experts // topology.devices)
+    new_LE = np.full_like(owner_LE, -1)
+    hot_LE = np.zeros(owner_LE.shape, dtype=np.bool_)
+    if hot:
+        hot_LE[tuple(np.array(hot).T)] = True
+    for layer in np.argsort(-cold_LE.max(axis=1), kind="stable").tolist():
+        load_D = np.zeros(topology.devices)
+        for expert in np.argsort(-cold_LE[layer], kind="stable").tolist():
+            if not hot_LE[layer, expert]:
+                device = _least_loaded(load_D, room_D, topology)
+                new_LE[layer, expert] = device
+                load_D[device] += cold_LE[layer, expert]
+                room_D[device] -= 1
+    for layer, expert in hot:
+        present = int(owner_LE[layer, expert])
+        device = present if room_D[present] > 0 else int(np.argmax(room_D > 0))
+        new_LE[layer, expert] = device
+        room_D[device] -= 1
+    better = _busiest(cold_LE, new_LE, topology) <= WORTH_MOVING * _busiest(cold_LE, owner_LE, topology)
+    return new_LE if better and cold_LE.any() else owner_LE
+
+
+def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
+    """The least loaded device of the least loaded node among those with room; where equal, that with less room."""
+    per_node, nodes = topology.devices_per_node, topology.nodes
+    node_load_N, node_room_N = load_D.reshape(nodes, per_node).sum(axis=1), room_D.reshape(nodes, per_node).sum(axis=1)
+    node = int(np.lexsort((np.arange(nodes), node_room_N, node_load_N, node_room_N == 0))[0])
+    mine = slice(node * per_node, (node + 1) * per_node)
+    order = np.lexsort((np.arange(per_node), room_D[mine], load_D[mine], room_D[mine] == 0))
+    return node * per_node + int(order[0])
+
+
+def _busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology) -> float:
+    """The sum over layers of the load of the busiest device."""
+    return sum(
+        float(np.bincount(owner_E, weights=loads_E, minlength=topology.devices).max())
+        for owner_E, loads_E in zip(owner_LE, loads_LE, strict=True)
+    )

@@ -1,0 +1,44 @@
+"""How long a device waits: by the clock on a CPU, by events on a GPU, where the host does not wait with it."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the time of `with stopwatch:` blocks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._started, self._seconds = 0.0, 0.0
+        self._events: list[torch.cuda.Event] = []  # start and end in turns
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            self._mark()
+        else:
+            self._started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._on_gpu:
+            self._mark()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def _mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the GPU to reach the last block."""
+        if self._events:
+            self._events[-1].synchronize()
+            pairs = zip(self._events[::2], self._events[1::2], strict=True)
+            self._seconds += sum(start.elapsed_time(end) for start, end in pairs) / 1000
+            self._events = []
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

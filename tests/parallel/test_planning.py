@@ -1,0 +1,124 @@
+"""Placements are legal, within memory, and never busier than none; owners stay equally many; dispatch keeps every entry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.placement import Floats, Ints, Topology, without_copies
+from parallel.planning import (
+    WORTH_MOVING,
+    Budget,
+    apportion,
+    device_loads,
+    hottest,
+    imbalance,
+    materialise,
+    reshard,
+    shares,
+)
+
+
+def topologies() -> st.SearchStrategy[Topology]:
+    return st.tuples(st.integers(1, 4), st.integers(1, 4)).map(lambda pair: Topology(pair[0] * pair[1], pair[1]))
+
+
+def loads(seed: int, *shape: int) -> Floats:
+    """From even to very skewed, with experts that nobody chose, or none chosen at all."""
+    random = np.random.default_rng(seed)
+    found = random.integers(0, 100, shape) * random.random(shape) ** (seed % 7) * (random.random(shape) < 0.8)
+    return np.asarray(np.floor(found * (seed % 11 > 0)), dtype=np.float64)
+
+
+def owners(seed: int, topology: Topology, *shape: int) -> Ints:
+    return np.random.default_rng(seed).integers(0, topology.devices, shape)
+
+
+@given(topologies(), st.integers(1, 16), st.integers(0, 20), st.integers(0, 20), st.integers(0, 9999))
+def test_copies_are_of_the_hottest_and_within_memory(topology: Topology, experts: int, t: int, m: int, seed: int) -> None:
+    loads_E, owner_E = loads(seed, experts), owners(seed, topology, experts)
+    placement = materialise(loads_E, owner_E, topology, Budget(t, m))
+    assert (placement.extra_D <= m).all()
+    copied = set(np.flatnonzero(placement.copies_ED.sum(axis=1) > 1).tolist())
+    assert copied <= set(hottest(loads_E, t).tolist())
+    again = materialise(loads_E.copy(), owner_E.copy(), topology, Budget(t, m))
+    assert (again.copies_ED == placement.copies_ED).all()
+    if t == 0 or m == 0:
+        assert (placement.copies_ED == without_copies(owner_E, topology.devices).copies_ED).all()
+    if m >= min(t, experts) and topology.devices > 1:
+        assert copied == set(hottest(loads_E, t).tolist())
+        assert placement.copies_ED[list(copied)].all()
+
+
+@given(topologies(), st.integers(1, 16), st.integers(0, 16), st.integers(0, 16), st.integers(0, 9999))
+def test_dispatch_goes_to_holders_near_first_and_loses_nothing(
+    topology: Topology, experts: int, t: int, m: int, seed: int
+) -> None:
+    loads_E, owner_E = loads(seed, experts), owners(seed, topology, experts)
+    placement = materialise(loads_E, owner_E, topology, Budget(t, m))
+    total_D = np.zeros(topology.devices)
+    for device in range(topology.devices):
+        shares_ED = shares(placement, topology, device)
+        np.testing.assert_allclose(shares_ED.sum(axis=1), 1.0)
+        assert not shares_ED[~placement.copies_ED].any()
+        here_E = placement.copies_ED[:, device]
+        assert (shares_ED[here_E, device] == 1.0).all()
+        node = topology.node_of(device)
+        near_ED = placement.copies_ED[:, node * topology.devices_per_node : (node + 1) * topology.devices_per_node]
+        near_shares_E = shares_ED[:, node * topology.devices_per_node : (node + 1) * topology.devices_per_node].sum(axis=1)
+        np.testing.assert_allclose(near_shares_E[near_ED.any(axis=1)], 1.0)
+        total_D += (loads_E[:, None] / topology.devices * shares_ED).sum(axis=0)
+    np.testing.assert_allclose(device_loads(placement, topology, loads_E), total_D, atol=1e-9)
+
+
+@given(topologies(), st.integers(1, 16), st.integers(0, 9999))
+def test_everything_everywhere_is_even(topology: Topology, experts: int, seed: int) -> None:
+    loads_E, owner_E = loads(seed, experts), owners(seed, topology, experts)
+    placement = materialise(loads_E, owner_E, topology, Budget(experts, experts))
+    assert imbalance(device_loads(placement, topology, loads_E)) == pytest.approx(1.0)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.integers(0, 60), st.integers(1, 9))
+def test_seats_are_apportioned_fairly(weights: list[int], seats: int, most: int) -> None:
+    weights_E = np.array(weights, dtype=np.float64)
+    given_E = apportion(weights_E, seats, most)
+    assert given_E.sum() == min(seats, most * len(weights)) and given_E.max() <= most
+    order = np.argsort(-weights_E, kind="stable")
+    assert (np.diff(given_E[order]) <= 1).all(), "more weight, fewer seats"
+
+
+def test_hecate_on_a_zipf_load() -> None:
+    """32 devices on 4 nodes, 64 experts: the more may be copied, the more even."""
+    topology = Topology(32, 8)
+    loads_E = 1.0 / np.arange(1, 65)
+    owner_E = np.arange(64) // 2
+    found = [
+        imbalance(device_loads(materialise(loads_E, owner_E, topology, Budget(t, m)), topology, loads_E))
+        for t, m in [(0, 0), (4, 4), (8, 2), (16, 4), (32, 4), (64, 8)]
+    ]
+    assert found[0] == pytest.approx(1.5 / loads_E.sum() * 32)
+    assert found == sorted(found, reverse=True) and found[1] < 3 and found[-1] < 1.15, found
+
+
+@given(topologies(), st.integers(1, 5), st.integers(1, 4), st.integers(0, 6), st.integers(0, 9999))
+def test_owners_stay_equally_many_and_move_only_for_a_gain(
+    topology: Topology, layers: int, each: int, t: int, seed: int
+) -> None:
+    experts = each * topology.devices
+    random = np.random.default_rng(seed)
+    owner_LE = random.permutation(np.repeat(np.arange(topology.devices), layers * each)).reshape(layers, experts)
+    loads_LE = loads(seed, layers, experts)
+    new_LE = reshard(loads_LE, owner_LE, topology, Budget(t, t))
+    assert (np.bincount(new_LE.ravel(), minlength=topology.devices) == layers * each).all()
+    if (new_LE != owner_LE).any():
+        cold_LE = loads_LE.copy()
+        for layer in range(layers):
+            cold_LE[layer, hottest(loads_LE[layer], t)] = 0
+        before, after = (
+            sum(np.bincount(o, weights=c, minlength=topology.devices).max() for o, c in zip(owner, cold_LE, strict=True))
+            for owner in (owner_LE, new_LE)
+        )
+        assert after <= WORTH_MOVING * before
+    assert reshard(loads_LE, new_LE, topology, Budget(t, t)) is new_LE, "a second look moves more"
