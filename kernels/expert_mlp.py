@@ -1,6 +1,6 @@
 """The SwiGLU MLPs of many experts over the tokens that chose them, and the weighted sum of a token's K results.
 
-Shape letters: T tokens, K top-k, N = T * K entries, D model, F expert hidden, C = 2F (rows 0..F of a gate_up matrix are the
+Shape letters: T tokens, K top-k, N <= T * K entries, D model, F expert hidden, C = 2F (rows 0..F of a gate_up matrix are the
 gate, F..2F the up projection), E experts, S slots. The loop here is the reference; bfloat16 on a Hopper GPU takes the products
 of kernels/hopper, which keep for backward what SonicMoE keeps (arXiv 2512.14080): x_TD and the pre-activations h_NC, so
 2TD + 4NF bytes, however small the experts are.
@@ -44,15 +44,17 @@ def expert_mlp(
     rows, and bfloat16 needs D to be a multiple of 64 and F of 32; any T, and experts without entries, which get a gradient of
     zero, as do slots without expert.
 
-    With `gradients` the matrices are constants to autograd, an arena that may hold more than these experts. Backward, which
-    comes if `x_TD` or `weights_TK` needs a gradient, gives it those of the E experts once; until then the arena must hold them.
+    With `gradients` the matrices are constants to autograd, an arena that may hold more than these experts. Backward gives it
+    those of the E experts once; until then the arena must hold them. Outside of no_grad y_TD then requires a gradient.
     """
+    # Backward comes only to what needs a gradient, and tokens and weights may be constants.
+    anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()
     if x_TD.is_cuda and x_TD.dtype not in (torch.float32, torch.float64):
         _check_hopper(x_TD, gate_up_SCD, down_SDF)
-        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients)
+        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, anchor)
         return y_TD
     if gradients is not None:
-        gate_up_SCD, down_SDF = _TakeSlots.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, slots_E, gradients)
+        gate_up_SCD, down_SDF = _TakeSlots.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, slots_E, gradients, anchor)
         slots_E = None
     return _reference(x_TD, order, weights_TK, gate_up_SCD, down_SDF, slots_E)
 
@@ -99,8 +101,8 @@ def _reference(
 
 
 class _TakeSlots(torch.autograd.Function):
-    """The matrices of E experts out of an arena, whose gradients leave autograd here. Tokens and weights are passed so that
-    backward comes at all."""
+    """The matrices of E experts out of an arena, whose gradients leave autograd here. Tokens, weights and the anchor are passed
+    so that backward comes for whichever of them a gradient is asked."""
 
     @staticmethod
     def forward(
@@ -111,6 +113,7 @@ class _TakeSlots(torch.autograd.Function):
         down_SDF: Tensor,
         slots_E: Tensor | None,
         gradients: WeightGradients,
+        anchor: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.gradients = gradients
         return (gate_up_SCD.clone(), down_SDF.clone()) if slots_E is None else (gate_up_SCD[slots_E], down_SDF[slots_E])
@@ -119,7 +122,7 @@ class _TakeSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_gate_up_ECD: Tensor, d_down_EDF: Tensor) -> tuple[None, ...]:
         ctx.gradients(d_gate_up_ECD, d_down_EDF)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
 
 
 def _check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
@@ -152,6 +155,7 @@ class _HopperMLP(torch.autograd.Function):
         order: ExpertOrder,
         slots_E: Tensor | None,
         gradients: WeightGradients | None,
+        anchor: Tensor | None,
     ) -> Tensor:
         from kernels.hopper import rows  # here, because CPU machines may lack Triton
 
@@ -193,7 +197,7 @@ class _HopperMLP(torch.autograd.Function):
         if compact:
             ctx.gradients(d_gate_up, d_down)
             d_gate_up = d_down = None
-        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None
+        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None, None
 
 
 def _hopper_backward(

@@ -1,7 +1,7 @@
 """The order in which (token, choice) entries lie beside their expert, and the tiles of rows that a grouped product walks.
 
-Shape letters: T tokens, K top-k, N = T * K entries, E experts, M tiles at most. This file is the reference in plain torch;
-CUDA takes kernels/triton_expert_order.py.
+Shape letters: T tokens, K top-k, N entries that are present of T * K, E experts, M tiles at most. This file is the reference in
+plain torch; CUDA takes kernels/triton_expert_order.py.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def expert_order(experts_TK: Tensor, num_experts: int, *, num_entries: int | Non
         tiles = most_tiles(num_entries, num_experts)
         return ExpertOrder(*order_with_kernels(experts_TK, num_experts, num_entries, tiles, TILE_ROWS))
     experts_N = experts_TK.reshape(-1).long()
+    assert (experts_N < num_experts).all(), f"expert {int(experts_N.max())}, but there are {num_experts}"
     present = int((experts_N >= 0).sum())
     assert present == num_entries, f"{present} entries are present, the caller says {num_entries}"
     counts_E = experts_N[experts_N >= 0].bincount(minlength=num_experts)

@@ -1,8 +1,8 @@
 """Rows of tokens to the places of their entries, and back: the two copies around a grouped product over sorted rows.
 
-Shape letters: T tokens, K top-k, N = T * K entries, D model, P partial sums. Entries and places are those of
-kernels/expert_order.py. Building blocks without autograd: each is the backward pass of the other. This file is the reference in
-plain torch; CUDA takes kernels/triton_rows.py, except for float64.
+Shape letters: T tokens, K top-k, N entries that are present of T * K, D model, P partial sums. Entries and places are those of
+kernels/expert_order.py: T * K places, of which N are not -1. Building blocks without autograd: each is the backward pass of the
+other. This file is the reference in plain torch; CUDA takes kernels/triton_rows.py, except for float64.
 """
 
 from __future__ import annotations

@@ -131,8 +131,9 @@ def _place(  # type: ignore[no-untyped-def]
         named = tl.where(present, expert, -1)
         earlier = (named[:, None] == named[None, :]) & (lane[:, None] > lane[None, :])
         at = tl.gather(next_place, expert, 0) + tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(place + entries, tl.where(present, at, -1), mask=inside)
-        tl.store(entry + at, entries.to(tl.int32), mask=present & (at < num_present))
+        placed = present & (at < num_present)  # so that no copy leaves its rows, whatever the caller said
+        tl.store(place + entries, tl.where(placed, at, -1), mask=inside)
+        tl.store(entry + at, entries.to(tl.int32), mask=placed)
         next_place += tl.histogram(expert, E_PADDED, mask=present)
 
 

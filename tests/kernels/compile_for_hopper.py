@@ -92,6 +92,9 @@ def launch_everything() -> Iterator[str]:
         yield f"d_rows, F={hidden}"
         columns.d_weights(d_h, like, 3, slots, order)
         yield f"gradient of gate_up, F={hidden}"
+        if slots is not None:
+            columns.d_weights(d_h, like, 3, None, order)
+            yield f"gradient of gate_up in the order of experts, F={hidden}"
         dy, _ = ring.clippable(6, size, like)
         columns.d_weights(dy, weighted_RF, 3, slots, order)
         yield f"gradient of down, F={hidden}"

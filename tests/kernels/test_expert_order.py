@@ -23,6 +23,8 @@ CASES = {  # name: (tokens, top_k, experts, experts in use)
     "empty experts": (100, 4, 40, 7),
     "all tokens to one expert": (300, 1, 4, 1),
     "more experts than a tile of slots": (120, 2, 130, 130),
+    "as many experts as there may be": (40, 8, 1024, 1024),
+    "no tokens": (0, 3, 5, 5),
 }
 
 
@@ -95,6 +97,16 @@ def test_too_many_entries_for_32_bits_are_refused() -> None:
         expert_order(experts_TK, 4)
 
 
+def test_what_the_caller_says_of_the_entries_is_checked() -> None:
+    chosen = torch.tensor([[0, -1], [1, 2]])
+    with pytest.raises(AssertionError, match="3 entries are present, the caller says 4"):
+        expert_order(chosen, 3)
+    with pytest.raises(AssertionError, match="3 entries are present, the caller says 2"):
+        expert_order(chosen, 3, num_entries=2)
+    with pytest.raises(AssertionError, match="expert 2, but there are 2"):
+        expert_order(chosen, 2, num_entries=3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_reference(name: str, kernel_device: str) -> None:
     tokens, top_k, experts, used = CASES[name]
@@ -112,9 +124,22 @@ def test_kernels_leave_absent_entries_out(name: str, share: float, kernel_device
     assert_equal(with_kernels(chosen.int().to(kernel_device), experts), expected)
 
 
-def test_kernels_order_no_entries(kernel_device: str) -> None:
-    chosen = torch.zeros(0, 2, dtype=torch.int64)
-    assert_equal(with_kernels(chosen.to(kernel_device), 5), expert_order(chosen, 5))
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_kernels_leave_absent_entries_out_whatever_top_k(top_k: int, kernel_device: str) -> None:
+    chosen, present = thinned(choices(70, top_k, 9), 0.5)
+    first = with_kernels(chosen.to(kernel_device), 9)
+    assert_equal(first, expert_order(chosen, 9, num_entries=present))
+    assert_equal(with_kernels(chosen.to(kernel_device), 9), first)
+
+
+def test_kernels_place_no_entry_past_the_number_that_they_were_told(kernel_device: str) -> None:
+    from kernels.triton_expert_order import order_with_kernels
+
+    chosen = choices(100, 2, 4)
+    entry_N, place_N, *_ = order_with_kernels(chosen.to(kernel_device), 4, 50, most_tiles(200, 4), TILE_ROWS)
+    expected = expert_order(chosen, 4)
+    assert torch.equal(entry_N.cpu(), expected.entry_N[:50])
+    assert torch.equal(place_N.cpu(), expected.place_N.where(expected.place_N < 50, -1))
 
 
 def test_kernels_keep_experts_out_of_range_within_bounds(kernel_device: str) -> None:

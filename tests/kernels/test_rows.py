@@ -86,6 +86,28 @@ def test_kernels_equal_the_references(
         torch.testing.assert_close(ours.cpu(), theirs)
 
 
+@pytest.mark.parametrize("present", [0, 2])
+def test_tokens_without_entries_get_zeros(present: int, kernel_device: str) -> None:
+    """Only the last `present` of 4 tokens have entries; with none, there are no rows either."""
+    from kernels.triton_rows import launch_combine, launch_spread
+
+    place_N = torch.full((4, 3), -1, dtype=torch.int32)
+    place_N[4 - present :, 1] = torch.arange(present, dtype=torch.int32)
+    x_TD, weights_TK, partials_PN = torch.randn(4, 16), torch.full((4, 3), torch.nan), torch.randn(2, present)
+    weights_TK[place_N >= 0] = 2.0
+    out_ND, place = torch.empty(present, 16, device=kernel_device), place_N.flatten().to(kernel_device)
+    launch_spread(x_TD.to(kernel_device), place, 3, out_ND)
+    weighted_TD, _ = launch_combine(out_ND, place, 3, weights_TK.to(kernel_device), None)
+    expected_TD = 2.0 * x_TD
+    expected_TD[: 4 - present] = 0.0
+    assert torch.equal(weighted_TD.cpu(), expected_TD)
+    assert torch.equal(rows.combine_rows(out_ND.cpu(), place_N.flatten(), 3, weights_TK=weights_TK), expected_TD)
+    found = launch_combine(out_ND, place, 3, None, partials_PN.to(kernel_device))
+    expected = rows.combine_rows_and_partials(out_ND.cpu(), place_N.flatten(), 3, partials_PN)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None and torch.equal(ours.cpu(), theirs) and not theirs[: 4 - present].any()
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("hidden", [64, 2048, 7168, 8 * 33])
