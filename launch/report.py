@@ -72,6 +72,8 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
         Panel("Loss", ("train/loss", "eval/loss"), from_zero=False),
         Panel("Bits per byte of held-out text", ("eval/bits_per_byte",), from_zero=False),
         Panel("Balance of the experts", ("moe/max_vio", "moe/max_vio_worst_layer", "eval/max_vio")),
+        Panel("Load of the busiest rank over the mean", ("moe/rank_imbalance", "moe/rank_imbalance_owners")),
+        Panel("Experts moved for the tokens", ("moe/moved_mib", "moe/copies_mib")),
         Panel("Range of the selection bias", ("moe/bias_range",)),
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/lr",)),

@@ -16,6 +16,7 @@ import numpy as np
 
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
 
+LESS = 0.99  # more copies must take at least this share off the busiest device
 WORTH_MOVING = 0.95  # new owners must bring the busiest devices' load of non-overlapped experts at least this far down
 
 
@@ -34,17 +35,31 @@ def hottest(loads_E: Floats, count: int) -> Ints:
 
 
 def materialise(loads_E: Floats, owner_E: Ints, topology: Topology, budget: Budget) -> Placement:
-    """Sparse materialisation: copies of the `overlap` hottest experts, at most `memory` on a device.
+    """Sparse materialisation: copies of at most the `overlap` hottest experts, at most `memory` on a device.
+
+    Of the hottest one, two, .. experts those are copied with which the busiest device has least to do, none if that is best:
+    taking a hot expert's tokens home may leave its owner's neighbours the busiest, which the paper does not look at.
+    """
+    best = without_copies(owner_E, topology.devices)
+    if budget.memory == 0 or topology.devices == 1:
+        return best
+    hot_E = hottest(loads_E, budget.overlap)
+    least = device_loads(best, topology, loads_E).max()
+    for count in range(1, len(hot_E) + 1):
+        found = replicate(hot_E[:count], loads_E, owner_E, topology, budget.memory)
+        busiest = device_loads(found, topology, loads_E).max()
+        if busiest < least * LESS:
+            best, least = found, busiest
+    return best
+
+
+def replicate(hot_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Placement:
+    """Copies of these experts, at most `memory` on a device (Hecate, algorithm 1).
 
     Where all of them fit they go everywhere. Else replicas are apportioned to experts by load (largest remainder), and go to
     nodes without one first, then to nodes and devices with more room.
     """
-    hot_E = hottest(loads_E, budget.overlap)
-    bare = without_copies(owner_E, topology.devices)
-    memory = min(budget.memory, len(hot_E))
-    if memory == 0 or topology.devices == 1:
-        return bare
-    copies_ED = bare.copies_ED.copy()
+    copies_ED = without_copies(owner_E, topology.devices).copies_ED
     if len(hot_E) <= memory:
         copies_ED[hot_E] = True
         return Placement(owner_E, copies_ED)

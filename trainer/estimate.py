@@ -17,6 +17,9 @@ BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
 
 
+LABELS = {"optimizer_state": "optimizer"}
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank."""
@@ -100,14 +103,16 @@ def budget_lines(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: i
     run, rows, length, recompute = _pretraining(config, model) if isinstance(config, PretrainConfig) else _rounds(config)
     memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute)
     parts = ", ".join(
-        f"{field.name.replace('_', ' ')} {getattr(memory, field.name) / memory.total:.0%}" for field in fields(memory)
+        f"{LABELS.get(field.name, field.name)} {share:.0%}"
+        for field in fields(memory)
+        if (share := getattr(memory, field.name) / memory.total) >= 0.005
     )
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [
         f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
         *run,
         f"ranks   {ranks} x {model.num_experts // ranks} experts a layer, micro-batches of {rows} x {length:,} tokens",
-        f"memory  {in_gib(memory.total)} a rank beside libraries: {parts}",
+        f"memory  {in_gib(memory.total)} a rank, without libraries: {parts}",
         f"dtype   {dtype}: {reason}",
     ]
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from parallel.placement import Floats, Ints, Topology, without_copies
 from parallel.planning import (
+    LESS,
     WORTH_MOVING,
     Budget,
     apportion,
@@ -37,7 +38,7 @@ def owners(seed: int, topology: Topology, *shape: int) -> Ints:
 
 
 @given(topologies(), st.integers(1, 16), st.integers(0, 20), st.integers(0, 20), st.integers(0, 9999))
-def test_copies_are_of_the_hottest_and_within_memory(topology: Topology, experts: int, t: int, m: int, seed: int) -> None:
+def test_copies_are_of_the_hottest_within_memory_and_help(topology: Topology, experts: int, t: int, m: int, seed: int) -> None:
     loads_E, owner_E = loads(seed, experts), owners(seed, topology, experts)
     placement = materialise(loads_E, owner_E, topology, Budget(t, m))
     assert (placement.extra_D <= m).all()
@@ -45,11 +46,13 @@ def test_copies_are_of_the_hottest_and_within_memory(topology: Topology, experts
     assert copied <= set(hottest(loads_E, t).tolist())
     again = materialise(loads_E.copy(), owner_E.copy(), topology, Budget(t, m))
     assert (again.copies_ED == placement.copies_ED).all()
+    bare = without_copies(owner_E, topology.devices)
     if t == 0 or m == 0:
-        assert (placement.copies_ED == without_copies(owner_E, topology.devices).copies_ED).all()
-    if m >= min(t, experts) and topology.devices > 1:
-        assert copied == set(hottest(loads_E, t).tolist())
-        assert placement.copies_ED[list(copied)].all()
+        assert (placement.copies_ED == bare.copies_ED).all()
+    busiest, alone = (device_loads(p, topology, loads_E).max() for p in (placement, bare))
+    assert busiest <= alone, "copies leave the busiest device more to do than none"
+    if copied and m >= t:
+        assert placement.copies_ED[list(copied)].all(), "what has room everywhere goes everywhere"
 
 
 @given(topologies(), st.integers(1, 16), st.integers(0, 16), st.integers(0, 16), st.integers(0, 9999))
@@ -74,10 +77,10 @@ def test_dispatch_goes_to_holders_near_first_and_loses_nothing(
 
 
 @given(topologies(), st.integers(1, 16), st.integers(0, 9999))
-def test_everything_everywhere_is_even(topology: Topology, experts: int, seed: int) -> None:
+def test_with_room_for_everything_no_device_is_busier(topology: Topology, experts: int, seed: int) -> None:
     loads_E, owner_E = loads(seed, experts), owners(seed, topology, experts)
     placement = materialise(loads_E, owner_E, topology, Budget(experts, experts))
-    assert imbalance(device_loads(placement, topology, loads_E)) == pytest.approx(1.0)
+    assert imbalance(device_loads(placement, topology, loads_E)) <= 1 / LESS + 1e-9
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.integers(0, 60), st.integers(1, 9))
