@@ -64,9 +64,12 @@ class LayerExperts:
 class ExpertArena:
     """One rank's weights of experts, in the dtype of the model. All ranks make the same calls in the same order."""
 
-    def __init__(self, shape: ExpertShape, owned: int, world: World, dtype: torch.dtype, add_gradients: AddGradients) -> None:
-        self.shape, self.owned, self.world, self.dtype = shape, owned, world, dtype
-        self.rows = shape.matrices(owned, dtype, world.device)
+    def __init__(
+        self, shape: ExpertShape, owned: int, copies: int, world: World, dtype: torch.dtype, add_gradients: AddGradients
+    ) -> None:
+        """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one."""
+        self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
+        self.rows = shape.matrices(owned + copies, dtype, world.device)
         self._add_gradients = add_gradients
         self._returning: tuple[int, SparseReduceScatter] | None = None
         self._walking_back = False
@@ -88,12 +91,14 @@ class ExpertArena:
         """From here on experts lie as `placements` says, one for each layer, and tokens go to them by `shares_LED`.
 
         `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing moves yet.
+        Raises ValueError where a rank has no room for its copies.
         """
         self.placements, self.rematerialise = list(placements), rematerialise
         extra_LD = np.stack([placement.extra_D for placement in placements])
         kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
         self.most_copies = int(kept_D.max())
-        self._reserve(self.owned + int(kept_D[self.world.rank]))
+        if self.most_copies > self.copies:
+            raise ValueError(f"a rank would keep {self.most_copies} copies and has room for {self.copies}")
         own = copy = 0
         self.layers: list[LayerExperts] = []
         for layer, placement in enumerate(placements):
@@ -123,13 +128,6 @@ class ExpertArena:
             phase_E=torch.from_numpy(phase_E).to(device),
             gather=gather_plan(placement, self.world.topology, rank),
         )
-
-    def _reserve(self, slots: int) -> None:
-        """Room for copies; own rows keep their content."""
-        if self.rows[0].shape[0] != slots:
-            old, self.rows = self.rows, self.shape.matrices(slots, self.dtype, self.world.device)
-            for new, rows in zip(self.rows, old, strict=True):
-                new[: self.owned].copy_(rows[: self.owned])
 
     # ------------------------------------------------------------ copies
 

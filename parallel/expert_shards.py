@@ -36,11 +36,15 @@ class ExpertShards:
         shape: ExpertShape,
         initial: Callable[[int, int], Parts],
         owner_LE: Ints,
+        copies: int,
         world: World,
         dtype: torch.dtype,
         settings: AdamWSettings,
     ) -> None:
-        """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only."""
+        """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
+
+        `copies` is the arena's room for copies of other ranks' experts.
+        """
         self.world = world
         self.owner_LE = owner_LE
         self.own = _own(owner_LE, world)
@@ -53,7 +57,7 @@ class ExpertShards:
         self.optimizer = adamw(list(self.masters), settings)
         for master in self.masters:
             self.optimizer.state[master].update(zero_state(master))
-        self.arena = ExpertArena(shape, len(self.own), world, dtype, self._add_gradients)
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, self._add_gradients)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 

@@ -149,6 +149,11 @@ class ParallelConfig(Record):
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
     reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
 
+    def copies_kept(self, layers: int, ranks: int) -> int:
+        """For how many copies of experts a rank keeps room."""
+        in_a_layer = min(self.overlap, self.memory) if ranks > 1 else 0
+        return in_a_layer * (1 if self.rematerialise else layers)
+
 
 class TrainConfig(Record):
     """One optimizer step takes `batch_rows` rows of `sequence_length` tokens, all ranks together."""

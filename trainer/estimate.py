@@ -47,11 +47,10 @@ def memory_per_rank(
     counts, size = parameter_counts(model), BYTES[dtype]
     experts = (counts.total - counts.dense) // ranks
     dense_gradients = counts.dense * size // (ranks if parallel.zero_stage == 2 else 1)
-    copies_a_layer = min(parallel.overlap, parallel.memory) if ranks > 1 else 0
     tokens = rows * sequence_length
     return Memory(
         parameters=counts.dense * size + experts * size,
-        copies=copies_a_layer * (1 if parallel.rematerialise else model.num_moe_layers) * counts.per_expert * size,
+        copies=parallel.copies_kept(model.num_moe_layers, ranks) * counts.per_expert * size,
         gradients=dense_gradients + experts * FLOAT32,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * 3 * FLOAT32,
         activations=tokens * _activations_per_token(model, size, ranks, recompute),

@@ -58,7 +58,10 @@ class Trainer:
         self.spec, self.world = spec, world
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
-        self.experts = ExpertShards(shape, partial(initial_expert, config, spec.seed), owner_LE, world, dtype, spec.adamw)
+        copies = spec.parallel.copies_kept(config.num_moe_layers, world.size)
+        self.experts = ExpertShards(
+            shape, partial(initial_expert, config, spec.seed), owner_LE, copies, world, dtype, spec.adamw
+        )
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel))
         self.model = Transformer(config)
         self.model.initialize(spec.seed)

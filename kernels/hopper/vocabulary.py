@@ -84,7 +84,7 @@ def statistics(product, partials, target_logit, targets, n, row, rows, vocabular
     layout: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
     r = row + gl.arange(0, HALF, layout)
     target = gl.load(targets + r, mask=r < rows, other=-1).to(gl.int32)
-    here = (target >= n * N) & (target < n * N + N)
+    here = (target >= n * N) & (target < gl.minimum(n * N + N, vocabulary))  # the last tile reaches past the vocabulary
     largest = gl.full((HALF,), NOTHING, gl.float32, layout)
     for piece in gl.static_range(len(pieces)):
         z, _ = logits_of(pieces[piece], n * N + piece * PIECE, vocabulary, scale)

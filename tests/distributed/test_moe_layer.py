@@ -129,7 +129,7 @@ def spread(world: World, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def spread_case(world: World, told: Case) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
-    shards = ExpertShards(SHAPE, initial, told.owner_LE, world, torch.float32, ADAMW)
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, SHAPE.layers * SHAPE.experts, world, torch.float32, ADAMW)
     layers = [ShardedExperts(layer, shards.arena) for layer in range(SHAPE.layers)]
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
