@@ -23,8 +23,9 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, kind: str = "
     """`function(world, *args)` on every rank; a failure on any rank fails the caller with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, function, args, kind)
-        # On a GPU machine the server's imports open CUDA, which a fork cannot use.
-        mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver" if kind == "cpu" else "spawn")
+        # On a machine with GPUs the server's imports open CUDA, which a fork cannot use, not even for its optimizer on a CPU.
+        method = "spawn" if torch.cuda.is_available() else "forkserver"
+        mp.start_processes(_rank, arguments, nprocs=size, start_method=method)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(size)]
 
 
