@@ -37,15 +37,15 @@ def hottest(loads_E: Floats, count: int) -> Ints:
 def materialise(loads_E: Floats, owner_E: Ints, topology: Topology, budget: Budget) -> Placement:
     """Sparse materialisation: copies of at most the `overlap` hottest experts, at most `memory` on a device.
 
-    Of the hottest one, two, .. experts those are copied with which the busiest device has least to do, none if that is best:
-    taking a hot expert's tokens home may leave its owner's neighbours the busiest, which the paper does not look at.
+    Of the hottest 1, 2, 4, .., `overlap` experts those are copied with which the busiest device has least to do, none if that
+    is best: what a hot expert's owner no longer computes others do, which the paper does not look at.
     """
     best = without_copies(owner_E, topology.devices)
     if budget.memory == 0 or topology.devices == 1:
         return best
     hot_E = hottest(loads_E, budget.overlap)
     least = device_loads(best, topology, loads_E).max()
-    for count in range(1, len(hot_E) + 1):
+    for count in sorted({*(2**power for power in range(len(hot_E).bit_length())), len(hot_E)} - {0}):
         found = replicate(hot_E[:count], loads_E, owner_E, topology, budget.memory)
         busiest = device_loads(found, topology, loads_E).max()
         if busiest < least * LESS:
@@ -64,15 +64,26 @@ def replicate(hot_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, m
         copies_ED[hot_E] = True
         return Placement(owner_E, copies_ED)
     replicas_E = apportion(loads_E[hot_E], topology.devices * memory, topology.devices - 1)
-    room_D = np.full(topology.devices, memory)
+    room_ND = np.full((topology.nodes, topology.devices_per_node), memory)
     for expert, replicas in zip(hot_E.tolist(), replicas_E.tolist(), strict=True):
-        for _ in range(replicas):
-            device = _roomiest(copies_ED[expert], room_D, topology)
-            if device is None:
-                break
-            copies_ED[expert, device] = True
-            room_D[device] -= 1
+        _replicate(copies_ED[expert].reshape(room_ND.shape), replicas, room_ND)
     return Placement(owner_E, copies_ED)
+
+
+def _replicate(has_ND: Bools, replicas: int, room_ND: Ints) -> None:
+    """Adds replicas of an expert while there is room, in place: to nodes with fewest of it, then with most room, then to the
+    device with most room. N nodes, D devices of each."""
+    holders_N, node_room_N = has_ND.sum(axis=1), room_ND.sum(axis=1)
+    open_N = (~has_ND & (room_ND > 0)).sum(axis=1)
+    more = int(node_room_N.max()) + 1
+    key_N = np.where(open_N > 0, holders_N * more - node_room_N, np.iinfo(np.int64).max)
+    for _ in range(min(replicas, int(open_N.sum()))):
+        node = int(key_N.argmin())
+        device = int(np.where(has_ND[node], -1, room_ND[node]).argmax())
+        has_ND[node, device] = True
+        room_ND[node, device] -= 1
+        open_N[node] -= 1
+        key_N[node] = key_N[node] + more + 1 if open_N[node] else np.iinfo(np.int64).max
 
 
 def apportion(weights_E: Floats, seats: int, most: int) -> Ints:
