@@ -112,7 +112,9 @@ class SparseAllGather:
         self._plan, self._parts = plan, parts
         self._within: Pending | None = None
         self._across = Pending(_operations(plan.across, parts, lambda message: parts(message.expert)))
-        if not plan.across.receives:
+        # NCCL runs messages and collectives in the order of the calls, so a leader's second hop finds what the first brought,
+        # and must not be called later than those of its peers. With gloo a leader has to wait before it may send.
+        if not plan.across.receives or dist.get_backend() == "nccl":
             self._fan_out()
 
     def _fan_out(self) -> None:
