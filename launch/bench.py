@@ -1,4 +1,4 @@
-"""Measures Tessera's own operations against others on this machine: `python -m launch.bench experts|vocab_loss|router`.
+"""Measures Tessera's own operations against others on this machine: `python -m launch.bench NAME`.
 
 Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them.
 """
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from kernels.errors import UserError
-from launch.benchmarks import experts, record, router, vocab_loss
+from launch.benchmarks import experts, fssdp, record, router, vocab_loss
 from launch.benchmarks.contest import Case, Work
 from launch.benchmarks.options import SHAPES, Options, read_options
 from launch.benchmarks.peers import PACKAGES
@@ -29,7 +29,7 @@ TABLE_WIDTH = 200  # columns where the output is no terminal
 class Benchmark:
     options: type[Options]
     defaults: Mapping[str, Mapping[str, Any]]  # of each type of device
-    peers: Mapping[str, Callable[[], Work]]
+    peers: Mapping[str, Callable[[], Work] | None]  # how to load each; None where the measurement makes it itself
     measure: Callable[..., Iterator[Case]]
 
 
@@ -37,6 +37,7 @@ BENCHMARKS = {
     "experts": Benchmark(experts.ExpertsOptions, experts.DEFAULTS, experts.PEERS, experts.measure),
     "vocab_loss": Benchmark(vocab_loss.VocabLossOptions, vocab_loss.DEFAULTS, vocab_loss.PEERS, vocab_loss.measure),
     "router": Benchmark(router.RouterOptions, router.DEFAULTS, router.PEERS, router.measure),
+    "fssdp": Benchmark(fssdp.FssdpOptions, fssdp.DEFAULTS, fssdp.PEERS, fssdp.measure),
 }
 
 
@@ -67,8 +68,8 @@ def _defaults(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def _contenders(
-    peers: Mapping[str, Callable[[], Work]], asked: Sequence[str] | None, device: torch.device
-) -> dict[str, Callable[[], Work]]:
+    peers: Mapping[str, Callable[[], Work] | None], asked: Sequence[str] | None, device: torch.device
+) -> dict[str, Callable[[], Work] | None]:
     """Plain torch always; the packages that were asked for, or else those that are here. They run on a GPU only."""
     able = {peer for peer in peers if peer not in PACKAGES or (device.type == "cuda" and PACKAGES[peer].installed())}
     for peer in asked or ():
@@ -82,7 +83,7 @@ def _contenders(
 
 
 def usage() -> str:
-    lines = ["usage: python -m launch.bench experts|vocab_loss|router [name=value ...]", "", "models, and their sizes:"]
+    lines = ["usage: python -m launch.bench experts|vocab_loss|router|fssdp [name=value ...]", "", "models, and their sizes:"]
     lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
     for name, benchmark in BENCHMARKS.items():
         lines += ["", f"options of {name}, with their defaults on a GPU and on a CPU:"]

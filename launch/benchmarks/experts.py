@@ -77,7 +77,7 @@ def _of_model(
             yield compete(
                 work=f"experts of {name}, {tokens:,} tokens, {routing} routing",
                 sizes={"model": name, **vars(shape), "tokens": tokens, "routing": routing, "checked_tokens": len(check.pull)},
-                amount=_amount(shape, tokens),
+                amount=expert_amount(shape, tokens),
                 ours=ours,
                 peers=contenders,
                 sets=[draw_inputs(shape, tokens, routing, generator, one) for one in matrices],
@@ -92,7 +92,7 @@ def ours(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_ECD: Tens
     return expert_mlp(x_TD, expert_order(experts_TK, down_EDF.shape[0]), weights_TK, gate_up_ECD, down_EDF)
 
 
-def _amount(shape: Shape, tokens: int) -> Amount:
+def expert_amount(shape: Shape, tokens: int) -> Amount:
     products = tokens * shape.top_k * shape.hidden * shape.expert_hidden
     return Amount({"forward": 6.0 * products, "forward+backward": 18.0 * products}, "TF/s")
 
@@ -135,8 +135,13 @@ def draw_experts(shape: Shape, tokens: int, routing: Routing, generator: torch.G
         return _even(shape.experts, shape.top_k, tokens, options)
     if routing == "uniform":
         return torch.rand(tokens, shape.experts, **options).topk(shape.top_k, dim=-1).indices
+    names_E = torch.randperm(shape.experts, **options)
+    return names_E[zipf_ranks(shape, tokens, generator)]
+
+
+def zipf_ranks(shape: Shape, tokens: int, generator: torch.Generator) -> Tensor:
+    """(T, K) int64: K different ranks a token, rank s (from 0) drawn with probability proportional to 1 / (s + 1)."""
     share_E = 1.0 / torch.arange(1, shape.experts + 1, device=generator.device)
-    share_E = share_E[torch.randperm(shape.experts, **options)]
     return torch.multinomial(share_E.expand(tokens, -1), shape.top_k, generator=generator)
 
 

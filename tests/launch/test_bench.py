@@ -25,9 +25,15 @@ SMALL = {
     "experts": ["tokens=24,40", "routing=even,uniform", "hidden=16", "expert_hidden=8", "experts=4", "top_k=2", "peers="],
     "vocab_loss": ["tokens=40", "hidden=16", "vocabulary=96", "peers="],
     "router": ["tokens=40", "experts=12", "top_k=3"],
+    "fssdp": ["tokens=24", "routing=even,hot", "hidden=16", "expert_hidden=8", "experts=4", "top_k=2", "memory=1"],
 }
-CASES = {"experts": 4, "vocab_loss": 1, "router": 1}
-PEERS = {"experts": {"torch"}, "vocab_loss": {"naive", "chunked"}, "router": {"torch"}}
+CASES = {"experts": 4, "vocab_loss": 1, "router": 1, "fssdp": 2}
+PEERS = {
+    "experts": {"torch"},
+    "vocab_loss": {"naive", "chunked"},
+    "router": {"torch"},
+    "fssdp": {"ep", "no_copies", "local"},
+}
 
 
 def run(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[list[str]]]:
@@ -104,7 +110,7 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["expert"], "expert is no benchmark; did you mean experts? There are experts, vocab_loss, router"),
+        (["expert"], "expert is no benchmark; did you mean experts? There are experts, vocab_loss, router, fssdp"),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
     ],

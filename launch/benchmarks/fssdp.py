@@ -1,0 +1,293 @@
+"""One MoE layer over several ranks: experts copied to where the tokens are, against plain expert parallelism.
+
+    ep          every entry travels to its expert's owner: an all-to-all of K rows a token, and plain torch's experts
+    no_copies   our exchange, one row a token and rank, and our experts; experts on their owners alone
+    local       all experts on every rank and no communication: what no exchange can beat with our experts
+    ours        with copies placed for this very load, fetched and their gradients returned in every call
+
+No attention surrounds the layer, so nothing hides the copies' way. A rank's time is its own; the slowest rank's median counts.
+Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from kernels.errors import UserError
+from kernels.router import Routing as Routed
+from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
+from launch.benchmarks.experts import draw_inputs, draw_matrices, expert_amount, zipf_ranks
+from launch.benchmarks.options import OneOrMore, Options, Shape
+from launch.benchmarks.peers import torch_experts
+from launch.benchmarks.timing import Ceilings, Timing, interleaved
+from parallel.expert_arena import ExpertArena, ExpertShape
+from parallel.moe_layer import LocalExperts, ShardedExperts
+from parallel.placement import Placement, even_owners, without_copies
+from parallel.planning import Budget, materialise, shares
+from parallel.sparse_collectives import Parts
+from parallel.topology import World, join, leave
+
+Routing = Literal["even", "zipf", "hot"]
+REPEATS = 20
+TIMEOUT_S = 120.0
+PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "overlap": 32, "memory": 32},
+    "cpu": {"model": "tiny", "tokens": "256", "routing": "even,zipf,hot", "overlap": 4, "memory": 4},
+}
+
+
+class FssdpOptions(Options):
+    hidden: PositiveInt | None = None
+    expert_hidden: PositiveInt | None = None
+    experts: PositiveInt | None = None
+    top_k: PositiveInt | None = None
+    routing: OneOrMore[Routing] = Field(description="hot: Zipf's law, the hottest experts on the first rank")
+    ranks: PositiveInt = Field(2, description="one on each GPU, or processes on a CPU; tokens are those of each")
+    overlap: NonNegativeInt = Field(description="the hottest experts that may be copied")
+    memory: NonNegativeInt = Field(description="copies that a rank has room for")
+
+
+@dataclass(frozen=True)
+class Told:
+    """One case, as the ranks are told of it."""
+
+    model: str
+    shape: Shape
+    tokens: int
+    routing: Routing
+
+    @property
+    def work(self) -> str:
+        return f"MoE layer of {self.model}, {self.tokens:,} tokens a rank, {self.routing} routing"
+
+
+Measured = dict[str, tuple[dict[Direction, Timing], dict[str, float]]]  # of each competitor: times, errors
+
+
+def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings) -> Iterator[Case]:
+    """One case for every model, number of tokens and routing. Raises UserError without a GPU for every rank."""
+    if device.type == "cuda" and torch.cuda.device_count() < options.ranks:
+        raise UserError(f"ranks = {options.ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
+    cases = [
+        Told(name, shape, tokens, routing)
+        for name, shape in options.shapes().items()
+        for tokens in options.tokens
+        for routing in options.routing
+    ]
+    for told in cases:
+        if told.shape.experts % options.ranks:
+            raise UserError(f"{told.shape.experts} experts do not divide evenly over ranks = {options.ranks}")
+    for told, measured in zip(cases, _on_ranks(options, cases, device), strict=True):
+        yield _case(told, measured, options, ceilings)
+
+
+def _on_ranks(options: FssdpOptions, cases: list[Told], device: torch.device) -> list[Measured]:
+    queue = mp.get_context("spawn").SimpleQueue()
+    with TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (options, cases, device.type, folder, queue), nprocs=options.ranks, start_method="spawn")
+        found: list[Measured] = queue.get()
+    return found
+
+
+def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceilings) -> Case:
+    amount = expert_amount(told.shape, told.tokens)
+    sides = {
+        direction: {
+            name: Side(times[direction], amount.rate(direction, times[direction].median_ms), None, errors)
+            for name, (times, errors) in measured.items()
+        }
+        for direction in DIRECTIONS
+    }
+    rows = []
+    for direction, by_name in sides.items():
+        best = by_name.pop(OURS)
+        fraction = best.rate / amount.ceiling(ceilings)
+        for name, side in by_name.items():
+            rows.append(Row(told.work, direction, name, side, best, side.time.median_ms / best.time.median_ms, fraction))
+    sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
+    return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {})
+
+
+# ---------------------------------------------------------------- on a rank
+
+
+def _rank(rank: int, options: FssdpOptions, cases: list[Told], kind: str, folder: str, queue: Any) -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    world = join(dist.FileStore(f"{folder}/store", options.ranks), rank, options.ranks, device, TIMEOUT_S)
+    found = [_measured(told, options, world) for told in cases]
+    if rank == 0:
+        queue.put(found)
+    leave(world)
+
+
+def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
+    matrices = draw_matrices(told.shape, torch.Generator(world.device).manual_seed(options.seed))  # the same on all ranks
+    inputs = _inputs(told, options, world, matrices)
+    loads_E = world.sum(_count(inputs.tensors["experts_TK"], told.shape.experts)).double().cpu().numpy()
+    owner_E = even_owners(told.shape.experts, world.size)
+    copied = materialise(loads_E, owner_E, world.topology, Budget(options.overlap, options.memory))
+    parts = tuple(tensor.detach() for tensor in matrices.values())
+    works: dict[str, Work] = {
+        OURS: _sharded(told.shape, world, parts, copied),
+        "ep": partial(_expert_parallel, parts=tuple(_own(part, world) for part in parts), world=world),
+        "no_copies": _sharded(told.shape, world, parts, without_copies(owner_E, world.size)),
+        "local": partial(_local, parts=tuple(part.clone().requires_grad_() for part in parts)),
+    }
+    errors = _errors(works, inputs, world)
+    found: Measured = {}
+    times: dict[Direction, dict[str, Timing]] = {}
+    for direction in DIRECTIONS:
+        calls = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
+        times[direction] = interleaved(calls, world.device, options.repeats or REPEATS)
+    for name in works:
+        found[name] = ({direction: _slowest(times[direction][name], world) for direction in DIRECTIONS}, errors[name])
+    return found
+
+
+def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:
+    """Tokens of this rank. The popularity of experts is the same on all ranks."""
+    generator = torch.Generator(world.device).manual_seed(options.seed + 1 + world.rank)
+    inputs = draw_inputs(told.shape, told.tokens, "even", generator, matrices)
+    tensors = {name: inputs.tensors[name] for name in ("x_TD", "experts_TK", "weights_TK")}
+    if told.routing != "even":
+        experts_TK = zipf_ranks(told.shape, told.tokens, generator)
+        if told.routing == "zipf":
+            alike = torch.Generator(world.device).manual_seed(options.seed)
+            experts_TK = torch.randperm(told.shape.experts, generator=alike, device=world.device)[experts_TK]
+        tensors["experts_TK"] = experts_TK
+    return Inputs(tensors, inputs.pull)
+
+
+def _call(work: Work, inputs: Inputs, direction: Direction, number: int) -> object:
+    output = inputs.forward(work)
+    return inputs.backward(output) if direction == "forward+backward" else output
+
+
+def _slowest(timing: Timing, world: World) -> Timing:
+    all_ranks: list[Any] = [None] * world.size
+    dist.all_gather_object(all_ranks, timing)
+    return max(all_ranks, key=lambda one: one.median_ms)
+
+
+def _errors(works: Mapping[str, Work], inputs: Inputs, world: World) -> dict[str, dict[str, float]]:
+    """The difference from all experts in one place, of the output and the gradients of tokens and weights; the worst rank's."""
+    results: dict[str, dict[str, Tensor]] = {}
+    for name, work in works.items():
+        output = inputs.forward(work)
+        results[name] = {"output": output.detach(), **inputs.backward(output)}
+    found: dict[str, dict[str, float]] = {}
+    for name, result in results.items():
+        found[name] = {}
+        for key, tensor in result.items():
+            difference = Difference()
+            difference.add(tensor, results["local"][key])
+            worst = torch.tensor(difference.relative, dtype=torch.float64, device=world.device)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            found[name][key] = worst.item()
+    return found
+
+
+# ---------------------------------------------------------------- competitors
+
+
+def _sharded(shape: Shape, world: World, parts: Parts, placement: Placement) -> Work:
+    """Our layer under a placement. Copies are fetched in every call; gradients are added in float32 at the owners."""
+    expert_shape = ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
+    owned = shape.experts // world.size
+    sums = expert_shape.matrices(owned, torch.float32, world.device)
+
+    def add(row: int, gradients: Parts) -> None:
+        for total, gradient in zip(sums, gradients, strict=True):
+            total[row : row + gradient.shape[0]].add_(gradient)
+
+    arena = ExpertArena(expert_shape, owned, int(placement.extra_D.max()), world, parts[0].dtype, add)
+    for rows, part in zip(arena.rows, parts, strict=True):
+        rows[:owned].copy_(_own(part, world).detach())
+    arena.place([placement], [shares(placement, world.topology, world.rank)])
+    layer = ShardedExperts(0, arena)
+
+    def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        arena.outdated()
+        layer.prepare()
+        return layer(_FinishBackward.apply(x_TD, arena), _routed(experts_TK, weights_TK, shape.experts))
+
+    return work
+
+
+class _FinishBackward(torch.autograd.Function):
+    """Before a layer: backward comes here last and waits until the gradients of copies are home."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, arena: ExpertArena) -> Tensor:
+        ctx.arena = arena
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, d_x_TD: Tensor) -> tuple[Tensor, None]:
+        with ctx.arena.backward_pass():
+            return d_x_TD, None
+
+
+def _expert_parallel(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, parts: Parts, world: World) -> Tensor:
+    """The usual way: entries sorted by expert, each sent to its expert's owner, results sent back and weighted here."""
+    top_k, owned = experts_TK.shape[1], parts[0].shape[0]
+    entry_N = experts_TK.flatten().argsort(stable=True)
+    counts_WE = _count(experts_TK, owned * world.size).view(world.size, owned)
+    received_WE = torch.empty_like(counts_WE)
+    dist.all_to_all_single(received_WE, counts_WE)
+    send, receive = torch.stack([counts_WE.sum(dim=1), received_WE.sum(dim=1)]).tolist()
+    x_ND = x_TD.repeat_interleave(top_k, dim=0)[entry_N]
+    x_RD = _AllToAll.apply(x_ND, send, receive)
+    here_R = torch.arange(owned, device=x_TD.device).repeat(world.size).repeat_interleave(received_WE.flatten())
+    y_RD = torch_experts(x_RD, here_R.unsqueeze(1), torch.ones_like(here_R, dtype=torch.float32).unsqueeze(1), *parts)
+    y_ND = _AllToAll.apply(y_RD, receive, send)
+    place_N = torch.empty_like(entry_N).scatter_(0, entry_N, torch.arange(len(entry_N), device=x_TD.device))
+    y_TKD = y_ND[place_N].view(*experts_TK.shape, -1)
+    return (y_TKD * weights_TK.to(y_TKD.dtype)[..., None]).sum(dim=1)
+
+
+def _own(part: Tensor, world: World) -> Tensor:
+    share = part.shape[0] // world.size
+    return part[world.rank * share : (world.rank + 1) * share].clone().requires_grad_()
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:
+        ctx.send_W, ctx.receive_W = send_W, receive_W
+        received = rows.new_empty(sum(receive_W), rows.shape[1])
+        dist.all_to_all_single(received, rows.contiguous(), receive_W, send_W)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, d_received: Tensor) -> tuple[Tensor, None, None]:
+        d_rows = d_received.new_empty(sum(ctx.send_W), d_received.shape[1])
+        dist.all_to_all_single(d_rows, d_received.contiguous(), ctx.send_W, ctx.receive_W)
+        return d_rows, None, None
+
+
+def _local(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, parts: Parts) -> Tensor:
+    return LocalExperts(*parts)(x_TD, _routed(experts_TK, weights_TK, parts[0].shape[0]))
+
+
+def _routed(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Routed:
+    return Routed(experts_TK, weights_TK, _count(experts_TK, experts))
+
+
+def _count(experts_TK: Tensor, experts: int) -> Tensor:
+    return torch.zeros(experts, dtype=torch.int64, device=experts_TK.device).scatter_add_(
+        0, experts_TK.flatten(), torch.ones_like(experts_TK).flatten()
+    )
