@@ -17,7 +17,7 @@ import numpy as np
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
 
 LESS = 0.99  # more copies must take at least this share off the busiest device
-WORTH_MOVING = 0.95  # new owners must bring the busiest devices' load of non-overlapped experts at least this far down
+WORTH_MOVING = 0.95  # new owners must leave the busiest devices at most this share of what they have to do
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def materialise(loads_E: Floats, owner_E: Ints, topology: Topology, budget: Budg
     least = device_loads(best, topology, loads_E).max()
     for count in sorted({*(2**power for power in range(len(hot_E).bit_length())), len(hot_E)} - {0}):
         found = replicate(hot_E[:count], loads_E, owner_E, topology, budget.memory)
-        busiest = device_loads(found, topology, loads_E).max()
-        if busiest < least * LESS:
-            best, least = found, busiest
+        most = device_loads(found, topology, loads_E).max()
+        if most < least * LESS:
+            best, least = found, most
     return best
 
 
@@ -149,8 +149,8 @@ def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget
     """Heterogeneous sharding: owners that spread each layer's load, whatever number of a layer's experts a device then owns.
 
     Every device keeps owning equally many experts over all layers together, so memory does not change. The `overlap` hottest
-    experts of a layer are copied anyhow: they fill what is left, on their present owner where it has room. Returns the present
-    owners unless the new ones lower the busiest devices' load of the others to `WORTH_MOVING` of what it is.
+    experts of a layer are likely to be copied: they fill what is left, on their present owner where it has room. Returns the
+    present owners unless with the new ones, and the copies made then, the busiest devices have at most `WORTH_MOVING` as much.
     """
     layers, experts = owner_LE.shape
     cold_LE = np.array(loads_LE, dtype=np.float64)
@@ -177,8 +177,8 @@ def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget
         device = present if room_D[present] > 0 else int(np.argmax(room_D > 0))
         new_LE[layer, expert] = device
         room_D[device] -= 1
-    better = _busiest(cold_LE, new_LE, topology) <= WORTH_MOVING * _busiest(cold_LE, owner_LE, topology)
-    return new_LE if better and cold_LE.any() else owner_LE
+    before, after = (busiest(loads_LE, candidate_LE, topology, budget) for candidate_LE in (owner_LE, new_LE))
+    return new_LE if after <= WORTH_MOVING * before and after < before else owner_LE
 
 
 def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
@@ -191,9 +191,9 @@ def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
     return node * per_node + int(order[0])
 
 
-def _busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology) -> float:
-    """The sum over layers of the load of the busiest device."""
+def busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget) -> float:
+    """The sum over layers of the busiest device's entries, with the copies that these owners get."""
     return sum(
-        float(np.bincount(owner_E, weights=loads_E, minlength=topology.devices).max())
+        float(device_loads(materialise(loads_E, owner_E, topology, budget), topology, loads_E).max())
         for owner_E, loads_E in zip(owner_LE, loads_LE, strict=True)
     )
