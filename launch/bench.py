@@ -57,6 +57,8 @@ def bench(name: str, arguments: Sequence[str]) -> Path:
         cases.append(case)
         record.write(options.out, name, options.model_dump(mode="json"), where, ceilings, cases)
         console.print(record.table(case))
+        for note in case.notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
         for peer, why in case.failures.items():
             console.print(f"{peer} could not do this: {why}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"every number is in {options.out}", soft_wrap=True, highlight=False)

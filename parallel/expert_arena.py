@@ -69,6 +69,7 @@ class ExpertArena:
     ) -> None:
         """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one."""
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
+        self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
         self.rows = shape.matrices(owned + copies, dtype, world.device)
         self._add_gradients = add_gradients
         self._returning: tuple[int, SparseReduceScatter] | None = None
@@ -84,6 +85,14 @@ class ExpertArena:
         """(bytes of weights and gradients sent, seconds waited for copies) by this rank since the last call."""
         moved, self._moved_bytes = self._moved_bytes, 0
         return moved, self._exposed.take()
+
+    def make_room(self, copies: int) -> None:
+        """Room for so many copies from here on. Own rows keep their values; `place` has to follow."""
+        if copies != self.copies:
+            rows = self.shape.matrices(self.owned + copies, self.dtype, self.world.device)
+            for new, old in zip(rows, self.rows, strict=True):
+                new[: self.owned].copy_(old[: self.owned])
+            self.rows, self.copies = rows, copies
 
     def place(
         self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False

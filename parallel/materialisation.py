@@ -1,31 +1,44 @@
 """FSSDP from step to step: loads come in, placements go out (Hecate, arXiv 2502.02581, section 4).
 
-The load of the next step is predicted by the mean of the last ones. From it every rank computes the same placement, with the
-same pure functions, so nothing but the loads is communicated.
+The load of the next step is predicted by the mean of the last ones. From it every rank makes the same plan, with the same pure
+functions, so nothing but the loads is communicated. What the policies need to know of the machine is measured once, after the
+first updates, and belongs to a checkpoint, so that a run that goes on plans as before.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from parallel.expert_shards import ExpertShards
-from parallel.placement import Floats, Ints, Placement, without_copies
-from parallel.planning import Budget, device_loads, imbalance, materialise, reshard, shares
+from parallel.flows import Plan, device_loads, imbalance, shares
+from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
+from parallel.placement import Budget, Floats, Ints, without_copies
+from parallel.planning import reshard
+from parallel.policies import Policy
+from parallel.profiling import copies_that_fit, measure_costs
 
 MIB = 2**20
 WINDOW = 5  # steps whose mean load predicts the next (Hecate's w)
+MEASURED_AFTER = 2  # updates; the first ones also compile, allocate and warm up
+UNKNOWN = -1.0
+log = logging.getLogger("tessera")
 
 
 @dataclass(frozen=True)
 class MaterialisationSettings:
-    budget: Budget
+    policy: Policy
+    overlap: int | None  # the hottest experts of a layer that may be copied; None: as many as travel under the attention
+    memory: int | None  # copies that a rank has room for in each layer; None: as many as fit
     rematerialise: bool  # fetch copies again for the backward pass instead of keeping those of all layers
     reshard_every: int  # updates; 0 keeps the first owners
+    top_k: int
 
 
 class Materialisation:
@@ -34,6 +47,8 @@ class Materialisation:
     def __init__(self, shards: ExpertShards, settings: MaterialisationSettings) -> None:
         self.shards, self.settings = shards, settings
         self.loads: deque[Ints] = deque(maxlen=WINDOW)  # (L, E) of each of the last steps
+        self.setting: Setting | None = None  # nothing is copied before it is known
+        self.place()
 
     def observe(self, counts_LE: Tensor, updates: int) -> dict[str, float]:
         """Takes the loads of the step that is done, moves owners if it is time, and places copies for the next step.
@@ -48,9 +63,12 @@ class Materialisation:
         loads_LE = counts_LE.cpu().numpy().astype(np.int64)
         metrics = self._measured(loads_LE.astype(np.float64))
         self.loads.append(loads_LE)
+        if self.setting is None and self.settings.memory != 0 and updates >= MEASURED_AFTER:
+            self._measure()
         every = self.settings.reshard_every
-        if every and updates % every == 0:
-            owner_LE = reshard(self._predicted(), self.shards.owner_LE, self.shards.world.topology, self.settings.budget)
+        if self.setting is not None and every and updates % every == 0:
+            plan, budget = partial(self.settings.policy, setting=self.setting), self.setting.budget
+            owner_LE = reshard(self._predicted(), self.shards.owner_LE, self.setting.topology, budget.overlap, plan)
             metrics["moe/owners_moved"] = float((owner_LE != self.shards.owner_LE).sum())
             if owner_LE is not self.shards.owner_LE:
                 self.shards.reshard(owner_LE)
@@ -60,32 +78,58 @@ class Materialisation:
     def place(self) -> None:
         """Places copies by the loads seen so far; without any there are no copies. Not collective."""
         world, owner_LE = self.shards.world, self.shards.owner_LE
-        if not self.loads:
-            self.shards.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
-            return
-        placements = [
-            materialise(loads_E, owner_E, world.topology, self.settings.budget)
-            for loads_E, owner_E in zip(self._predicted(), owner_LE, strict=True)
-        ]
-        shares_LED = [shares(placement, world.topology, world.rank) for placement in placements]
+        if not self.loads or self.setting is None:
+            self.plans = [Plan(without_copies(owner_E, world.size)) for owner_E in owner_LE]
+        else:
+            self.plans = [
+                self.settings.policy(loads_E, owner_E, self.setting)
+                for loads_E, owner_E in zip(self._predicted(), owner_LE, strict=True)
+            ]
+        shares_LED = [shares(plan, world.topology, world.rank) for plan in self.plans]
+        placements = [plan.placement for plan in self.plans]
         self.shards.arena.place(placements, shares_LED, rematerialise=self.settings.rematerialise)
 
     def _predicted(self) -> Floats:
         return np.mean(np.stack(list(self.loads)), axis=0)
 
+    def _measure(self) -> None:
+        """Measures this machine, and makes room for copies. Collective; all ranks come to the same numbers."""
+        arena, settings, world = self.shards.arena, self.settings, self.shards.world
+        tokens = int(self.loads[-1][0].sum()) // (settings.top_k * world.size)
+        costs = measure_costs(arena, tokens, settings.top_k)
+        layers_kept = 1 if settings.rematerialise else arena.shape.layers
+        memory = copies_that_fit(arena, layers_kept) if settings.memory is None else settings.memory
+        overlap = hidden_copies(costs, world.topology.nodes) if settings.overlap is None else settings.overlap
+        self._know(overlap, memory, costs)
+
+    def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
+        arena, settings, world = self.shards.arena, self.settings, self.shards.world
+        budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
+        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs)
+        arena.attention = None
+        arena.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
+        log.info("copies: %s, %s", budget, costs)
+
     def _measured(self, loads_LE: Floats) -> dict[str, float]:
         arena, world = self.shards.arena, self.shards.world
-        pairs = list(zip(arena.placements, loads_LE, strict=True))
+        pairs = list(zip(self.plans, loads_LE, strict=True))
+        owners = [Plan(without_copies(plan.placement.owner_E, world.size)) for plan in self.plans]
         moved_bytes, exposed_s = arena.take_costs()
         sums = world.sum(torch.tensor([moved_bytes, exposed_s], dtype=torch.float64, device=world.device)).tolist()
-        return {
-            "moe/copies_per_layer": float(np.mean([placement.extra_D.sum() for placement in arena.placements])),
+        found = {
+            "moe/copies_per_layer": float(np.mean([plan.placement.extra_D.sum() for plan in self.plans])),
             "moe/copies_mib": arena.most_copies * arena.expert_bytes / MIB,
             "moe/moved_mib": sums[0] / MIB,
-            "moe/rank_imbalance": float(np.mean([imbalance(device_loads(p, world.topology, e)) for p, e in pairs])),
-            "moe/rank_imbalance_owners": float(np.mean([imbalance(_owned_load(p, e)) for p, e in pairs])),
+            "moe/rank_imbalance": _mean_imbalance([device_loads(plan, world.topology, e) for plan, e in pairs]),
+            "moe/rank_imbalance_owners": _mean_imbalance(
+                [device_loads(plan, world.topology, e) for plan, e in zip(owners, loads_LE, strict=True)]
+            ),
             "time/copies_exposed_s": sums[1] / world.size,
         }
+        if self.setting is not None:
+            found["moe/copies_hidden"] = float(self.setting.budget.overlap)
+            found["moe/copies_room"] = float(self.setting.budget.memory)
+        return found
 
     # ------------------------------------------------------------ state
 
@@ -94,12 +138,21 @@ class Materialisation:
         missing = [np.full(self.shards.owner_LE.shape, -1)] * (WINDOW - len(self.loads))
         return torch.from_numpy(np.stack([*missing, *self.loads]).astype(np.int64))
 
-    def load_state(self, loads: Tensor) -> None:
-        """Restores what `state` gave and places copies as then. Not collective."""
+    def machine(self) -> Tensor:
+        """The copies that travel under the attention and those that there is room for, and the costs behind; float64."""
+        if self.setting is None:
+            return torch.full((2 + NUMBERS,), UNKNOWN, dtype=torch.float64)
+        budget = self.setting.budget
+        return torch.tensor([budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
+
+    def load_state(self, loads: Tensor, machine: Tensor) -> None:
+        """Restores what `state` and `machine` gave and places copies as then. Not collective."""
         self.loads = deque((step for step in loads.cpu().numpy() if (step >= 0).all()), maxlen=WINDOW)
+        overlap, memory, *costs = machine.tolist()
+        if memory != UNKNOWN:
+            self._know(int(overlap), int(memory), LayerCosts.from_numbers(costs))
         self.place()
 
 
-def _owned_load(placement: Placement, loads_E: Floats) -> Floats:
-    """Entries of each device if owners served them all, (D,)."""
-    return np.asarray(np.bincount(placement.owner_E, weights=loads_E, minlength=placement.copies_ED.shape[1]), dtype=np.float64)
+def _mean_imbalance(loads_LD: list[Floats]) -> float:
+    return float(np.mean([imbalance(loads_D) for loads_D in loads_LD]))

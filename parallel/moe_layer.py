@@ -44,8 +44,12 @@ class ShardedExperts:
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the call hides their way."""
         self.arena.fetch(self.layer)
+        if self.arena.attention is not None:
+            self.arena.attention.start()
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.arena.attention is not None:
+            self.arena.attention.stop()
         experts = self.arena.materialised(self.layer)
         order = expert_order(routing.experts_TK, experts.index_E.shape[0])
         if self.arena.world.size == 1:

@@ -38,6 +38,14 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What copies may cost (Hecate, section 4.2)."""
+
+    overlap: int  # t: experts of a layer whose copies travel while attention computes
+    memory: int  # m: copies that a device has room for in each layer
+
+
+@dataclass(frozen=True)
 class Placement:
     """Who owns and who holds the experts of one layer."""
 

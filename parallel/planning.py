@@ -1,31 +1,23 @@
-"""Which experts are copied where for a step, who owns them, and which copy serves whose tokens: pure functions of the loads.
+"""Which experts are copied where for a step, and who owns them, as Hecate does it: pure functions of the loads.
 
 Source: Hecate, arXiv 2502.02581: sparse materialisation (section 4.2, algorithm 1), heterogeneous sharding (section 4.3,
-algorithm 2), dispatch (section 4.4). What the paper leaves open is decided here and said: how many replicas an expert gets,
-which device takes them, and when moving owners is worth it. Every rank computes the same plan from the same loads; ties go to
-the lower index.
+algorithm 2). What the paper leaves open is decided here and said: how many replicas an expert gets, which device takes them,
+and when moving owners is worth it. Every rank computes the same plan from the same loads; ties go to the lower index.
 
 Letters: L MoE layers, E experts of a layer, D devices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
-from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
+from parallel.flows import Plan, device_loads
+from parallel.placement import Bools, Budget, Floats, Ints, Placement, Topology, without_copies
 
-LESS = 0.99  # more copies must take at least this share off the busiest device
+LESS = 0.99  # more copies must leave at most this share of the busiest device's load, or of the predicted time
 WORTH_MOVING = 0.95  # new owners must leave the busiest devices at most this share of what they have to do
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What copies may cost (Hecate, section 4.2)."""
-
-    overlap: int  # t: experts of a layer whose copies travel while attention computes
-    memory: int  # m: copies that a device has room for in each layer
 
 
 def hottest(loads_E: Floats, count: int) -> Ints:
@@ -44,10 +36,10 @@ def materialise(loads_E: Floats, owner_E: Ints, topology: Topology, budget: Budg
     if budget.memory == 0 or topology.devices == 1:
         return best
     hot_E = hottest(loads_E, budget.overlap)
-    least = device_loads(best, topology, loads_E).max()
+    least = device_loads(Plan(best), topology, loads_E).max()
     for count in sorted({*(2**power for power in range(len(hot_E).bit_length())), len(hot_E)} - {0}):
         found = replicate(hot_E[:count], loads_E, owner_E, topology, budget.memory)
-        most = device_loads(found, topology, loads_E).max()
+        most = device_loads(Plan(found), topology, loads_E).max()
         if most < least * LESS:
             best, least = found, most
     return best
@@ -98,65 +90,22 @@ def apportion(weights_E: Floats, seats: int, most: int) -> Ints:
     return given_E
 
 
-def _roomiest(has_D: Bools, room_D: Ints, topology: Topology) -> int | None:
-    """Where the next replica of an expert goes: nodes with fewest of it, then most room on the node, then on the device."""
-    free_D = ~has_D & (room_D > 0)
-    if not free_D.any():
-        return None
-    per_node = topology.devices_per_node
-    on_node_D = np.repeat(has_D.reshape(-1, per_node).sum(axis=1), per_node)
-    node_room_D = np.repeat(room_D.reshape(-1, per_node).sum(axis=1), per_node)
-    order_D = np.lexsort((np.arange(len(room_D)), -room_D, -node_room_D, on_node_D, ~free_D))
-    return int(order_D[0])
-
-
-def shares(placement: Placement, topology: Topology, device: int) -> Floats:
-    """Which share of a device's entries of each expert goes to which device, (E, D); rows sum to one.
-
-    To itself if it holds the expert, else evenly over the holders on its node, else evenly over all (Hecate, section 4.4).
-    """
-    holders_ED = placement.copies_ED.astype(np.float64)
-    node_D = np.arange(topology.devices) // topology.devices_per_node
-    near_ED = holders_ED * (node_D == topology.node_of(device))
-    own_ED = np.zeros_like(holders_ED)
-    own_ED[:, device] = holders_ED[:, device]
-    chosen_ED = np.where(near_ED.any(axis=1, keepdims=True), near_ED, holders_ED)
-    chosen_ED = np.where(own_ED.any(axis=1, keepdims=True), own_ED, chosen_ED)
-    return np.asarray(chosen_ED / chosen_ED.sum(axis=1, keepdims=True))
-
-
-def device_loads(placement: Placement, topology: Topology, loads_E: Floats) -> Floats:
-    """Entries that each device computes, (D,), if every device has an equal share of each expert's."""
-    holders_ED = placement.copies_ED.astype(np.float64)
-    nodes, per_node = topology.nodes, topology.devices_per_node
-    on_node_EN = holders_ED.reshape(-1, nodes, per_node).sum(axis=2)
-    # Of a device's entries: its own, those of its node's devices without a copy, those of nodes without a copy.
-    near_EN = np.where(on_node_EN > 0, (per_node - on_node_EN) / np.maximum(on_node_EN, 1), 0.0)
-    far_E = (on_node_EN == 0).sum(axis=1) * per_node / holders_ED.sum(axis=1)
-    served_ED = holders_ED * (1 + np.repeat(near_EN, per_node, axis=1) + far_E[:, None])
-    return np.asarray((loads_E[:, None] * served_ED).sum(axis=0) / topology.devices)
-
-
-def imbalance(loads_D: Floats) -> float:
-    """The busiest device's load over the mean; 1 is even, and what no load is."""
-    return float(loads_D.max() / loads_D.mean()) if loads_D.sum() > 0 else 1.0
-
-
 # ---------------------------------------------------------------- owners
 
 
-def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget) -> Ints:
+def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, overlap: int, plan: Callable[[Floats, Ints], Plan]) -> Ints:
     """Heterogeneous sharding: owners that spread each layer's load, whatever number of a layer's experts a device then owns.
 
     Every device keeps owning equally many experts over all layers together, so memory does not change. The `overlap` hottest
     experts of a layer are likely to be copied: they fill what is left, on their present owner where it has room. Returns the
-    present owners unless with the new ones, and the copies made then, the busiest devices have at most `WORTH_MOVING` as much.
+    present owners unless with the new ones, and the copies that `plan` makes of a layer's loads and owners then, the busiest
+    devices have at most `WORTH_MOVING` as much to do.
     """
     layers, experts = owner_LE.shape
     cold_LE = np.array(loads_LE, dtype=np.float64)
     hot: list[tuple[int, int]] = []
     for layer in range(layers):
-        found = hottest(loads_LE[layer], budget.overlap)
+        found = hottest(loads_LE[layer], overlap)
         cold_LE[layer, found] = 0.0
         hot += [(layer, expert) for expert in found.tolist()]
     room_D = np.full(topology.devices, layers * experts // topology.devices)
@@ -177,7 +126,7 @@ def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget
         device = present if room_D[present] > 0 else int(np.argmax(room_D > 0))
         new_LE[layer, expert] = device
         room_D[device] -= 1
-    before, after = (busiest(loads_LE, candidate_LE, topology, budget) for candidate_LE in (owner_LE, new_LE))
+    before, after = (busiest(loads_LE, candidate_LE, topology, plan) for candidate_LE in (owner_LE, new_LE))
     return new_LE if after <= WORTH_MOVING * before and after < before else owner_LE
 
 
@@ -191,9 +140,9 @@ def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
     return node * per_node + int(order[0])
 
 
-def busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology, budget: Budget) -> float:
+def busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology, plan: Callable[[Floats, Ints], Plan]) -> float:
     """The sum over layers of the busiest device's entries, with the copies that these owners get."""
     return sum(
-        float(device_loads(materialise(loads_E, owner_E, topology, budget), topology, loads_E).max())
+        float(device_loads(plan(loads_E, owner_E), topology, loads_E).max())
         for owner_E, loads_E in zip(owner_LE, loads_LE, strict=True)
     )

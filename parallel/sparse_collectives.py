@@ -1,9 +1,9 @@
 """SparseAllGather and SparseReduceScatter: experts to where their copies are wanted, gradients of copies back to the owners.
 
 Source: Hecate, arXiv 2502.02581, section 3.1. Both are batches of point-to-point messages, planned alike on every rank, so no
-rank waits for one that has nothing to send. Across nodes they take two hops: owner to one leader on each other node, leader to
-the other devices there, so an expert crosses each network card once. A leader adds its node's gradients in float32 before they
-cross; owners add what arrives to theirs in the order of ranks, so the sums do not depend on who came first.
+rank waits for one that has nothing to send. They go hop by hop (routes.py), so an expert crosses the network into each node
+once. On the way back every hop adds in float32 what came to it before it passes it on, in the order of ranks, so the sums do
+not depend on who came first.
 
 Letters: E experts of a layer, D devices.
 """
@@ -17,7 +17,8 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.placement import Placement, Topology
+from parallel.placement import Ints, Placement, Topology
+from parallel.routes import routes
 
 Parts = tuple[Tensor, ...]  # the tensors of one expert: gate_up_CD and down_DF, or their gradients
 
@@ -40,42 +41,37 @@ class Hop:
 class GatherPlan:
     """One rank's part in the SparseAllGather of a layer; backwards, receives for sends, in the SparseReduceScatter."""
 
-    across: Hop  # owner -> a leader on each other node
+    across: tuple[Hop, ...]  # from node to node
     within: Hop  # owner or leader -> the other devices of its node
 
     @property
+    def hops(self) -> tuple[Hop, ...]:
+        return (*self.across, self.within)
+
+    @property
     def num_sends(self) -> int:
-        return len(self.across.sends) + len(self.within.sends)
+        return sum(len(hop.sends) for hop in self.hops)
 
     @property
     def num_receives(self) -> int:
-        return len(self.across.receives) + len(self.within.receives)
+        return sum(len(hop.receives) for hop in self.hops)
 
 
 def gather_plan(placement: Placement, topology: Topology, rank: int) -> GatherPlan:
-    """A node's leader for an expert that another node owns is the lowest of its devices that get a copy."""
-    across: tuple[list[Message], list[Message]] = ([], [])
-    within: tuple[list[Message], list[Message]] = ([], [])
+    """This rank's messages of all that travel."""
 
-    def note(hop: tuple[list[Message], list[Message]], expert: int, source: int, destination: int) -> None:
-        if source == rank:
-            hop[0].append(Message(expert, destination))
-        elif destination == rank:
-            hop[1].append(Message(expert, source))
+    def mine(expert_M: Ints, here_M: Ints, peer_M: Ints) -> tuple[Message, ...]:
+        found = np.flatnonzero(here_M == rank)
+        return tuple(Message(*pair) for pair in sorted(zip(expert_M[found].tolist(), peer_M[found].tolist(), strict=True)))
 
-    for expert in np.flatnonzero(placement.copies_ED.sum(axis=1) > 1).tolist():
-        owner = int(placement.owner_E[expert])
-        by_node: dict[int, list[int]] = {}
-        for device in np.flatnonzero(placement.copies_ED[expert]).tolist():
-            by_node.setdefault(topology.node_of(device), []).append(device)
-        for node, devices in by_node.items():
-            source = owner if node == topology.node_of(owner) else devices[0]
-            if source != owner:
-                note(across, expert, owner, source)
-            for device in devices:
-                if device != source:
-                    note(within, expert, source, device)
-    return GatherPlan(Hop(tuple(across[0]), tuple(across[1])), Hop(tuple(within[0]), tuple(within[1])))
+    hops = [
+        Hop(
+            sends=mine(messages.expert_M, messages.source_M, messages.target_M),
+            receives=mine(messages.expert_M, messages.target_M, messages.source_M),
+        )
+        for messages in routes(placement, topology).hops
+    ]
+    return GatherPlan(tuple(hops[:-1]), hops[-1])
 
 
 class Pending:
@@ -109,25 +105,29 @@ class SparseAllGather:
     """
 
     def __init__(self, plan: GatherPlan, parts: Callable[[int], Parts]) -> None:
-        self._plan, self._parts = plan, parts
-        self._within: Pending | None = None
-        self._across = Pending(_operations(plan.across, parts, lambda message: parts(message.expert)))
-        # NCCL runs messages and collectives in the order of the calls, so a leader's second hop finds what the first brought,
-        # and must not be called later than those of its peers. With gloo a leader has to wait before it may send.
-        if not plan.across.receives or dist.get_backend() == "nccl":
-            self._fan_out()
+        self._parts = parts
+        self._hops = list(plan.hops)
+        self._pending: list[Pending] = []
+        # NCCL runs messages and collectives in the order of the calls, so a hop finds what those before it brought, and must
+        # not be called later than on its peers. With gloo a rank has to wait for what it received before it may send it on.
+        self._in_order = dist.get_backend() == "nccl"
+        self._advance()
 
-    def _fan_out(self) -> None:
-        parts = self._parts
-        self._within = Pending(_operations(self._plan.within, parts, lambda message: parts(message.expert)))
+    def _advance(self) -> None:
+        """Starts hops up to the one that the next has to wait for."""
+        while self._hops:
+            hop = self._hops.pop(0)
+            self._pending.append(Pending(_operations(hop, self._parts, lambda message: self._parts(message.expert))))
+            if hop.receives and not self._in_order:
+                return
 
     def finish(self) -> None:
         """Returns when copies may be read. A leader passes on here what it received."""
-        self._across.wait()
-        if self._within is None:
-            self._fan_out()
-        assert self._within is not None
-        self._within.wait()
+        while self._pending:
+            for pending in self._pending:
+                pending.wait()
+            self._pending = []
+            self._advance()
 
 
 class SparseReduceScatter:
@@ -136,7 +136,6 @@ class SparseReduceScatter:
     def __init__(self, plan: GatherPlan, parts: Callable[[int], Parts]) -> None:
         self._plan, self._parts = plan, parts
         self._arrived: dict[Message, Parts] = {}
-        self._sums: dict[int, Parts] = {}
         self._within = Pending(_operations(_reverse(plan.within), parts, self._room))
 
     def _room(self, message: Message) -> Parts:
@@ -146,24 +145,28 @@ class SparseReduceScatter:
     def finish(self) -> list[tuple[int, Parts]]:
         """(expert, gradients to add) for this rank's own experts, in the order in which to add them."""
         self._within.wait()
-        from_node = _by_expert(self._plan.within.sends, self._arrived)
-        leads = {message.expert for message in self._plan.across.receives}
-        for expert in leads:
-            self._sums[expert] = tuple(
-                sum((part.float() for part in parts[1:]), parts[0].float())
-                for parts in zip(self._parts(expert), *from_node.pop(expert, []), strict=True)
-            )
-        remote: dict[Message, Parts] = {}
+        home = _by_expert(self._plan.within.sends, self._arrived)
+        leads = sorted({message.expert for hop in self._plan.across for message in hop.receives})
+        sums = {expert: _sum(self._parts(expert), home.pop(expert, [])) for expert in leads}
+        for hop in reversed(self._plan.across):
+            arrived: dict[Message, Parts] = {}
 
-        def room(message: Message) -> Parts:
-            remote[message] = tuple(part.float().new_empty(part.shape) for part in self._parts(message.expert))
-            return remote[message]
+            def room(message: Message, arrived: dict[Message, Parts] = arrived) -> Parts:
+                arrived[message] = tuple(part.float().new_empty(part.shape) for part in self._parts(message.expert))
+                return arrived[message]
 
-        across = Pending(_operations(_reverse(self._plan.across), lambda expert: self._sums[expert], room))
-        across.wait()
-        from_nodes = _by_expert(self._plan.across.sends, remote)
-        experts = sorted(from_node.keys() | from_nodes.keys())
-        return [(e, parts) for e in experts for parts in (*from_node.get(e, []), *from_nodes.get(e, []))]
+            Pending(_operations(_reverse(hop), lambda expert: sums[expert], room)).wait()
+            for expert, others in _by_expert(hop.sends, arrived).items():
+                if expert in sums:
+                    sums[expert] = _sum(sums[expert], others)
+                else:
+                    home.setdefault(expert, []).extend(others)
+        return [(expert, parts) for expert in sorted(home) for parts in home[expert]]
+
+
+def _sum(first: Parts, others: Sequence[Parts]) -> Parts:
+    """In float32, one after the other."""
+    return tuple(sum((part.float() for part in same[1:]), same[0].float()) for same in zip(first, *others, strict=True))
 
 
 def _reverse(hop: Hop) -> Hop:

@@ -9,20 +9,27 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of `with stopwatch:` blocks."""
+    """Adds up the time of `with stopwatch:` blocks, or from `start` to `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._started, self._seconds = 0.0, 0.0
+        self._started, self._seconds, self._laps = 0.0, 0.0, 0
         self._events: list[torch.cuda.Event] = []  # start and end in turns
 
     def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
         if self._on_gpu:
             self._mark()
         else:
             self._started = time.perf_counter()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def stop(self) -> None:
+        self._laps += 1
         if self._on_gpu:
             self._mark()
         else:
@@ -40,5 +47,10 @@ class Stopwatch:
             pairs = zip(self._events[::2], self._events[1::2], strict=True)
             self._seconds += sum(start.elapsed_time(end) for start, end in pairs) / 1000
             self._events = []
-        seconds, self._seconds = self._seconds, 0.0
+        seconds, self._seconds, self._laps = self._seconds, 0.0, 0
         return seconds
+
+    def take_mean(self) -> float:
+        """Seconds of a block since the last call; 0 if there was none."""
+        laps = max(self._laps, 1)
+        return self.take() / laps

@@ -11,8 +11,10 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import from itself and from those before it
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
-    "parallel/placement.py": {"numpy", "dataclasses", "__future__"},
-    "parallel/planning.py": {"numpy", "dataclasses", "parallel", "__future__"},
+    **{
+        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "typing", "parallel", "__future__"}
+        for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies")
+    },
     "rl/algorithms.py": {"torch", "math", "numpy", "dataclasses", "collections", "typing", "__future__", "rl", "trainer"},
     "rl/off_policy.py": {"torch", "dataclasses", "collections", "typing", "__future__"},
 }
@@ -67,6 +69,7 @@ def test_mathematics_does_not_communicate(file: str) -> None:
     modules = imports(REPOSITORY / file)
     assert {m.split(".")[0] for m, _ in modules} <= PURE[file]
     assert not [m for m, _ in modules if m.startswith("torch.distributed")]
+    assert {m for m, _ in modules if m.startswith("parallel")} <= {name[:-3].replace("/", ".") for name in PURE}
 
 
 def test_the_top_level_is_what_the_house_has() -> None:

@@ -34,7 +34,7 @@ from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -144,14 +144,15 @@ class ParallelConfig(Record):
     parallel under DeepSpeed ZeRO. Without copies this is plain expert parallelism."""
 
     zero_stage: Literal[1, 2]
-    overlap: int = Field(ge=0)  # t: the hottest experts of a layer that may be copied
-    memory: int = Field(ge=0)  # m: copies of others' experts that a rank has room for in each layer
+    policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
+    overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
+    memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
     reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
 
     def copies_kept(self, layers: int, ranks: int) -> int:
-        """For how many copies of experts a rank keeps room."""
-        in_a_layer = min(self.overlap, self.memory) if ranks > 1 else 0
+        """For how many copies of experts a rank keeps room; those that only a running rank can tell are not counted."""
+        in_a_layer = 0 if ranks == 1 or self.memory == "auto" else self.memory
         return in_a_layer * (1 if self.rematerialise else layers)
 
 

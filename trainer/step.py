@@ -18,10 +18,10 @@ from parallel.balance import load_shares, max_violation, updated_bias
 from parallel.dense import DenseZeRO
 from parallel.expert_arena import ExpertShape
 from parallel.expert_shards import ExpertShards
-from parallel.materialisation import Materialisation, MaterialisationSettings
+from parallel.materialisation import UNKNOWN, Materialisation, MaterialisationSettings
 from parallel.moe_layer import ShardedExperts
 from parallel.placement import even_owners
-from parallel.planning import Budget
+from parallel.policies import POLICIES
 from parallel.topology import World
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
@@ -31,7 +31,7 @@ from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Transformer
 
-OWNERS, LOADS = "placement.owners", "placement.loads"  # names in a checkpoint
+OWNERS, LOADS, MACHINE = "placement.owners", "placement.loads", "placement.machine"  # names in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,8 @@ class Trainer:
         self.spec, self.world = spec, world
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
-        copies = spec.parallel.copies_kept(config.num_moe_layers, world.size)
-        self.experts = ExpertShards(
-            shape, partial(initial_expert, config, spec.seed), owner_LE, copies, world, dtype, spec.adamw
-        )
-        self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel))
+        self.experts = ExpertShards(shape, partial(initial_expert, config, spec.seed), owner_LE, 0, world, dtype, spec.adamw)
+        self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config)
         self.model.initialize(spec.seed)
         self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
@@ -172,6 +169,7 @@ class Trainer:
         if with_moments:
             yield OWNERS, torch.from_numpy(self.experts.owner_LE)
             yield LOADS, self.materialisation.state()
+            yield MACHINE, self.materialisation.machine()
         yield from self.dense.named_masters()
         yield from self.experts.named_state(with_moments)
         if with_moments:
@@ -188,7 +186,7 @@ class Trainer:
             tensor.copy_(tensors[name])
         self.experts.round_masters()
         if with_moments:
-            self.materialisation.load_state(tensors[LOADS])
+            self.materialisation.load_state(tensors[LOADS], tensors[MACHINE])
         self.dense.load(tensors, with_moments, updates if with_moments else 0)
         self.experts.set_step_count(updates if with_moments else 0)
         self.updates = updates if with_moments else 0
@@ -199,12 +197,17 @@ class Trainer:
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
         meta = checkpoint.read_meta(folder, self.spec.model)
+        same_ranks = True
         if with_moments:
             owner_LE = checkpoint.read(folder, [(OWNERS, torch.from_numpy(self.experts.owner_LE))])[OWNERS]
             counts = torch.bincount(owner_LE.flatten(), minlength=self.world.size)
-            if len(counts) == self.world.size and counts.min() == counts.max():
+            same_ranks = len(counts) == self.world.size and bool(counts.min() == counts.max())
+            if same_ranks:
                 self.experts.reshard(owner_LE.numpy())
-        self.load_state(checkpoint.read(folder, self.named_state(with_moments)), with_moments, meta.updates)
+        tensors = checkpoint.read(folder, self.named_state(with_moments))
+        if not same_ranks:
+            tensors[MACHINE] = torch.full_like(tensors[MACHINE], UNKNOWN)  # other links, other room: to be measured anew
+        self.load_state(tensors, with_moments, meta.updates)
         return meta
 
     @torch.no_grad()
@@ -216,9 +219,15 @@ class Trainer:
         self.updates = 0
 
 
-def materialisation_settings(config: ParallelConfig) -> MaterialisationSettings:
-    budget = Budget(config.overlap, config.memory)
-    return MaterialisationSettings(budget, config.rematerialise, config.reshard_every)
+def materialisation_settings(config: ParallelConfig, top_k: int) -> MaterialisationSettings:
+    return MaterialisationSettings(
+        policy=POLICIES[config.policy],
+        overlap=None if config.overlap == "auto" else config.overlap,
+        memory=None if config.memory == "auto" else config.memory,
+        rematerialise=config.rematerialise,
+        reshard_every=config.reshard_every,
+        top_k=top_k,
+    )
 
 
 def choose_dtype(asked: str) -> tuple[str, str]:

@@ -94,6 +94,7 @@ class Case:
     input_sets: int  # more than one where the inputs would fit into the GPU's cache
     rows: list[Row]
     failures: dict[str, str]  # peers that could not do this case, and why
+    notes: Sequence[str] = ()  # lines below the table
 
 
 def compete(

@@ -30,10 +30,13 @@ from launch.benchmarks.experts import draw_inputs, draw_matrices, expert_amount,
 from launch.benchmarks.options import OneOrMore, Options, Shape
 from launch.benchmarks.peers import torch_experts
 from launch.benchmarks.timing import Ceilings, Timing, interleaved
-from parallel.expert_arena import ExpertArena, ExpertShape
+from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
+from parallel.flows import Plan, shares
+from parallel.layer_cost import Setting, layer_time
 from parallel.moe_layer import LocalExperts, ShardedExperts
-from parallel.placement import Placement, even_owners, without_copies
-from parallel.planning import Budget, materialise, shares
+from parallel.placement import Budget, even_owners, without_copies
+from parallel.policies import POLICIES
+from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World, join, leave
 
@@ -42,8 +45,8 @@ REPEATS = 20
 TIMEOUT_S = 120.0
 PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "overlap": 32, "memory": 32},
-    "cpu": {"model": "tiny", "tokens": "256", "routing": "even,zipf,hot", "overlap": 4, "memory": 4},
+    "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "memory": 32},
+    "cpu": {"model": "tiny", "tokens": "256", "routing": "even,zipf,hot", "memory": 4},
 }
 
 
@@ -54,7 +57,9 @@ class FssdpOptions(Options):
     top_k: PositiveInt | None = None
     routing: OneOrMore[Routing] = Field(description="hot: Zipf's law, the hottest experts on the first rank")
     ranks: PositiveInt = Field(2, description="one on each GPU, or processes on a CPU; tokens are those of each")
-    overlap: NonNegativeInt = Field(description="the hottest experts that may be copied")
+    policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep"] = Field(
+        "cost", description="who gets copies in our layer; hecate takes as many of the hottest experts as fit"
+    )
     memory: NonNegativeInt = Field(description="copies that a rank has room for")
 
 
@@ -72,7 +77,11 @@ class Told:
         return f"MoE layer of {self.model}, {self.tokens:,} tokens a rank, {self.routing} routing"
 
 
-Measured = dict[str, tuple[dict[Direction, Timing], dict[str, float]]]  # of each competitor: times, errors
+@dataclass(frozen=True)
+class Measured:
+    times: dict[str, dict[Direction, Timing]]  # of each competitor
+    errors: dict[str, dict[str, float]]
+    predicted_ms: dict[str, float]  # forward and backward
 
 
 def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings) -> Iterator[Case]:
@@ -104,8 +113,8 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
     amount = expert_amount(told.shape, told.tokens)
     sides = {
         direction: {
-            name: Side(times[direction], amount.rate(direction, times[direction].median_ms), None, errors)
-            for name, (times, errors) in measured.items()
+            name: Side(times[direction], amount.rate(direction, times[direction].median_ms), None, measured.errors[name])
+            for name, times in measured.times.items()
         }
         for direction in DIRECTIONS
     }
@@ -116,7 +125,13 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         for name, side in by_name.items():
             rows.append(Row(told.work, direction, name, side, best, side.time.median_ms / best.time.median_ms, fraction))
     sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
-    return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {})
+    notes = []
+    for name, predicted_ms in measured.predicted_ms.items():
+        found_ms = measured.times[name]["forward+backward"].median_ms
+        notes.append(
+            f"{name}: {found_ms:.3g} ms forward+backward, predicted {predicted_ms:.3g} ({predicted_ms / found_ms - 1:+.0%})"
+        )
+    return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {}, notes)
 
 
 # ---------------------------------------------------------------- on a rank
@@ -138,23 +153,26 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     inputs = _inputs(told, options, world, matrices)
     loads_E = world.sum(_count(inputs.tensors["experts_TK"], told.shape.experts)).double().cpu().numpy()
     owner_E = even_owners(told.shape.experts, world.size)
-    copied = materialise(loads_E, owner_E, world.topology, Budget(options.overlap, options.memory))
     parts = tuple(tensor.detach() for tensor in matrices.values())
+    bare = Plan(without_copies(owner_E, world.size))
+    costs = measure_costs(_arena(told.shape, world, parts, 0, lambda row, gradients: None), told.tokens, told.shape.top_k)
+    budget = Budget(told.shape.experts, options.memory)
+    setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
+    plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
-        OURS: _sharded(told.shape, world, parts, copied),
+        OURS: _sharded(told.shape, world, parts, plan),
         "ep": partial(_expert_parallel, parts=tuple(_own(part, world) for part in parts), world=world),
-        "no_copies": _sharded(told.shape, world, parts, without_copies(owner_E, world.size)),
+        "no_copies": _sharded(told.shape, world, parts, bare),
         "local": partial(_local, parts=tuple(part.clone().requires_grad_() for part in parts)),
     }
     errors = _errors(works, inputs, world)
-    found: Measured = {}
-    times: dict[Direction, dict[str, Timing]] = {}
+    times: dict[str, dict[Direction, Timing]] = {name: {} for name in works}
     for direction in DIRECTIONS:
         calls = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
-        times[direction] = interleaved(calls, world.device, options.repeats or REPEATS)
-    for name in works:
-        found[name] = ({direction: _slowest(times[direction][name], world) for direction in DIRECTIONS}, errors[name])
-    return found
+        for name, timing in interleaved(calls, world.device, options.repeats or REPEATS).items():
+            times[name][direction] = _slowest(timing, world)
+    predicted = {name: 1e3 * layer_time(one, loads_E, setting).total_s for name, one in ((OURS, plan), ("no_copies", bare))}
+    return Measured(times, errors, predicted)
 
 
 def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:
@@ -203,20 +221,17 @@ def _errors(works: Mapping[str, Work], inputs: Inputs, world: World) -> dict[str
 # ---------------------------------------------------------------- competitors
 
 
-def _sharded(shape: Shape, world: World, parts: Parts, placement: Placement) -> Work:
-    """Our layer under a placement. Copies are fetched in every call; gradients are added in float32 at the owners."""
-    expert_shape = ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
-    owned = shape.experts // world.size
-    sums = expert_shape.matrices(owned, torch.float32, world.device)
+def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan) -> Work:
+    """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
+    sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
 
     def add(row: int, gradients: Parts) -> None:
         for total, gradient in zip(sums, gradients, strict=True):
             total[row : row + gradient.shape[0]].add_(gradient)
 
-    arena = ExpertArena(expert_shape, owned, int(placement.extra_D.max()), world, parts[0].dtype, add)
-    for rows, part in zip(arena.rows, parts, strict=True):
-        rows[:owned].copy_(_own(part, world).detach())
-    arena.place([placement], [shares(placement, world.topology, world.rank)])
+    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add)
+    arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
+    arena.attention = None
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -225,6 +240,18 @@ def _sharded(shape: Shape, world: World, parts: Parts, placement: Placement) -> 
         return layer(_FinishBackward.apply(x_TD, arena), _routed(experts_TK, weights_TK, shape.experts))
 
     return work
+
+
+def _expert_shape(shape: Shape) -> ExpertShape:
+    return ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
+
+
+def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients) -> ExpertArena:
+    owned = shape.experts // world.size
+    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add)
+    for rows, part in zip(arena.rows, parts, strict=True):
+        rows[:owned].copy_(_own(part, world).detach())
+    return arena
 
 
 class _FinishBackward(torch.autograd.Function):

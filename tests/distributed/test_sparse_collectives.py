@@ -23,7 +23,7 @@ def placement(seed: int, size: int) -> tuple[Placement, int]:
     owner_E = random.integers(0, size, EXPERTS)
     copies_ED = random.random((EXPERTS, size)) < seed % 5 / 4
     copies_ED[np.arange(EXPERTS), owner_E] = True
-    return Placement(owner_E, copies_ED), int(random.choice([n for n in (1, 2, 4) if size % n == 0]))
+    return Placement(owner_E, copies_ED), int(random.choice([n for n in (1, 2, 4, 8) if size % n == 0]))
 
 
 def expert(index: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def gather_and_reduce(world: World, dtype: torch.dtype) -> list[tuple[dict[int, 
     return found
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (4, torch.bfloat16)])
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (4, torch.bfloat16), (8, torch.float32)])
 def test_copies_are_exact_and_gradients_are_sums(size: int, dtype: torch.dtype) -> None:
     by_rank, again = run_ranks(gather_and_reduce, size, dtype), run_ranks(gather_and_reduce, size, dtype)
     for seed in range(CASES):

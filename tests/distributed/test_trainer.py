@@ -25,7 +25,7 @@ from trainer import checkpoint
 from trainer.batch import cross_entropy
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import OWNERS, Trainer, TrainerSpec
+from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
 from trainer.worker import named_tensors
 
 STEPS = 3
@@ -89,8 +89,19 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (2, {"micro_rows": 4, "parallel": parallel(zero_stage=2, overlap=0, memory=0, reshard_every=0)}),
         (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(rematerialise=True, overlap=4, memory=4)}),
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
+        (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto")}),
+        (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
     ],
-    ids=["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise", "4-ranks-reshard"],
+    ids=[
+        "1-rank",
+        "2-ranks-accumulating",
+        "4-ranks-recompute",
+        "2-ranks-zero2-ep",
+        "2-ranks-rematerialise",
+        "4-ranks-reshard",
+        "2-ranks-measured",
+        "4-ranks-llep",
+    ],
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
     told = spec(tiny_model(), **changes)
@@ -137,11 +148,11 @@ def load_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     return state, [m["train/loss"] for m in learn(trainer, world, 2, 4)]
 
 
-def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor], same_owners: bool) -> None:
-    """Bit for bit, wherever the tensors are; another number of ranks has owners of its own."""
+def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor], same_ranks: bool) -> None:
+    """Bit for bit, wherever the tensors are; another number of ranks has owners and a machine of its own."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        if name != OWNERS or same_owners:
+        if name not in (OWNERS, MACHINE) or same_ranks:
             assert torch.equal(found[name].cpu(), tensor.cpu()), name
 
 
@@ -156,7 +167,7 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
     expected = whole([state for state, _ in written])
     for size in (1, 2, 4) if dtype == "float32" else (2,):
         loaded = run_ranks(load_and_go_on, size, told, str(tmp_path))
-        require_equal(whole([state for state, _ in loaded]), expected, same_owners=size == 2)
+        require_equal(whole([state for state, _ in loaded]), expected, same_ranks=size == 2)
         if size == 2:
             assert loaded[0][1] == written[0][1], (
                 "the losses after a resume are not those of the uninterrupted run, bit for bit"

@@ -33,6 +33,7 @@ def arguments(workplace: Path, name: str) -> list[str]:
         *("experiment=smoke", "data=text", f"data.paths=[{workplace}/text]", f"data.cache_dir={workplace}/cache"),
         *(f"runs_dir={workplace}/runs", f"run_name={name}", f"train.steps={STEPS}", "train.checkpoint_every=2"),
         *("train.eval_every=100", "logger.wandb=off", "data.validation_share=0.2"),
+        *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
     ]
 
 

@@ -47,4 +47,4 @@ def test_a_checkpoint_of_gpus_loads_bit_for_bit_on_gpus_and_on_cpus(size: int, t
     written = whole([state for state, _ in run_ranks(save_and_go_on, size, told, str(tmp_path), kind="cuda")])
     for kind, ranks in (("cuda", size), ("cpu", 2)):
         loaded = whole([state for state, _ in run_ranks(load_and_go_on, ranks, told, str(tmp_path), kind=kind)])
-        require_equal(loaded, written, same_owners=ranks == size)
+        require_equal(loaded, written, same_ranks=ranks == size)

@@ -1,7 +1,8 @@
-"""The plan of sparse collectives: every copy arrives once, messages match, and an expert crosses each network card once."""
+"""The plan of sparse collectives: every copy arrives once, messages match, an expert enters each node once, over few hops."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.placement import Placement, Topology, even_owners, without_copies
+from parallel.routes import routes
 from parallel.sparse_collectives import gather_plan
 
 
@@ -28,15 +30,17 @@ def test_every_copy_arrives_once_and_messages_match(case: tuple[Placement, Topol
     placement, topology = case
     plans = [gather_plan(placement, topology, rank) for rank in range(topology.devices)]
     arrived: Counter[tuple[int, int]] = Counter()
-    for hop in ("across", "within"):
-        hops = [getattr(plan, hop) for plan in plans]
+    for hop in range(len(plans[0].hops)):
+        hops = [plan.hops[hop] for plan in plans]
+        within = hop == len(plans[0].across)
+        before = arrived.copy()
         sent = sorted((m.expert, rank, m.peer) for rank, h in enumerate(hops) for m in h.sends)
         received = sorted((m.expert, m.peer, rank) for rank, h in enumerate(hops) for m in h.receives)
         assert sent == received
         for expert, source, target in sent:
             same_node = topology.node_of(source) == topology.node_of(target)
-            assert same_node == (hop == "within")
-            has_it = source == placement.owner_E[expert] or (hop == "within" and arrived[expert, source] == 1)
+            assert same_node == within
+            has_it = source == placement.owner_E[expert] or before[expert, source] == 1
             assert has_it, "a rank sends an expert that it does not have yet"
             arrived[expert, target] += 1
         for h in hops:
@@ -52,11 +56,23 @@ def test_an_expert_enters_a_node_once(case: tuple[Placement, Topology]) -> None:
     entered = Counter(
         (message.expert, topology.node_of(message.peer))
         for rank in range(topology.devices)
-        for message in gather_plan(placement, topology, rank).across.sends
+        for hop in gather_plan(placement, topology, rank).across
+        for message in hop.sends
     )
     assert not entered or max(entered.values()) == 1
 
 
+@given(placements())
+def test_nodes_are_reached_in_a_logarithm_of_hops_and_nobody_sends_to_all(case: tuple[Placement, Topology]) -> None:
+    placement, topology = case
+    found = routes(placement, topology).across
+    assert len(found) <= math.ceil(math.log2(topology.nodes))
+    for hop in found:
+        for side_M in (hop.source_M, hop.target_M):
+            pairs = list(zip(hop.expert_M.tolist(), side_M.tolist(), strict=True))
+            assert len(set(pairs)) == len(pairs), "a device sends or takes an expert twice in a hop"
+
+
 def test_without_copies_nothing_moves() -> None:
     plan = gather_plan(without_copies(even_owners(8, 4), 4), Topology(4, 2), 1)
-    assert not (plan.across.sends or plan.across.receives or plan.within.sends or plan.within.receives)
+    assert plan.num_sends == plan.num_receives == 0

@@ -72,11 +72,11 @@ def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:
 
 def test_copies_take_room_for_every_layer_or_for_one() -> None:
     def copies(**changes: object) -> int:
-        parallel = CONFIG.parallel.model_copy(update={"overlap": 3, "memory": 2, **changes})
+        parallel = CONFIG.parallel.model_copy(update={"memory": 2, **changes})
         return memory_per_rank(MODEL, 2, 8, 256, "bfloat16", parallel, recompute=False).copies
 
     one = 2 * 3 * MODEL.hidden_size * MODEL.expert_hidden_size
-    assert copies() == 2 * MODEL.num_moe_layers * one and copies(rematerialise=True) == 2 * one and copies(overlap=0) == 0
+    assert copies() == 2 * MODEL.num_moe_layers * one and copies(rematerialise=True) == 2 * one and copies(memory=0) == 0
 
 
 def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:

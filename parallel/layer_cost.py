@@ -1,0 +1,140 @@
+"""How long one MoE layer takes under a plan: forward and backward, predicted from loads and measured speeds. Pure.
+
+The slowest device decides, phase by phase: tokens out, experts, tokens back; backward the same with twice the products.
+Copies travel while the attention before the layer computes, their gradients while its backward pass does, and only what is left
+counts. Sources: Hecate, arXiv 2502.02581, section 4.2; LAER-MoE, arXiv 2602.11686, section 4 (4 exchanges + 3 products).
+
+Letters: D devices, N nodes, G devices of a node, H experts with copies, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from parallel.flows import Flows, Plan, flows
+from parallel.placement import Budget, Floats, Placement, Topology
+from parallel.routes import Messages, routes
+
+NUMBERS = 10  # in LayerCosts.numbers
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a device sends in one direction, and at the same time receives, takes latency_s + bytes * byte_s."""
+
+    latency_s: float
+    byte_s: float
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Measured or published speeds, for one layer of one model."""
+
+    entry_s: float  # one token through one expert, forward
+    expert_s: float  # what an expert with tokens costs beside them, forward: its weights are read, its last tile is not full
+    row_bytes: float  # of a token on its way
+    expert_bytes: float  # of a copy on its way
+    sum_bytes: float  # of an expert's gradient between nodes, in float32
+    within: Link  # between devices of a node
+    across: Link  # between nodes, for each device
+    attention_s: float  # forward, of what lies before the layer
+
+    @property
+    def numbers(self) -> list[float]:
+        """For a checkpoint; `from_numbers` makes the same of them."""
+        return [number for part in astuple(self) for number in (part if isinstance(part, tuple) else (part,))]
+
+    @staticmethod
+    def from_numbers(numbers: Sequence[float]) -> LayerCosts:
+        entry, expert, row, weights, total, latency, byte, far_latency, far_byte, attention = numbers
+        return LayerCosts(entry, expert, row, weights, total, Link(latency, byte), Link(far_latency, far_byte), attention)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of a forward and a backward pass."""
+
+    products_s: float
+    tokens_s: float
+    weights_s: float  # waited for copies and for the return of their gradients
+
+    @property
+    def total_s(self) -> float:
+        return self.products_s + self.tokens_s + self.weights_s
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known beside loads and owners when a layer's copies are planned."""
+
+    topology: Topology
+    top_k: int
+    budget: Budget
+    rematerialise: bool  # copies are fetched again for the backward pass
+    costs: LayerCosts
+
+
+def layer_time(plan: Plan, loads_E: Floats, setting: Setting) -> LayerTime:
+    """Predicted for copies that are planned before the layer's attention begins."""
+    gather_s, return_s = copy_times(plan.placement, setting.topology, setting.costs)
+    hidden_s = setting.costs.attention_s
+    backward_s = return_s + gather_s if setting.rematerialise else return_s
+    waited_s = max(gather_s - hidden_s, 0.0) + max(backward_s - 2 * hidden_s, 0.0)
+    return LayerTime(*pass_times(plan, loads_E, setting), waited_s)
+
+
+def pass_times(plan: Plan, loads_E: Floats, setting: Setting) -> tuple[float, float]:
+    """(seconds of products, seconds of tokens on their way), forward and backward."""
+    found, costs = flows(plan, setting.topology, loads_E), setting.costs
+    products_s = float((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max())
+    return 3 * products_s, 4 * exchange_time(found, float(loads_E.sum()), setting)
+
+
+def exchange_time(found: Flows, entries: float, setting: Setting) -> float:
+    """One exchange of tokens. A token's row goes to a device once, whatever number of its choices that device serves."""
+    topology, top_k, costs = setting.topology, setting.top_k, setting.costs
+    near, tokens = topology.devices_per_node - 1, entries / top_k / topology.devices
+    within = _most_rows(found.within_in_D, found.within_out_D, near, tokens, top_k)
+    across = _most_rows(found.across_in_D, found.across_out_D, topology.devices - near - 1, tokens, top_k)
+    return max(_travel(within * costs.row_bytes, costs.within), _travel(across * costs.row_bytes, costs.across))
+
+
+def _most_rows(in_D: Floats, out_D: Floats, sources: int, tokens: float, top_k: int) -> float:
+    """The largest number of rows that a device takes or gives, for `sources` devices with `tokens` each on the other side.
+
+    With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
+    tokens go there.
+    """
+    total = float(in_D.sum())
+    if total == 0:
+        return 0.0
+    rows_D = sources * tokens * (1 - (1 - np.minimum(in_D / (sources * tokens * top_k), 1.0)) ** top_k)
+    return max(float(rows_D.max()), float(out_D.max()) * float(rows_D.sum()) / total)
+
+
+def _travel(sent_bytes: float, link: Link) -> float:
+    return link.latency_s + sent_bytes * link.byte_s if sent_bytes else 0.0
+
+
+def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float]:
+    """(SparseAllGather, SparseReduceScatter) in seconds: hop by hop, the device with most to send or to take decides."""
+    found = routes(placement, topology)
+    crossing = [_most_messages(hop, topology.devices) for hop in found.across]
+    within_s = _travel(_most_messages(found.within, topology.devices) * costs.expert_bytes, costs.within)
+    gather_s = sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing)
+    return_s = sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing)
+    return gather_s + within_s, return_s + within_s
+
+
+def _most_messages(hop: Messages, devices: int) -> float:
+    """That a device sends or receives."""
+    return float(max(np.bincount(side_M, minlength=devices).max() for side_M in (hop.source_M, hop.target_M)))
+
+
+def hidden_copies(costs: LayerCosts, nodes: int) -> int:
+    """How many experts of a layer can be copied while attention computes (Hecate's t): forward, and backward as much twice."""
+    link = costs.across if nodes > 1 else costs.within
+    return int(max(costs.attention_s - link.latency_s, 0.0) / (costs.expert_bytes * link.byte_s))

@@ -1,0 +1,134 @@
+"""How fast this machine is: products of experts, messages within and between nodes; and its free memory. Measured, not guessed.
+
+Every function here is collective and gives every rank the same numbers: the slowest rank's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp
+from kernels.expert_order import expert_order
+from parallel.expert_arena import ExpertArena
+from parallel.layer_cost import LayerCosts, Link
+from parallel.sparse_collectives import Pending
+from parallel.topology import World
+
+FLOAT32 = 4
+REPEATS = 5
+SMALL, LARGE = 2**14, 2**22  # bytes of the two messages that latency and bandwidth come from
+MOST_ENTRIES = 2**14  # in the products that are timed
+SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
+
+
+@torch.no_grad()
+def measure_costs(arena: ExpertArena, tokens: int, top_k: int) -> LayerCosts:
+    """The costs of a layer for a rank with so many tokens; takes well under a second.
+
+    Raises AssertionError if the arena has not timed the attention before its layers.
+    """
+    world, shape = arena.world, arena.shape
+    assert arena.attention is not None, "the attention is timed in the updates before"
+    entry_s, expert_s = _product_costs(arena, min(max(tokens * top_k // 4, 64), MOST_ENTRIES))
+    within, across = _links(world)
+    expert_parameters = 3 * shape.hidden * shape.expert_hidden
+    measured = LayerCosts(
+        entry_s=entry_s,
+        expert_s=expert_s,
+        row_bytes=shape.hidden * arena.dtype.itemsize,
+        expert_bytes=expert_parameters * arena.dtype.itemsize,
+        sum_bytes=expert_parameters * FLOAT32,
+        within=within,
+        across=across,
+        attention_s=arena.attention.take_mean(),
+    )
+    slowest = torch.tensor(measured.numbers, dtype=torch.float64, device=world.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return LayerCosts.from_numbers(slowest.tolist())
+
+
+def copies_that_fit(arena: ExpertArena, layers: int) -> int:
+    """How many copies a layer every rank has room for, if copies of so many layers are kept at once."""
+    world = arena.world
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)  # the allocator holds what was ever needed; this is beyond it
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.ranks_per_node
+    fitting = torch.tensor(int(free * SHARE_FOR_COPIES) // (arena.expert_bytes * layers), device=world.device)
+    dist.all_reduce(fitting, dist.ReduceOp.MIN)
+    return min(int(fitting), arena.shape.experts)
+
+
+def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
+    """(seconds of one entry, seconds of an expert beside its entries), forward."""
+    device, experts = arena.world.device, min(arena.owned, 8)
+    slots_E = torch.arange(experts, dtype=torch.int32, device=device)
+
+    def seconds(count: int, used: int) -> float:
+        x_TD = torch.randn(count, arena.shape.hidden, device=device).to(arena.dtype)
+        weights_TK = torch.ones(count, 1, device=device)
+        order = expert_order((torch.arange(count, device=device) % used).unsqueeze(1), experts)
+
+        def product() -> Tensor:
+            return expert_mlp(x_TD, order, weights_TK, *arena.rows, slots_E=slots_E, gradients=None)
+
+        return _seconds(product, device)
+
+    few, many = seconds(entries, experts), seconds(4 * entries, experts)
+    entry_s = max(many - few, 0.0) / (3 * entries)
+    together = few - seconds(entries, 1) if experts > 1 else few - entries * entry_s
+    return entry_s, max(together, 0.0) / max(experts - 1, 1)
+
+
+def _links(world: World) -> tuple[Link, Link]:
+    """Between neighbours on a node, and from each rank of a node to the same one of the next; all ranks at once."""
+    per_node, nodes = world.topology.devices_per_node, world.topology.nodes
+    node, local = divmod(world.rank, per_node)
+    near = far = None
+    if per_node > 1:
+        first = node * per_node
+        near = _link(world, first + (local + 1) % per_node, first + (local - 1) % per_node)
+    if nodes > 1:
+        far = _link(world, (world.rank + per_node) % world.size, (world.rank - per_node) % world.size)
+    found = near or far
+    assert found is not None, "a single rank has no links"
+    return near or found, far or found
+
+
+def _link(world: World, target: int, source: int) -> Link:
+    def seconds(size: int) -> float:
+        sent, received = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
+
+        def exchange() -> None:
+            Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
+
+        world.barrier()
+        return _seconds(exchange, world.device)
+
+    small, large = seconds(SMALL), seconds(LARGE)
+    byte_s = max(large - small, 0.0) / (LARGE - SMALL)
+    return Link(max(small - SMALL * byte_s, 0.0), byte_s)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some calls, after two for warming up. Ranks call as often, so messages match."""
+    best = float("inf")
+    for repeat in range(2 + REPEATS):
+        _finish(device)
+        started = time.perf_counter()
+        call()
+        _finish(device)
+        if repeat >= 2:
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

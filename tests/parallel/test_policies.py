@@ -1,0 +1,126 @@
+"""Every policy's plan is legal, within memory and the same everywhere; Tessera's is never predicted slower than no copies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.flows import Plan, device_loads, flows, imbalance
+from parallel.layer_cost import LayerCosts, Link, Setting, copy_times, exchange_time, hidden_copies, layer_time
+from parallel.placement import Budget, Placement, Topology, without_copies
+from parallel.policies import POLICIES, by_cost, even_replicas, plain
+from tests.parallel.plans import loads, owners, settings, topologies
+
+H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
+    entry_s=1.6e-8,
+    expert_s=2.7e-6,
+    row_bytes=4096,
+    expert_bytes=9.4e6,
+    sum_bytes=1.9e7,
+    within=Link(2e-5, 1 / 370e9),
+    across=Link(3e-5, 1 / 50e9),
+    attention_s=2e-3,
+)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(topology=topologies(), experts=st.integers(1, 16), memory=st.integers(0, 8), seed=st.integers(0, 9999))
+def test_plans_are_legal_within_memory_and_repeatable(
+    name: str, topology: Topology, experts: int, memory: int, seed: int
+) -> None:
+    loads_E, owner_E, setting = loads(seed, experts), owners(seed, topology, experts), settings(seed, topology, memory)
+    plan = POLICIES[name](loads_E, owner_E, setting)  # `Placement` and `Plan` refuse what is not legal
+    assert (plan.placement.owner_E == owner_E).all()
+    assert (plan.placement.extra_D <= memory).all()
+    again = POLICIES[name](loads_E.copy(), owner_E.copy(), setting)
+    assert (again.placement.copies_ED == plan.placement.copies_ED).all()
+    assert (again.weights_ED == plan.weights_ED).all()
+    np.testing.assert_allclose(device_loads(plan, topology, loads_E).sum(), loads_E.sum())
+
+
+@given(topologies(), st.integers(1, 16), st.integers(0, 8), st.integers(0, 9999))
+def test_by_cost_is_never_predicted_slower_than_no_copies(topology: Topology, experts: int, memory: int, seed: int) -> None:
+    loads_E, owner_E, setting = loads(seed, experts), owners(seed, topology, experts), settings(seed, topology, memory)
+    times = [layer_time(policy(loads_E, owner_E, setting), loads_E, setting).total_s for policy in (by_cost, plain)]
+    assert times[0] <= times[1]
+
+
+def zipf(topology: Topology, experts: int, memory: int, tokens: int) -> tuple[np.ndarray, np.ndarray, Setting]:
+    random = np.random.default_rng(0)
+    share_E = random.permutation(1.0 / np.arange(1, experts + 1))
+    loads_E = np.floor(share_E / share_E.sum() * tokens * 8 * topology.devices)
+    setting = Setting(topology, 8, Budget(hidden_copies(H200, topology.nodes), memory), False, H200)
+    return loads_E, random.permutation(np.arange(experts) % topology.devices), setting
+
+
+@pytest.mark.parametrize(("devices", "experts", "memory"), [(8, 128, 4), (64, 128, 2), (64, 128, 8), (256, 256, 4)])
+def test_by_cost_against_the_others_under_zipf(devices: int, experts: int, memory: int) -> None:
+    """With fast links on nodes and attention to hide copies under, hardly another policy is predicted faster."""
+    loads_E, owner_E, setting = zipf(Topology(devices, 8), experts, memory, tokens=16384)
+    times = {name: layer_time(policy(loads_E, owner_E, setting), loads_E, setting).total_s for name, policy in POLICIES.items()}
+    assert times["cost"] <= 1.2 * min(times.values()), times
+    assert times["cost"] < times["plain"] / 1.5
+
+
+def test_tokens_are_few_and_weights_are_slow() -> None:
+    """With few tokens weights do not pay; by_cost leaves them where they are."""
+    loads_E, owner_E, setting = zipf(Topology(64, 8), 128, 4, tokens=4)
+    setting = replace(setting, costs=replace(H200, attention_s=0.0))
+    assert not by_cost(loads_E, owner_E, setting).placement.extra_D.any()
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.integers(0, 60), st.integers(1, 9))
+def test_replicas_leave_the_largest_load_per_replica_least(loads_: list[int], seats: int, most: int) -> None:
+    loads_E = np.array(loads_, dtype=np.float64)
+    extra_E = even_replicas(loads_E, seats, most)
+    assert extra_E.sum() <= seats and (extra_E <= most).all() and (extra_E >= 0).all()
+    greedy_E = np.zeros_like(extra_E)
+    for _ in range(seats):
+        open_E = (greedy_E < most) & (loads_E > 0)
+        if open_E.any():
+            greedy_E[np.where(open_E, loads_E / (greedy_E + 1), -1.0).argmax()] += 1
+    movable = loads_E > 0
+    found, wanted = ((loads_E / (e + 1))[movable & (e < most)].max(initial=0) for e in (extra_E, greedy_E))
+    assert found <= wanted * 1.001 + 1e-9
+
+
+def test_times_by_hand() -> None:
+    """Two nodes of two; expert 0 lies on devices 0 and 2, expert 1 on device 3; 40 entries each."""
+    topology = Topology(4, 2)
+    copies_ED = np.array([[True, False, True, False], [False, False, False, True]])
+    plan = Plan(Placement(np.array([0, 3]), copies_ED))
+    loads_E = np.array([40.0, 40.0])
+    found = flows(plan, topology, loads_E)
+    np.testing.assert_allclose(found.entries_D, [20, 0, 20, 40])
+    np.testing.assert_allclose(found.within_in_D, [10, 0, 10, 10])
+    np.testing.assert_allclose(found.across_in_D, [0, 0, 0, 20])
+    costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, Link(1.0, 0.1), Link(2.0, 0.5), attention_s=30.0)
+    setting = Setting(topology, 1, Budget(8, 8), False, costs)
+    # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides.
+    assert exchange_time(found, 80.0, setting) == pytest.approx(2 + 20 * 2 * 0.5)
+    gather_s, return_s = copy_times(plan.placement, topology, costs)  # one expert, once across
+    assert (gather_s, return_s) == (pytest.approx(2 + 100 * 0.5), pytest.approx(2 + 200 * 0.5))
+    time = layer_time(plan, loads_E, setting)
+    assert time.products_s == pytest.approx(3 * 45) and time.tokens_s == pytest.approx(4 * 22)
+    assert time.weights_s == pytest.approx((52 - 30) + (102 - 60))
+    again = layer_time(plan, loads_E, replace(setting, rematerialise=True))
+    assert again.weights_s == pytest.approx((52 - 30) + (52 + 102 - 60))
+    assert hidden_copies(costs, 2) == int(28 / 50) and hidden_copies(costs, 1) == int(29 / 10)
+    assert LayerCosts.from_numbers(costs.numbers) == costs
+    bare = layer_time(Plan(without_copies(np.array([0, 3]), 4)), loads_E, setting)
+    assert bare.weights_s == 0 and imbalance(np.zeros(4)) == 1.0
+
+
+def test_a_token_goes_to_a_device_once_whatever_its_choices() -> None:
+    """Two devices, even load: with K choices half of them are the other's, so 1 - 2^-K of the tokens travel."""
+    topology, tokens = Topology(2, 2), 1000.0
+    plan = Plan(without_copies(np.array([0, 1]), 2))
+    for top_k in (1, 2, 8):
+        setting = replace(settings(0, topology, 0), top_k=top_k, costs=replace(H200, row_bytes=1.0, within=Link(0.0, 1.0)))
+        entries = 2 * tokens * top_k
+        time = exchange_time(flows(plan, topology, np.full(2, entries / 2)), entries, setting)
+        assert time == pytest.approx(tokens * (1 - 0.5**top_k))
