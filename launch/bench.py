@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks import experts, fssdp, record, router, vocab_loss
-from launch.benchmarks.contest import Case, Work
+from launch.benchmarks import experts, fssdp, placement, record, router, vocab_loss
+from launch.benchmarks.contest import Work
 from launch.benchmarks.options import SHAPES, Options, read_options
 from launch.benchmarks.peers import PACKAGES
 from launch.benchmarks.timing import measure_ceilings
@@ -30,7 +31,8 @@ class Benchmark:
     options: type[Options]
     defaults: Mapping[str, Mapping[str, Any]]  # of each type of device
     peers: Mapping[str, Callable[[], Work] | None]  # how to load each; None where the measurement makes it itself
-    measure: Callable[..., Iterator[Case]]
+    measure: Callable[..., Iterator[Any]]  # of cases, each with failures and notes beside what its table shows
+    table: Callable[[Any], Table] = record.table
 
 
 BENCHMARKS = {
@@ -38,6 +40,7 @@ BENCHMARKS = {
     "vocab_loss": Benchmark(vocab_loss.VocabLossOptions, vocab_loss.DEFAULTS, vocab_loss.PEERS, vocab_loss.measure),
     "router": Benchmark(router.RouterOptions, router.DEFAULTS, router.PEERS, router.measure),
     "fssdp": Benchmark(fssdp.FssdpOptions, fssdp.DEFAULTS, fssdp.PEERS, fssdp.measure),
+    "placement": Benchmark(placement.PlacementOptions, placement.DEFAULTS, {}, placement.measure, placement.table),
 }
 
 
@@ -52,11 +55,11 @@ def bench(name: str, arguments: Sequence[str]) -> Path:
     where, ceilings = record.surroundings(device, versions), measure_ceilings(device)
     console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
     console.print(record.heading(ceilings, where), highlight=False)
-    cases: list[Case] = []
+    cases: list[Any] = []
     for case in benchmark.measure(options, contenders, device, ceilings):
         cases.append(case)
         record.write(options.out, name, options.model_dump(mode="json"), where, ceilings, cases)
-        console.print(record.table(case))
+        console.print(benchmark.table(case))
         for note in case.notes:
             console.print(note, soft_wrap=True, markup=False, highlight=False)
         for peer, why in case.failures.items():
@@ -85,7 +88,11 @@ def _contenders(
 
 
 def usage() -> str:
-    lines = ["usage: python -m launch.bench experts|vocab_loss|router|fssdp [name=value ...]", "", "models, and their sizes:"]
+    lines = [
+        "usage: python -m launch.bench experts|vocab_loss|router|fssdp|placement [name=value ...]",
+        "",
+        "models, and their sizes:",
+    ]
     lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
     for name, benchmark in BENCHMARKS.items():
         lines += ["", f"options of {name}, with their defaults on a GPU and on a CPU:"]

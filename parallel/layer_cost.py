@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from parallel.flows import Flows, Plan, flows
-from parallel.placement import Budget, Floats, Placement, Topology
+from parallel.placement import Budget, Floats, Placement, Topology, missing
 from parallel.routes import Messages, routes
 
 NUMBERS = 10  # in LayerCosts.numbers
@@ -77,12 +77,17 @@ class Setting:
     costs: LayerCosts
 
 
-def layer_time(plan: Plan, loads_E: Floats, setting: Setting) -> LayerTime:
-    """Predicted for copies that are planned before the layer's attention begins."""
+def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
+    """Predicted for copies that are planned before the layer's attention begins; or behind it, where nothing hides the way of
+    those that are not among the copies `present` then."""
     gather_s, return_s = copy_times(plan.placement, setting.topology, setting.costs)
     hidden_s = setting.costs.attention_s
     backward_s = return_s + gather_s if setting.rematerialise else return_s
-    waited_s = max(gather_s - hidden_s, 0.0) + max(backward_s - 2 * hidden_s, 0.0)
+    if present is None:
+        waited_s = max(gather_s - hidden_s, 0.0)
+    else:
+        waited_s, _ = copy_times(missing(plan.placement, present), setting.topology, setting.costs)
+    waited_s += max(backward_s - 2 * hidden_s, 0.0)
     return LayerTime(*pass_times(plan, loads_E, setting), waited_s)
 
 

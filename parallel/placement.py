@@ -80,3 +80,10 @@ def even_owners(experts: int, devices: int) -> Ints:
     if experts % devices:
         raise ValueError(f"{experts} experts do not divide evenly over {devices} devices")
     return np.repeat(np.arange(devices), experts // devices)
+
+
+def missing(wanted: Placement, present: Placement) -> Placement:
+    """The owners, and those of the wanted copies that are not there."""
+    copies_ED = wanted.copies_ED & ~present.copies_ED
+    copies_ED[np.arange(len(wanted.owner_E)), wanted.owner_E] = True
+    return Placement(wanted.owner_E, copies_ED)

@@ -20,6 +20,17 @@ LESS = 0.99  # more copies must leave at most this share of the busiest device's
 WORTH_MOVING = 0.95  # new owners must leave the busiest devices at most this share of what they have to do
 
 
+def predict(loads_SLE: Floats) -> Floats:
+    """The loads of the next step from those of the last S, (L, E): their mean (Hecate, section 4.2), except for layers of which
+    the last step alone would have been closer to what came after it: their loads jump."""
+    last_LE = loads_SLE[-1]
+    if len(loads_SLE) < 2:
+        return last_LE
+    off_by_mean_L = np.abs(loads_SLE[:-1].mean(axis=0) - last_LE).sum(axis=1)
+    off_by_last_L = np.abs(loads_SLE[-2] - last_LE).sum(axis=1)
+    return np.where((off_by_last_L < off_by_mean_L)[:, None], last_LE, loads_SLE.mean(axis=0))
+
+
 def hottest(loads_E: Floats, count: int) -> Ints:
     """The experts with the largest loads in descending order, at most `count`, none without load."""
     order_E = np.argsort(-loads_E, kind="stable")[:count]

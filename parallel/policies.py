@@ -10,6 +10,7 @@ Letters: E experts of a layer, D devices, N nodes, G devices of a node.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from parallel.layer_cost import Setting, exchange_time, layer_time, pass_times
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
 from parallel.planning import LESS, hottest, materialise
 
-REPLICA_PARTS = (1.0, 1 / 3, 1 / 9)  # of the mean load of a device: what one replica of an expert may have at most
+REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
@@ -49,44 +50,58 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     Copies are added where the load per replica is largest, so each number of them divides the experts into those whose tokens
     had better move and those whose weights had better; the predicted time decides where. It is never above that without copies.
     """
-    topology, memory = setting.topology, setting.budget.memory
-    best = plain(loads_E, owner_E, setting)
+    return _cheapest(plain(loads_E, owner_E, setting), loads_E, setting, present=None)
+
+
+def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
+    """A plan for the loads that came, once the gate has decided; the one that there is unless another's gain pays for the wait.
+
+    Source: Hecate, section 4.2, which adds copies; here the room of copies that turned out useless may be used too.
+    """
+    return _cheapest(plan, loads_E, setting, present=plan.placement)
+
+
+def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
+    topology, memory, owner_E = setting.topology, setting.budget.memory, plan.placement.owner_E
+
+    def seconds(one: Plan) -> float:
+        return layer_time(one, loads_E, setting, present).total_s
+
     if memory == 0 or topology.devices == 1 or not loads_E.any():
-        return best
-    least_s = layer_time(best, loads_E, setting).total_s
+        return plan
+    best, least_s = plan, seconds(plan)
     for placement in _candidates(loads_E, owner_E, topology, memory):
-        found = Plan(placement)
-        found_s = layer_time(found, loads_E, setting).total_s
+        found_s = seconds(found := Plan(placement))
         if found_s < least_s * LESS:
             best, least_s = found, found_s
+        elif best is not plan:
+            break  # from here on there are too few
     for _ in range(LEVELLING_ROUNDS):
         load_D = flows(best, topology, loads_E).entries_D
-        if imbalance(load_D) < EVEN_ENOUGH:
+        if imbalance(load_D) < EVEN_ENOUGH or not best.nearest_first:
             break
         found = Plan(best.placement, best.weights_ED * np.minimum(load_D.mean() / np.maximum(load_D, 1.0), 4.0))
-        found_s = layer_time(found, loads_E, setting).total_s
-        if found_s >= least_s:
+        found_s = seconds(found)
+        if found_s >= least_s * LESS:
             break
         best, least_s = found, found_s
     return best
 
 
 def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Iterator[Placement]:
-    """Fewest copies first."""
+    """The hottest experts everywhere; all room used; then fewer and fewer copies."""
     devices, seats = topology.devices, topology.devices * memory
-    mean = float(loads_E.sum()) / devices
-    before = 0
-    for part in REPLICA_PARTS:
-        extra_E = np.ceil(loads_E / (part * mean)).astype(np.int64).clip(1, devices) - 1
-        if extra_E.sum() > seats:
-            break
-        if extra_E.sum() > before:
-            yield Placement(owner_E, _deal(extra_E, loads_E, owner_E, topology, memory))
-        before = int(extra_E.sum())
-    yield Placement(owner_E, _deal(even_replicas(loads_E, seats, devices - 1), loads_E, owner_E, topology, memory))
     everywhere_ED = without_copies(owner_E, devices).copies_ED
     everywhere_ED[hottest(loads_E, memory)] = True
     yield Placement(owner_E, everywhere_ED)
+    before_E = even_replicas(loads_E, seats, devices - 1)
+    yield Placement(owner_E, _pack(before_E, loads_E, owner_E, topology, memory))
+    mean = float(loads_E.sum()) / devices
+    for part in REPLICA_PARTS:
+        extra_E = np.ceil(loads_E / (part * mean)).astype(np.int64).clip(1, devices) - 1
+        if 0 < extra_E.sum() < before_E.sum():
+            yield Placement(owner_E, _pack(extra_E, loads_E, owner_E, topology, memory))
+            before_E = extra_E
 
 
 def even_replicas(loads_E: Floats, seats: int, most: int) -> Ints:
@@ -113,11 +128,11 @@ def even_replicas(loads_E: Floats, seats: int, most: int) -> Ints:
     return extra_E
 
 
-def _deal(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Bools:
-    """Deals out copies, those with most load first, to devices with least: round by round, one to each device with room.
+def _pack(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Bools:
+    """Gives each expert its copies, those with most load per replica first; returns where experts then are, (E, D).
 
-    Within a round the devices come node by node in turns, so that copies of an expert go to different nodes. A copy that comes
-    to a device that has the expert waits for the next round. Returns where experts then are, (E, D).
+    Each goes to a node with fewest of its expert, to the one whose least loaded device has least, and there to that device.
+    Plain heaps: arrays would be slower than the few thousand steps that this takes.
     """
     devices, per_node = topology.devices, topology.devices_per_node
     copies_ED = without_copies(owner_E, devices).copies_ED
@@ -125,23 +140,46 @@ def _deal(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, mem
     order_E = np.argsort(-per_replica_E, kind="stable")
     everywhere_E = order_E[extra_E[order_E] == devices - 1][:memory]
     copies_ED[everywhere_E] = True
-    room_D = memory - (copies_ED.sum(axis=0) - np.bincount(owner_E, minlength=devices))
-    load_D = per_replica_E @ copies_ED
-    order_E = order_E[~np.isin(order_E, everywhere_E)]
-    waiting = np.repeat(order_E, extra_E[order_E])
-    while len(waiting) and (room_D > 0).any():
-        in_node_ND = load_D.reshape(-1, per_node).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
-        order_D = np.lexsort((load_D, in_node_ND.ravel()))
-        order_D = order_D[room_D[order_D] > 0]
-        experts, targets = waiting[: len(order_D)], order_D[: len(waiting)]
-        fits = ~copies_ED[experts, targets]
-        if not fits.any() and len(waiting) <= len(order_D):
-            break
-        copies_ED[experts[fits], targets[fits]] = True
-        load_D[targets[fits]] += per_replica_E[experts[fits]]
-        room_D[targets[fits]] -= 1
-        waiting = np.concatenate([waiting[len(order_D) :], experts[~fits]]) if fits.any() else waiting[len(order_D) :]
+    room = (memory - (copies_ED.sum(axis=0) - np.bincount(owner_E, minlength=devices))).tolist()
+    load = (per_replica_E @ copies_ED).tolist()
+    on_node = [
+        [(load[device], device) for device in range(first, first + per_node) if room[device]]
+        for first in range(0, devices, per_node)
+    ]
+    for heap in on_node:
+        heapify(heap)
+    placed: list[tuple[int, int]] = []
+    for expert in order_E[(extra_E[order_E] > 0) & ~np.isin(order_E, everywhere_E)].tolist():
+        for device in _spread(int(extra_E[expert]), int(owner_E[expert]), float(per_replica_E[expert]), on_node, room):
+            placed.append((expert, device))
+    if placed:
+        copies_ED[tuple(np.array(placed).T)] = True
     return copies_ED
+
+
+def _spread(copies: int, owner: int, load: float, on_node: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
+    """The devices that get copies of one expert. Updates `room`, and of each node a heap of (load, device) with room."""
+    per_node = len(room) // len(on_node)
+    nodes = [(int(node == owner // per_node), heap[0][0], node) for node, heap in enumerate(on_node) if heap]
+    heapify(nodes)
+    found: list[int] = []
+    taken = []
+    while nodes and len(found) < copies:
+        has, _, node = heappop(nodes)
+        before, device = heappop(on_node[node])
+        if device == owner:
+            taken.append((before, device))
+        else:
+            has += 1
+            room[device] -= 1
+            found.append(device)
+            taken.append((before + load, device))
+        if on_node[node]:
+            heappush(nodes, (has, on_node[node][0][0], node))
+    for after, device in taken:
+        if room[device]:
+            heappush(on_node[device // per_node], (after, device))
+    return found
 
 
 # ---------------------------------------------------------------- other systems
@@ -152,7 +190,7 @@ def eplb(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     each goes to the least loaded device; replicas serve equal parts. Owners stay, which EPLB would pack anew too."""
     topology, memory = setting.topology, setting.budget.memory
     extra_E = even_replicas(loads_E, topology.devices * memory, topology.devices - 1)
-    copies_ED = _pack(extra_E, loads_E, owner_E, topology, memory, nodes_first=False)
+    copies_ED = _pack(extra_E, loads_E, owner_E, Topology(topology.devices, topology.devices), memory)  # nodes do not matter
     return Plan(Placement(owner_E, copies_ED), nearest_first=False)
 
 
@@ -164,31 +202,8 @@ def laer(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     plans = []
     for weights_E in (loads_E, np.ones_like(loads_E)):
         extra_E = even_replicas(weights_E, seats, most)
-        plans.append(Plan(Placement(owner_E, _pack(extra_E, loads_E, owner_E, topology, memory, nodes_first=True))))
+        plans.append(Plan(Placement(owner_E, _pack(extra_E, loads_E, owner_E, topology, memory))))
     return min(plans, key=lambda plan: sum(pass_times(plan, loads_E, setting)))
-
-
-def _pack(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int, nodes_first: bool) -> Bools:
-    """One copy after the other, those with most load first, to the least loaded device with room that has not got it."""
-    per_node = topology.devices_per_node
-    copies_ED = without_copies(owner_E, topology.devices).copies_ED
-    per_replica_E = loads_E / (extra_E + 1)
-    load_D = per_replica_E @ copies_ED
-    room_D = np.full(topology.devices, memory)
-    for expert in np.argsort(-per_replica_E, kind="stable").tolist():
-        for _ in range(int(extra_E[expert])):
-            open_D = ~copies_ED[expert] & (room_D > 0)
-            if not open_D.any():
-                break
-            key_D = np.where(open_D, load_D, np.inf)
-            if nodes_first:
-                on_node_D = np.repeat(copies_ED[expert].reshape(-1, per_node).sum(axis=1), per_node)
-                key_D = np.where(on_node_D == on_node_D[open_D].min(), key_D, np.inf)
-            device = int(key_D.argmin())
-            copies_ED[expert, device] = True
-            load_D[device] += per_replica_E[expert]
-            room_D[device] -= 1
-    return copies_ED
 
 
 def faster_moe(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:

@@ -36,7 +36,7 @@ class Routes:
 
 
 def routes(placement: Placement, topology: Topology) -> Routes:
-    """A node's leader for an expert is its owner, or the lowest of the node's devices that get a copy.
+    """A node's leader for an expert is its owner, or one of the node's devices that get a copy, another one for each expert.
 
     In each hop between nodes every one that has an expert passes it on to one that has not: the owner's node comes first, the
     others in ascending order from there on, going round.
@@ -46,7 +46,8 @@ def routes(placement: Placement, topology: Topology) -> Routes:
     expert_H, device_H = expert_H[several], device_H[several]
     owner_H, node_H = placement.owner_E[expert_H], device_H // topology.devices_per_node
     turn_H = (node_H - owner_H // topology.devices_per_node) % topology.nodes
-    order_H = np.lexsort((device_H, device_H != owner_H, turn_H, expert_H))  # by expert, by node, the leader first
+    late_H = (device_H - expert_H) % topology.devices_per_node
+    order_H = np.lexsort((late_H, device_H != owner_H, turn_H, expert_H))  # by expert, by node, the leader first
     expert_H, device_H, turn_H = expert_H[order_H], device_H[order_H], turn_H[order_H]
     leads_H = np.ones(len(expert_H), dtype=np.bool_)
     leads_H[1:] = (np.diff(expert_H) != 0) | (np.diff(turn_H) != 0)

@@ -12,7 +12,7 @@ ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import fr
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{
-        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "typing", "parallel", "__future__"}
+        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "typing", "parallel", "__future__"}
         for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies")
     },
     "rl/algorithms.py": {"torch", "math", "numpy", "dataclasses", "collections", "typing", "__future__", "rl", "trainer"},

@@ -34,7 +34,7 @@ def surroundings(device: torch.device, peers: Mapping[str, str]) -> dict[str, An
 
 
 def write(
-    path: Path, benchmark: str, options: Mapping[str, Any], where: Mapping[str, Any], ceilings: Ceilings, cases: Sequence[Case]
+    path: Path, benchmark: str, options: Mapping[str, Any], where: Mapping[str, Any], ceilings: Ceilings, cases: Sequence[Any]
 ) -> None:
     """Replaces the file, so that a run that ends early leaves the cases it has finished."""
     record = {

@@ -110,7 +110,7 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["expert"], "expert is no benchmark; did you mean experts? There are experts, vocab_loss, router, fssdp"),
+        (["expert"], "expert is no benchmark; did you mean experts? There are experts, vocab_loss, router, fssdp, placement"),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
     ],

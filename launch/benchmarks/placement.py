@@ -1,0 +1,265 @@
+"""Placement policies on the same load traces, for clusters that one does not have: predicted times of one MoE layer.
+
+Every system keeps its own policy and its own timing of plans and weights:
+
+    cost                  plans ahead from the last steps; copies travel under the attention
+    cost+gate             plans again after the gate, and waits for other copies where that pays
+    hecate, eplb          plan ahead from the mean of the last steps
+    laer                  plans ahead from the last step; every expert is cut over all devices, which restores what it needs by
+                          an all-to-all of equal size, whatever the plan (FSEP)
+    faster_moe, llep      plan after the gate, from the true loads; weights are waited for
+    plain                 no copies
+
+Owners, dispatch of tokens (but for eplb and llep, which split entries alike everywhere), room for copies and the model of time
+(parallel/layer_cost.py) are the same for all.
+
+Letters: E experts, D devices, G devices of a node, S steps of a trace.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from rich.table import Table
+
+from launch.benchmarks.options import Listed, OneOrMore, Options, Shape
+from launch.benchmarks.timing import Ceilings
+from launch.benchmarks.traces import DRAWN, draw, recorded
+from parallel.flows import Plan, device_loads, imbalance
+from parallel.layer_cost import LayerCosts, LayerTime, Link, Setting, copy_times, hidden_copies, layer_time, pass_times
+from parallel.materialisation import WINDOW
+from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
+from parallel.planning import predict
+from parallel.policies import POLICIES, calibrated
+
+BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
+SEQUENCE = 4096  # tokens of a row, for the attention's time
+Trace = Literal["zipf", "drift", "burst", "settling"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Of one device: rates that a layer reaches, and bytes a second in each direction."""
+
+    products: float  # FLOP/s of grouped products
+    memory: float  # bytes/s read
+    within: Link
+    across: Link
+
+
+MACHINES: Mapping[str, Machine] = {
+    # Products and memory as measured (tests/benchmarks/kernels.md), NVLink as a peer copy reaches it; DGX H200: 400 Gb/s a GPU.
+    "h200": Machine(600e12, 4.2e12, Link(10e-6, 1 / 370e9), Link(20e-6, 1 / 50e9)),
+    # p4d.24xlarge, Hecate's cluster B: NVSwitch 300 GB/s each way, 400 Gb/s for eight A100; 60 % of 312 TFLOP/s.
+    "a100": Machine(187e12, 1.4e12, Link(10e-6, 1 / 240e9), Link(30e-6, 1 / 6.25e9)),
+    # p3dn.24xlarge, Hecate's cluster A: NVLink 150 GB/s each way, 100 Gb/s for eight V100; half of 125 TFLOP/s.
+    "v100": Machine(62e12, 0.8e12, Link(10e-6, 1 / 120e9), Link(40e-6, 1 / 1.56e9)),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    window: int  # steps whose mean load it plans from; 0: the true loads, after the gate
+    policy: str | None = None  # where it is not of the same name
+    predicts: bool = False  # from jumping loads too, instead of by the mean
+    calibrates: bool = False  # after the gate
+    sharded: bool = False  # experts are cut over all devices
+
+
+SYSTEMS: Mapping[str, System] = {
+    "cost+gate": System(WINDOW, "cost", predicts=True, calibrates=True),
+    "cost": System(WINDOW, predicts=True),
+    "hecate": System(WINDOW),
+    "eplb": System(WINDOW),
+    "laer": System(1, sharded=True),
+    "faster_moe": System(0),
+    "llep": System(0),
+    "plain": System(WINDOW),
+}
+BASELINE = "plain"
+
+
+class PlacementOptions(Options):
+    hidden: PositiveInt | None = None
+    expert_hidden: PositiveInt | None = None
+    experts: PositiveInt | None = None
+    top_k: PositiveInt | None = None
+    machine: OneOrMore[Literal["h200", "a100", "v100"]]
+    devices: OneOrMore[PositiveInt]
+    per_node: PositiveInt = Field(8, description="devices of a node, where there are so many")
+    memory: PositiveInt = Field(description="copies that a device has room for")
+    trace: Listed[Trace] = Field(description="how loads are drawn; none where a run is replayed")
+    run: Path | None = Field(None, description="the folder of a run, whose recorded loads are replayed too")
+    steps: PositiveInt = Field(description="of each drawn trace")
+
+    @model_validator(mode="after")
+    def _there_is_something_to_replay(self) -> Self:
+        if not self.trace and self.run is None:
+            raise ValueError(f"trace names no loads to replay; give some of {', '.join(DRAWN)}, or run=FOLDER")
+        return self
+
+
+_BOTH: Mapping[str, Any] = {
+    "model": "qwen3_30b_a3b", "tokens": "16384", "machine": "h200,a100", "devices": "8,64,256,1024", "memory": 4,
+    "trace": "zipf,drift,burst,settling", "steps": 12,
+}  # fmt: skip
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"cuda": _BOTH, "cpu": _BOTH}
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One policy over all steps of a trace."""
+
+    times: list[LayerTime]
+    imbalance: float  # mean over steps
+    copies: int  # most on a device
+    planning_ms: float  # median
+
+    @property
+    def seconds(self) -> list[float]:
+        return [step.total_s for step in self.times]
+
+
+@dataclass(frozen=True)
+class PlacementCase:
+    """One machine and size: policy -> trace -> what came out."""
+
+    work: str
+    sizes: dict[str, int | str]
+    replayed: dict[str, dict[str, Replayed]]
+    failures: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def measure(
+    options: PlacementOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings
+) -> Iterator[PlacementCase]:
+    """One case for every model, machine, number of devices and of tokens. Nothing runs on the device itself."""
+    for name, shape in options.shapes().items():
+        for machine in options.machine:
+            for tokens in options.tokens:
+                for devices in options.devices:
+                    yield _case(options, name, shape, machine, tokens, devices)
+
+
+def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tokens: int, devices: int) -> PlacementCase:
+    entries = tokens * shape.top_k * devices
+    random = np.random.default_rng(options.seed)
+    traces: dict[str, Floats] = {}
+    for trace in options.trace:
+        traces[trace] = draw(trace, options.steps, shape.experts, entries, shape.top_k, random)
+    if options.run is not None:
+        traces |= recorded(options.run, entries)
+    topology = Topology(devices, options.per_node if devices % options.per_node == 0 else 1)
+    costs = layer_costs(MACHINES[machine], shape, tokens)
+    budget = Budget(hidden_copies(costs, topology.nodes), options.memory)
+    setting = Setting(topology, shape.top_k, budget, False, costs)
+    replayed = {policy: {name: replay(policy, loads_SE, setting) for name, loads_SE in traces.items()} for policy in SYSTEMS}
+    where = f"{devices:,} x {machine} in {topology.nodes} node{'s' if topology.nodes > 1 else ''}"
+    work = f"MoE layer of {model}, {tokens:,} tokens a device, {where}, room for {options.memory} copies: predicted"
+    sizes = {"model": model, **vars(shape), "tokens": tokens, "machine": machine, "devices": devices, "memory": options.memory}
+    return PlacementCase(work, sizes, replayed, {}, [])
+
+
+def layer_costs(machine: Machine, shape: Shape, tokens: int) -> LayerCosts:
+    """What a layer of this shape costs there. The attention is taken to reach the rate of the products."""
+    expert = 3 * shape.hidden * shape.expert_hidden
+    attention = 8 * shape.hidden**2 + 2 * SEQUENCE * shape.hidden
+    return LayerCosts(
+        entry_s=2 * expert / machine.products,
+        expert_s=BYTES * expert / machine.memory,
+        row_bytes=BYTES * shape.hidden,
+        expert_bytes=BYTES * expert,
+        sum_bytes=FLOAT32 * expert,
+        within=machine.within,
+        across=machine.across,
+        attention_s=tokens * attention / machine.products,
+    )
+
+
+def replay(name: str, loads_SE: Floats, setting: Setting) -> Replayed:
+    """Plans every step from what is known before it, and times the plan under the step's own loads."""
+    system, devices = SYSTEMS[name], setting.topology.devices
+    owner_E = owners(loads_SE.shape[1], devices)
+    times, planning, uneven, copies = [], [], [], 0
+    for step, loads_E in enumerate(loads_SE):
+        past_SE = loads_SE[max(step - system.window, 0) : step] if system.window else loads_E[None]
+        if step == 0 and system.window:
+            continue  # nothing is known yet
+        started = time.perf_counter()
+        expected_E = predict(past_SE[:, None])[0] if system.predicts else past_SE.mean(axis=0)
+        plan = POLICIES[system.policy or name](expected_E, owner_E, setting)
+        before = plan.placement
+        if system.calibrates:
+            plan = calibrated(plan, loads_E, setting)
+        planning.append(time.perf_counter() - started)
+        times.append(_timed(system, plan, before, loads_E, setting))
+        uneven.append(imbalance(device_loads(plan, setting.topology, loads_E)))
+        copies = max(copies, int(plan.placement.extra_D.max()))
+    return Replayed(times, statistics.mean(uneven), copies, 1e3 * statistics.median(planning))
+
+
+def owners(experts: int, devices: int) -> Ints:
+    """Equal consecutive shares; with more devices than experts, spread evenly."""
+    return even_owners(experts, devices) if experts % devices == 0 else np.arange(experts) * devices // experts
+
+
+def _timed(system: System, plan: Plan, before: Placement, loads_E: Floats, setting: Setting) -> LayerTime:
+    costs, topology = setting.costs, setting.topology
+    if system.sharded:
+        restored = (len(loads_E) / topology.devices + setting.budget.memory) * costs.expert_bytes / topology.devices
+        near = topology.devices_per_node - 1
+        within_s = costs.within.latency_s + near * restored * costs.within.byte_s if near else 0.0
+        far = topology.devices - near - 1
+        across_s = costs.across.latency_s + far * restored * costs.across.byte_s if far else 0.0
+        each_s = max(within_s, across_s)
+        waited_s = max(each_s - costs.attention_s, 0.0) + max(each_s - 2 * costs.attention_s, 0.0)
+        return LayerTime(*pass_times(plan, loads_E, setting), waited_s)
+    if system.window == 0:
+        return layer_time(plan, loads_E, setting, present=without_copies(before.owner_E, topology.devices))
+    if not system.calibrates:
+        return layer_time(plan, loads_E, setting)
+    # What was planned ahead has been fetched all the same, and what of that did not fit under the attention was waited for.
+    gather_s, _ = copy_times(before, topology, costs)
+    found = layer_time(plan, loads_E, setting, present=before)
+    return replace(found, weights_s=found.weights_s + max(gather_s - costs.attention_s, 0.0))
+
+
+def table(case: PlacementCase) -> Table:
+    """A line a policy: geometric mean and worst over all traces and steps, then each trace, then where the time goes."""
+    shown = Table(title=case.work, title_justify="left")
+    shown.add_column("policy")
+    traces = list(next(iter(case.replayed.values())))
+    listed = traces if len(traces) <= 6 else []
+    names = ["ms", "worst", "over plain", *listed, "products", "tokens", "weights", "imbalance", "copies", "planning ms"]
+    for name in names:
+        shown.add_column(name, justify="right")
+    baseline = _mean_ms(case.replayed[BASELINE].values())
+    for policy, by_trace in case.replayed.items():
+        every = [step for replayed in by_trace.values() for step in replayed.times]
+        mean_ms = _mean_ms(by_trace.values())
+        parts = [statistics.mean(getattr(step, part) for step in every) for part in ("products_s", "tokens_s", "weights_s")]
+        shown.add_row(
+            policy,
+            f"{mean_ms:.2f}",
+            f"{1e3 * max(step.total_s for step in every):.2f}",
+            f"{baseline / mean_ms:.2f}x",
+            *(f"{_mean_ms([by_trace[name]]):.2f}" for name in listed),
+            *(f"{1e3 * part:.2f}" for part in parts),
+            f"{statistics.mean(replayed.imbalance for replayed in by_trace.values()):.2f}",
+            f"{max(replayed.copies for replayed in by_trace.values())}",
+            f"{statistics.mean(replayed.planning_ms for replayed in by_trace.values()):.2f}",
+        )
+    return shown
+
+
+def _mean_ms(replayed: Any) -> float:
+    return 1e3 * statistics.geometric_mean([seconds for one in replayed for seconds in one.seconds])

@@ -1,0 +1,104 @@
+"""Policies are replayed on drawn and recorded loads; the table shows what the file holds; nobody knows the future."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import geometric_mean
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.bench import main
+from launch.benchmarks.options import SHAPES
+from launch.benchmarks.placement import MACHINES, SYSTEMS, layer_costs, owners, replay
+from launch.benchmarks.traces import DRAWN, capped, draw
+from parallel.layer_cost import Setting
+from parallel.placement import Budget, Topology
+
+SMALL = [
+    "placement",
+    "tokens=512",
+    "experts=16",
+    "top_k=2",
+    "devices=4,12",
+    "per_node=4",
+    "memory=2",
+    "steps=4",
+    "machine=a100",
+]
+
+
+def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "placement.json"
+    assert main([*SMALL, f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [case["sizes"]["devices"] for case in cases] == [4, 12] and len(lines) == 2 * len(SYSTEMS)
+    wanted = [(case["replayed"][policy], policy, case["replayed"]["plain"]) for case in cases for policy in SYSTEMS]
+    for (by_trace, policy, plain), line in zip(wanted, lines, strict=True):
+        assert set(by_trace) == set(DRAWN)
+        seconds, baseline = (
+            [sum(step.values()) for one in traces.values() for step in one["times"]] for traces in (by_trace, plain)
+        )
+        assert (
+            line[0] == policy and line[1] == f"{1e3 * geometric_mean(seconds):.2f}" and line[2] == f"{1e3 * max(seconds):.2f}"
+        )
+        assert line[3] == f"{geometric_mean(baseline) / geometric_mean(seconds):.2f}x"
+        assert all(one["copies"] <= 2 for one in by_trace.values())
+
+
+def test_a_run_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shares = [[[0.7, 0.1, 0.1, 0.1], [0.25] * 4]] * 3  # two layers, three steps
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps({"step": i, "moe/load": s}) for i, s in enumerate(shares)))
+    out = tmp_path / "placement.json"
+    assert main([*SMALL, "experts=4", "devices=4", "trace=", f"run={run}", f"out={out}"]) == 0
+    replayed = json.loads(out.read_text(encoding="utf-8"))["cases"][0]["replayed"]
+    assert set(replayed["plain"]) == {"layer 0", "layer 1"}
+    assert replayed["plain"]["layer 0"]["imbalance"] == pytest.approx(2.8)
+    assert replayed["cost"]["layer 0"]["imbalance"] < 1.5 and replayed["plain"]["layer 1"]["imbalance"] == pytest.approx(1.0)
+    assert main([*SMALL, f"run={tmp_path}", f"out={out}"]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert main([*SMALL, "trace=", f"out={out}"]) == 2
+    assert "trace names no loads to replay" in capsys.readouterr().err
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=4, max_size=20), st.integers(1, 4))
+def test_no_expert_gets_more_than_one_choice_of_a_token(popularity: list[float], top_k: int) -> None:
+    popularity_E = np.array(popularity)
+    share_E = capped(popularity_E, 1 / top_k)
+    assert share_E.sum() == pytest.approx(1.0) and share_E.max() <= 1 / top_k * (1 + 1e-9)
+    order = np.argsort(popularity_E, kind="stable")
+    assert (np.diff(share_E[order]) >= -1e-12).all(), "more popular, smaller share"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_traces_count_every_entry(name: str) -> None:
+    loads_SE = draw(name, 6, 32, 10_000, 4, np.random.default_rng(0))
+    assert loads_SE.shape == (6, 32) and (loads_SE.sum(axis=1) == 10_000).all() and (loads_SE >= 0).all()
+
+
+def test_only_those_who_plan_after_the_gate_know_the_step() -> None:
+    """Two halves of a trace whose hot experts change: who plans ahead is surprised once, who plans behind the gate never."""
+    loads_SE = np.ones((6, 16))
+    loads_SE[:3, :2] = loads_SE[3:, 10:12] = 200.0
+    costs = layer_costs(MACHINES["h200"], replace(SHAPES["tiny"], hidden=2048, expert_hidden=768), tokens=1)
+    setting = Setting(Topology(8, 8), 2, Budget(16, 4), False, costs)
+    loads_SE *= 1000
+    for name, surprised in (("cost", True), ("hecate", True), ("llep", False), ("cost+gate", False)):
+        seconds = replay(name, loads_SE, setting).seconds
+        jump, steady = seconds[-3], seconds[0] if surprised else seconds[-1]
+        assert (jump > 1.5 * steady) == surprised, (name, seconds)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_owners_are_even(experts: int, devices: int) -> None:
+    owner_E = owners(experts, devices)
+    counts_D = np.bincount(owner_E, minlength=devices)
+    assert len(counts_D) == devices and counts_D.max() - counts_D.min() <= 1
