@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names in the optimizer's state and in a checkpoint
+
 
 @dataclass(frozen=True)
 class AdamWSettings:

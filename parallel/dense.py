@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.adamw import AdamWSettings, adamw, set_lr, zero_state
-from parallel.expert_shards import MOMENTS, ExpertShards
+from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
+from parallel.expert_shards import ExpertShards
 from parallel.topology import World
 
 
@@ -90,7 +90,6 @@ class DenseZeRO:
         Raises:
             NonFiniteGradient: before anything is changed; all ranks raise together, since the norm is the same on all.
         """
-        experts.average_gradients()
         self._experts_squared_norm = float(experts.squared_norm())
         set_lr(self.zero.optimizer, lr)
         self.engine.step()

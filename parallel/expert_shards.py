@@ -1,10 +1,12 @@
-"""Who owns the experts of all MoE layers, and steps them: float32 masters, gradients, AdamW's moments, once in the world.
+"""Who owns the experts of all MoE layers: float32 masters, gradients, AdamW's moments, once in the world.
 
 FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit, any rank may own any experts, but every rank owns equally
-many over all layers together. What the model computes with, copies included, lies in the arena (expert_arena.py).
+many over all layers together. What the model computes with, copies included, lies in the arena (expert_arena.py). Masters,
+gradients and moments lie with the optimizer, on the rank's device (expert_optimizer.py) or on its host (offload.py).
 
 Experts stay out of the dense module and out of DeepSpeed. Gradients are sums over ranks of gradients of local losses, each
-multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes them those of the global loss.
+multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes them those of the global loss,
+which the norm and the step do.
 
 Letters: L MoE layers, E experts of a layer, O experts owned by a rank over all layers.
 """
@@ -18,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.adamw import AdamWSettings, adamw, set_lr, zero_state
+from parallel.adamw import AdamWSettings
 from parallel.expert_arena import ExpertArena, ExpertShape
+from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
+from parallel.offload import CPUAdamW
 from parallel.placement import Ints, without_copies
 from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("gate_up", "down")
 
 
@@ -40,65 +43,53 @@ class ExpertShards:
         world: World,
         dtype: torch.dtype,
         settings: AdamWSettings,
+        offload: bool,
     ) -> None:
         """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
 
-        `copies` is the arena's room for copies of other ranks' experts.
+        `copies` is the arena's room for copies of other ranks' experts. With `offload` the optimizer lies on the host.
         """
         self.world = world
         self.owner_LE = owner_LE
         self.own = _own(owner_LE, world)
-        self.masters = shape.matrices(len(self.own), torch.float32, world.device)
+        masters = shape.matrices(len(self.own), torch.float32, torch.device("cpu") if offload else world.device)
         for row, (layer, expert) in enumerate(self.own):
-            for master, value in zip(self.masters, initial(layer, expert), strict=True):
+            for master, value in zip(masters, initial(layer, expert), strict=True):
                 master[row].copy_(value)
-        for master in self.masters:
-            master.requires_grad_()
-        self.optimizer = adamw(list(self.masters), settings)
-        for master in self.masters:
-            self.optimizer.state[master].update(zero_state(master))
-        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, self._add_gradients)
+        self.optimizer: ExpertOptimizer
+        self.optimizer = CPUAdamW(masters, settings, world.device) if offload else DeviceAdamW(masters, settings)
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, self.optimizer.add_gradients)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 
-    # ------------------------------------------------------------ gradients and the update
-
-    def _add_gradients(self, row: int, gradients: Parts) -> None:
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            master.grad[row : row + gradient.shape[0]].add_(gradient)
-
-    def average_gradients(self) -> None:
-        """After the last micro-batch's backward: from the sum of scaled local losses to the gradient of the global loss."""
-        for master in self.masters:
-            assert master.grad is not None, "every MoE layer gives gradients, zeros where no token came"
-            master.grad.div_(self.world.size)
+    # ------------------------------------------------------------ the update
 
     def squared_norm(self) -> Tensor:
-        """The squared gradient norm of the experts of all ranks, each counted once; the same on every rank."""
-        own = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for master in self.masters:
-            assert master.grad is not None, "average_gradients comes first"
-            own += master.grad.double().square().sum()
-        return self.world.sum(own)
+        """The squared gradient norm of the experts of all ranks, each counted once; the same on every rank.
+
+        After the last micro-batch's backward.
+        """
+        return self.world.sum(self.optimizer.squared_norm()) / self.world.size**2
 
     def step(self, lr: float, scale: float) -> None:
-        """One AdamW update with gradients multiplied by `scale`; gradients are gone afterwards."""
-        for master in self.masters:
-            assert master.grad is not None, "average_gradients comes first"
-            master.grad.mul_(scale)
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.round_masters()
+        """One AdamW update with the global loss's gradients multiplied by `scale`; gradients are gone afterwards. Local."""
+        self.optimizer.step(lr, scale / self.world.size, self.arena.rows)
+        self.arena.outdated()
 
-    @torch.no_grad()
     def round_masters(self) -> None:
         """Brings the weights that the model computes with up to the masters. Local."""
-        for rows, master in zip(self.arena.rows, self.masters, strict=True):
-            rows[: len(self.own)].copy_(master)
+        self.optimizer.round_masters(self.arena.rows)
         self.arena.outdated()
+
+    def reset_optimizer(self) -> None:
+        """Moments and step count become zero. Local."""
+        for moments in self.optimizer.moments:
+            for moment in moments.values():
+                moment.zero_()
+        self.set_step_count(0)
+
+    def set_step_count(self, steps: int) -> None:
+        self.optimizer.set_step_count(steps)
 
     # ------------------------------------------------------------ owners
 
@@ -111,9 +102,9 @@ class ExpertShards:
         own = _own(owner_LE, self.world)
         if len(own) != len(self.own):
             raise ValueError(f"rank {self.world.rank} would own {len(own)} experts instead of {len(self.own)}")
-        for master in self.masters:
-            assert master.grad is None, "experts move between updates, when there are no gradients"
-            for tensor in (master.data, *self.moments(master).values()):
+        assert self.optimizer.gradients() is None, "experts move between updates, when there are no gradients"
+        for master, moments in zip(self.optimizer.masters, self.optimizer.moments, strict=True):
+            for tensor in (master, *moments.values()):
                 tensor.copy_(_resharded(tensor, self.owner_LE, owner_LE, self.world))
         self.owner_LE, self.own = owner_LE, own
         self.arena.place([without_copies(owner_E, self.world.size) for owner_E in owner_LE])
@@ -121,22 +112,15 @@ class ExpertShards:
 
     # ------------------------------------------------------------ state
 
-    def moments(self, master: Tensor) -> dict[str, Tensor]:
-        return {key: self.optimizer.state[master][key] for key in MOMENTS}
-
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
         """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Views. Local."""
         for row, (layer, expert) in enumerate(self.own):
-            for part, master in zip(PARTS, self.masters, strict=True):
+            for part, master, moments in zip(PARTS, self.optimizer.masters, self.optimizer.moments, strict=True):
                 name = f"experts.{layer}.{expert}.{part}"
                 yield name, master.detach()[row]
                 if with_moments:
-                    for key, moment in self.moments(master).items():
+                    for key, moment in moments.items():
                         yield f"{name}.{key}", moment[row]
-
-    def set_step_count(self, steps: int) -> None:
-        for master in self.masters:
-            self.optimizer.state[master]["step"].fill_(steps)
 
     def gathered(self, layer: int) -> Parts | None:
         """All experts of a layer in the dtype of the model, (E, 2F, D) and (E, D, F), on rank 0; None elsewhere."""
@@ -162,18 +146,27 @@ def _own(owner_LE: Ints, world: World) -> list[tuple[int, int]]:
 
 
 def _resharded(tensor: Tensor, old_LE: Ints, new_LE: Ints, world: World) -> Tensor:
-    """The rows of this rank's experts under new owners: those that stay are copied, those that move are sent."""
+    """The rows of this rank's experts under new owners: those that stay are copied, those that move are sent.
+
+    They go from device to device, wherever `tensor` lies, a few at a time, so that what lies on a host needs little room there.
+    """
     old = {name: row for row, name in enumerate(_own(old_LE, world))}
     new = {name: row for row, name in enumerate(_own(new_LE, world))}
     rows = torch.empty_like(tensor)
     for name in old.keys() & new.keys():
         rows[new[name]].copy_(tensor[old[name]])
-    messages = []
-    for tag, (layer, expert) in enumerate(np.argwhere(old_LE != new_LE).tolist()):
-        source, target = int(old_LE[layer, expert]), int(new_LE[layer, expert])
-        if source == world.rank:
-            messages.append(dist.P2POp(dist.isend, tensor[old[layer, expert]], target, tag=tag))
-        elif target == world.rank:
-            messages.append(dist.P2POp(dist.irecv, rows[new[layer, expert]], source, tag=tag))
-    Pending(messages).wait()
+    moved = np.argwhere(old_LE != new_LE).tolist()
+    for first in range(0, len(moved), world.size):  # about one expert to send and one to receive for every rank
+        messages, arriving = [], []
+        for tag, (layer, expert) in enumerate(moved[first : first + world.size]):
+            source, target = int(old_LE[layer, expert]), int(new_LE[layer, expert])
+            if source == world.rank:
+                messages.append(dist.P2POp(dist.isend, tensor[old[layer, expert]].to(world.device), target, tag=tag))
+            elif target == world.rank:
+                row = rows[new[layer, expert]]
+                arriving.append((row, torch.empty_like(row, device=world.device)))
+                messages.append(dist.P2POp(dist.irecv, arriving[-1][1], source, tag=tag))
+        Pending(messages).wait()
+        for row, arrived in arriving:
+            row.copy_(arrived)
     return rows

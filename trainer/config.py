@@ -149,6 +149,7 @@ class ParallelConfig(Record):
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
     reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
+    offload: Literal["none", "cpu"]  # cpu: experts' masters, gradients and moments in the memory of the host, stepped there
 
     def copies_kept(self, layers: int, ranks: int) -> int:
         """For how many copies of experts a rank keeps room; those that only a running rank can tell are not counted."""

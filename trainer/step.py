@@ -58,7 +58,8 @@ class Trainer:
         self.spec, self.world = spec, world
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
-        self.experts = ExpertShards(shape, partial(initial_expert, config, spec.seed), owner_LE, 0, world, dtype, spec.adamw)
+        initial, offload = partial(initial_expert, config, spec.seed), spec.parallel.offload == "cpu"
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, spec.adamw, offload)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config)
         self.model.initialize(spec.seed)
@@ -213,7 +214,8 @@ class Trainer:
     @torch.no_grad()
     def reset_optimizer(self) -> None:
         """Moments and step count become zero, as before the first update; weights stay."""
-        for state in (*self.experts.optimizer.state.values(), *self.dense.zero.optimizer.state.values()):
+        self.experts.reset_optimizer()
+        for state in self.dense.zero.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
         self.updates = 0

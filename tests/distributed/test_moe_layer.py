@@ -123,13 +123,14 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
 
-def spread(world: World, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    return [spread_case(world, case(seed, world.size)) for seed in seeds]
+def spread(world: World, seeds: Sequence[int], offload: bool) -> list[dict[str, Any]]:
+    return [spread_case(world, case(seed, world.size), offload) for seed in seeds]
 
 
-def spread_case(world: World, told: Case) -> dict[str, Any]:
+def spread_case(world: World, told: Case, offload: bool) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
-    shards = ExpertShards(SHAPE, initial, told.owner_LE, SHAPE.layers * SHAPE.experts, world, torch.float32, ADAMW)
+    copies = SHAPE.layers * SHAPE.experts
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, ADAMW, offload)
     layers = [ShardedExperts(layer, shards.arena) for layer in range(SHAPE.layers)]
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
@@ -146,13 +147,11 @@ def spread_case(world: World, told: Case) -> dict[str, Any]:
                 again = forward(x, logits, layers, recompute=False)
             torch.testing.assert_close(again, y)
             found["tokens"].append((y.detach(), x.grad / world.size, logits.grad / world.size))
-        shards.average_gradients()
         found["norms"].append(shards.squared_norm().item())
         if step == 0:
-            gradients = [master.grad for master in shards.masters]
-            found["gradients"] = {
-                own: [g[row].clone() for g in gradients if g is not None] for row, own in enumerate(shards.own)
-            }
+            gradients = shards.optimizer.gradients()
+            assert gradients is not None
+            found["gradients"] = {own: [g[row] / world.size for g in gradients] for row, own in enumerate(shards.own)}
         shards.step(LR, scale=0.5)
     found["state"] = {name: tensor.clone() for name, tensor in shards.named_state(with_moments=True)}
     return found
@@ -194,9 +193,9 @@ def close(found: Tensor, expected: Tensor, where: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{where}: {text}")
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_sharded_experts_equal_experts_on_one_device(size: int) -> None:
-    by_rank = run_ranks(spread, size, range(CASES))
+@pytest.mark.parametrize(("size", "offload"), [(1, False), (2, False), (4, False), (8, False), (1, True), (2, True)])
+def test_sharded_experts_equal_experts_on_one_device(size: int, offload: bool) -> None:
+    by_rank = run_ranks(spread, size, range(CASES), offload)
     for seed in range(CASES):
         told, results = case(seed, size), [rank[seed] for rank in by_rank]
         expected = one_device(told, size)

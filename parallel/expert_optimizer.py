@@ -1,0 +1,91 @@
+"""The AdamW of the experts that a rank owns: float32 masters, gradients and moments, on the rank's device.
+
+`ExpertOptimizer` is what the owner asks of it; offload.py keeps the same in the memory of the host. A row is one expert.
+Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
+from parallel.sparse_collectives import Parts
+
+
+class ExpertOptimizer(ABC):
+    masters: Parts  # gate_up (O, 2F, D) and down (O, D, F), float32
+    moments: tuple[dict[str, Tensor], ...]  # of each of the masters, by the names of MOMENTS
+
+    @abstractmethod
+    def add_gradients(self, row: int, gradients: Parts) -> None:
+        """Adds gradients of that row and those behind it, which must not change any more."""
+
+    @abstractmethod
+    def gradients(self) -> Parts | None:
+        """What has been added since the last step, shaped as the masters, once all of it has arrived; None before the first."""
+
+    @abstractmethod
+    def squared_norm(self) -> Tensor:
+        """Of all gradients, float64 on the rank's device."""
+
+    @abstractmethod
+    def step(self, lr: float, scale: float, weights: Parts) -> None:
+        """One update with gradients multiplied by `scale`, which are gone afterwards, then `round_masters`."""
+
+    @abstractmethod
+    def round_masters(self, weights: Parts) -> None:
+        """Writes the masters into the first rows of `weights`, in their dtype. Between updates only."""
+
+    @abstractmethod
+    def set_step_count(self, steps: int) -> None:
+        """How many updates the moments have seen."""
+
+
+class DeviceAdamW(ExpertOptimizer):
+    """torch's AdamW, where the experts are computed."""
+
+    def __init__(self, masters: Parts, settings: AdamWSettings) -> None:
+        self.masters = masters
+        for master in masters:
+            master.requires_grad_()
+        self._adamw = adamw(list(masters), settings)
+        for master in masters:
+            self._adamw.state[master].update(zero_state(master))
+        self.moments = tuple({key: self._adamw.state[master][key] for key in MOMENTS} for master in masters)
+
+    def add_gradients(self, row: int, gradients: Parts) -> None:
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            master.grad[row : row + gradient.shape[0]].add_(gradient)
+
+    def gradients(self) -> Parts | None:
+        found = tuple(master.grad for master in self.masters if master.grad is not None)
+        return found or None
+
+    def squared_norm(self) -> Tensor:
+        gradients = self.gradients()
+        assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
+        return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+
+    def step(self, lr: float, scale: float, weights: Parts) -> None:
+        gradients = self.gradients()
+        assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
+        for gradient in gradients:
+            gradient.mul_(scale)
+        set_lr(self._adamw, lr)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        self.round_masters(weights)
+
+    @torch.no_grad()
+    def round_masters(self, weights: Parts) -> None:
+        for rows, master in zip(weights, self.masters, strict=True):
+            rows[: master.shape[0]].copy_(master)
+
+    def set_step_count(self, steps: int) -> None:
+        for master in self.masters:
+            self._adamw.state[master]["step"].fill_(steps)

@@ -1,0 +1,191 @@
+"""The owners' optimizer in the memory of the host: masters, moments and gradients there, stepped by DeepSpeed's CPU AdamW.
+
+Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840. On the rank's device stay the weights that it computes with.
+
+Letters: O experts owned by a rank over all layers.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.errors import UserError
+from parallel.adamw import MOMENTS, AdamWSettings
+from parallel.expert_optimizer import ExpertOptimizer
+from parallel.sparse_collectives import Parts
+
+UNDER_WAY_BYTES = 512 * 2**20  # of gradients that may wait on the device for their way to the host, beside the newest
+
+
+class CPUAdamW(ExpertOptimizer):
+    """DeepSpeed's AdamW for CPUs on masters and moments of the host."""
+
+    def __init__(self, masters: Parts, settings: AdamWSettings, device: torch.device) -> None:
+        """`device` is where experts are computed and gradients come from."""
+        self.masters, self._settings = masters, settings
+        self.moments = tuple({key: torch.zeros_like(master) for key in MOMENTS} for master in masters)
+        self._gradients = HostGradients(masters, device)
+        self._experts = [tuple(master[row] for master in masters) for row in range(masters[0].shape[0])]
+        self._adamw = _cpu_adam([part for expert in self._experts for part in expert], settings)
+        for row, expert in enumerate(self._experts):
+            for part, gradient, moments in zip(expert, self._gradients.parts, self.moments, strict=True):
+                part.grad = gradient[row]
+                self._adamw.state[part].update({"step": 0, **{key: moment[row] for key, moment in moments.items()}})
+
+    def add_gradients(self, row: int, gradients: Parts) -> None:
+        self._gradients.add(row, gradients)
+
+    def gradients(self) -> Parts | None:
+        return self._gradients.arrived()
+
+    def squared_norm(self) -> Tensor:
+        return self._gradients.squared_norm()
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float, weights: Parts) -> None:
+        assert self._gradients.arrived() is not None, "every MoE layer gives gradients, zeros where no token came"
+        group = self._adamw.param_groups[0]
+        # One expert after the other: the weights of each are on their way to the device while the next is stepped.
+        for row, expert in enumerate(self._experts):
+            for part in expert:
+                assert part.grad is not None
+                part.grad.mul_(scale)
+            group.update(self._constants(lr, self._adamw.state[expert[0]]["step"] + 1), params=list(expert))
+            self._adamw.step()
+            self._round(row, weights)
+        self._gradients.clear()
+
+    def _constants(self, lr: float, step: int) -> dict[str, float]:
+        """The group's settings with AdamW's bias correction in them; the operator's own is off.
+
+        That one multiplies powers of beta up in float32 from step to step, so its bits depend on where a run was resumed.
+        lr / c1 * m / (sqrt(v) / c2 + eps) is lr * c2 / c1 * m / (sqrt(v) + eps * c2), and the decay stays lr * weight_decay.
+        Moments are averaged with betas in float32, so those are what is corrected for.
+        """
+        beta1, beta2 = torch.tensor(self._settings.betas, dtype=torch.float32).tolist()
+        c1, c2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        return {
+            "lr": lr * c2 / c1,
+            "eps": self._settings.eps * c2,
+            "weight_decay": self._settings.weight_decay * c1 / c2,
+        }
+
+    @torch.no_grad()
+    def round_masters(self, weights: Parts) -> None:
+        for row in range(len(self._experts)):
+            self._round(row, weights)
+
+    def _round(self, row: int, weights: Parts) -> None:
+        """Rounded here, where gradients were until now: pinned, and in bfloat16 half the bytes cross."""
+        for part, gradient, rows in zip(self._experts[row], self._gradients.parts, weights, strict=True):
+            rounded = gradient[row].view(-1).view(rows.dtype)[: part.numel()].view(part.shape)
+            rows[row].copy_(rounded.copy_(part), non_blocking=True)
+
+    def set_step_count(self, steps: int) -> None:
+        for state in self._adamw.state.values():
+            state["step"] = steps
+
+
+class HostGradients:
+    """Float32 gradients in the memory of the host, pinned if the device is a GPU; masters and moments never cross, so they need
+    not be.
+
+    Every contribution is added on the device: on a stream of its own the sum so far comes from the host and the new one goes
+    back, while backward goes on below. So the thread that launches backward waits for nothing, and the host's memory is read
+    and written once; adding there would take room for arrivals, a thread that waits for them, and reading them besides. The
+    first contribution to a row in a step only goes out. Sums have the bits that they have without offload.
+    """
+
+    def __init__(self, masters: Parts, device: torch.device) -> None:
+        rows = masters[0].shape[0]
+        self.parts = tuple(torch.empty_like(master) for master in masters)
+        self._squares = torch.zeros(len(masters), rows, dtype=torch.float64, device=device)  # of each row's norm
+        self._filled = [False] * rows  # rows with a contribution in this step
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._under_way: deque[tuple[torch.cuda.Event, Parts]] = deque()
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            for part in self.parts:
+                _pin(part)
+
+    def add(self, row: int, gradients: Parts) -> None:
+        """Adds gradients of that row and those behind it."""
+        if not gradients[0].shape[0]:
+            return
+        if self._stream is None:
+            self._add(row, gradients)
+            return
+        self._wait_for_room()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._add(row, gradients)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((event, gradients))
+
+    def _wait_for_room(self) -> None:
+        """Backward waits where the way to the host is slower. Gradients are kept until backward's stream has waited for their
+        copies, so their memory is free for what it computes next, whenever the host comes by."""
+        while sum(part.nbytes for _, parts in self._under_way for part in parts) > UNDER_WAY_BYTES:
+            event, _ = self._under_way.popleft()
+            torch.cuda.current_stream().wait_event(event)
+
+    @torch.no_grad()
+    def _add(self, row: int, gradients: Parts) -> None:
+        rows = slice(row, row + gradients[0].shape[0])
+        for part, gradient, squares in zip(self.parts, gradients, self._squares, strict=True):
+            filled = self._filled[row]
+            total = part[rows].to(self._device, non_blocking=True).add_(gradient) if filled else gradient.float()
+            squares[rows] = torch.linalg.vector_norm(total, dim=(1, 2), dtype=torch.float64).square()
+            part[rows].copy_(total, non_blocking=True)
+        self._filled[rows] = [True] * gradients[0].shape[0]
+
+    def arrived(self) -> Parts | None:
+        """The gradients, once they are all here; None if there were none since `clear`."""
+        if self._stream is not None:
+            self._stream.synchronize()
+            self._under_way.clear()
+        assert all(self._filled) or not any(self._filled), "gradients came for some experts only"
+        return self.parts if any(self._filled) else None
+
+    def squared_norm(self) -> Tensor:
+        assert self.arrived() is not None, "every MoE layer gives gradients, zeros where no token came"
+        return self._squares.sum()
+
+    def clear(self) -> None:
+        self._filled = [False] * len(self._filled)
+
+
+def _pin(tensor: Tensor) -> None:
+    """Page-locks memory that there is. torch's own pinned memory comes in powers of two, up to twice of what is asked for."""
+    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(address, tensor.nbytes, 0)))
+    weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+
+
+def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:
+    """DeepSpeed's operator, compiled by the first process that asks for it on a machine.
+
+    Raises:
+        UserError: it cannot be compiled or loaded.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # after RANK and WORLD_SIZE are set; it also takes a second
+
+    try:
+        optimizer = DeepSpeedCPUAdam(
+            parameters, betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
+        )
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0][:200]
+        raise UserError(
+            f"parallel.offload=cpu needs DeepSpeed's AdamW for CPUs, which cannot be compiled here: {reason}. "
+            "Install g++ and put it and ninja on the PATH, or set parallel.offload=none"
+        ) from error
+    return optimizer
