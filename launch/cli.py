@@ -16,6 +16,7 @@ from inspect import isclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -108,7 +109,7 @@ def print_plan(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int
         model = model.model_copy(update={"vocab_size": config.tokenizer.vocab_size})
     asked = config.train.dtype if isinstance(config, PretrainConfig) else config.loop.dtype
     print(as_yaml(config))
-    print("\n".join(budget_lines(config, model, ranks, *choose_dtype(asked))))
+    print("\n".join(budget_lines(config, model, ranks, *choose_dtype(asked), on_gpu=torch.cuda.is_available())))
     print("dry run: nothing was started")
 
 

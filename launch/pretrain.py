@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from launch.cli import main, print_plan
 from launch.report import write_report
 from trainer.cluster import check_port, choose_ranks, run_attempts
@@ -31,7 +33,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     with Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
         model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
         dtype, reason = choose_dtype(config.train.dtype)
-        for line in budget_lines(config, model, ranks, dtype, reason):
+        for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         training = Pretraining(config, model, corpus, ranks, dtype, run, tracker)
         run_attempts(config.cluster, ranks, training.attempt, tracker.say)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from kernels.errors import UserError
 from launch.cli import main, print_plan
 from launch.report import write_report
@@ -36,7 +38,7 @@ def reinforce(config: RLConfig) -> Path | None:
     run = RunDir.open(config, "rl")
     with Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
         dtype, reason = choose_dtype(config.loop.dtype)
-        for line in budget_lines(config, model, ranks, dtype, reason):
+        for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         work = Reinforcement(config, model, tokenizer, task, start_from, ranks, dtype, run, tracker)
         run_attempts(config.cluster, ranks, work.attempt, tracker.say)

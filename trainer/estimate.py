@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
+from parallel.offload import UNDER_WAY_BYTES
 from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig
 from trainer.model.transformer import parameter_counts
 
@@ -22,7 +23,7 @@ LABELS = {"optimizer_state": "optimizer"}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank: on its device, and of its host's memory what offloading puts there."""
 
     parameters: int  # what the model computes with
     copies: int  # of experts that other ranks own
@@ -30,31 +31,49 @@ class Memory:
     optimizer_state: int  # AdamW's two moments and float32 master weights
     activations: int  # of one micro-batch
     logits: int  # what exists at once of the logits and of what is made of them
+    host: int  # beside a GPU
+
+    @property
+    def on_device(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.on_device.values())
 
 
 def memory_per_rank(
-    model: ModelConfig, ranks: int, rows: int, sequence_length: int, dtype: str, parallel: ParallelConfig, recompute: bool
+    model: ModelConfig,
+    ranks: int,
+    rows: int,
+    sequence_length: int,
+    dtype: str,
+    parallel: ParallelConfig,
+    recompute: bool,
+    on_gpu: bool,
 ) -> Memory:
     """Memory of one of `ranks` ranks that takes `rows` rows through the model at once.
 
     Every rank owns equally many experts with all that belongs to them, and has room for `parallel.memory` copies a layer. ZeRO
-    splits the optimizer state of the dense parameters, stage 2 their gradients too.
+    splits the optimizer state of the dense parameters, stage 2 their gradients too. A rank on a CPU has one memory, offload or
+    not.
     """
     counts, size = parameter_counts(model), BYTES[dtype]
     experts = (counts.total - counts.dense) // ranks
     dense_gradients = counts.dense * size // (ranks if parallel.zero_stage == 2 else 1)
+    expert_gradients, expert_state, host = experts * FLOAT32, experts * 3 * FLOAT32, 0
+    if parallel.offload == "cpu" and on_gpu:
+        host = expert_gradients + expert_state
+        expert_gradients, expert_state = min(experts * size, UNDER_WAY_BYTES), 0
     tokens = rows * sequence_length
     return Memory(
         parameters=counts.dense * size + experts * size,
         copies=parallel.copies_kept(model.num_moe_layers, ranks) * counts.per_expert * size,
-        gradients=dense_gradients + experts * FLOAT32,
-        optimizer_state=counts.dense * 3 * FLOAT32 // ranks + experts * 3 * FLOAT32,
+        gradients=dense_gradients + expert_gradients,
+        optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
         activations=tokens * _activations_per_token(model, size, ranks, recompute),
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
+        host=host,
     )
 
 
@@ -96,22 +115,23 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
 # ---------------------------------------------------------------- in words
 
 
-def budget_lines(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int, dtype: str, reason: str) -> list[str]:
+def budget_lines(
+    config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int, dtype: str, reason: str, on_gpu: bool
+) -> list[str]:
     """What is printed before a run. `reason` says why the dtype is what it is."""
     counts = parameter_counts(model)
     run, rows, length, recompute = _pretraining(config, model) if isinstance(config, PretrainConfig) else _rounds(config)
-    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute)
-    parts = ", ".join(
-        f"{LABELS.get(field.name, field.name)} {share:.0%}"
-        for field in fields(memory)
-        if (share := getattr(memory, field.name) / memory.total) >= 0.005
-    )
+    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu)
+    shares = {LABELS.get(name, name): size / memory.total for name, size in memory.on_device.items()}
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    host = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and optimizer"] if memory.host else []
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [
         f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
         *run,
         f"ranks   {ranks} x {model.num_experts // ranks} experts a layer, micro-batches of {rows} x {length:,} tokens",
         f"memory  {in_gib(memory.total)} a rank, without libraries: {parts}",
+        *host,
         f"dtype   {dtype}: {reason}",
     ]
 

@@ -91,16 +91,12 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
         (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto")}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
+        (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
+        (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
     ],
     ids=[
-        "1-rank",
-        "2-ranks-accumulating",
-        "4-ranks-recompute",
-        "2-ranks-zero2-ep",
-        "2-ranks-rematerialise",
-        "4-ranks-reshard",
-        "2-ranks-measured",
-        "4-ranks-llep",
+        *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
+        *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep", "1-rank-offload", "2-ranks-offload-reshard"],
     ],
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
@@ -183,3 +179,20 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
     with pytest.raises(UserError, match=r"model.top_k: checkpoint 2, configuration 3"):
         damaged.write_bytes(bytes(content[:-5]) + bytes([content[-5] ^ 1]) + bytes(content[-4:]))
         checkpoint.read_meta(tmp_path / "step_000002", tiny_model(top_k=3))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_checkpoints_with_and_without_offload_load_each_other_bit_for_bit(tmp_path: Path, size: int) -> None:
+    told = {offload: spec(tiny_model(), micro_rows=2, parallel=parallel(offload=offload)) for offload in ("none", "cpu")}
+    losses = {}
+    for offload in told:
+        (tmp_path / offload).mkdir()
+        written = run_ranks(save_and_go_on, size, told[offload], str(tmp_path / offload))
+        losses[offload] = written[0][1]
+        for loading in ["none", "cpu"] if offload == "cpu" else ["cpu"]:
+            loaded = run_ranks(load_and_go_on, size, told[loading], str(tmp_path / offload))
+            require_equal(whole([s for s, _ in loaded]), whole([s for s, _ in written]), same_owners=True)
+            if loading == offload:
+                assert loaded[0][1] == written[0][1], "with offload a run does not go on bit for bit"
+            assert loaded[0][1] == pytest.approx(written[0][1], rel=1e-5)
+    assert losses["cpu"] == pytest.approx(losses["none"], rel=1e-5)

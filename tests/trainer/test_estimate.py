@@ -8,7 +8,7 @@ import torch
 from launch.cli import load
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig, PretrainConfig, RLConfig
-from trainer.estimate import budget_lines, flops_per_token, in_gib, memory_per_rank, millions, scaled
+from trainer.estimate import Memory, budget_lines, flops_per_token, in_gib, memory_per_rank, millions, scaled
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel, parameter_counts
 
@@ -47,13 +47,13 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.d
 def test_activations_are_what_autograd_keeps_within_a_fifth(dtype: str, changes: dict[str, object]) -> None:
     model = MODEL.model_copy(update=changes)
     measured = kept_for_backward(model, rows=4, length=256, dtype=getattr(torch, dtype))
-    estimated = memory_per_rank(model, 1, 4, 256, dtype, parallel=CONFIG.parallel, recompute=False).activations
+    estimated = memory_per_rank(model, 1, 4, 256, dtype, parallel=CONFIG.parallel, recompute=False, on_gpu=False).activations
     assert estimated == pytest.approx(measured, rel=0.2)
 
 
 def test_state_of_one_float32_rank_is_exact() -> None:
     counts = parameter_counts(MODEL)
-    memory = memory_per_rank(MODEL, 1, 1, 256, "float32", parallel=CONFIG.parallel, recompute=False)
+    memory = memory_per_rank(MODEL, 1, 1, 256, "float32", parallel=CONFIG.parallel, recompute=False, on_gpu=False)
     assert memory.parameters == memory.gradients == 4 * counts.total
     assert memory.optimizer_state == 12 * counts.total and memory.copies == 0
     assert memory.total == memory.parameters * 2 + memory.optimizer_state + memory.activations + memory.logits
@@ -62,7 +62,7 @@ def test_state_of_one_float32_rank_is_exact() -> None:
 def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:
     def plan(ranks: int = 2, stage: int = 1, recompute: bool = False) -> tuple[int, int, int, int]:
         parallel = CONFIG.parallel.model_copy(update={"zero_stage": stage})
-        memory = memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", parallel, recompute)
+        memory = memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", parallel, recompute, on_gpu=False)
         return memory.parameters, memory.gradients, memory.optimizer_state, memory.activations
 
     assert plan(ranks=4)[0] < plan()[0] and plan(ranks=4)[2] == plan()[2] // 2
@@ -73,10 +73,25 @@ def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:
 def test_copies_take_room_for_every_layer_or_for_one() -> None:
     def copies(**changes: object) -> int:
         parallel = CONFIG.parallel.model_copy(update={"memory": 2, **changes})
-        return memory_per_rank(MODEL, 2, 8, 256, "bfloat16", parallel, recompute=False).copies
+        return memory_per_rank(MODEL, 2, 8, 256, "bfloat16", parallel, recompute=False, on_gpu=False).copies
 
     one = 2 * 3 * MODEL.hidden_size * MODEL.expert_hidden_size
     assert copies() == 2 * MODEL.num_moe_layers * one and copies(rematerialise=True) == 2 * one and copies(memory=0) == 0
+
+
+def test_offloading_moves_the_state_of_experts_from_a_gpu_to_its_host() -> None:
+    counts = parameter_counts(MODEL)
+    experts = (counts.total - counts.dense) // 2
+
+    def plan(offload: str, on_gpu: bool) -> Memory:
+        parallel = CONFIG.parallel.model_copy(update={"offload": offload})
+        return memory_per_rank(MODEL, 2, 8, 256, "bfloat16", parallel, recompute=False, on_gpu=on_gpu)
+
+    without, offloaded = plan("none", on_gpu=True), plan("cpu", on_gpu=True)
+    assert without.host == 0 and offloaded.host == 16 * experts
+    assert offloaded.optimizer_state == without.optimizer_state - 12 * experts == 12 * counts.dense // 2
+    assert offloaded.gradients == without.gradients - 4 * experts + 2 * experts  # those on their way to the host
+    assert plan("cpu", on_gpu=False) == plan("none", on_gpu=False) == without, "on a CPU there is one memory"
 
 
 def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:
@@ -87,7 +102,7 @@ def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:
 
 
 def test_the_plan_of_a_pretraining_spells_out_its_arithmetic() -> None:
-    text = "\n".join(budget_lines(CONFIG, MODEL, 2, "float32", "no GPU"))
+    text = "\n".join(budget_lines(CONFIG, MODEL, 2, "float32", "no GPU", on_gpu=False))
     for part in (
         "16 rows x 256 tokens = 4,096",
         "160 steps x 4,096 tokens = 655,360",
@@ -99,13 +114,23 @@ def test_the_plan_of_a_pretraining_spells_out_its_arithmetic() -> None:
     assert all(len(line) <= 128 for line in text.splitlines())
 
 
+def test_the_plan_names_the_memory_of_the_host() -> None:
+    config = CONFIG.model_copy(update={"parallel": CONFIG.parallel.model_copy(update={"offload": "cpu"})})
+    train = config.train
+    memory = memory_per_rank(MODEL, 2, train.micro_rows, 256, "bfloat16", config.parallel, train.recompute, on_gpu=True)
+    text = "\n".join(budget_lines(config, MODEL, 2, "bfloat16", "a GPU", on_gpu=True))
+    assert f"memory  {in_gib(memory.total)} a rank" in text and f"host    {in_gib(memory.host)} of its memory a rank" in text
+    assert all(len(line) <= 128 for line in text.splitlines())
+    assert "host" not in "\n".join(budget_lines(config, MODEL, 2, "float32", "no GPU", on_gpu=False))
+
+
 def test_the_plan_of_an_rl_run_counts_samples() -> None:
     config = load(
         RLConfig,
         "rl",
         ["checkpoint=a", "rollout.groups=4", "rollout.samples_per_group=8", "rollout.over_provision=2", "loop.rounds=10"],
     )
-    text = "\n".join(budget_lines(config, MODEL, 1, "float32", "asked"))
+    text = "\n".join(budget_lines(config, MODEL, 1, "float32", "asked", on_gpu=False))
     assert "4 groups x 8 samples = 32" in text and "10 rounds x 32 samples = 320" in text and "2 times as many groups" in text
 
 
