@@ -183,7 +183,7 @@ def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:
             parameters, betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
         )
     except RuntimeError as error:
-        reason = str(error.__cause__ or error).partition("\n")[0][:200]
+        reason = str(error.__cause__ or error).partition("\n")[0].partition(": [")[0]  # without the compiler's command line
         raise UserError(
             f"parallel.offload=cpu needs DeepSpeed's AdamW for CPUs, which cannot be compiled here: {reason}. "
             "Install g++ and put it and ninja on the PATH, or set parallel.offload=none"

@@ -147,4 +147,5 @@ def test_without_a_compiler_there_is_a_way_out(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert "told: parallel.offload=cpu needs" in done.stdout, done.stdout + done.stderr
+    assert "cannot be compiled here: Error building extension 'cpu_adam'. Install" in done.stdout
     assert "Install g++ and put it and ninja on the PATH, or set parallel.offload=none" in done.stdout
