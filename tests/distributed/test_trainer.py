@@ -191,7 +191,7 @@ def test_checkpoints_with_and_without_offload_load_each_other_bit_for_bit(tmp_pa
         losses[offload] = written[0][1]
         for loading in ["none", "cpu"] if offload == "cpu" else ["cpu"]:
             loaded = run_ranks(load_and_go_on, size, told[loading], str(tmp_path / offload))
-            require_equal(whole([s for s, _ in loaded]), whole([s for s, _ in written]), same_owners=True)
+            require_equal(whole([s for s, _ in loaded]), whole([s for s, _ in written]), same_ranks=True)
             if loading == offload:
                 assert loaded[0][1] == written[0][1], "with offload a run does not go on bit for bit"
             assert loaded[0][1] == pytest.approx(written[0][1], rel=1e-5)
