@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.placement import Floats, Placement
+from parallel.placement import Floats, Placement, missing
 from parallel.sparse_collectives import GatherPlan, Parts, SparseAllGather, SparseReduceScatter, gather_plan
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
@@ -73,7 +73,7 @@ class ExpertArena:
         self.rows = shape.matrices(owned + copies, dtype, world.device)
         self._add_gradients = add_gradients
         self._returning: tuple[int, SparseReduceScatter] | None = None
-        self._walking_back = False
+        self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
         self._moved_bytes = 0
 
@@ -112,18 +112,38 @@ class ExpertArena:
         self.layers: list[LayerExperts] = []
         for layer, placement in enumerate(placements):
             shares_ED = placement.copies_ED.astype(np.float64) if shares_LED is None else shares_LED[layer]
-            found = self._layer(placement, shares_ED, own, self.owned + copy)
+            here = int(extra_LD[layer, self.world.rank])
+            found = self._layer(placement, shares_ED, own, range(self.owned + copy, self.owned + copy + here), {})
             self.layers.append(found)
             own += found.owned
-            copy += 0 if rematerialise else int(extra_LD[layer, self.world.rank])
+            copy += 0 if rematerialise else here
         self.outdated()
 
-    def _layer(self, placement: Placement, shares_ED: Floats, first_own: int, first_copy: int) -> LayerExperts:
+    def replace(self, layer: int, placement: Placement, shares_ED: Floats) -> None:
+        """Another placement of one layer whose copies are here, until `place`: copies that stay keep their rows, new ones are
+        fetched at once into rows that are free then."""
+        before = self.layers[layer]
+        others = () if self.rematerialise else (found for found in self.layers if found is not before)
+        taken = {row for found in others for row in found.slots.values()}
+        kept = {expert: row for expert, row in before.slots.items() if placement.copies_ED[expert, self.world.rank]}
+        rows = [row for row in range(self.owned, self.owned + self.copies) if row not in taken and row not in kept.values()]
+        found = self._layer(placement, shares_ED, before.first_own, rows, kept)
+        self.layers[layer], self.placements[layer] = found, placement
+        new = gather_plan(missing(placement, before.placement), self.world.topology, self.world.rank)
+        with self._exposed:
+            SparseAllGather(new, lambda expert: tuple(part[found.slots[expert]] for part in self.rows)).finish()
+        self._moved_bytes += new.num_sends * self.expert_bytes
+
+    def _layer(
+        self, placement: Placement, shares_ED: Floats, first_own: int, rows: Sequence[int], kept: dict[int, int]
+    ) -> LayerExperts:
+        """`rows` are free for copies, those of which `kept` says where they are excepted."""
         rank, device = self.world.rank, self.world.device
         mine = placement.owner_E == rank
         owned, copies = np.flatnonzero(mine).tolist(), np.flatnonzero(placement.copies_ED[:, rank] & ~mine).tolist()
         slots = dict(zip(owned, range(first_own, first_own + len(owned)), strict=True))
-        slots |= dict(zip(copies, range(first_copy, first_copy + len(copies)), strict=True))
+        free = iter(rows)
+        slots |= {expert: kept[expert] if expert in kept else next(free) for expert in copies}
         index_E = torch.full((self.shape.experts,), -1, dtype=torch.int32)
         index_E[list(slots)] = torch.arange(len(slots), dtype=torch.int32)
         ends_ED, phase_E = boundaries(shares_ED, rank)
@@ -170,7 +190,7 @@ class ExpertArena:
 
         Not where activations are recomputed in the backward pass, which is about to need them.
         """
-        if self.rematerialise and not self._walking_back:
+        if self.rematerialise and not self.walking_back:
             self._present.discard(layer)
 
     def exchange_for_previous(self, layer: int) -> None:
@@ -184,9 +204,9 @@ class ExpertArena:
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
         """Surrounds the backward pass of a micro-batch; behind it all gradients have been added at their owners."""
-        self._walking_back = True
+        self.walking_back = True
         yield
-        self._walking_back = False
+        self.walking_back = False
         self._finish_gradients()
 
     def return_gradients(self, layer: int, gradients: Parts) -> None:

@@ -18,7 +18,7 @@ from parallel.flows import Flows, Plan, flows
 from parallel.placement import Budget, Floats, Placement, Topology, missing
 from parallel.routes import Messages, routes
 
-NUMBERS = 10  # in LayerCosts.numbers
+NUMBERS = 11  # in LayerCosts.numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LayerCosts:
     within: Link  # between devices of a node
     across: Link  # between nodes, for each device
     attention_s: float  # forward, of what lies before the layer
+    planning_s: float  # on the host, for one layer
 
     @property
     def numbers(self) -> list[float]:
@@ -49,8 +50,9 @@ class LayerCosts:
 
     @staticmethod
     def from_numbers(numbers: Sequence[float]) -> LayerCosts:
-        entry, expert, row, weights, total, latency, byte, far_latency, far_byte, attention = numbers
-        return LayerCosts(entry, expert, row, weights, total, Link(latency, byte), Link(far_latency, far_byte), attention)
+        entry, expert, row, weights, total, latency, byte, far_latency, far_byte, attention, planning = numbers
+        within, across = Link(latency, byte), Link(far_latency, far_byte)
+        return LayerCosts(entry, expert, row, weights, total, within, across, attention, planning)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from parallel.expert_shards import ExpertShards
 from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
-from parallel.placement import Budget, Floats, Ints, without_copies
-from parallel.planning import reshard
-from parallel.policies import Policy
+from parallel.placement import Budget, Floats, without_copies
+from parallel.planning import predict, reshard
+from parallel.policies import Policy, calibrated
 from parallel.profiling import copies_that_fit, measure_costs
 
 MIB = 2**20
@@ -38,6 +38,7 @@ class MaterialisationSettings:
     memory: int | None  # copies that a rank has room for in each layer; None: as many as fit
     rematerialise: bool  # fetch copies again for the backward pass instead of keeping those of all layers
     reshard_every: int  # updates; 0 keeps the first owners
+    calibrate: bool  # look at a layer's plan again when its gate has decided
     top_k: int
 
 
@@ -46,22 +47,24 @@ class Materialisation:
 
     def __init__(self, shards: ExpertShards, settings: MaterialisationSettings) -> None:
         self.shards, self.settings = shards, settings
-        self.loads: deque[Ints] = deque(maxlen=WINDOW)  # (L, E) of each of the last steps
+        self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self.setting: Setting | None = None  # nothing is copied before it is known
+        self._calibrated = 0  # layers, in this step
         self.place()
 
-    def observe(self, counts_LE: Tensor, updates: int) -> dict[str, float]:
+    def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
         """Takes the loads of the step that is done, moves owners if it is time, and places copies for the next step.
 
         Args:
             counts_LE: tokens per expert of all ranks.
+            micro_batches: over which they came.
             updates: optimizer updates done.
 
         Returns:
             Metrics of the step that is done. Collective.
         """
-        loads_LE = counts_LE.cpu().numpy().astype(np.int64)
-        metrics = self._measured(loads_LE.astype(np.float64))
+        loads_LE = counts_LE.double().cpu().numpy() / micro_batches
+        metrics = self._measured(loads_LE)
         self.loads.append(loads_LE)
         if self.setting is None and self.settings.memory != 0 and updates >= MEASURED_AFTER:
             self._measure()
@@ -89,16 +92,37 @@ class Materialisation:
         placements = [plan.placement for plan in self.plans]
         self.shards.arena.place(placements, shares_LED, rematerialise=self.settings.rematerialise)
 
+    def calibrate(self, layer: int, counts_E: Tensor) -> None:
+        """Before a layer's tokens set out: new copies, where the loads that came make them worth the wait. Collective.
+
+        Args:
+            counts_E: this rank's tokens per expert.
+        """
+        if self.setting is None:
+            return
+        world = self.shards.world
+        loads_E = world.sum(counts_E.clone()).double().cpu().numpy()
+        plan = calibrated(self.plans[layer], loads_E, self.setting)
+        if plan is not self.plans[layer]:
+            self.plans[layer] = plan
+            self._calibrated += 1
+            self.shards.arena.replace(layer, plan.placement, shares(plan, world.topology, world.rank))
+
     def _predicted(self) -> Floats:
-        return np.mean(np.stack(list(self.loads)), axis=0)
+        return predict(np.stack(list(self.loads)))
 
     def _measure(self) -> None:
         """Measures this machine, and makes room for copies. Collective; all ranks come to the same numbers."""
         arena, settings, world = self.shards.arena, self.settings, self.shards.world
         tokens = int(self.loads[-1][0].sum()) // (settings.top_k * world.size)
-        costs = measure_costs(arena, tokens, settings.top_k)
         layers_kept = 1 if settings.rematerialise else arena.shape.layers
         memory = copies_that_fit(arena, layers_kept) if settings.memory is None else settings.memory
+
+        def planning(costs: LayerCosts) -> Plan:
+            setting = Setting(world.topology, settings.top_k, Budget(arena.shape.experts, memory), False, costs)
+            return settings.policy(self.loads[-1][0], self.shards.owner_LE[0], setting)
+
+        costs = measure_costs(arena, tokens, settings.top_k, planning)
         overlap = hidden_copies(costs, world.topology.nodes) if settings.overlap is None else settings.overlap
         self._know(overlap, memory, costs)
 
@@ -126,6 +150,8 @@ class Materialisation:
             ),
             "time/copies_exposed_s": sums[1] / world.size,
         }
+        if self.settings.calibrate:
+            found["moe/layers_calibrated"], self._calibrated = float(self._calibrated), 0
         if self.setting is not None:
             found["moe/copies_hidden"] = float(self.setting.budget.overlap)
             found["moe/copies_room"] = float(self.setting.budget.memory)
@@ -134,9 +160,9 @@ class Materialisation:
     # ------------------------------------------------------------ state
 
     def state(self) -> Tensor:
-        """The loads of the window, (WINDOW, L, E) int64, the newest last; before the first step -1."""
-        missing = [np.full(self.shards.owner_LE.shape, -1)] * (WINDOW - len(self.loads))
-        return torch.from_numpy(np.stack([*missing, *self.loads]).astype(np.int64))
+        """The loads of the window, (WINDOW, L, E) float64, the newest last; before the first step -1."""
+        missing = [np.full(self.shards.owner_LE.shape, UNKNOWN)] * (WINDOW - len(self.loads))
+        return torch.from_numpy(np.stack([*missing, *self.loads]))
 
     def machine(self) -> Tensor:
         """The copies that travel under the attention and those that there is room for, and the costs behind; float64."""

@@ -6,6 +6,7 @@ Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F exper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class ShardedExperts:
 
     layer: int
     arena: ExpertArena
+    calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
 
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the call hides their way."""
@@ -51,6 +53,10 @@ class ShardedExperts:
         if self.arena.attention is not None:
             self.arena.attention.stop()
         experts = self.arena.materialised(self.layer)
+        # Activations that are recomputed must go where they went, and evaluation leaves the plans of training alone.
+        if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
+            self.calibrate(self.layer, routing.counts_E)
+            experts = self.arena.layers[self.layer]
         order = expert_order(routing.experts_TK, experts.index_E.shape[0])
         if self.arena.world.size == 1:
             return self._experts(x_TD, order, routing.weights_TK, experts)

@@ -56,8 +56,13 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
 def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     """A plan for the loads that came, once the gate has decided; the one that there is unless another's gain pays for the wait.
 
-    Source: Hecate, section 4.2, which adds copies; here the room of copies that turned out useless may be used too.
+    Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
+    adds copies; here the room of copies that turned out useless may be used too.
     """
+    passing_s = sum(pass_times(plan, loads_E, setting))
+    gain_s = passing_s * (1 - 1 / imbalance(flows(plan, setting.topology, loads_E).entries_D))
+    if gain_s <= setting.costs.planning_s:
+        return plan
     return _cheapest(plan, loads_E, setting, present=plan.placement)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,10 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 
 @torch.no_grad()
-def measure_costs(arena: ExpertArena, tokens: int, top_k: int) -> LayerCosts:
+def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
     """The costs of a layer for a rank with so many tokens; takes well under a second.
 
-    Raises AssertionError if the arena has not timed the attention before its layers.
+    `planning` plans a layer as it will be planned, with the costs that it is given.
     """
     world, shape = arena.world, arena.shape
     assert arena.attention is not None, "the attention is timed in the updates before"
@@ -47,7 +48,9 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int) -> LayerCosts:
         within=within,
         across=across,
         attention_s=arena.attention.take_mean(),
+        planning_s=0.0,
     )
+    measured = replace(measured, planning_s=_seconds(lambda: planning(measured), torch.device("cpu")))
     slowest = torch.tensor(measured.numbers, dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return LayerCosts.from_numbers(slowest.tolist())

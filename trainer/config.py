@@ -149,6 +149,7 @@ class ParallelConfig(Record):
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
     reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
+    calibrate: bool  # plan a layer's copies again once its gate has decided, where the gain pays for the wait
     offload: Literal["none", "cpu"]  # cpu: experts' masters, gradients and moments in the memory of the host, stepped there
 
     def copies_kept(self, layers: int, ranks: int) -> int:

@@ -66,6 +66,7 @@ _DECLARED = (
         ".0f",
         "copies for which each rank has room in a layer",
     ),
+    Metric("moe/layers_calibrated", "layers", "calibrated", ".0f", "layers whose copies changed when their gate had decided"),
     Metric("moe/copies_mib", "MiB", "memory of copies", ".1f", "memory of the copies on the rank that holds most of them"),
     Metric("moe/moved_mib", "MiB", "moved", ".1f", "weights to copies and gradients from them in the step, sent by all ranks"),
     Metric("moe/owners_moved", "experts", "owners moved", ".0f", "experts that got another owner after the step"),

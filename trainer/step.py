@@ -97,7 +97,7 @@ class Trainer:
         self.updates += 1
         means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
         balance = self._balance(self.world.sum(counts_LE))
-        placement = self.materialisation.observe(counts_LE, self.updates) if self.world.size > 1 else {}
+        placement = self.materialisation.observe(counts_LE, len(starts), self.updates) if self.world.size > 1 else {}
         return {**means, **balance, **placement, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
 
     def _micro_batch(self, batch: TrainBatch, objective: Objective, weight: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -111,12 +111,13 @@ class Trainer:
         return loss, sums, counts_LE
 
     def _forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+        calibrate = self.materialisation.calibrate if self.spec.parallel.calibrate and self.world.size > 1 else None
         output = self.model(
             batch.tokens_BS,
             positions_of(batch.documents_BS),
             batch.documents_BS >= 0,
             PackedAttention(batch.documents_BS),
-            [ShardedExperts(layer, self.experts.arena) for layer in range(self.spec.model.num_moe_layers)],
+            [ShardedExperts(layer, self.experts.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
             self.bias_LE,
             recompute=self.spec.recompute and torch.is_grad_enabled(),
         )
@@ -228,6 +229,7 @@ def materialisation_settings(config: ParallelConfig, top_k: int) -> Materialisat
         memory=None if config.memory == "auto" else config.memory,
         rematerialise=config.rematerialise,
         reshard_every=config.reshard_every,
+        calibrate=config.calibrate,
         top_k=top_k,
     )
 

@@ -42,6 +42,7 @@ from parallel.policies import POLICIES, calibrated
 
 BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
 SEQUENCE = 4096  # tokens of a row, for the attention's time
+PLANNING_S = 2e-3  # a layer; see tests/benchmarks/placement.md
 Trace = Literal["zipf", "drift", "burst", "settling"]
 
 
@@ -182,6 +183,7 @@ def layer_costs(machine: Machine, shape: Shape, tokens: int) -> LayerCosts:
         within=machine.within,
         across=machine.across,
         attention_s=tokens * attention / machine.products,
+        planning_s=PLANNING_S,
     )
 
 

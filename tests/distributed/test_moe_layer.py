@@ -2,14 +2,14 @@
 gradient and three updates.
 
 Every rank gives losses of its own; the sum of all is what one device differentiates. Cases include layers that a rank owns
-nothing of, copies everywhere and nowhere, shares from zero to one, ranks without tokens, experts without tokens, all tokens
-on the same experts, several nodes, rematerialised copies, recomputed activations, several micro-batches, and evaluation in
-between.
+nothing of, copies everywhere and nowhere, other copies behind the gate, shares from zero to one, ranks without tokens, experts
+without tokens, all tokens on the same experts, several nodes, rematerialised copies, recomputed activations, several
+micro-batches, and evaluation in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.router import Routing, route
 from parallel.adamw import AdamWSettings, adamw, set_lr
-from parallel.expert_arena import ExpertShape
+from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.placement import Floats, Ints, Placement
@@ -43,6 +43,7 @@ class Case:
     copies_LED: list[list[np.ndarray[Any, Any]]]  # for each step and layer
     shares: list[list[list[Floats]]]  # for each step, layer and rank: (E, D)
     ranks_per_node: int
+    calibrated: bool  # the gate of each micro-batch finds the copies and shares of the next step better
     rematerialise: bool
     recompute: bool
 
@@ -76,6 +77,7 @@ def case(seed: int, size: int) -> Case:
         copies_LED=copies,
         shares=shares,
         ranks_per_node=int(random.choice([n for n in (1, 2, 4, 8) if size % n == 0])),
+        calibrated=seed % 3 > 0,
         rematerialise=seed % 2 == 0,
         recompute=seed % 4 > 1,
     )
@@ -119,6 +121,14 @@ def forward(x_TD: Tensor, logits_LTE: Tensor, layers: Sequence[LocalExperts | Sh
     return x_TD
 
 
+def calibrating(told: Case, step: int, arena: ExpertArena) -> Callable[[int, Tensor], None] | None:
+    def calibrate(layer: int, counts_E: Tensor) -> None:
+        placement = Placement(told.owner_LE[layer], told.copies_LED[(step + 1) % STEPS][layer])
+        arena.replace(layer, placement, told.shares[(step + 1) % STEPS][layer][arena.world.rank])
+
+    return calibrate if told.calibrated else None
+
+
 def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
@@ -131,12 +141,12 @@ def spread_case(world: World, told: Case, offload: bool) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
     copies = SHAPE.layers * SHAPE.experts
     shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, ADAMW, offload)
-    layers = [ShardedExperts(layer, shards.arena) for layer in range(SHAPE.layers)]
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
         shares_LED = [by_rank[world.rank] for by_rank in told.shares[step]]
         shards.arena.place(placements, shares_LED, rematerialise=told.rematerialise)
+        layers = [ShardedExperts(layer, shards.arena, calibrating(told, step, shards.arena)) for layer in range(SHAPE.layers)]
         for micro in range(MICRO_BATCHES):
             x, logits = leaf(told.x[step][micro][world.rank]), leaf(told.logits[step][micro][world.rank])
             y = forward(x, logits, layers, told.recompute)

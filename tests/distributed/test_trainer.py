@@ -89,7 +89,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (2, {"micro_rows": 4, "parallel": parallel(zero_stage=2, overlap=0, memory=0, reshard_every=0)}),
         (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(rematerialise=True, overlap=4, memory=4)}),
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
-        (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto")}),
+        (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto", calibrate=True)}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),

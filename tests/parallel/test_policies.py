@@ -24,6 +24,7 @@ H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
     within=Link(2e-5, 1 / 370e9),
     across=Link(3e-5, 1 / 50e9),
     attention_s=2e-3,
+    planning_s=1e-3,
 )
 
 
@@ -98,7 +99,7 @@ def test_times_by_hand() -> None:
     np.testing.assert_allclose(found.entries_D, [20, 0, 20, 40])
     np.testing.assert_allclose(found.within_in_D, [10, 0, 10, 10])
     np.testing.assert_allclose(found.across_in_D, [0, 0, 0, 20])
-    costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, Link(1.0, 0.1), Link(2.0, 0.5), attention_s=30.0)
+    costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, Link(1.0, 0.1), Link(2.0, 0.5), attention_s=30.0, planning_s=0.0)
     setting = Setting(topology, 1, Budget(8, 8), False, costs)
     # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides.
     assert exchange_time(found, 80.0, setting) == pytest.approx(2 + 20 * 2 * 0.5)
