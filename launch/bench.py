@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks import experts, fssdp, placement, record, router, vocab_loss
+from launch.benchmarks import collectives, experts, fssdp, placement, record, router, vocab_loss
 from launch.benchmarks.contest import Work
 from launch.benchmarks.options import SHAPES, Options, read_options
 from launch.benchmarks.peers import PACKAGES
@@ -40,6 +40,7 @@ BENCHMARKS = {
     "vocab_loss": Benchmark(vocab_loss.VocabLossOptions, vocab_loss.DEFAULTS, vocab_loss.PEERS, vocab_loss.measure),
     "router": Benchmark(router.RouterOptions, router.DEFAULTS, router.PEERS, router.measure),
     "fssdp": Benchmark(fssdp.FssdpOptions, fssdp.DEFAULTS, fssdp.PEERS, fssdp.measure),
+    "collectives": Benchmark(collectives.CollectivesOptions, collectives.DEFAULTS, {}, collectives.measure, collectives.table),
     "placement": Benchmark(placement.PlacementOptions, placement.DEFAULTS, {}, placement.measure, placement.table),
 }
 
@@ -89,7 +90,7 @@ def _contenders(
 
 def usage() -> str:
     lines = [
-        "usage: python -m launch.bench experts|vocab_loss|router|fssdp|placement [name=value ...]",
+        "usage: python -m launch.bench experts|vocab_loss|router|fssdp|collectives|placement [name=value ...]",
         "",
         "models, and their sizes:",
     ]

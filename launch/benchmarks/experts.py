@@ -23,7 +23,7 @@ from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import expert_order
 from launch.benchmarks import peers
 from launch.benchmarks.contest import Amount, Case, Difference, Inputs, Work, compete
-from launch.benchmarks.options import Listed, OneOrMore, Options, Shape
+from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings, nbytes, sets_needed
 
 Routing = Literal["even", "zipf", "uniform"]
@@ -41,7 +41,7 @@ PEERS: Mapping[str, Callable[[], Work]] = {
 }
 
 
-class ExpertsOptions(Options):
+class ExpertsOptions(TokenOptions):
     hidden: PositiveInt | None = None
     expert_hidden: PositiveInt | None = None
     experts: PositiveInt | None = None

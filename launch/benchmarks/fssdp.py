@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -27,9 +25,10 @@ from kernels.errors import UserError
 from kernels.router import Routing as Routed
 from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
 from launch.benchmarks.experts import draw_inputs, draw_matrices, expert_amount, zipf_ranks
-from launch.benchmarks.options import OneOrMore, Options, Shape
+from launch.benchmarks.options import OneOrMore, Shape, TokenOptions
 from launch.benchmarks.peers import torch_experts
-from launch.benchmarks.timing import Ceilings, Timing, interleaved
+from launch.benchmarks.ranks import on_ranks, slowest
+from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
 from parallel.layer_cost import Setting, layer_time
@@ -38,11 +37,9 @@ from parallel.placement import Budget, even_owners, without_copies
 from parallel.policies import POLICIES
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
-from parallel.topology import World, join, leave
+from parallel.topology import World
 
 Routing = Literal["even", "zipf", "hot"]
-REPEATS = 20
-TIMEOUT_S = 120.0
 PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "memory": 32},
@@ -50,7 +47,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class FssdpOptions(Options):
+class FssdpOptions(TokenOptions):
     hidden: PositiveInt | None = None
     expert_hidden: PositiveInt | None = None
     experts: PositiveInt | None = None
@@ -85,9 +82,7 @@ class Measured:
 
 
 def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings) -> Iterator[Case]:
-    """One case for every model, number of tokens and routing. Raises UserError without a GPU for every rank."""
-    if device.type == "cuda" and torch.cuda.device_count() < options.ranks:
-        raise UserError(f"ranks = {options.ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
+    """One case for every model, number of tokens and routing."""
     cases = [
         Told(name, shape, tokens, routing)
         for name, shape in options.shapes().items()
@@ -97,16 +92,8 @@ def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch
     for told in cases:
         if told.shape.experts % options.ranks:
             raise UserError(f"{told.shape.experts} experts do not divide evenly over ranks = {options.ranks}")
-    for told, measured in zip(cases, _on_ranks(options, cases, device), strict=True):
+    for told, measured in zip(cases, on_ranks(_measure_all, options.ranks, options, cases, device.type), strict=True):
         yield _case(told, measured, options, ceilings)
-
-
-def _on_ranks(options: FssdpOptions, cases: list[Told], device: torch.device) -> list[Measured]:
-    queue = mp.get_context("spawn").SimpleQueue()
-    with TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (options, cases, device.type, folder, queue), nprocs=options.ranks, start_method="spawn")
-        found: list[Measured] = queue.get()
-    return found
 
 
 def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceilings) -> Case:
@@ -137,15 +124,8 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
 # ---------------------------------------------------------------- on a rank
 
 
-def _rank(rank: int, options: FssdpOptions, cases: list[Told], kind: str, folder: str, queue: Any) -> None:
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cpu":
-        torch.set_num_threads(1)
-    world = join(dist.FileStore(f"{folder}/store", options.ranks), rank, options.ranks, device, TIMEOUT_S)
-    found = [_measured(told, options, world) for told in cases]
-    if rank == 0:
-        queue.put(found)
-    leave(world)
+def _measure_all(world: World, options: FssdpOptions, cases: list[Told]) -> list[Measured]:
+    return [_measured(told, options, world) for told in cases]
 
 
 def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
@@ -169,9 +149,9 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     errors = _errors(works, inputs, world)
     times: dict[str, dict[Direction, Timing]] = {name: {} for name in works}
     for direction in DIRECTIONS:
-        calls = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
-        for name, timing in interleaved(calls, world.device, options.repeats or REPEATS).items():
-            times[name][direction] = _slowest(timing, world)
+        calls: dict[str, Call] = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
+        for name, timing in slowest(calls, world, options.repeats).items():
+            times[name][direction] = timing
     predicted = {name: 1e3 * layer_time(one, loads_E, setting).total_s for name, one in ((OURS, plan), ("no_copies", bare))}
     return Measured(times, errors, predicted)
 
@@ -193,12 +173,6 @@ def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[s
 def _call(work: Work, inputs: Inputs, direction: Direction, number: int) -> object:
     output = inputs.forward(work)
     return inputs.backward(output) if direction == "forward+backward" else output
-
-
-def _slowest(timing: Timing, world: World) -> Timing:
-    all_ranks: list[Any] = [None] * world.size
-    dist.all_gather_object(all_ranks, timing)
-    return max(all_ranks, key=lambda one: one.median_ms)
 
 
 def _errors(works: Mapping[str, Work], inputs: Inputs, world: World) -> dict[str, dict[str, float]]:

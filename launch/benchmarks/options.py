@@ -66,7 +66,6 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: OneOrMore[ModelName]
-    tokens: OneOrMore[PositiveInt]
     seed: int = Field(0, description="of the data and the routing")
     repeats: PositiveInt | None = Field(None, description="timed rounds; not given: at least 20, and more for a second")
     out: Path = Field(description="the JSON file")
@@ -89,6 +88,10 @@ class Options(BaseModel):
         """The shape of each model, with the sizes that were given in place of its own."""
         given = self.model_dump(include={field.name for field in fields(Shape)}, exclude_none=True)
         return {name: replace(SHAPES[name], **given) for name in self.model}
+
+
+class TokenOptions(Options):
+    tokens: OneOrMore[PositiveInt]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
 
-from launch.benchmarks.options import Listed, OneOrMore, Options, Shape
+from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import DRAWN, draw, recorded
 from parallel.flows import Plan, device_loads, imbalance
@@ -88,7 +88,7 @@ SYSTEMS: Mapping[str, System] = {
 BASELINE = "plain"
 
 
-class PlacementOptions(Options):
+class PlacementOptions(TokenOptions):
     hidden: PositiveInt | None = None
     expert_hidden: PositiveInt | None = None
     experts: PositiveInt | None = None

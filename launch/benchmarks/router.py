@@ -20,7 +20,7 @@ from kernels.expert_order import expert_order
 from kernels.router import route
 from launch.benchmarks import peers
 from launch.benchmarks.contest import Amount, Case, Difference, Inputs, Work, compete
-from launch.benchmarks.options import Options
+from launch.benchmarks.options import TokenOptions
 from launch.benchmarks.timing import Ceilings, sets_needed
 
 BIAS_SCALE = 0.01  # large beside the gaps between scores, as late in a run
@@ -31,7 +31,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 PEERS: Mapping[str, Callable[[], Work]] = {"torch": lambda: peers.torch_router}
 
 
-class RouterOptions(Options):
+class RouterOptions(TokenOptions):
     experts: PositiveInt | None = None
     top_k: PositiveInt | None = None
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from kernels.vocab_loss import token_logprobs
 from launch.benchmarks import peers
 from launch.benchmarks.contest import Amount, Case, Difference, Inputs, Work, compete
-from launch.benchmarks.options import Listed, Options, Shape
+from launch.benchmarks.options import Listed, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings, nbytes, sets_needed
 
 CHECKED_TOKENS = 1024
@@ -37,7 +37,7 @@ PEERS: Mapping[str, Callable[[], Work]] = {
 }
 
 
-class VocabLossOptions(Options):
+class VocabLossOptions(TokenOptions):
     hidden: PositiveInt | None = None
     vocabulary: PositiveInt | None = None
     peers: Listed[Literal["cce", "cce_exact", "liger", "liger_sm90"]] | None = Field(

@@ -110,7 +110,10 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["expert"], "expert is no benchmark; did you mean experts? There are experts, vocab_loss, router, fssdp, placement"),
+        (
+            ["expert"],
+            "expert is no benchmark; did you mean experts? There are " + ", ".join(BENCHMARKS),
+        ),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
     ],
@@ -177,3 +180,18 @@ def test_the_error_is_a_relative_frobenius_norm() -> None:
     difference.add(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
     difference.add(torch.tensor([[12.0]]), torch.tensor([[12.0]]))
     assert difference.relative == pytest.approx(4 / 13)
+
+
+def test_collectives_are_timed_between_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    assert main(["collectives", "hidden=16", "expert_hidden=8", "copies=1,2", "repeats=3", f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [case["sizes"]["copies"] for case in cases] == [1, 2]
+    for case in cases:
+        expert = 3 * 16 * 8 * (2 if torch.cuda.is_available() else 4)
+        assert case["moved"]["gather"]["received_bytes"] == case["sizes"]["copies"] * expert
+        for name, moved in case["moved"].items():
+            assert f"{name} " in printed and moved["time"]["median_ms"] > 0 and moved["time"]["samples"] == 3
+    assert main(["collectives", "copies=5", f"out={out}"]) == 2
+    assert "2 ranks do not each own so many of 8 experts" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""What moves experts and tokens, between the ranks of this machine, against what the library moves in one call.
+
+    link          one message of as many bytes to the next rank, and one from the one before
+    all_gather    the library's, of everything: every rank gets as many experts of every other rank
+    gather        SparseAllGather: every rank gets so many experts of the next one
+    reduce        SparseReduceScatter of their gradients, and their sum at the owner in float32
+    all_to_all    the library's, of as many bytes of tokens, to all ranks alike
+
+A rate is what a rank receives in a second, on the slowest rank; what it sends at the same time is as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field, PositiveInt
+from rich.table import Table
+
+from kernels.errors import UserError
+from launch.benchmarks.options import OneOrMore, Options, Shape
+from launch.benchmarks.ranks import on_ranks, slowest
+from launch.benchmarks.timing import Ceilings, Timing
+from parallel.expert_arena import ExpertShape
+from parallel.placement import Placement, even_owners, without_copies
+from parallel.sparse_collectives import Parts, Pending, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.topology import World
+
+
+class CollectivesOptions(Options):
+    hidden: PositiveInt | None = None
+    expert_hidden: PositiveInt | None = None
+    experts: PositiveInt | None = None
+    copies: OneOrMore[PositiveInt] = Field(description="experts that each rank gets from the next one")
+    ranks: PositiveInt = Field(2, description="one on each GPU, or processes on a CPU")
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cuda": {"model": "qwen3_30b_a3b", "copies": "1,4,16,32"},
+    "cpu": {"model": "tiny", "hidden": 512, "expert_hidden": 512, "copies": "1,4"},
+}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One way of moving bytes."""
+
+    time: Timing
+    received_bytes: int  # by each rank
+
+    @property
+    def gbytes(self) -> float:
+        """GB/s."""
+        return self.received_bytes / self.time.median_ms / 1e6
+
+
+@dataclass(frozen=True)
+class CollectivesCase:
+    work: str
+    sizes: dict[str, int | str]
+    moved: dict[str, Moved]
+    failures: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def measure(
+    options: CollectivesOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings
+) -> Iterator[CollectivesCase]:
+    """One case for every model and number of copies."""
+    if options.ranks == 1:
+        raise UserError("ranks = 1 leaves nobody to send to; give 2 or more")
+    for name, shape in options.shapes().items():
+        for copies in options.copies:
+            if shape.experts % options.ranks or copies > shape.experts // options.ranks:
+                raise UserError(f"copies = {copies}: {options.ranks} ranks do not each own so many of {shape.experts} experts")
+            moved = on_ranks(_measured, options.ranks, options, (shape, copies), device.type)
+            size = 3 * shape.hidden * shape.expert_hidden * (2 if device.type == "cuda" else 4)
+            work = f"{copies} of {name}'s experts ({size / 2**20:.1f} MiB each) to each of {options.ranks} ranks"
+            yield CollectivesCase(work, {"model": name, **vars(shape), "copies": copies, "ranks": options.ranks}, moved, {})
+
+
+def table(case: CollectivesCase) -> Table:
+    shown = Table(title=case.work, title_justify="left")
+    shown.add_column("operation")
+    for column in ("MiB received", "ms", "GB/s", "of link"):
+        shown.add_column(column, justify="right")
+    for name, moved in case.moved.items():
+        share = moved.gbytes / case.moved["link"].gbytes
+        size = f"{moved.received_bytes / 2**20:.1f}"
+        shown.add_row(name, size, f"{moved.time.median_ms:.3f}", f"{moved.gbytes:.4g}", f"{share:.0%}")
+    return shown
+
+
+def _measured(world: World, options: CollectivesOptions, told: tuple[Shape, int]) -> dict[str, Moved]:
+    shape, copies = told
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    expert_shape = ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
+    placement = _from_next(shape.experts, world.size, copies)
+    plan = gather_plan(placement, world.topology, world.rank)
+    present = np.flatnonzero(placement.copies_ED[:, world.rank]).tolist()
+    slot = {expert: index for index, expert in enumerate(present)}
+    weights, gradients, sums = (expert_shape.matrices(len(present), one, world.device) for one in (dtype, dtype, torch.float32))
+    for part in (*weights, *gradients, *sums):
+        part.zero_()
+
+    def of(matrices: Parts, expert: int) -> Parts:
+        return tuple(part[slot[expert]] for part in matrices)
+
+    def reduce(number: int) -> None:
+        for expert, arrived in SparseReduceScatter(plan, lambda expert: of(gradients, expert)).finish():
+            for total, part in zip(of(sums, expert), arrived, strict=True):
+                total.add_(part)
+
+    size = copies * sum(part[0].nbytes for part in weights)
+    sent, received = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
+    everything = [torch.empty_like(sent) for _ in range(world.size)]
+    target, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    equal = size // world.size * world.size
+    times = slowest(
+        {
+            "link": lambda number: Pending(
+                [dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]
+            ).wait(),
+            "all_gather": lambda number: dist.all_gather(everything, sent),
+            "gather": lambda number: SparseAllGather(plan, lambda expert: of(weights, expert)).finish(),
+            "reduce": reduce,
+            "all_to_all": lambda number: dist.all_to_all_single(received[:equal], sent[:equal]),
+        },
+        world,
+        options.repeats,
+    )
+    others = (world.size - 1) * size
+    bytes_of = {"link": size, "all_gather": others, "gather": size, "reduce": size, "all_to_all": others // world.size}
+    return {name: Moved(timing, bytes_of[name]) for name, timing in times.items()}
+
+
+def _from_next(experts: int, ranks: int, copies: int) -> Placement:
+    """Every rank has copies of the first so many experts of the next rank."""
+    owner_E = even_owners(experts, ranks)
+    copies_ED = without_copies(owner_E, ranks).copies_ED
+    for rank in range(ranks):
+        first = (rank + 1) % ranks * (experts // ranks)
+        copies_ED[first : first + copies, rank] = True
+    return Placement(owner_E, copies_ED)

@@ -1,0 +1,53 @@
+"""A benchmark on several ranks of this machine: one on each GPU over NCCL, or processes on a CPU over gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kernels.errors import UserError
+from launch.benchmarks.timing import Call, Timing, interleaved
+from parallel.topology import World, join, leave
+
+REPEATS = 20
+TIMEOUT_S = 120.0
+Options = TypeVar("Options")
+Cases = TypeVar("Cases")
+Found = TypeVar("Found")
+
+
+def on_ranks(work: Callable[[World, Options, Cases], Found], ranks: int, options: Options, cases: Cases, kind: str) -> Found:
+    """What `work` returns on rank 0. Raises UserError without a GPU for every rank."""
+    if kind == "cuda" and torch.cuda.device_count() < ranks:
+        raise UserError(f"ranks = {ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
+    queue = mp.get_context("spawn").SimpleQueue()
+    with TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue), nprocs=ranks, start_method="spawn")
+        found: Found = queue.get()
+    return found
+
+
+def _rank(rank: int, work: Any, ranks: int, options: Any, cases: Any, kind: str, folder: str, queue: Any) -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    world = join(dist.FileStore(f"{folder}/store", ranks), rank, ranks, device, TIMEOUT_S)
+    found = work(world, options, cases)
+    if rank == 0:
+        queue.put(found)
+    leave(world)
+
+
+def slowest(calls: dict[str, Call], world: World, repeats: int | None) -> dict[str, Timing]:
+    """The times of each call on the rank that takes longest; all ranks call each as often."""
+    found = {}
+    for name, timing in interleaved(calls, world.device, repeats or REPEATS).items():
+        all_ranks: list[Any] = [None] * world.size
+        dist.all_gather_object(all_ranks, timing)
+        found[name] = max(all_ranks, key=lambda one: one.median_ms)
+    return found
