@@ -142,9 +142,9 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
         OURS: _sharded(told.shape, world, parts, plan),
-        "ep": partial(_expert_parallel, parts=tuple(_own(part, world) for part in parts), world=world),
+        "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
         "no_copies": _sharded(told.shape, world, parts, bare),
-        "local": partial(_local, parts=tuple(part.clone().requires_grad_() for part in parts)),
+        "local": partial(_local, own=_Matrices(parts)),
     }
     errors = _errors(works, inputs, world)
     times: dict[str, dict[Direction, Timing]] = {name: {} for name in works}
@@ -196,6 +196,32 @@ def _errors(works: Mapping[str, Work], inputs: Inputs, world: World) -> dict[str
 # ---------------------------------------------------------------- competitors
 
 
+class _Matrices:
+    """Of a competitor, and its gradients, which add up in float32 as ours do."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.sums = tuple(torch.zeros_like(part, dtype=torch.float32) for part in parts)
+
+    def beside(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """The tokens and the matrices; what backward brings for the matrices is added here."""
+        found: tuple[Tensor, ...] = _AddHere.apply(x_TD, self)
+        return found
+
+
+class _AddHere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, matrices: _Matrices) -> tuple[Tensor, ...]:
+        ctx.sums = matrices.sums
+        return x_TD.view_as(x_TD), *(part.view_as(part) for part in matrices.parts)
+
+    @staticmethod
+    def backward(ctx: Any, d_x_TD: Tensor, *gradients: Tensor) -> tuple[Tensor, None]:
+        for total, gradient in zip(ctx.sums, gradients, strict=True):
+            total.add_(gradient)
+        return d_x_TD, None
+
+
 def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan) -> Work:
     """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
     sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
@@ -225,7 +251,7 @@ def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradie
     owned = shape.experts // world.size
     arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add)
     for rows, part in zip(arena.rows, parts, strict=True):
-        rows[:owned].copy_(_own(part, world).detach())
+        rows[:owned].copy_(_own(part, world))
     return arena
 
 
@@ -243,8 +269,9 @@ class _FinishBackward(torch.autograd.Function):
             return d_x_TD, None
 
 
-def _expert_parallel(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, parts: Parts, world: World) -> Tensor:
+def _expert_parallel(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, own: _Matrices, world: World) -> Tensor:
     """The usual way: entries sorted by expert, each sent to its expert's owner, results sent back and weighted here."""
+    x_TD, *parts = own.beside(x_TD)
     top_k, owned = experts_TK.shape[1], parts[0].shape[0]
     entry_N = experts_TK.flatten().argsort(stable=True)
     counts_WE = _count(experts_TK, owned * world.size).view(world.size, owned)
@@ -263,7 +290,7 @@ def _expert_parallel(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, pa
 
 def _own(part: Tensor, world: World) -> Tensor:
     share = part.shape[0] // world.size
-    return part[world.rank * share : (world.rank + 1) * share].clone().requires_grad_()
+    return part[world.rank * share : (world.rank + 1) * share].clone()
 
 
 class _AllToAll(torch.autograd.Function):
@@ -281,7 +308,8 @@ class _AllToAll(torch.autograd.Function):
         return d_rows, None, None
 
 
-def _local(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, parts: Parts) -> Tensor:
+def _local(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, own: _Matrices) -> Tensor:
+    x_TD, *parts = own.beside(x_TD)
     return LocalExperts(*parts)(x_TD, _routed(experts_TK, weights_TK, parts[0].shape[0]))
 
 
