@@ -35,7 +35,7 @@ log = logging.getLogger("tessera")
 class MaterialisationSettings:
     policy: Policy
     overlap: int | None  # the hottest experts of a layer that may be copied; None: as many as travel under the attention
-    memory: int | None  # copies that a rank has room for in each layer; None: as many as fit
+    memory: int | None  # copies that a rank has room for in each layer; None: as many as fit and travel under the attention
     rematerialise: bool  # fetch copies again for the backward pass instead of keeping those of all layers
     reshard_every: int  # updates; 0 keeps the first owners
     calibrate: bool  # look at a layer's plan again when its gate has decided
@@ -123,8 +123,10 @@ class Materialisation:
             return settings.policy(self.loads[-1][0], self.shards.owner_LE[0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
-        overlap = hidden_copies(costs, world.topology.nodes) if settings.overlap is None else settings.overlap
-        self._know(overlap, memory, costs)
+        hidden = hidden_copies(costs, world.topology.nodes)
+        if settings.memory is None:  # more than can travel under the attention would hardly ever be used
+            memory = min(memory, max(hidden, 1))
+        self._know(hidden if settings.overlap is None else settings.overlap, memory, costs)
 
     def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
         arena, settings, world = self.shards.arena, self.settings, self.shards.world

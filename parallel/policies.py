@@ -76,11 +76,13 @@ def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement 
         return plan
     best, least_s = plan, seconds(plan)
     for placement in _candidates(loads_E, owner_E, topology, memory):
-        found_s = seconds(found := Plan(placement))
-        if found_s < least_s * LESS:
-            best, least_s = found, found_s
+        time = layer_time(found := Plan(placement), loads_E, setting, present)
+        if time.total_s < least_s * LESS:
+            best, least_s = found, time.total_s
         elif best is not plan:
             break  # from here on there are too few
+        if time.weights_s == 0:
+            break  # nothing waits for copies, so fewer of them gain nothing
     for _ in range(LEVELLING_ROUNDS):
         load_D = flows(best, topology, loads_E).entries_D
         if imbalance(load_D) < EVEN_ENOUGH or not best.nearest_first:
@@ -94,11 +96,8 @@ def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement 
 
 
 def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Iterator[Placement]:
-    """The hottest experts everywhere; all room used; then fewer and fewer copies."""
+    """All room used; then fewer and fewer copies."""
     devices, seats = topology.devices, topology.devices * memory
-    everywhere_ED = without_copies(owner_E, devices).copies_ED
-    everywhere_ED[hottest(loads_E, memory)] = True
-    yield Placement(owner_E, everywhere_ED)
     before_E = even_replicas(loads_E, seats, devices - 1)
     yield Placement(owner_E, _pack(before_E, loads_E, owner_E, topology, memory))
     mean = float(loads_E.sum()) / devices

@@ -152,6 +152,15 @@ class ParallelConfig(Record):
     calibrate: bool  # plan a layer's copies again once its gate has decided, where the gain pays for the wait
     offload: Literal["none", "cpu"]  # cpu: experts' masters, gradients and moments in the memory of the host, stepped there
 
+    @model_validator(mode="after")
+    def consistent(self) -> ParallelConfig:
+        if self.policy == "plain" and self.memory != 0:
+            raise ValueError(
+                f"policy=plain makes no copies, but memory ({self.memory}) keeps room for them; set memory=0, as parallel=ep "
+                "does, or choose another policy"
+            )
+        return self
+
     def copies_kept(self, layers: int, ranks: int) -> int:
         """For how many copies of experts a rank keeps room; those that only a running rank can tell are not counted."""
         in_a_layer = 0 if ranks == 1 or self.memory == "auto" else self.memory
