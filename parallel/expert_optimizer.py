@@ -14,6 +14,8 @@ from torch import Tensor
 from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
 from parallel.sparse_collectives import Parts
 
+NORM_EXPERTS = 16  # whose norms are taken at once
+
 
 class ExpertOptimizer(ABC):
     masters: Parts  # gate_up (O, 2F, D) and down (O, D, F), float32
@@ -69,7 +71,13 @@ class DeviceAdamW(ExpertOptimizer):
     def squared_norm(self) -> Tensor:
         gradients = self.gradients()
         assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
-        return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+        # A few experts at a time: in float64 all of them would take twice the memory of the gradients.
+        norms = [
+            torch.linalg.vector_norm(some, dim=(1, 2), dtype=torch.float64)
+            for gradient in gradients
+            for some in gradient.split(NORM_EXPERTS)
+        ]
+        return torch.cat(norms).square().sum()
 
     def step(self, lr: float, scale: float, weights: Parts) -> None:
         gradients = self.gradients()
