@@ -84,7 +84,7 @@ def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
         return _seconds(product, device)
 
     few, many = seconds(entries, experts), seconds(4 * entries, experts)
-    entry_s = max(many - few, 0.0) / (3 * entries)
+    _, entry_s = line(entries, few, 4 * entries, many)
     together = few - seconds(entries, 1) if experts > 1 else few - entries * entry_s
     return entry_s, max(together, 0.0) / max(experts - 1, 1)
 
@@ -114,9 +114,17 @@ def _link(world: World, target: int, source: int) -> Link:
         world.barrier()
         return _seconds(exchange, world.device)
 
-    small, large = seconds(SMALL), seconds(LARGE)
-    byte_s = max(large - small, 0.0) / (LARGE - SMALL)
-    return Link(max(small - SMALL * byte_s, 0.0), byte_s)
+    return Link(*line(SMALL, seconds(SMALL), LARGE, seconds(LARGE)))
+
+
+def line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float]:
+    """(seconds whatever the amount, seconds of one more) of work that was timed for two amounts.
+
+    At least half of the time of the larger amount is taken to be that of the amount itself: a disturbance while the smaller one
+    was timed must not make it free.
+    """
+    each_s = max((many_s - few_s) / (many - few), many_s / many / 2)
+    return max(few_s - few * each_s, 0.0), each_s
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
