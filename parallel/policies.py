@@ -45,9 +45,9 @@ def hecate(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
 
 
 def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
-    """The plan with the least predicted time: no copies, more and more copies of the hottest experts, or these everywhere.
+    """The plan with the least predicted time: no copies, as many as there is room for, or fewer of the hottest experts.
 
-    Copies are added where the load per replica is largest, so each number of them divides the experts into those whose tokens
+    They are added where the load per replica is largest, so each number of copies divides the experts into those whose tokens
     had better move and those whose weights had better; the predicted time decides where. It is never above that without copies.
     """
     return _cheapest(plain(loads_E, owner_E, setting), loads_E, setting, present=None)
@@ -68,13 +68,9 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
 
 def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
     topology, memory, owner_E = setting.topology, setting.budget.memory, plan.placement.owner_E
-
-    def seconds(one: Plan) -> float:
-        return layer_time(one, loads_E, setting, present).total_s
-
     if memory == 0 or topology.devices == 1 or not loads_E.any():
         return plan
-    best, least_s = plan, seconds(plan)
+    best, least_s = plan, layer_time(plan, loads_E, setting, present).total_s
     for placement in _candidates(loads_E, owner_E, topology, memory):
         time = layer_time(found := Plan(placement), loads_E, setting, present)
         if time.total_s < least_s * LESS:
@@ -88,7 +84,7 @@ def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement 
         if imbalance(load_D) < EVEN_ENOUGH or not best.nearest_first:
             break
         found = Plan(best.placement, best.weights_ED * np.minimum(load_D.mean() / np.maximum(load_D, 1.0), 4.0))
-        found_s = seconds(found)
+        found_s = layer_time(found, loads_E, setting, present).total_s
         if found_s >= least_s * LESS:
             break
         best, least_s = found, found_s
