@@ -19,7 +19,9 @@ from torch.nn import functional
 from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
 from kernels.limits import require_hopper, require_multiple
+from kernels.linear import linear
 from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
+from kernels.sigmoid import sigmoid
 
 WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
 
@@ -62,7 +64,7 @@ def expert_mlp(
 def swiglu(gate_up_RC: Tensor) -> Tensor:
     """silu(gate) * up, (..., 2F) -> (..., F)."""
     gate_RF, up_RF = gate_up_RC.chunk(2, dim=-1)
-    return functional.silu(gate_RF) * up_RF
+    return (functional.silu(gate_RF) if gate_RF.is_cuda else gate_RF * sigmoid(gate_RF)) * up_RF
 
 
 def sorted_rows(x_TD: Tensor, entry_N: Tensor, top_k: int) -> Tensor:
@@ -96,7 +98,7 @@ def _reference(
         gate_up_SCD, down_SDF = gate_up_SCD[slots_E], down_SDF[slots_E]
     # unbind, not indexing: its backward builds the gradient of all experts once instead of adding E full-size tensors.
     experts = zip(rows_ND.split(order.counts_E.tolist()), gate_up_SCD.unbind(0), down_SDF.unbind(0), strict=True)
-    rows_ND = torch.cat([functional.linear(swiglu(functional.linear(x, up_CD)), down_DF) for x, up_CD, down_DF in experts])
+    rows_ND = torch.cat([linear(swiglu(linear(x, up_CD)), down_DF) for x, up_CD, down_DF in experts])
     return combine(rows_ND, order.place_N, top_k, weights_TK)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.errors import UserError
+from kernels.sigmoid import sigmoid
 
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -85,7 +86,7 @@ def _scores(logits_TE: Tensor, scores: Scores) -> Tensor:
     if scores == "softmax":
         return logits_TE.softmax(dim=-1)
     if scores == "sigmoid":
-        return logits_TE.sigmoid()
+        return sigmoid(logits_TE)
     body_TE = functional.softplus(logits_TE.clamp(min=SQRT_SOFTPLUS_TAIL), threshold=-SQRT_SOFTPLUS_TAIL).sqrt()
     tail_TE = (logits_TE.clamp(max=SQRT_SOFTPLUS_TAIL) / 2).exp()
     return torch.where(logits_TE < SQRT_SOFTPLUS_TAIL, tail_TE, body_TE)

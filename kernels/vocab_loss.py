@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.errors import UserError
 from kernels.limits import require_hopper, require_multiple
+from kernels.linear import product
 
 CPU_CHUNK_LOGITS = 1 << 18  # 1 MiB of float32: the logits of a chunk stay in the cache
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB of float32: large enough that the products run at full speed
@@ -144,7 +145,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         log_sum_T, entropy_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
         for first in range(0, hidden.shape[0], chunk):
             rows = slice(first, first + chunk)
-            logits = torch.mm(hidden[rows], head.t())
+            logits = product(hidden[rows], head, hidden.dtype)
             if temperature != 1.0:
                 logits.div_(temperature)
             log_sum_T[rows] = logits.logsumexp(dim=-1)

@@ -11,6 +11,7 @@ from rl.actors import RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import complete, rollout_round
 from rl.engine.engine import EngineSettings
+from rl.engine.sampler import Sampling
 from rl.packing import documents_of, pack, pack_demonstrations
 from rl.rewards.task import Prompt, Task
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
@@ -139,6 +140,7 @@ class Reinforcement:
             dtype=self.dtype,
             recompute=config.loop.recompute,
             micro_rows=config.loop.micro_rows,
+            batch_invariant=True,
             temperature=config.rollout.temperature,
             seed=config.seed,
         )
@@ -150,9 +152,9 @@ class Reinforcement:
             slots=rollout.engine_slots,
             max_length=self.config.loop.sequence_length,
             max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
+            cache_tokens=rollout.cache_tokens,
+            sampling=Sampling(rollout.temperature, self.config.seed, rollout.top_k, rollout.top_p, rollout.min_p),
             eos_id=self.tokenizer.eos,
-            seed=self.config.seed,
         )
 
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:

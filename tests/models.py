@@ -58,6 +58,7 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "dtype": "float32",
         "recompute": False,
         "micro_rows": 1,
+        "batch_invariant": False,
         "temperature": 1.0,
         "seed": 3,
     }

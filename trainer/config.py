@@ -269,8 +269,12 @@ class RolloutConfig(Record):
     max_new_tokens: int = Field(gt=0)
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)
+    top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
+    top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
+    min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
     engines: int = Field(gt=0)
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
+    cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
 
 

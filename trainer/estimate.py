@@ -89,8 +89,6 @@ def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute:
     hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     qk = (heads + kv_heads) * (2 if model.qk_norm else 1)  # before and after the norms
     attention = 4 * hidden + qk + 2 * heads + kv_heads
-    if size < FLOAT32:  # norms keep a float32 copy of what they normalise
-        attention += (2 * hidden + (heads + kv_heads if model.qk_norm else 0)) * FLOAT32 // size
     dense = attention + 4 * model.dense_hidden_size
     exchanged = 2 * min(ranks, model.top_k) if ranks > 1 else 0  # a token's rows as received and as they go back
     routed = model.top_k * (3 * hidden + 4 * model.expert_hidden_size) + exchanged * hidden

@@ -52,6 +52,7 @@ class Pretraining:
             dtype=self.dtype,
             recompute=self.config.train.recompute,
             micro_rows=self.config.train.micro_rows,
+            batch_invariant=False,
             temperature=1.0,
             seed=self.config.seed,
         )

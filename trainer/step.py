@@ -27,9 +27,9 @@ from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
-from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.initial import initial_expert
-from trainer.model.transformer import Transformer
+from trainer.model.transformer import Attend, Transformer
 
 OWNERS, LOADS, MACHINE = "placement.owners", "placement.loads", "placement.machine"  # names in a checkpoint
 
@@ -45,6 +45,7 @@ class TrainerSpec:
     dtype: str  # "float32" or "bfloat16"
     recompute: bool
     micro_rows: int
+    batch_invariant: bool  # forward passes give a token the bits that an engine gives it (kernels/linear.py)
     temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
     seed: int
 
@@ -61,7 +62,7 @@ class Trainer:
         initial, offload = partial(initial_expert, config, spec.seed), spec.parallel.offload == "cpu"
         self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, spec.adamw, offload)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
-        self.model = Transformer(config)
+        self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
         self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
@@ -116,7 +117,7 @@ class Trainer:
             batch.tokens_BS,
             positions_of(batch.documents_BS),
             batch.documents_BS >= 0,
-            PackedAttention(batch.documents_BS),
+            self._attend(batch.documents_BS),
             [ShardedExperts(layer, self.experts.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
             self.bias_LE,
             recompute=self.spec.recompute and torch.is_grad_enabled(),
@@ -127,6 +128,11 @@ class Trainer:
         )
         shape = batch.tokens_BS.shape
         return logprobs_T.view(shape), entropy_T.view(shape), output.counts_LE
+
+    def _attend(self, documents_BS: Tensor) -> Attend:
+        if self.spec.batch_invariant:
+            return BatchInvariantAttention(documents_BS, self.spec.model)
+        return PackedAttention(documents_BS)
 
     def _balance(self, counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
         """Reports the balance of a global batch and moves the selection bias once."""

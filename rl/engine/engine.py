@@ -1,30 +1,33 @@
-"""A generation engine: continuous batching over a fixed number of slots, tokens in and tokens out.
+"""A generation engine: continuous batching over a paged cache, tokens in and tokens out.
 
 Samples wait in a queue and take a slot when one is free. Their prefix, the prompt and whatever was generated before an
-interruption, enters the cache in one forward pass (prefill); then every step decodes one token for all active rows together.
-Rows in use are kept at the front, so a step computes nothing for free slots. No step has a Python loop over rows.
+interruption, enters the cache in chunks (prefill), less what pages of other samples hold of it already; then every step decodes
+one token of all rows together. When the pages run out, the youngest rows go back to the queue.
 
-Log-probabilities are those of the distribution sampled from, float32, so they equal what the trainer computes for the same
-weights up to rounding. Letters: B active rows, R rows being prefilled, S tokens, V vocabulary.
+The forward pass is the trainer's, batch-invariant, so log-probabilities are the trainer's bit for bit, whatever else was in the
+batch and however often a sample was interrupted. They are those of the distribution sampled from, float32.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from rl.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
-from rl.engine.sampler import sample
+from kernels.ragged import PAGE_TOKENS, ragged
+from rl.engine.decoder import Decoder, RowState, Step
+from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
+from rl.engine.sampler import Sampling
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 
-PREFILL_TOKENS = 8192  # of one forward pass, padding included; a single longer prefix is still taken whole
+PREFILL_TOKENS = 8192  # of one forward pass
+IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the rows change seldom
 
 
 @dataclass(frozen=True)
@@ -34,32 +37,30 @@ class EngineSettings:
     slots: int  # sequences decoded at once
     max_length: int  # prompt and response tokens of a sequence
     max_new_tokens: int  # response tokens of a sample, interruptions included
-    temperature: float
+    cache_tokens: int | None  # that the cache holds; None: max_length for every slot
+    sampling: Sampling
     eos_id: int
-    seed: int  # of the sampling noise
 
 
-class Rows:
-    """The state of the sequences in the slots, one entry each; `count` of them are in use, at the front."""
+@dataclass(eq=False)
+class Row:
+    """A sample in a slot."""
 
-    def __init__(self, settings: EngineSettings, device: torch.device) -> None:
-        def integers() -> Tensor:
-            return torch.zeros(settings.slots, dtype=torch.int64, device=device)
+    sample: Sample
+    ids: list[int]  # prompt and response
+    pages: list[int]
+    cached: int  # tokens of `ids` whose keys are in the pages, or on their way there
+    tokens: list[int] = field(default_factory=list)  # generated since it was submitted
+    logprobs: list[float] = field(default_factory=list)
+    status: Status = "partial"
 
-        self.count = 0
-        self.uids = integers()
-        self.last_tokens = integers()  # sampled or given, not in the cache yet
-        self.lengths = integers()  # tokens in the cache, so also the position of the last token
-        self.generated = integers()  # response tokens of the sample so far
-        self.fresh = integers()  # of them, those generated since it was submitted
-        shape = (settings.slots, settings.max_new_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)  # the fresh ones
-        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
+    @property
+    def generated(self) -> int:
+        return self.sample.length + len(self.tokens)
 
-    def move(self, sources: Tensor, destinations: Tensor) -> None:
-        numbers = (self.uids, self.last_tokens, self.lengths, self.generated, self.fresh)
-        for entries in (*numbers, self.tokens, self.logprobs):
-            entries[destinations] = entries[sources]
+    @property
+    def state(self) -> RowState:
+        return RowState(self.ids[-1], self.sample.uid, len(self.ids) - 1, self.generated)
 
 
 class Engine:
@@ -71,22 +72,39 @@ class Engine:
                 f"the engine is asked for sequences of {settings.max_length} tokens, but model.max_positions is "
                 f"{config.max_positions}; lower loop.sequence_length"
             )
+        page = PAGE_TOKENS[device.type]
+        max_pages = -(-settings.max_length // page)
+        tokens = settings.cache_tokens or settings.slots * max_pages * page
+        if tokens < settings.max_length:
+            raise UserError(
+                f"rollout.cache_tokens = {tokens} cannot hold one sequence of loop.sequence_length = {settings.max_length} "
+                f"tokens; raise it to at least that"
+            )
         self._settings, self._device = settings, device
         self._model = _unset_model(config, device, dtype)
-        self._cache = KVCache(config, settings.slots, settings.max_length, device, dtype)
-        self._rows = Rows(settings, device)
-        self._samples: list[Sample] = []  # one for each active row, in the order of the rows
+        pages = 1 + -(-tokens // page)
+        self._cache = PagedCache(config, pages, device, dtype)
+        self._pages = PageTable(pages, page)
+        self._decoder = Decoder(self._model, self._cache, settings.sampling, settings.slots, max_pages)
         self._waiting: deque[Sample] = deque()
-        self._longest = 0  # an upper bound of the lengths of the active rows, known without asking the device
+        self._filling: deque[Row] = deque()  # their prefix is not in the cache yet
+        self._rows: list[Row] = []  # what the decoder decodes, in its order; some may be done
+        self._running: Step | None = None  # of exactly these rows, not looked at yet
+        self._done: list[Sample] = []  # not returned yet
         self._version: int | None = None
 
     # ------------------------------------------------------------ what a pool calls
 
     def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Copies the tensors of `LanguageModel.state()` in, whatever their dtype and device. The engine must be drained."""
-        assert not self._samples and not self._waiting, "weights change only between rounds; drain the engine first"
+        """Copies the tensors of `LanguageModel.state()` in, whatever their dtype and device.
+
+        Samples on their way go on under the new weights: what they have is a segment of the old ones, and its keys are
+        computed anew, so that their log-probabilities stay exact.
+        """
+        samples = self.drain()
         self._model.load_state(state)
         self._version = version
+        self._waiting.extend(samples)
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Queues pending and partial samples. Raises UserError when one may grow beyond `max_length`."""
@@ -103,153 +121,186 @@ class Engine:
     def advance(self, tokens: int) -> list[Sample]:
         """Decodes up to `tokens` tokens for every active row; freed slots are refilled on the way. Returns the samples done."""
         assert self._version is not None, "no weights are loaded"
-        done: list[Sample] = []
         for _ in range(tokens):
-            done += self._admit()
-            if not self._samples:
+            self._admit()
+            self._prefill()
+            if self._should_change_rows():
+                self._change_rows()
+            self._grow()
+            if self._rows:
+                self._look(then=self._decoder.step(len(self._rows)))
+            elif not self._filling:
                 break
-            done += self._release(self._decode())
+        self._look(then=None)
+        self._remove_done()
+        done, self._done = self._done, []
         return done
 
     def drain(self) -> list[Sample]:
         """Stops, and returns every sample that is not done with the tokens it has; the slots and the queue are empty then."""
-        everything = list(range(len(self._samples)))
-        unfinished = [*self._extended(everything, ["partial"] * len(everything)), *self._waiting]
-        self._samples, self._rows.count, self._longest = [], 0, 0
+        self._look(then=None)
+        assert not self._done and all(row.status == "partial" for row in self._rows), "advance returns what is done"
+        unfinished = [self._leave(row) for row in (*self._rows, *self._filling)]
+        unfinished += self._waiting
+        self._rows, self._filling = [], deque()
         self._waiting.clear()
         return unfinished
 
-    # ------------------------------------------------------------ one decoding step
+    # ------------------------------------------------------------ the rows
 
-    def _decode(self) -> Tensor:
-        """One token for every active row; returns which rows are done (B,) bool."""
-        rows, settings, count = self._rows, self._settings, self._rows.count
-        lengths_B, generated_B, fresh_B = rows.lengths[:count], rows.generated[:count], rows.fresh[:count]
-        output = self._model.forward(
-            rows.last_tokens[:count, None],
-            lengths_B[:, None],
-            torch.ones(count, 1, dtype=torch.bool, device=self._device),
-            DecodeAttention(self._cache, lengths_B, self._longest),
-        )
-        logits_BV = _logits(output.hidden_BSD[:, 0], self._model.dense.head_VD)
-        tokens_B, logprobs_B = sample(logits_BV, rows.uids[:count], generated_B, settings.seed, settings.temperature)
-        places_B = torch.arange(count, device=self._device)
-        rows.tokens[places_B, fresh_B] = tokens_B
-        rows.logprobs[places_B, fresh_B] = logprobs_B
-        rows.last_tokens[:count] = tokens_B
-        lengths_B += 1
-        generated_B += 1
-        fresh_B += 1
-        self._longest += 1
-        return (tokens_B == settings.eos_id) | (generated_B >= settings.max_new_tokens)
+    def _should_change_rows(self) -> bool:
+        """Whether rows that are done leave and rows whose prefix is in the cache enter; then the device waits for the host."""
+        idle = sum(row.status != "partial" for row in self._rows)
+        ready = bool(self._filling) and self._filling[0].cached >= len(self._filling[0].ids) - 1
+        return ready or idle > len(self._rows) // IDLE_SHARE
 
-    def _release(self, done_B: Tensor) -> list[Sample]:
-        """Takes the rows that are done out, and closes the gaps with rows from the back."""
-        done = done_B.nonzero().squeeze(1)
-        places = done.tolist()
-        if not places:
-            return []
-        ended = (self._rows.last_tokens[done] == self._settings.eos_id).tolist()
-        samples = self._extended(places, ["finished" if eos else "truncated" for eos in ended])
-        kept = (~done_B).nonzero().squeeze(1)
-        count = kept.shape[0]
-        gaps, movers = done[done < count], kept[kept >= count]
-        self._cache.move(movers, gaps, self._longest)
-        self._rows.move(movers, gaps)
-        for gap, mover in zip(gaps.tolist(), movers.tolist(), strict=True):
-            self._samples[gap] = self._samples[mover]
-        del self._samples[count:]
-        self._rows.count = count
-        self._longest = int(self._rows.lengths[:count].max()) if count else 0
-        return samples
+    def _change_rows(self) -> None:
+        self._look(then=None)
+        self._remove_done()
+        while self._filling and self._filling[0].cached >= len(self._filling[0].ids) - 1:
+            self._rows.append(self._filling.popleft())
+        self._set_rows()
 
-    def _extended(self, places: list[int], statuses: Sequence[Status]) -> list[Sample]:
-        """The samples in rows `places` with what was generated since they were submitted, if anything."""
-        if not places:
-            return []
+    def _remove_done(self) -> None:
+        """Takes the rows that are done out; nothing may be running."""
+        done = [self._leave(row) for row in self._rows if row.status != "partial"]
+        if done:
+            self._done += done
+            self._rows = [row for row in self._rows if row.status == "partial"]
+            self._set_rows()
+
+    def _set_rows(self) -> None:
+        self._decoder.set_rows([row.state for row in self._rows], [row.pages for row in self._rows])
+
+    def _leave(self, row: Row) -> Sample:
+        """The sample with what was generated; its pages are free."""
+        self._pages.release(row.pages)
+        if not row.tokens:
+            return row.sample
         assert self._version is not None
-        fresh = self._rows.fresh[places].tolist()
-        tokens, logprobs = self._rows.tokens[places].tolist(), self._rows.logprobs[places].tolist()
-        samples = []
-        for index, place in enumerate(places):
-            length = fresh[index]
-            item = self._samples[place]
-            if length:
-                segment = Segment(tuple(tokens[index][:length]), tuple(logprobs[index][:length]), self._version)
-                item = item.extended(segment, statuses[index])
-            samples.append(item)
-        return samples
+        return row.sample.extended(Segment(tuple(row.tokens), tuple(row.logprobs), self._version), row.status)
+
+    def _look(self, then: Step | None) -> None:
+        """Takes the result of the running step in; `then` is running from now on.
+
+        A GPU is given the next step before the last one is looked at, so a row that is done decodes a token in vain.
+        """
+        looked = (self._running,) if self._device.type == "cuda" else (self._running, then)
+        self._running = then if self._device.type == "cuda" else None
+        for step in looked:
+            if step is None:
+                continue
+            tokens, logprobs = step.result()
+            for row, token, logprob in zip(self._rows, tokens, logprobs, strict=True):
+                if row.status != "partial":
+                    continue
+                row.ids.append(token)
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                if token == self._settings.eos_id:
+                    row.status = "finished"
+                elif row.generated >= self._settings.max_new_tokens:
+                    row.status = "truncated"
+
+    # ------------------------------------------------------------ pages
+
+    def _grow(self) -> None:
+        """Sees to it that every row has a page for the token it decodes next; the youngest rows make room if none is free."""
+        ahead = 2 if self._device.type == "cuda" else 1  # with the step that is running
+        needs = [self._missing(row, ahead) for row in self._rows]
+        if sum(needs) > self._pages.free:
+            self._look(then=None)
+            self._remove_done()
+            needs = [self._missing(row, 1) for row in self._rows]
+            while sum(needs) > self._pages.free:
+                if not self._filling:
+                    needs.pop()
+                youngest = self._filling.pop() if self._filling else self._rows.pop()
+                self._waiting.appendleft(self._leave(youngest))
+            self._set_rows()
+        for index, (row, need) in enumerate(zip(self._rows, needs, strict=True)):
+            if need:
+                row.pages += self._pages.take(need)
+                self._decoder.set_pages(index, row.pages)
+        if any(needs):
+            self._decoder.send_pages()
+
+    def _missing(self, row: Row, ahead: int) -> int:
+        if row.status != "partial":
+            return 0
+        return max(0, self._pages.pages_for(min(len(row.ids) - 1 + ahead, self._settings.max_length)) - len(row.pages))
 
     # ------------------------------------------------------------ filling slots
 
-    def _admit(self) -> list[Sample]:
-        """Moves waiting samples into free slots, several at a time; returns those that have no token left to generate."""
-        slots, full = self._settings.slots, []
-        # Prefilling for each freed slot at once would cost a small forward pass a token; an eighth of the slots may idle.
-        if slots - self._rows.count < min(len(self._waiting), max(1, slots // 8)):
-            return []
-        admitted: list[Sample] = []
-        while self._waiting and self._rows.count + len(admitted) < slots:
-            item = self._waiting.popleft()
+    def _admit(self) -> None:
+        """Moves waiting samples into free slots; those that have no token left to generate are done."""
+        slots = self._settings.slots
+        free = slots - len(self._rows) - len(self._filling) + sum(row.status != "partial" for row in self._rows)
+        # Prefilling for each freed slot at once would cost a small forward pass a token; a part of the slots may idle.
+        if free < min(len(self._waiting), max(1, slots // IDLE_SHARE)):
+            return
+        while self._waiting and free > 0:
+            item = self._waiting[0]
             if item.length >= self._settings.max_new_tokens:  # only after a resume with a smaller max_new_tokens
-                full.append(replace(item, status="truncated"))
-            else:
-                admitted.append(item)
-        if admitted:
-            self._fill_rows(admitted)
-        return full
+                self._done.append(replace(self._waiting.popleft(), status="truncated"))
+                continue
+            row = self._row(item)
+            if row is None:
+                break
+            self._waiting.popleft()
+            self._filling.append(row)
+            free -= 1
 
-    def _fill_rows(self, samples: list[Sample]) -> None:
-        prefixes = [item.prompt_ids + item.response_ids for item in samples]
-        first, last = self._rows.count, self._rows.count + len(samples)
-        rows = self._rows
-        table = [[item.uid, ids[-1], len(ids) - 1, item.length] for item, ids in zip(samples, prefixes, strict=True)]
-        columns = torch.tensor(table, device=self._device).unbind(1)
-        for entries, column in zip((rows.uids, rows.last_tokens, rows.lengths, rows.generated), columns, strict=True):
-            entries[first:last] = column
-        rows.fresh[first:last] = 0
-        rows.count = last
-        self._samples += samples
-        self._longest = max(self._longest, *(len(prefix) - 1 for prefix in prefixes))
-        # All but the last token: the next decoding step takes that one, and yields what follows it.
-        slots_of: dict[tuple[int, ...], list[int]] = {}  # the samples of a fresh group share one prefill
-        for slot, prefix in enumerate(prefixes, start=first):
-            slots_of.setdefault(prefix[:-1], []).append(slot)
-        for batch in _prefill_batches([prefix for prefix in slots_of if prefix]):
-            self._prefill(batch, [slots_of[prefix] for prefix in batch])
+    def _row(self, item: Sample) -> Row | None:
+        """The sample with pages for its prefix and a first token, or None if there are too few; shared ones are only held."""
+        ids = [*item.prompt_ids, *item.response_ids]
+        prefix = ids[:-1]  # the first decoding step takes the last token, and yields what follows it
+        shared = self._pages.shared(prefix)
+        missing = self._pages.pages_for(len(ids)) - len(shared)
+        if missing > self._pages.free:
+            return None
+        self._pages.hold(shared)
+        pages = shared + self._pages.take(missing)
+        # First come, first filled: who finds these pages comes later, or in the same pass, which writes before it reads.
+        self._pages.publish(pages, prefix)
+        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens)
 
-    def _prefill(self, prefixes: list[tuple[int, ...]], slots: list[list[int]]) -> None:
-        """Puts each prefix into the cache of all its slots, in one forward pass."""
-        longest = max(len(prefix) for prefix in prefixes)
-        padded = [prefix + (0,) * (longest - len(prefix)) for prefix in prefixes]
-        lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=self._device)
-        places_S = torch.arange(longest, device=self._device)
-        pairs = [(row, slot) for row, group in enumerate(slots) for slot in group]
-        sources, targets = torch.tensor(pairs, device=self._device).T
+    def _prefill(self) -> None:
+        """One chunk: up to PREFILL_TOKENS tokens of the prefixes that are not in the cache, in the order of the queue."""
+        chunk: list[tuple[Row, int]] = []
+        room = PREFILL_TOKENS
+        for row in self._filling:
+            count = min(room, len(row.ids) - 1 - row.cached)
+            if count > 0:
+                chunk.append((row, count))
+                room -= count
+            if not room:
+                break
+        if not chunk:
+            return
+        tokens, positions, places = list[int](), list[int](), list[int]()
+        page = self._pages.page_tokens
+        for row, count in chunk:
+            span = range(row.cached, row.cached + count)
+            tokens += row.ids[row.cached : row.cached + count]
+            positions += span
+            places += [row.pages[place // page] * page + place % page for place in span]
+            row.cached += count
+        lengths = [row.cached for row, _ in chunk]
+        table = torch.zeros(len(chunk), self._pages.pages_for(max(lengths)), dtype=torch.int32)
+        for index, (row, _) in enumerate(chunk):
+            own = row.pages[: table.shape[1]]
+            table[index, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        config, device = self._model.config, self._device
+        shared = config.num_heads // config.num_kv_heads
+        spans = ragged([count for _, count in chunk], lengths, table.to(device), shared, device)
+        inputs = torch.tensor([tokens, positions, places], device=device)
         self._model.forward(
-            torch.tensor(padded, device=self._device),
-            places_S.expand(len(prefixes), longest),
-            places_S < lengths_R[:, None],
-            PrefillAttention(self._cache, sources, targets),
+            inputs[:1],
+            inputs[1:2],
+            torch.ones(1, len(tokens), dtype=torch.bool, device=device),
+            PagedAttention(self._cache, spans, inputs[2]),
         )
-
-
-def _prefill_batches(prefixes: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Batches of at most PREFILL_TOKENS padded tokens; prefixes of like length together, so that little is padding."""
-    batches: list[list[tuple[int, ...]]] = []
-    for prefix in sorted(prefixes, key=len):
-        if batches and (len(batches[-1]) + 1) * len(prefix) <= PREFILL_TOKENS:
-            batches[-1].append(prefix)
-        else:
-            batches.append([prefix])
-    return batches
-
-
-def _logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
-    """(B, V) float32. On a CPU by the same product as the trainer's `token_logprobs`; a GPU's adds up in another order."""
-    if hidden_BD.is_cuda and hidden_BD.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden_BD, head_VD.t(), out_dtype=torch.float32)
-    return torch.mm(hidden_BD.float(), head_VD.float().t())
 
 
 def _unset_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -257,4 +308,5 @@ def _unset_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     with torch.device(device):
         gate_up_LECD, down_LEDF = (torch.empty(shape, dtype=dtype) for shape in expert_shapes(config))
         bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
-        return LanguageModel(config, Transformer(config).to(dtype), ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
+        dense = Transformer(config, batch_invariant=True).to(dtype)
+        return LanguageModel(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)

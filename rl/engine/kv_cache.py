@@ -1,84 +1,103 @@
-"""The keys and values of the sequences that an engine decodes, and the two attentions that write and read them.
+"""The keys and values of the sequences that an engine decodes, in pages, and the attention that writes and reads them.
 
-Every layer has one contiguous block of slots x max_length. Sequences in use occupy the first slots, without gaps, so that a
-decoding step reads a view. Shape letters: B sequences, S tokens, M max_length, H query heads, G key/value heads, d head_dim.
+A page holds the keys and values of some adjacent tokens of a sequence in every layer (Kwon et al., arXiv 2309.06180). Memory
+goes to tokens that exist, not to the longest that may come, and sequences that begin alike, the samples of a group, hold the
+pages of what they share once. Page 0 belongs to nobody: rows that pad a batch write there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attention import attend_pages, put_pages
+from kernels.ragged import PAGE_TOKENS, Ragged
 from trainer.config import ModelConfig
 
-# Without cuDNN, which prepares a plan for every new shape, 10 ms each, while here the length grows with every step.
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+class PagedCache:
+    """Keys and values by layer, page, place in the page, and head."""
 
-class KVCache:
-    """Keys and values by layer, slot, head and position."""
-
-    def __init__(self, config: ModelConfig, slots: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (slots, config.num_kv_heads, max_length, config.head_dim)
+    def __init__(self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.page_tokens = PAGE_TOKENS[device.type]
+        shape = (pages, self.page_tokens, config.num_kv_heads, config.head_dim)
         # Zeros, not uninitialised memory: masked positions get weight 0, and 0 * NaN would still be NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
-    def move(self, sources: Tensor, destinations: Tensor, length: int) -> None:
-        """Copies the first `length` positions from slots `sources` to slots `destinations`; the two are disjoint."""
-        for block in (*self.keys, *self.values):
-            block[destinations, :, :length] = block[sources, :, :length]
-
 
 @dataclass(frozen=True)
-class PrefillAttention:
-    """An `Attend` for whole prefixes, padded on the right: causal attention among themselves, and a copy into the cache.
+class PagedAttention:
+    """An `Attend` for one row of ragged queries: their keys go to `places_T` first, page * page_tokens + place in it."""
 
-    Row `sources_R[i]` of the batch goes into slot `slots_R[i]`; one row may go into several slots.
-    """
-
-    cache: KVCache
-    sources_R: Tensor
-    slots_R: Tensor
+    cache: PagedCache
+    spans: Ragged
+    places_T: Tensor
 
     def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-        length = k_BGSd.shape[2]
-        # A real token never sees the padding behind it. What padding leaves in the cache is masked until it is overwritten.
-        self.cache.keys[layer][self.slots_R, :, :length] = k_BGSd[self.sources_R]
-        self.cache.values[layer][self.slots_R, :, :length] = v_BGSd[self.sources_R]
-        with sdpa_kernel(FUSED):
-            return functional.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=True)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        q_THd, k_TGd, v_TGd = (x[0].transpose(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
+        put_pages(k_TGd, v_TGd, self.places_T, keys, values)
+        return attend_pages(q_THd, keys, values, self.spans).transpose(0, 1)[None]
 
 
-class DecodeAttention:
-    """An `Attend` for one new token of each of the first B slots.
+class PageTable:
+    """Which pages are free, how many sequences hold each, and which tokens the full ones hold."""
 
-    `lengths_B` says how many tokens each sequence has in the cache; the new one is put behind them. `longest` is at least
-    their maximum.
-    """
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self._free = list(range(pages - 1, 0, -1))
+        self._holders = [0] * pages
+        # A full page is found by the page before it and its tokens: who holds it holds that one too, so its number stays its.
+        self._known: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def __init__(self, cache: KVCache, lengths_B: Tensor, longest: int) -> None:
-        places = torch.arange(longest + 1, device=lengths_B.device)
-        self._cache, self._lengths_B, self._reach = cache, lengths_B, longest + 1
-        self._rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
-        self._mask = (places <= lengths_B[:, None])[:, None, None]
+    @property
+    def free(self) -> int:
+        return len(self._free)
 
-    def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._rows_B, :, self._lengths_B] = k_BGSd[:, :, 0]
-        values[self._rows_B, :, self._lengths_B] = v_BGSd[:, :, 0]
-        batch, groups, _, head_dim = k_BGSd.shape
-        # With one position a sequence, the query heads that share a key head can stand where positions stand; no key is copied.
-        query = q_BHSd.reshape(batch, groups, -1, head_dim)
-        keys, values = keys[:batch, :, : self._reach], values[:batch, :, : self._reach]
-        if query.is_cuda:
-            with sdpa_kernel(FUSED):
-                out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask)
-        else:  # the fused kernel of the CPU is made for many positions; for one, plain products take a third of its time
-            scores = torch.matmul(query.float() * head_dim**-0.5, keys.float().transpose(-1, -2))
-            out = torch.matmul(scores.masked_fill_(~self._mask, -torch.inf).softmax(dim=-1), values.float()).to(query.dtype)
-        return out.reshape(q_BHSd.shape)
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+    def shared(self, ids: Sequence[int]) -> list[int]:
+        """The pages that hold the beginning of `ids` already, as many as there are. They are not held by asking."""
+        pages: list[int] = []
+        for end in range(self.page_tokens, len(ids) + 1, self.page_tokens):
+            key = (pages[-1] if pages else 0, tuple(ids[end - self.page_tokens : end]))
+            if key not in self._known:
+                break
+            pages.append(self._known[key])
+        return pages
+
+    def hold(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._holders[page] += 1
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages that were free; there must be so many."""
+        assert count <= len(self._free), (count, len(self._free))
+        pages = [self._free.pop() for _ in range(count)]
+        self.hold(pages)
+        return pages
+
+    def publish(self, pages: Sequence[int], ids: Sequence[int]) -> None:
+        """From now on `shared` finds the pages of `ids` that are full; what fills them must be on its way to the device."""
+        before = 0
+        for place, page in enumerate(pages[: len(ids) // self.page_tokens]):
+            key = (before, tuple(ids[place * self.page_tokens : (place + 1) * self.page_tokens]))
+            if key not in self._known:
+                self._known[key] = page
+                self._key_of[page] = key
+            before = page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder less for each."""
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+                if page in self._key_of:
+                    del self._known[self._key_of.pop(page)]

@@ -27,6 +27,10 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         engines=1,
         engine_slots=4,
         advance_tokens=4,
+        top_k=None,
+        top_p=1.0,
+        min_p=0.0,
+        cache_tokens=None,
     )
     return RolloutConfig(**(options | changes))
 

@@ -5,27 +5,23 @@ Shape letters: B batch, S sequence, H query heads, G key/value heads, d head_dim
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.attention import attend
+from kernels.ragged import ragged
+from trainer.config import ModelConfig
+
 
 def rope(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), both (B, 1, S, d), float32.
-
-    Feature i and feature i + d/2 form one rotated pair, the layout of the Hugging Face checkpoints.
-    """
+    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864) of kernels/norm.py, both (B * S, d), float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = positions_BS.flatten()[:, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BHSd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn queries or keys by the angles of `rope`, in float32; the result has the dtype of the input."""
-    x = x_BHSd.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosines + torch.cat((-second, first), dim=-1) * sines).to(x_BHSd.dtype)
 
 
 def positions_of(documents_BS: Tensor) -> Tensor:
@@ -55,6 +51,24 @@ class PackedAttention:
             attn_mask=self._mask,
             is_causal=self._mask is None,
         )
+
+
+class BatchInvariantAttention:
+    """The same function as `PackedAttention`, by kernels/attention.py: a token's result does not depend on where it is packed.
+
+    Padding is a document like the others.
+    """
+
+    def __init__(self, documents_BS: Tensor, config: ModelConfig) -> None:
+        starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+        ends = [*starts_BS.flatten().nonzero().flatten().tolist(), documents_BS.numel()]
+        counts = [end - start for start, end in itertools.pairwise(ends)]
+        self._spans = ragged(counts, counts, None, config.num_heads // config.num_kv_heads, documents_BS.device)
+
+    def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+        q_THd, k_TGd, v_TGd = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
+        return attend(q_THd, k_TGd, v_TGd, self._spans).unflatten(0, (q_BHSd.shape[0], q_BHSd.shape[2])).transpose(1, 2)
 
 
 def _mask(documents_BS: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
 from kernels.expert_mlp import swiglu
+from kernels.linear import linear as batch_invariant_linear
+from kernels.norm import rms_norm, rotate
 from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig
-from trainer.model.attention import rope, rotate
+from trainer.model.attention import rope
 from trainer.model.initial import fill_normal, initial_expert, residual_std
 
 
@@ -52,19 +54,31 @@ class Output:
 
 
 class Angles(NamedTuple):
-    """Rotary cosines and sines, (B, 1, S, d) float32."""
+    """Rotary cosines and sines, (B * S, d) float32."""
 
     cosines: Tensor
     sines: Tensor
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+class Linear(nn.Linear):
+    """By the library's product, or by the one whose rows do not depend on the batch (kernels/linear.py)."""
+
+    batch_invariant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.batch_invariant:
+            return functional.linear(x, self.weight, self.bias)
+        y = batch_invariant_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
     """Without torch's own initialisation, which costs time and draws from the global generator."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+    return nn.utils.skip_init(Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -72,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -103,12 +117,16 @@ class Attention(nn.Module):
 
     def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        query_BHSd = self.query_norm(self.query(x_BSD).view(heads)).transpose(1, 2)
-        key_BGSd = self.key_norm(self.key(x_BSD).view(heads)).transpose(1, 2)
-        value_BGSd = self.value(x_BSD).view(heads).transpose(1, 2)
-        out_BHSd = attend(layer, rotate(query_BHSd, *angles), rotate(key_BGSd, *angles), value_BGSd)
+        query_BSHd = self._turned(self.query_norm(self.query(x_BSD).view(heads)), angles)
+        key_BSGd = self._turned(self.key_norm(self.key(x_BSD).view(heads)), angles)
+        value_BSGd = self.value(x_BSD).view(heads)
+        out_BHSd = attend(layer, query_BSHd.transpose(1, 2), key_BSGd.transpose(1, 2), value_BSGd.transpose(1, 2))
         out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
         return out_BSD
+
+    @staticmethod
+    def _turned(x_BSHd: Tensor, angles: Angles) -> Tensor:
+        return rotate(x_BSHd.flatten(0, 1), *angles).view_as(x_BSHd)
 
 
 class MoE(nn.Module):
@@ -124,7 +142,7 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor) -> tuple[Tensor, Tensor]:
         x_TD = x_BSD.flatten(0, 1)
         routing = route(
-            functional.linear(x_TD.float(), self.gate.weight.float()),
+            batch_invariant_linear(x_TD, self.gate.weight, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
             top_k=self.config.top_k,
             scores=self.config.router_scores,
             renormalize=self.config.renormalize,
@@ -170,9 +188,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Every parameter that is not an expert's. The weights are unset until `initialize` or `load_state_dict`."""
+    """Every parameter that is not an expert's. The weights are unset until `initialize` or `load_state_dict`.
 
-    def __init__(self, config: ModelConfig) -> None:
+    `batch_invariant`: products take the order of kernels/linear.py, so that with an `Attend` of the same kind a token's result
+    depends on nothing but the tokens before it, bit for bit; that of generation and of training are then the same.
+    """
+
+    def __init__(self, config: ModelConfig, *, batch_invariant: bool = False) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary size comes from the tokenizer before a model is built"
         self.config = config
@@ -182,6 +204,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.batch_invariant = batch_invariant
 
     @property
     def head_VD(self) -> Tensor:
@@ -255,9 +280,9 @@ class LanguageModel:
     bias_LE: Tensor  # float32, whatever the dtype of the weights
 
     @classmethod
-    def initialize(cls, config: ModelConfig, seed: int) -> LanguageModel:
+    def initialize(cls, config: ModelConfig, seed: int, *, batch_invariant: bool = False) -> LanguageModel:
         """Fresh float32 weights on the CPU; the numbers depend on nothing but the arguments."""
-        dense = Transformer(config)
+        dense = Transformer(config, batch_invariant=batch_invariant)
         dense.initialize(seed)
         gate_up_LECD, down_LEDF = (torch.empty(shape) for shape in expert_shapes(config))
         for layer in range(config.num_moe_layers):

@@ -1,0 +1,73 @@
+"""A linear map whose result for one row does not depend, bit for bit, on which or how many other rows there are.
+
+Libraries choose the order in which a product adds up by its number of rows, so a token decoded alone and the same token in a
+training batch get results that differ in their last bits, and a router turns these into other experts. Here every row is
+computed in the same order always (batch invariance; He et al., "Defeating Nondeterminism in LLM Inference", 2025). Backward
+has no counterpart in generation and takes the library's products.
+
+Shape letters: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 16  # rows that a CPU multiplies at once; always so many, the last ones filled up
+
+
+def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight^T, (.., K) -> (.., N), the same bits for a row whatever the others are; differentiable.
+
+    Operands of 16 bits are multiplied exactly and added in float32, float32 and float64 ones in their own precision. `dtype` is
+    the result's, that of `x` if None. A GPU takes kernels/triton_linear.py, except for float64.
+    """
+    result: Tensor = _Linear.apply(x.flatten(0, -2), weight_NK, dtype or x.dtype)
+    return result.view(*x.shape[:-1], weight_NK.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        return product(x_MK, weight_NK, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_MK, weight_NK = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        wide = d_MN.dtype  # of the result that was asked for
+        d_x_MK = torch.mm(d_MN, weight_NK.to(wide)).to(x_MK.dtype) if need_x else None
+        d_weight_NK = torch.mm(d_MN.t(), x_MK.to(wide)).to(weight_NK.dtype) if need_weight else None
+        return d_x_MK, d_weight_NK, None
+
+
+def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """`linear` without gradients, for two matrices."""
+    if x_MK.is_cuda and x_MK.dtype != torch.float64:
+        from kernels.triton_linear import launch_linear  # here, because CPU machines may lack Triton
+
+        return launch_linear(x_MK, weight_NK, dtype)
+    return tiled_product(x_MK, weight_NK).to(dtype)
+
+
+def tiled_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The reference: products of TILE rows each, all of one shape, so that the library adds up every row alike.
+
+    Float32, or float64 as it is.
+    """
+    rows, inputs = x_MK.shape
+    wide = torch.promote_types(x_MK.dtype, torch.float32)
+    x_MK, weight_NK = x_MK.to(wide), weight_NK.to(wide)
+    outputs = weight_NK.shape[0]
+    if outputs < TILE:  # else the library would take products with vectors, in which the place of a row counts
+        weight_NK = torch.cat([weight_NK, weight_NK.new_zeros(TILE - outputs, inputs)])
+    tiles = -(-rows // TILE)
+    if tiles * TILE != rows:
+        x_MK = torch.cat([x_MK, x_MK.new_zeros(tiles * TILE - rows, inputs)])
+    product = torch.bmm(x_MK.reshape(tiles, TILE, inputs), weight_NK.t().expand(tiles, -1, -1))
+    return product.view(tiles * TILE, weight_NK.shape[0])[:rows, :outputs]

@@ -1,0 +1,86 @@
+"""RMS normalisation, and rotation of queries and keys, of one token at a time: no result depends on another token.
+
+Shape letters: T tokens, H heads, d head_dim, D the last dimension. The references are plain torch; CUDA takes
+kernels/triton_norm.py, one launch each where the reference is a dozen, except for float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich, arXiv 1910.07467); the dtype of `x`."""
+    y: Tensor = _RMSNorm.apply(x, weight_D, eps)
+    return y
+
+
+def rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    """Turns every head by its token's angles (Su et al., arXiv 2104.09864), in float32; the dtype of `x_THd`.
+
+    Feature i and feature i + d/2 form one rotated pair, the layout of the Hugging Face checkpoints. The angles are float32 and
+    get no gradient.
+    """
+    y_THd: Tensor = _Rotate.apply(x_THd, cosines_Td, sines_Td)
+    return y_THd
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return functional.rms_norm(x.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x.dtype)
+
+
+def rotate_reference(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    x = x_THd.to(torch.promote_types(x_THd.dtype, torch.float32))
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosines_Td[:, None] + torch.cat((-second, first), dim=-1) * sines_Td[:, None]).to(x_THd.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        if _takes_kernel(x):
+            from kernels.triton_norm import launch_rms_norm  # here, because CPU machines may lack Triton
+
+            return launch_rms_norm(x, weight_D, eps)
+        return rms_norm_reference(x, weight_D, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = rms_norm_reference(x, weight_D, ctx.eps)
+        return (*torch.autograd.grad(y, (x, weight_D), d_y), None)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines_Td, sines_Td)
+        return _rotated(x_THd, cosines_Td, sines_Td)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_THd: Tensor) -> tuple[Tensor | None, ...]:
+        cosines_Td, sines_Td = ctx.saved_tensors
+        return _rotated(d_THd, cosines_Td, -sines_Td), None, None  # back by the same angles
+
+
+def _rotated(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    if _takes_kernel(x_THd):
+        from kernels.triton_norm import launch_rotate
+
+        return launch_rotate(x_THd, cosines_Td, sines_Td)
+    return rotate_reference(x_THd, cosines_Td, sines_Td)
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64

@@ -1,0 +1,153 @@
+"""The device's side of decoding: one token for every row, by a CUDA graph on a GPU.
+
+A step of a small model is hundreds of short launches, so its time on a GPU is that of launching them unless a graph replays
+them all at once. Everything a step reads and writes therefore lies at fixed places, and the rows are filled up to one of a few
+sizes. Letters: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.linear import product
+from kernels.ragged import Ragged, tile_queries
+from kernels.vocab_loss import token_logprobs
+from rl.engine.kv_cache import PagedAttention, PagedCache
+from rl.engine.sampler import Sampling, sample
+from trainer.model.transformer import LanguageModel
+
+
+@dataclass(frozen=True)
+class RowState:
+    """Where a sequence stands: its last token is not in the cache yet, `length` tokens are."""
+
+    last_token: int
+    uid: int
+    length: int
+    generated: int  # response tokens so far
+
+
+class Step:
+    """What a step sampled, perhaps still on its way from the device."""
+
+    def __init__(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
+        self._ready = None
+        if tokens_B.is_cuda:
+            self._tokens, self._logprobs = (
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in (tokens_B, logprobs_B)
+            )
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._tokens, self._logprobs = tokens_B, logprobs_B
+
+    def result(self) -> tuple[list[int], list[float]]:
+        """(tokens, log-probabilities) of the rows, waiting for them if need be."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._tokens.tolist(), self._logprobs.tolist()
+
+
+class Decoder:
+    """Decodes up to `slots` rows together."""
+
+    def __init__(self, model: LanguageModel, cache: PagedCache, sampling: Sampling, slots: int, max_pages: int) -> None:
+        self._model, self._cache, self._sampling = model, cache, sampling
+        self._device = model.bias_LE.device
+        self._state = torch.zeros(4, slots, dtype=torch.int64, device=self._device)  # the fields of RowState
+        self._host_table = torch.zeros(slots, max_pages, dtype=torch.int32)
+        self._table = self._host_table.to(self._device, copy=True)
+        self._tokens_B = torch.zeros(slots, dtype=torch.int64, device=self._device)
+        self._logprobs_B = torch.zeros(slots, dtype=torch.float32, device=self._device)
+        self._slots, self._max_pages = slots, max_pages
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._longest = 0
+
+    def set_rows(self, rows: Sequence[RowState], pages: Sequence[Sequence[int]]) -> None:
+        """The rows of the next steps; what pads them has length 0 and writes to page 0."""
+        values = torch.zeros(4, self._slots, dtype=torch.int64)
+        if rows:
+            values[:, : len(rows)] = torch.tensor([[r.last_token, r.uid, r.length, r.generated] for r in rows]).T
+        self._state.copy_(_pinned(values, self._device), non_blocking=True)
+        self._longest = max((row.length for row in rows), default=0)
+        self._host_table.zero_()
+        for row, own in enumerate(pages):
+            self.set_pages(row, own)
+        self.send_pages()
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """The pages of a row, in order; `send_pages` brings those of all rows to the device."""
+        self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def send_pages(self) -> None:
+        self._table.copy_(_pinned(self._host_table, self._device), non_blocking=True)
+
+    def step(self, count: int) -> Step:
+        """Decodes a token of the first `count` rows."""
+        size = count if self._device.type == "cpu" else min(padded(count), self._slots)
+        if self._device.type == "cpu" or size not in self._graphs:
+            self._decode(size)  # the first time of a size also compiles its kernels, which a graph cannot do
+            self._graphs[size] = None
+        else:
+            graph = self._graphs[size]
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._decode(size)
+                self._graphs[size] = graph
+            graph.replay()
+        self._longest += 1
+        return Step(self._tokens_B[:count].clone(), self._logprobs_B[:count].clone())
+
+    def _decode(self, count: int) -> None:
+        last_B, uids_B, lengths_B, generated_B = self._state[:, :count]
+        table, page = self._table[:count], self._cache.page_tokens
+        # A row that is done may run on for a step or two, beyond its pages: what it writes and samples there nobody reads.
+        page_B1 = (lengths_B // page).clamp(max=self._max_pages - 1)[:, None]
+        places_B = table.gather(1, page_B1).squeeze(1) * page + lengths_B % page
+        rows_B = torch.arange(count + 1, dtype=torch.int32, device=self._device)
+        config = self._model.config
+        spans = Ragged(
+            first_N=rows_B,
+            length_N=(lengths_B + 1).clamp(max=self._max_pages * page).int(),
+            tile_sequence=rows_B[:-1],
+            tile_first=torch.zeros_like(rows_B[:-1]),
+            tile_queries=tile_queries(config.num_heads // config.num_kv_heads, self._device),
+            longest=self._longest + 1,
+            table_NP=table,
+        )
+        output = self._model.forward(
+            last_B[None],
+            lengths_B[None],
+            torch.ones(1, count, dtype=torch.bool, device=self._device),
+            PagedAttention(self._cache, spans, places_B.long()),
+        )
+        tokens_B, logprobs_B = self._sample(output.hidden_BSD[0], uids_B, generated_B)
+        self._tokens_B[:count], self._logprobs_B[:count] = tokens_B, logprobs_B
+        last_B.copy_(tokens_B)
+        lengths_B += 1
+        generated_B += 1
+
+    def _sample(self, hidden_BD: Tensor, uids_B: Tensor, generated_B: Tensor) -> tuple[Tensor, Tensor]:
+        head_VD, sampling = self._model.dense.head_VD, self._sampling
+        logits_BV = product(hidden_BD, head_VD, torch.float32)
+        tokens_B, logprobs_B = sample(logits_BV, uids_B, generated_B, sampling)
+        if hidden_BD.is_cuda and sampling.whole:
+            # By the trainer's kernel, whose sum over the vocabulary has an order of its own.
+            logprobs_B = token_logprobs(hidden_BD, head_VD, tokens_B, temperature=sampling.temperature)[0]
+        return tokens_B, logprobs_B
+
+
+def padded(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..: at most a third of the rows is padding, and there are few graphs."""
+    power = 1 << max(0, count - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Pinned memory, so that the copy does not wait for the steps before it."""
+    return values.pin_memory() if device.type == "cuda" else values

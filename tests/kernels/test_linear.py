@@ -1,0 +1,70 @@
+"""The batch-invariant product: by definition, and the same bits for a row whatever the other rows are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from kernels.linear import linear, product
+
+
+def case(rows: int, inputs: int, outputs: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows + inputs)
+    return [torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((rows, inputs), (outputs, inputs))]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 70), st.sampled_from([1, 16, 33, 128, 300]), st.sampled_from([1, 20, 64, 257]), st.randoms())
+def test_a_rows_bits_do_not_depend_on_the_others(rows: int, inputs: int, outputs: int, random) -> None:  # type: ignore[no-untyped-def]
+    x, weight = case(rows, inputs, outputs)
+    whole = linear(x, weight)
+    assert whole.shape == (rows, outputs)
+    torch.testing.assert_close(whole, x @ weight.T, rtol=1e-4, atol=1e-4)
+    some = random.sample(range(rows), random.randint(0, rows))
+    assert torch.equal(linear(x[some], weight), whole[some])
+    assert torch.equal(linear(x[None, some], weight), whole[None, some])
+
+
+def test_gradients_are_those_of_the_library() -> None:
+    x, weight = (tensor.double().requires_grad_() for tensor in case(19, 24, 7))
+    assert torch.autograd.gradcheck(linear, (x, weight))
+
+
+def test_a_wider_result_of_narrow_operands_keeps_what_they_say() -> None:
+    x, weight = (tensor.requires_grad_() for tensor in case(19, 24, 7, dtype=torch.bfloat16))
+    y = linear(x, weight, dtype=torch.float32)
+    torch.testing.assert_close(y, x.float() @ weight.float().T, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(19, 7)
+    got = torch.autograd.grad(y, (x, weight), upstream)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (x, weight)]
+    expected = torch.autograd.grad(functional.linear(*wide), wide, upstream)
+    for left, right in zip(got, expected, strict=True):
+        assert left.dtype == torch.bfloat16
+        torch.testing.assert_close(left, right.bfloat16())
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 20, 9), (70, 96, 40), (130, 64, 129)])
+def test_the_kernel_computes_the_product(kernel_device: str, rows: int, inputs: int, outputs: int) -> None:
+    from kernels.triton_linear import launch_linear
+
+    x, weight = case(rows, inputs, outputs, kernel_device)
+    torch.testing.assert_close(launch_linear(x, weight, torch.float32), x @ weight.T, rtol=1e-4, atol=1e-4)
+    wide = torch.cat([x, x], dim=1)
+    assert torch.equal(launch_linear(wide[:, :inputs], weight, torch.float32), launch_linear(x, weight, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 2048), (192, 100), (2048, 128), (768, 5000)])
+def test_the_kernels_rows_have_the_same_bits_at_any_number(dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    x, weight = case(3000, inputs, outputs, "cuda", dtype)
+    whole = product(x, weight, torch.float32)
+    exact = x.double() @ weight.double().T
+    assert (whole - exact).abs().max() < 1e-3
+    for rows in (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500):
+        some = torch.randperm(3000, device="cuda")[:rows]
+        assert torch.equal(product(x[some], weight, torch.float32), whole[some]), rows

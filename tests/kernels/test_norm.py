@@ -1,0 +1,60 @@
+"""Normalisation and rotation: the kernels against the references, gradients, and independence of the other tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.norm import rms_norm, rms_norm_reference, rotate, rotate_reference
+
+
+def numbers(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (3, 4, 16), (1, 1, 1), (0, 8)])
+def test_the_kernels_follow_the_references(kernel_device: str, shape: tuple[int, ...]) -> None:
+    from kernels.triton_norm import launch_rms_norm, launch_rotate
+
+    x, weight = numbers(*shape, device=kernel_device), numbers(shape[-1], device=kernel_device)
+    torch.testing.assert_close(launch_rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    heads = numbers(6, 3, 24, device=kernel_device)[:, :, ::2]
+    angles = numbers(6, 12, device=kernel_device)
+    torch.testing.assert_close(
+        launch_rotate(heads, angles.cos(), angles.sin()), rotate_reference(heads, angles.cos(), angles.sin())
+    )
+
+
+def test_gradients() -> None:
+    x, weight = numbers(4, 3, 8).double().requires_grad_(), numbers(8).double().requires_grad_()
+    angles = numbers(4, 4).double().repeat(1, 2)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6), (x, weight))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), (x,))
+
+
+def test_rotation_keeps_lengths_and_depends_on_differences_of_positions_only() -> None:
+    q, k = numbers(1, 1, 16), numbers(2, 1, 16)[1:]
+    frequencies = torch.linspace(0.1, 1, 8).repeat(2)
+
+    def product(first: int, second: int) -> torch.Tensor:
+        turned = [rotate(x, (p * frequencies).cos()[None], (p * frequencies).sin()[None]) for x, p in ((q, first), (k, second))]
+        torch.testing.assert_close(turned[0].norm(), q.norm())
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(product(7, 3), product(14, 10))
+    assert (product(7, 3) - product(7, 4)).abs() > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_a_tokens_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    x, weight = numbers(700, 16, 64, device="cuda", dtype=dtype), numbers(64, device="cuda", dtype=dtype)
+    angles = numbers(700, 32, device="cuda").repeat(1, 2)
+    whole, turned = rms_norm(x, weight, 1e-6), rotate(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(whole, rms_norm_reference(x, weight, 1e-6))
+    torch.testing.assert_close(turned, rotate_reference(x, angles.cos(), angles.sin()))
+    for count in (1, 3, 16, 100):
+        some = torch.randperm(700, device="cuda")[:count]
+        assert torch.equal(rms_norm(x[some], weight, 1e-6), whole[some])
+        assert torch.equal(rotate(x[some], angles[some].cos(), angles[some].sin()), turned[some])
