@@ -1,33 +1,15 @@
-"""Advantages and the policy loss: GRPO (2402.03300) with asymmetric clipping (DAPO, 2503.14476), or Dr. GRPO (2503.20783)."""
+"""The policy loss: PPO's clipped surrogate with an asymmetric clip (DAPO, 2503.14476)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rl.off_policy import Ratios, bypass, decoupled
 from trainer.batch import TokenLoss, TrainBatch
 from trainer.config import AlgorithmConfig
-
-STD_EPS = 1e-6
-
-
-def group_advantages(rewards: Sequence[float | None], normalize_std: bool) -> tuple[float | None, ...]:
-    """How much better each sample of one group is than its group: (R - mean) / (std + 1e-6), std unbiased.
-
-    Without `normalize_std` the division is left out (Dr. GRPO). A sample that could not be judged (None) takes no part in
-    mean and std and gets None. A group with one judged sample has nothing to compare with: its advantage is 0.
-    """
-    judged = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
-    if judged.size < 2:
-        return tuple(None if reward is None else 0.0 for reward in rewards)
-    scale = float(judged.std(ddof=1)) + STD_EPS if normalize_std else 1.0
-    mean = float(judged.mean())
-    return tuple(None if reward is None else (reward - mean) / scale for reward in rewards)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

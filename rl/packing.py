@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from kernels.errors import UserError
-from rl.algorithms import group_advantages
-from rl.trajectory import Group
+from rl.advantages import advantages, overlong_penalty, uncertainty_weight
+from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
+from trainer.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,26 @@ class Document:
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
-def documents_of(groups: Sequence[Group], normalize_std: bool) -> list[Document]:
-    """The judged samples of finished groups with their advantages.
+def documents_of(groups: Sequence[Group], config: AlgorithmConfig, max_new_tokens: int) -> list[Document]:
+    """The judged samples of finished groups with their advantages, from rewards less the overlong penalty.
 
     A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass.
     """
+    rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
+    lengths = [[sample.length for sample in group.samples] for group in groups]
     documents = []
-    for group in groups:
-        advantages = group_advantages([sample.reward for sample in group.samples], normalize_std)
-        for sample, advantage in zip(group.samples, advantages, strict=True):
+    for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
+        weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
+        for sample, advantage in zip(group.samples, found, strict=True):
             if advantage is not None:
-                documents.append(Document(sample.prompt_ids, sample.response_ids, sample.logprobs, advantage))
+                documents.append(Document(sample.prompt_ids, sample.response_ids, sample.logprobs, weight * advantage))
     return documents
+
+
+def _shaped_reward(sample: Sample, config: AlgorithmConfig, max_new_tokens: int) -> float | None:
+    if sample.reward is None:
+        return None
+    return sample.reward + overlong_penalty(sample.length, max_new_tokens, config.overlong_margin, config.overlong_factor)
 
 
 def pack(

@@ -274,10 +274,16 @@ class RolloutConfig(Record):
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
 
 
-class AlgorithmConfig(Record):
-    """GRPO (2402.03300) with asymmetric clipping (DAPO, 2503.14476)."""
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
-    normalize_std: bool  # false: Dr. GRPO (2503.20783)
+
+class AlgorithmConfig(Record):
+    """How rewards become an update; the formulas are in rl/advantages.py, rl/algorithms.py and rl/off_policy.py."""
+
+    advantage: Estimator
+    uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
+    overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
     clip_low: float = Field(gt=0, lt=1)
     clip_high: float = Field(gt=0)
     aggregation: Literal["token", "sequence"]
@@ -310,5 +316,10 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in a row of "
                 f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
+            )
+        if self.algorithm.overlong_margin > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
+                f"({self.rollout.max_new_tokens}); lower it"
             )
         return self

@@ -1,10 +1,9 @@
-"""Advantages, the clipped surrogate and the off-policy corrections against loops and derivatives written by hand."""
+"""The clipped surrogate and the off-policy corrections against loops and derivatives written by hand."""
 
 from __future__ import annotations
 
 import math
 import pickle
-import statistics
 from typing import Any, Literal
 
 import pytest
@@ -13,17 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl.algorithms import PolicyObjective, clipped_surrogate, group_advantages
+from rl.algorithms import PolicyObjective, clipped_surrogate
 from rl.off_policy import bypass, decoupled
+from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
 from trainer.config import AlgorithmConfig
 
-rewards = st.lists(st.one_of(st.none(), st.floats(-2, 2)), min_size=1, max_size=8)
-
 
 def algorithm(off_policy: Literal["decoupled", "bypass"], **changes: Any) -> AlgorithmConfig:
-    options: dict[str, Any] = dict(normalize_std=True, clip_low=0.2, clip_high=0.28, aggregation="token", truncation=2.0)
-    return AlgorithmConfig(off_policy=off_policy, **(options | changes))
+    return algorithm_config(off_policy=off_policy, **changes)
 
 
 def batch_of(advantages_BS: Tensor, behaviour_BS: Tensor) -> TrainBatch:
@@ -38,25 +35,6 @@ def random_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = -torch.rand(3, 7, generator=generator) * 4
     behaviour = (logprobs + torch.randn(3, 7, generator=generator) * 0.4).clamp(max=0)
     return logprobs.requires_grad_(), behaviour, torch.randn(3, 7, generator=generator)
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(rewards, st.booleans())
-def test_group_advantages_equal_the_definition_over_the_judged_samples(values: list[float | None], normalize: bool) -> None:
-    judged = [value for value in values if value is not None]
-    got = group_advantages(values, normalize)
-    for value, advantage in zip(values, got, strict=True):
-        if value is None:
-            assert advantage is None
-        elif len(judged) == 1:
-            assert advantage == 0
-        else:
-            scale = statistics.stdev(judged) + 1e-6 if normalize else 1.0
-            assert advantage == pytest.approx((value - statistics.fmean(judged)) / scale, rel=1e-6, abs=1e-8)
-
-
-def test_equal_rewards_teach_nothing() -> None:
-    assert group_advantages([0.7] * 8, True) == pytest.approx((0.0,) * 8, abs=1e-9)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from rl.packing import Document, documents_of, pack, pack_demonstrations
 from rl.trajectory import Group, Sample, Segment
+from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
 
 PAD = 2
@@ -105,9 +107,23 @@ def test_samples_become_documents_with_the_advantages_of_their_group() -> None:
         return Sample(uid, 0, (7, 8), (first, second), "finished", reward)
 
     group = Group(0, tuple(sample(uid, reward) for uid, reward in enumerate((1.0, 0.0, None))))
-    documents = documents_of([group], normalize_std=False)
+    documents = documents_of([group], algorithm_config(advantage="dr_grpo"), max_new_tokens=8)
     assert [document.advantage for document in documents] == [0.5, -0.5], "a sample without a reward is left out"
     assert documents[1] == Document((7, 8), (11, 21, 1), (-0.5, -0.25, -0.125), -0.5)
+
+
+def test_long_answers_and_certain_groups_weigh_less_and_the_weight_sees_the_reward_of_the_task() -> None:
+    """Rewards 1, 0, 0 of 3, 4 and 2 tokens; 4 tokens are allowed and the last 2 cost up to 0.5."""
+    samples = tuple(
+        Sample(uid, 0, (7,), (Segment((5,) * length, (-0.5,) * length, 0),), "finished", reward)
+        for uid, (reward, length) in enumerate([(1.0, 3), (0.0, 4), (0.0, 2)])
+    )
+    config = algorithm_config(advantage="dr_grpo", overlong_margin=2, overlong_factor=0.5, uncertainty_focus=2.0)
+    shaped = [1 - 0.25, 0 - 0.5, 0.0]
+    mean = sum(shaped) / 3
+    weight = math.exp(-2 * (1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(4 / 3)))
+    documents = documents_of([Group(0, samples)], config, max_new_tokens=4)
+    assert [document.advantage for document in documents] == pytest.approx([weight * (reward - mean) for reward in shaped])
 
 
 def test_demonstrations_learn_the_answer_and_not_the_prompt() -> None:

@@ -1,0 +1,22 @@
+"""The algorithm options that tests share: those of algorithm=grpo, with changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import AlgorithmConfig
+
+
+def algorithm_config(**changes: Any) -> AlgorithmConfig:
+    options: dict[str, Any] = {
+        "advantage": "grpo",
+        "uncertainty_focus": 0.0,
+        "overlong_margin": 0,
+        "overlong_factor": 1.0,
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "aggregation": "token",
+        "off_policy": "decoupled",
+        "truncation": 2.0,
+    }
+    return AlgorithmConfig(**{**options, **changes})
