@@ -63,7 +63,7 @@ class Reinforcement:
             result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
             rollout_s = time.perf_counter() - clock
             batch = pack(
-                documents_of(result.groups, algorithm, config.rollout.max_new_tokens),
+                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
                 sequence_length=config.loop.sequence_length,
                 rows_multiple_of=self.ranks,
                 aggregation=algorithm.aggregation,

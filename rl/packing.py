@@ -17,16 +17,18 @@ from trainer.config import AlgorithmConfig
 
 @dataclass(frozen=True)
 class Document:
-    """A prompt and the response that is learned. `behaviour_logprobs` has one number a response token."""
+    """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     behaviour_logprobs: tuple[float, ...]
     advantage: float
+    learned: tuple[bool, ...]
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and self.response_ids, "a prompt and a response need a token each"
-        assert len(self.response_ids) == len(self.behaviour_logprobs)
+        assert len(self.response_ids) == len(self.behaviour_logprobs) == len(self.learned)
+        assert any(self.learned), "a document without a learned token is a forward pass for nothing"
 
     @property
     def positions(self) -> int:
@@ -34,10 +36,11 @@ class Document:
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
-def documents_of(groups: Sequence[Group], config: AlgorithmConfig, max_new_tokens: int) -> list[Document]:
+def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_version: int, max_new_tokens: int) -> list[Document]:
     """The judged samples of finished groups with their advantages, from rewards less the overlong penalty.
 
-    A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass.
+    A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass. So is, under
+    off_policy=mask, a sample that weights before `weight_version` generated to the end.
     """
     rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
     lengths = [[sample.length for sample in group.samples] for group in groups]
@@ -45,8 +48,15 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, max_new_token
     for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
         weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
         for sample, advantage in zip(group.samples, found, strict=True):
-            if advantage is not None:
-                documents.append(Document(sample.prompt_ids, sample.response_ids, sample.logprobs, weight * advantage))
+            learned = tuple(config.off_policy != "mask" or version == weight_version for version in sample.versions)
+            if advantage is not None and any(learned):
+                ids = sample.prompt_ids, sample.response_ids
+                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned))
+    if not documents:
+        raise UserError(
+            f"none of the samples of {len(groups)} groups can be learned from: algorithm.off_policy=mask takes tokens of the "
+            "newest weights only; lower rollout.over_provision, or choose algorithm.off_policy=decoupled"
+        )
     return documents
 
 
@@ -67,9 +77,9 @@ def pack(
     """Packs `documents` into rows of `sequence_length`, several a row; the number of rows is a multiple of `rows_multiple_of`.
 
     A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
-    padding has number -1. Only positions that predict a response token have a weight: 1 for the mean over tokens, 1 / length
-    of the response for the mean over sequences. Extras `advantages` and `behaviour_logprobs` stand where the weights stand.
-    Raises UserError when a document does not fit into a row.
+    padding has number -1. Only positions that predict a learned token have a weight: 1 for the mean over tokens, 1 / learned
+    tokens of the document for the mean over sequences. Extras `advantages` and `behaviour_logprobs` stand at all
+    response tokens. Raises UserError when a document does not fit into a row.
     """
     assert documents, "nothing to pack"
     rows = _first_fit_decreasing(documents, sequence_length)
@@ -86,7 +96,8 @@ def pack(
             tokens_BS[row, start:end] = ids[:-1]
             targets_BS[row, start:end] = ids[1:]
             documents_BS[row, start:end] = number
-            weights_BS[row, end - length : end] = 1.0 if aggregation == "token" else 1.0 / length
+            share = 1.0 if aggregation == "token" else 1.0 / sum(document.learned)
+            weights_BS[row, end - length : end] = torch.tensor(document.learned) * share
             advantages_BS[row, end - length : end] = document.advantage
             behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)
             start = end
@@ -98,7 +109,9 @@ def pack_demonstrations(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, sequence_length: int, rows_multiple_of: int, pad_id: int
 ) -> TrainBatch:
     """Packs (prompt ids, answer ids ending with <eos>) for supervised learning of the answers; every answer token counts 1."""
-    documents = [Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0) for prompt, answer in pairs]
+    documents = [
+        Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, (True,) * len(answer)) for prompt, answer in pairs
+    ]
     return pack(
         documents,
         sequence_length=sequence_length,

@@ -274,6 +274,7 @@ class RolloutConfig(Record):
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
 
 
+Band = tuple[float, float]  # lowest and highest ratio
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
 
@@ -284,11 +285,29 @@ class AlgorithmConfig(Record):
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
-    clip_low: float = Field(gt=0, lt=1)
-    clip_high: float = Field(gt=0)
+    loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
+    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - clip_low; of dppo: by how much a probability may fall
+    clip_high: float = Field(gt=0)  # ratios stay below 1 + clip_high; of dppo: by how much a probability may rise
+    dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
+    sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
+    entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
     aggregation: Literal["token", "sequence"]
-    off_policy: Literal["decoupled", "bypass"]
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
+    token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
+    sequence_band: Band | None  # the same for whole responses, of the geometric mean
+    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely
+
+    @model_validator(mode="after")
+    def consistent(self) -> AlgorithmConfig:
+        for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
+            if band is not None and not 0 <= band[0] <= 1 <= band[1]:
+                raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.dual_clip is not None and self.loss != "ppo":
+            raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
+        if min(self.sapo_temperatures) <= 0:
+            raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
+        return self
 
 
 class LoopConfig(Record):

@@ -90,6 +90,7 @@ _DECLARED = (
     Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second of rollout"),
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the proximal policy"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
+    Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
     Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
     Metric(
         "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"

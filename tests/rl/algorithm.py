@@ -13,10 +13,17 @@ def algorithm_config(**changes: Any) -> AlgorithmConfig:
         "uncertainty_focus": 0.0,
         "overlong_margin": 0,
         "overlong_factor": 1.0,
+        "loss": "ppo",
         "clip_low": 0.2,
         "clip_high": 0.28,
+        "dual_clip": None,
+        "sapo_temperatures": (1.0, 1.05),
+        "entropy_bonus": 0.0,
         "aggregation": "token",
         "off_policy": "decoupled",
         "truncation": 2.0,
+        "token_band": None,
+        "sequence_band": None,
+        "sequence_delta": None,
     }
     return AlgorithmConfig(**{**options, **changes})
