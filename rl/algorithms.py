@@ -12,20 +12,23 @@ from rl.off_policy import Ratios, bounded_exp, bypass, decoupled, in_band, not_u
 from trainer.batch import TokenLoss, TrainBatch
 from trainer.config import AlgorithmConfig
 
+PROXIMAL = "proximal_logprobs"  # of batch.extras
+
 
 @dataclass(frozen=True)
 class PolicyObjective:
     """The loss of every token: importance * loss - entropy_bonus * entropy.
 
-    `batch.extras` holds "advantages" and "behaviour_logprobs", both (B, S). One optimizer step is taken a round, so the
-    proximal policy is the one being trained: its log-probabilities are those of this very forward pass, detached.
+    `batch.extras` holds "advantages" and "behaviour_logprobs", both (B, S), and "proximal_logprobs" where a round takes several
+    optimizer steps. With one step the proximal policy is the one being trained: its log-probabilities are those of this very
+    forward pass, detached. A ratio to it is 1 then, and no clip acts on it.
     """
 
     config: AlgorithmConfig
 
     def __call__(self, logprobs_BS: Tensor, entropy_BS: Tensor, batch: TrainBatch) -> TokenLoss:
         behaviour_BS = batch.extras["behaviour_logprobs"]
-        proximal_BS = logprobs_BS.detach()
+        proximal_BS = batch.extras.get(PROXIMAL, logprobs_BS.detach())
         ratios = self._ratios(logprobs_BS, proximal_BS, behaviour_BS)
         loss_BS, clipped_BS = self._loss(ratios.log_ratio, logprobs_BS, batch)
         kept_BS = self._kept(logprobs_BS.detach(), proximal_BS, batch)

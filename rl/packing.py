@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,20 +66,50 @@ def _shaped_reward(sample: Sample, config: AlgorithmConfig, max_new_tokens: int)
     return sample.reward + overlong_penalty(sample.length, max_new_tokens, config.overlong_margin, config.overlong_factor)
 
 
+def policy_batches(
+    documents: Sequence[Document],
+    config: AlgorithmConfig,
+    max_new_tokens: int,
+    *,
+    sequence_length: int,
+    rows_multiple_of: int,
+    pad_id: int,
+) -> list[TrainBatch]:
+    """A batch for each optimizer step of a round, equal shares of the documents in their order; never an empty one.
+
+    aggregation=constant divides the sum over all tokens by documents * max_new_tokens, as Dr. GRPO does (2503.20783): a token
+    counts the same in a long response and in a short one.
+    """
+    parts = min(config.updates_per_round, len(documents))
+    batches = []
+    for part in range(parts):
+        share = documents[part * len(documents) // parts : (part + 1) * len(documents) // parts]
+        batch = pack(
+            share,
+            sequence_length=sequence_length,
+            rows_multiple_of=rows_multiple_of,
+            aggregation=config.aggregation,
+            pad_id=pad_id,
+        )
+        constant = config.aggregation == "constant"
+        batches.append(replace(batch, denominator=float(len(share) * max_new_tokens) if constant else None))
+    return batches
+
+
 def pack(
     documents: Sequence[Document],
     *,
     sequence_length: int,
     rows_multiple_of: int,
-    aggregation: Literal["token", "sequence"],
+    aggregation: Literal["token", "sequence", "constant"],
     pad_id: int,
 ) -> TrainBatch:
     """Packs `documents` into rows of `sequence_length`, several a row; the number of rows is a multiple of `rows_multiple_of`.
 
     A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
-    padding has number -1. Only positions that predict a learned token have a weight: 1 for the mean over tokens, 1 / learned
-    tokens of the document for the mean over sequences. Extras `advantages` and `behaviour_logprobs` stand at all
-    response tokens. Raises UserError when a document does not fit into a row.
+    padding has number -1. Only positions that predict a learned token have a weight: 1 / learned tokens of the document
+    for the mean over sequences, else 1. Extras `advantages` and `behaviour_logprobs` stand at all response tokens.
+    Raises UserError when a document does not fit into a row.
     """
     assert documents, "nothing to pack"
     rows = _first_fit_decreasing(documents, sequence_length)
@@ -96,7 +126,7 @@ def pack(
             tokens_BS[row, start:end] = ids[:-1]
             targets_BS[row, start:end] = ids[1:]
             documents_BS[row, start:end] = number
-            share = 1.0 if aggregation == "token" else 1.0 / sum(document.learned)
+            share = 1.0 / sum(document.learned) if aggregation == "sequence" else 1.0
             weights_BS[row, end - length : end] = torch.tensor(document.learned) * share
             advantages_BS[row, end - length : end] = document.advantage
             behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)

@@ -291,7 +291,8 @@ class AlgorithmConfig(Record):
     dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
     sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
     entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
-    aggregation: Literal["token", "sequence"]
+    aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
+    updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
     off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it

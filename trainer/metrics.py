@@ -101,6 +101,7 @@ _DECLARED = (
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
+    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of the log-probabilities before the updates of a round"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"

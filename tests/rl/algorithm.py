@@ -20,6 +20,7 @@ def algorithm_config(**changes: Any) -> AlgorithmConfig:
         "sapo_temperatures": (1.0, 1.05),
         "entropy_bonus": 0.0,
         "aggregation": "token",
+        "updates_per_round": 1,
         "off_policy": "decoupled",
         "truncation": 2.0,
         "token_band": None,

@@ -116,7 +116,7 @@ def test_samples_become_documents_with_the_advantages_of_their_group() -> None:
     assert documents[1] == Document((7, 8), (11, 21, 1), (-0.5, -0.25, -0.125), -0.5, (True,) * 3)
     masked = documents_of([group], algorithm_config(off_policy="mask"), weight_version=1, max_new_tokens=8)
     assert [document.learned for document in masked] == [(False, True, True)] * 2, "the first token has version 0"
-    with pytest.raises(UserError, match=r"none of the samples of 1 groups .*off_policy=mask .* over_provision"):
+    with pytest.raises(UserError, match=r"none of the samples of 1 groups .*off_policy=mask .*over_provision"):
         documents_of([group], algorithm_config(off_policy="mask"), weight_version=2, max_new_tokens=8)
 
 
