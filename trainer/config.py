@@ -266,6 +266,7 @@ class RolloutConfig(Record):
     groups: int = Field(gt=0)  # N finished groups end a round
     samples_per_group: int = Field(gt=1)  # n
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
+    refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
     max_new_tokens: int = Field(gt=0)
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)

@@ -87,6 +87,7 @@ _DECLARED = (
     Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
+    Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
     Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second of rollout"),
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the proximal policy"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
