@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.limits import require_hopper
 from kernels.ragged import CPU_ROWS, PAGE_TOKENS, Ragged
@@ -89,13 +90,12 @@ def _takes_kernel(q_THd: Tensor) -> bool:
 
 
 def _plain(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> Tensor:
-    """The same function of all tokens at once, by the library; what the reference's gradient is taken of."""
-    tokens, heads, _ = q_THd.shape
-    sequence_T = torch.repeat_interleave(spans.first_N.diff(), output_size=tokens)
-    mask_TT = (sequence_T[:, None] == sequence_T[None, :]).tril()
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THd, k_TGd, v_TGd))
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, enable_gqa=heads != k_TGd.shape[1])
-    return out[0].transpose(0, 1)
+    """The same function by the library, sequences filled up to the longest; what the reference's gradient is taken of."""
+    counts = spans.length_N.tolist()
+    # A query sees only what is before it, so what fills a sequence up, behind it, is seen by nobody who is kept.
+    padded = [pad_sequence(x.split(counts), batch_first=True).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd)]
+    out_NLHd = functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return torch.cat([out_LHd[:count] for out_LHd, count in zip(out_NLHd, counts, strict=True)])
 
 
 def _in_pages(k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> tuple[Tensor, Tensor, Ragged]:

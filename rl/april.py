@@ -5,6 +5,10 @@ else is interrupted: unfinished samples return to the buffer as segments, with t
 and the next round continues them before it starts anything new. Samples that are done already are never generated again.
 With over_provision = 1 the same code waits for every sample: a plain synchronous rollout.
 
+With refills, DAPO's dynamic sampling (2503.14476): a group whose judged rewards are all equal teaches nothing and does not
+count. Once those under way cannot make N any more, more are drawn, over-provisioned alike. When the refills are used up and
+all is finished, groups without signal fill the round, so a task that is too easy or too hard ends a round all the same.
+
 Two differences from the published code: groups that finish together with the N-th one are kept for the next round, and a
 group is regenerated when its oldest token is more than `max_staleness` rounds behind.
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -50,9 +54,9 @@ class RoundResult:
     metrics: dict[str, float]
 
 
-def submitted_groups(config: RolloutConfig) -> int:
-    """N' = ceil(over_provision * N); the rounding forgives 1.1 * 10 = 11.000000000000002."""
-    return math.ceil(round(config.over_provision * config.groups, 6))
+def submitted_groups(groups: int, config: RolloutConfig) -> int:
+    """N' = ceil(over_provision * N) for N groups; the rounding forgives 1.1 * 10 = 11.000000000000002."""
+    return math.ceil(round(config.over_provision * groups, 6))
 
 
 def rollout_round(
@@ -63,20 +67,31 @@ def rollout_round(
     The engines must be empty and hold these weights. Raises UserError when not one sample of the round could be judged.
     """
     dropped = buffer.restart_older_than(weight_version - config.max_staleness)
-    taken = buffer.take(
-        config.groups,
-        submitted_groups(config),
-        lambda index: fresh_group(index, prompts(index), config.samples_per_group),
-    )
-    finished, unfinished = _generate(pool, taken, config)
-    used, surplus = finished[: config.groups], finished[config.groups :]
-    groups = tuple(_judged(group, score) for group in sorted(used, key=lambda group: group.id))
+    judged: dict[int, Group] = {}
+
+    def fresh(index: int) -> Group:
+        return fresh_group(index, prompts(index), config.samples_per_group)
+
+    def informative(group: Group) -> bool:
+        if config.refills == 0:
+            return True
+        judged[group.id] = _judged(group, score)
+        return len(_distinct_rewards(judged[group.id])) > 1
+
+    progress = _Progress(pool, informative)
+    progress.enter(buffer.take(config.groups, submitted_groups(config.groups, config), fresh))
+    _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
+    used = (progress.useful + progress.flat)[: config.groups]
+    surplus, unfinished = progress.useful[config.groups :], list(progress.running.values())
+    groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
     buffer.settle(recycled=unfinished, surplus=surplus)
+    finished = [*progress.useful, *progress.flat]
     metrics = _metrics(groups, weight_version)
     metrics["rollout/finished_groups"] = len(finished)
+    metrics["rollout/replaced_groups"] = len(finished) - len(used) - len(surplus)
     metrics["rollout/recycled_samples"] = _count_partial(unfinished)
-    metrics["rollout/resumed_samples"] = _count_partial(taken)
-    metrics["rollout/new_tokens"] = _tokens(finished) + _tokens(unfinished) - _tokens(taken)
+    metrics["rollout/resumed_samples"] = _count_partial(progress.taken)
+    metrics["rollout/new_tokens"] = _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken)
     metrics["rollout/dropped_groups"] = dropped
     return RoundResult(groups, metrics)
 
@@ -90,29 +105,59 @@ def complete(pool: EnginePool, samples: Sequence[Sample], advance_tokens: int) -
     return sorted(done, key=lambda sample: sample.uid)
 
 
-def _generate(pool: EnginePool, taken: Sequence[Group], config: RolloutConfig) -> tuple[list[Group], list[Group]]:
-    """Generates until `config.groups` groups are finished; returns (finished, unfinished), in order of completion and FIFO."""
-    finished = [group for group in taken if group.done]
-    running = {group.id: group for group in taken if not group.done}
-    latest = {sample.uid: sample for group in running.values() for sample in group.samples}
-    if len(finished) < config.groups:
-        pool.submit([sample for group in running.values() for sample in group.samples if not sample.done])
-        while len(finished) < config.groups:
-            latest.update({sample.uid: sample for sample in pool.advance(config.advance_tokens)})
-            completed = [group for group in (_refreshed(g, latest) for g in running.values()) if group.done]
-            finished += completed
-            for group in completed:
-                del running[group.id]
-        latest.update({sample.uid: sample for sample in pool.drain()})
-    return finished, [_refreshed(group, latest) for group in running.values()]
+@dataclass
+class _Progress:
+    """The groups of a round: `taken` as they came, and where each is now, in order of completion and FIFO."""
+
+    pool: EnginePool
+    informative: Callable[[Group], bool]
+    taken: list[Group] = field(default_factory=list)
+    useful: list[Group] = field(default_factory=list)
+    flat: list[Group] = field(default_factory=list)  # finished, and not informative
+    running: dict[int, Group] = field(default_factory=dict)
+
+    def enter(self, groups: Sequence[Group]) -> None:
+        self.taken += groups
+        self.running |= {group.id: group for group in groups}
+        waiting = [sample for group in groups for sample in group.samples if not sample.done]
+        if waiting:
+            self.pool.submit(waiting)
+        self.update([])
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        """Takes samples in their new state, and moves the groups that are finished with them."""
+        latest = {sample.uid: sample for sample in samples}
+        for group in [_refreshed(group, latest) for group in self.running.values()]:
+            self.running[group.id] = group
+            if group.done:
+                del self.running[group.id]
+                (self.useful if self.informative(group) else self.flat).append(group)
+
+
+def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
+    """Generates until `config.groups` groups are useful, or nothing is left to try; `more` draws for so many that miss."""
+    refills = config.refills
+    while len(progress.useful) < config.groups and (progress.running or refills):
+        missing = config.groups - len(progress.useful) - len(progress.running)
+        if missing > 0 and refills:
+            progress.enter(more(missing))
+            refills -= 1
+        else:
+            progress.update(progress.pool.advance(config.advance_tokens))
+    if progress.running:
+        progress.update(progress.pool.drain())
 
 
 def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:
-    return Group(group.id, tuple(latest[sample.uid] for sample in group.samples))
+    return Group(group.id, tuple(latest.get(sample.uid, sample) for sample in group.samples))
 
 
 def _judged(group: Group, score: Score) -> Group:
     return Group(group.id, tuple(replace(sample, reward=score(sample)) for sample in group.samples))
+
+
+def _distinct_rewards(group: Group) -> set[float]:
+    return {sample.reward for sample in group.samples if sample.reward is not None}
 
 
 def _tokens(groups: Sequence[Group]) -> int:
@@ -143,7 +188,6 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
         )
     lengths = np.array([sample.length for sample in samples])
     ages = weight_version - np.array([version for sample in samples for version in sample.versions])
-    kinds = [{sample.reward for sample in group.samples if sample.reward is not None} for group in groups]
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
@@ -152,6 +196,6 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
         "rollout/truncated_share": float(np.mean([sample.status == "truncated" for sample in samples])),
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
-        "reward/zero_std_share": float(np.mean([len(kind) <= 1 for kind in kinds])),
+        "reward/zero_std_share": float(np.mean([len(_distinct_rewards(group)) <= 1 for group in groups])),
         "reward/missing": float(len(samples) - len(rewards)),
     }

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from rl.actors import RayPool
-from rl.algorithms import PolicyObjective
+from rl.algorithms import PROXIMAL, PolicyObjective
 from rl.april import complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
-from rl.packing import documents_of, pack, pack_demonstrations
+from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
 from trainer import checkpoint
-from trainer.batch import cross_entropy
+from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.loop import checkpoint_meta, save, start_ranks
+from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
+ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
@@ -54,24 +58,24 @@ class Reinforcement:
             self.loop(ranks, pool, buffer, start)
 
     def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
-        """Rounds start+1..rounds. The weights of round r have version r: the number of updates since the warm-up."""
+        """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config, algorithm = self.config, self.config.algorithm
-        objective = PolicyObjective(algorithm)
         if start == 0:
             self.tracker.log(0, self.evaluate(pool))
         for version in range(start, config.loop.rounds):
             clock = time.perf_counter()
             result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
             rollout_s = time.perf_counter() - clock
-            batch = pack(
-                documents_of(result.groups, algorithm.normalize_std),
+            batches = policy_batches(
+                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
+                algorithm,
+                config.rollout.max_new_tokens,
                 sequence_length=config.loop.sequence_length,
                 rows_multiple_of=self.ranks,
-                aggregation=algorithm.aggregation,
                 pad_id=self.tokenizer.pad,
             )
             lr = learning_rate(version, config.loop.rounds, config.optimizer)
-            metrics = {**result.metrics, **ranks.call("learn", batch, objective, lr)[0], "time/rollout_s": rollout_s}
+            metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
             clock = time.perf_counter()
             pool.load_weights(ranks, version + 1)
             metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
@@ -179,3 +183,24 @@ class Reinforcement:
             ranks.call("load_model", self.start_from)
         self.warm_up(ranks)
         return 0, RolloutBuffer()
+
+
+def learn(ranks: Processes, batches: list[TrainBatch], objective: PolicyObjective, lr: float) -> dict[str, Value]:
+    """One optimizer step on each batch; their ratios are to the policy before the first. Returns the metrics of the round."""
+    if len(batches) == 1:
+        return ranks.call("learn", batches[0], objective, lr)[0]
+    clock = time.perf_counter()
+    proximal = [torch.cat(ranks.call("logprobs", batch)) for batch in batches]
+    waited = {"time/proximal_s": time.perf_counter() - clock}
+    batches = [replace(b, extras={**b.extras, PROXIMAL: logprobs}) for b, logprobs in zip(batches, proximal, strict=True)]
+    return waited | metrics_of_round([ranks.call("learn", batch, objective, lr)[0] for batch in batches])
+
+
+def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
+    """What counts work is added up, the expert loads are those of the last update, all else is a mean over updates."""
+    metrics: dict[str, Value] = {}
+    for key in {key: None for update in updates for key in update}:
+        values = [update[key] for update in updates if key in update]
+        numbers = [value for value in values if not isinstance(value, list)]
+        metrics[key] = (sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)) if numbers else values[-1]
+    return metrics

@@ -1,8 +1,17 @@
 """How tokens from older weights, and from an engine that rounds differently than the trainer, enter the policy update.
 
 Two policies besides the one being trained are in play: `behaviour`, which sampled a token (whatever its weight version; its
-log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts, which the clip is
-relative to. Pure functions of log-probabilities at the rollout temperature, elementwise, any shape.
+log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts. Pure functions of
+log-probabilities at the rollout temperature, (B, S) or any shape where nothing is said about sequences.
+
+A loss is made of two numbers a token, see `Ratios`; what `algorithm.off_policy` chooses is
+
+    recompute   ratio policy / proximal, importance 1: as if the proximal policy had sampled everything (APRIL, slime)
+    mask        the same, and only tokens of the newest weights are learned; rl/packing.py leaves the others out
+    bypass      ratio policy / behaviour, importance 1: old tokens are held back by the clip alone
+    decoupled   ratio policy / proximal, importance min(proximal / behaviour, truncation) (AReaL, 2505.24298)
+
+and the masks set the importance of whole tokens or sequences to 0. What is masked stays in the denominator of the mean loss.
 """
 
 from __future__ import annotations
@@ -18,28 +27,61 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Ratios:
-    """`ratio`: probability ratio that is clipped, with gradient. `importance`: factor of the loss, without gradient."""
+    """`log_ratio`: of what the loss clips, with gradient. `importance`: factor of the loss, without gradient."""
 
-    ratio: Tensor
+    log_ratio: Tensor
     importance: Tensor
 
 
-def _exp(log_ratio: Tensor) -> Tensor:
+def bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def recompute(logprobs: Tensor, proximal: Tensor) -> Ratios:
+    """PPO's ratio to the proximal policy, whoever sampled."""
+    return Ratios(log_ratio=logprobs - proximal, importance=torch.ones_like(proximal))
+
+
 def bypass(logprobs: Tensor, behaviour: Tensor) -> Ratios:
-    """PPO's ratio straight to the behaviour policy: old tokens are held back by the clip alone."""
-    ratio = _exp(logprobs - behaviour)
-    return Ratios(ratio=ratio, importance=torch.ones_like(ratio))
+    """PPO's ratio straight to the behaviour policy."""
+    return Ratios(log_ratio=logprobs - behaviour, importance=torch.ones_like(behaviour))
 
 
-def decoupled(logprobs: Tensor, behaviour: Tensor, truncation: float) -> Ratios:
-    """Decoupled PPO (AReaL, 2505.24298) with truncated importance weights.
+def decoupled(logprobs: Tensor, proximal: Tensor, behaviour: Tensor, truncation: float) -> Ratios:
+    """PPO's ratio to the proximal policy, and a truncated importance weight for who sampled."""
+    return Ratios(log_ratio=logprobs - proximal, importance=bounded_exp(proximal - behaviour).clamp(max=truncation))
 
-    The clip is relative to the proximal policy, and min(proximal / behaviour, truncation) corrects for who sampled. One
-    optimizer step is taken a round, so the proximal policy is the one being trained: its log-probabilities are those of this
-    very forward pass, detached. The ratio is 1 in value then, and the clip never acts.
+
+# ---------------------------------------------------------------- masks: True is kept
+
+
+def in_band(log_ratio: Tensor, band: tuple[float, float]) -> Tensor:
+    """low <= exp(log_ratio) <= high.
+
+    Of proximal / behaviour of a token, IcePop's mask; of its mean over a sequence, the geometric sequence mask.
     """
-    proximal = logprobs.detach()
-    return Ratios(ratio=_exp(logprobs - proximal), importance=_exp(proximal - behaviour).clamp(max=truncation))
+    ratio = bounded_exp(log_ratio)
+    return (ratio >= band[0]) & (ratio <= band[1])
+
+
+def not_unlikely(mean_gap: Tensor, advantages: Tensor, delta: float) -> Tensor:
+    """DeepSeek-V3.2's off-policy sequence mask: drops where A < 0 and mean(behaviour - policy) > delta.
+
+    To push down what the policy would hardly say any more teaches little and disturbs much.
+    """
+    return ~((advantages < 0) & (mean_gap > delta))
+
+
+def sequence_mean(values_BS: Tensor, documents_BS: Tensor, learned_BS: Tensor) -> Tensor:
+    """At every position the mean of `values_BS` over the learned positions of its document; 0 where there are none. (B, S)
+
+    A document stands whole in one row, so rows need nothing of each other. A product with the members of each document sums
+    in a fixed order on every device, which adding by index does not.
+    """
+    numbers_N = torch.arange(int(documents_BS.max()) + 1, device=documents_BS.device)
+    members_BSN = (documents_BS[..., None] == numbers_N).double()
+    learned_B1S = learned_BS.double()[:, None]
+    sums_B1N = (values_BS.double()[:, None] * learned_B1S) @ members_BSN
+    counts_B1N = learned_B1S @ members_BSN
+    means_BSN = sums_B1N / counts_B1N.clamp(min=1) * members_BSN
+    return means_BSN.sum(dim=-1).to(values_BS.dtype)

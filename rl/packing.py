@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from kernels.errors import UserError
-from rl.algorithms import group_advantages
-from rl.trajectory import Group
+from rl.advantages import advantages, overlong_penalty, uncertainty_weight
+from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
+from trainer.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
 class Document:
-    """A prompt and the response that is learned. `behaviour_logprobs` has one number a response token."""
+    """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     behaviour_logprobs: tuple[float, ...]
     advantage: float
+    learned: tuple[bool, ...]
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and self.response_ids, "a prompt and a response need a token each"
-        assert len(self.response_ids) == len(self.behaviour_logprobs)
+        assert len(self.response_ids) == len(self.behaviour_logprobs) == len(self.learned)
+        assert any(self.learned), "a document without a learned token is a forward pass for nothing"
 
     @property
     def positions(self) -> int:
@@ -33,18 +36,64 @@ class Document:
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
-def documents_of(groups: Sequence[Group], normalize_std: bool) -> list[Document]:
-    """The judged samples of finished groups with their advantages.
+def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_version: int, max_new_tokens: int) -> list[Document]:
+    """The judged samples of finished groups with their advantages, from rewards less the overlong penalty.
 
-    A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass.
+    A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass. So is, under
+    off_policy=mask, a sample that weights before `weight_version` generated to the end.
     """
+    rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
+    lengths = [[sample.length for sample in group.samples] for group in groups]
     documents = []
-    for group in groups:
-        advantages = group_advantages([sample.reward for sample in group.samples], normalize_std)
-        for sample, advantage in zip(group.samples, advantages, strict=True):
-            if advantage is not None:
-                documents.append(Document(sample.prompt_ids, sample.response_ids, sample.logprobs, advantage))
+    for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
+        weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
+        for sample, advantage in zip(group.samples, found, strict=True):
+            learned = tuple(config.off_policy != "mask" or version == weight_version for version in sample.versions)
+            if advantage is not None and any(learned):
+                ids = sample.prompt_ids, sample.response_ids
+                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned))
+    if not documents:
+        raise UserError(
+            f"none of the samples of {len(groups)} groups can be learned from: algorithm.off_policy=mask takes tokens of the "
+            "newest weights only; lower rollout.over_provision, or choose algorithm.off_policy=decoupled"
+        )
     return documents
+
+
+def _shaped_reward(sample: Sample, config: AlgorithmConfig, max_new_tokens: int) -> float | None:
+    if sample.reward is None:
+        return None
+    return sample.reward + overlong_penalty(sample.length, max_new_tokens, config.overlong_margin, config.overlong_factor)
+
+
+def policy_batches(
+    documents: Sequence[Document],
+    config: AlgorithmConfig,
+    max_new_tokens: int,
+    *,
+    sequence_length: int,
+    rows_multiple_of: int,
+    pad_id: int,
+) -> list[TrainBatch]:
+    """A batch for each optimizer step of a round, equal shares of the documents in their order; never an empty one.
+
+    aggregation=constant divides the sum over all tokens by documents * max_new_tokens, as Dr. GRPO does (2503.20783): a token
+    counts the same in a long response and in a short one.
+    """
+    parts = min(config.updates_per_round, len(documents))
+    batches = []
+    for part in range(parts):
+        share = documents[part * len(documents) // parts : (part + 1) * len(documents) // parts]
+        batch = pack(
+            share,
+            sequence_length=sequence_length,
+            rows_multiple_of=rows_multiple_of,
+            aggregation=config.aggregation,
+            pad_id=pad_id,
+        )
+        constant = config.aggregation == "constant"
+        batches.append(replace(batch, denominator=float(len(share) * max_new_tokens) if constant else None))
+    return batches
 
 
 def pack(
@@ -52,14 +101,14 @@ def pack(
     *,
     sequence_length: int,
     rows_multiple_of: int,
-    aggregation: Literal["token", "sequence"],
+    aggregation: Literal["token", "sequence", "constant"],
     pad_id: int,
 ) -> TrainBatch:
     """Packs `documents` into rows of `sequence_length`, several a row; the number of rows is a multiple of `rows_multiple_of`.
 
     A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
-    padding has number -1. Only positions that predict a response token have a weight: 1 for the mean over tokens, 1 / length
-    of the response for the mean over sequences. Extras `advantages` and `behaviour_logprobs` stand where the weights stand.
+    padding has number -1. Only positions that predict a learned token have a weight: 1 / learned tokens of the document
+    for the mean over sequences, else 1. Extras `advantages` and `behaviour_logprobs` stand at all response tokens.
     Raises UserError when a document does not fit into a row.
     """
     assert documents, "nothing to pack"
@@ -77,7 +126,8 @@ def pack(
             tokens_BS[row, start:end] = ids[:-1]
             targets_BS[row, start:end] = ids[1:]
             documents_BS[row, start:end] = number
-            weights_BS[row, end - length : end] = 1.0 if aggregation == "token" else 1.0 / length
+            share = 1.0 / sum(document.learned) if aggregation == "sequence" else 1.0
+            weights_BS[row, end - length : end] = torch.tensor(document.learned) * share
             advantages_BS[row, end - length : end] = document.advantage
             behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)
             start = end
@@ -89,7 +139,9 @@ def pack_demonstrations(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, sequence_length: int, rows_multiple_of: int, pad_id: int
 ) -> TrainBatch:
     """Packs (prompt ids, answer ids ending with <eos>) for supervised learning of the answers; every answer token counts 1."""
-    documents = [Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0) for prompt, answer in pairs]
+    documents = [
+        Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, (True,) * len(answer)) for prompt, answer in pairs
+    ]
     return pack(
         documents,
         sequence_length=sequence_length,

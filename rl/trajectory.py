@@ -154,11 +154,22 @@ class RolloutBuffer:
         assert not self._in_flight, "the last round was not settled"
         groups = [self._surplus.popleft() for _ in range(min(finished, len(self._surplus)))]
         if len(groups) < finished:
-            groups += [self._recycled.popleft() for _ in range(min(total - len(groups), len(self._recycled)))]
-            for _ in range(total - len(groups)):
-                groups.append(fresh(self._next_group))
-                self._next_group += 1
+            groups += self._unfinished(total - len(groups), fresh)
         self._in_flight = tuple(groups)
+        return groups
+
+    def take_more(self, total: int, fresh: Callable[[int], Group]) -> list[Group]:
+        """`total` more groups for the round that is under way: surplus, recycled, fresh."""
+        groups = [self._surplus.popleft() for _ in range(min(total, len(self._surplus)))]
+        groups += self._unfinished(total - len(groups), fresh)
+        self._in_flight += tuple(groups)
+        return groups
+
+    def _unfinished(self, total: int, fresh: Callable[[int], Group]) -> list[Group]:
+        groups = [self._recycled.popleft() for _ in range(min(total, len(self._recycled)))]
+        for _ in range(total - len(groups)):
+            groups.append(fresh(self._next_group))
+            self._next_group += 1
         return groups
 
     def settle(self, recycled: Sequence[Group], surplus: Sequence[Group]) -> None:

@@ -15,7 +15,9 @@ PURE = {  # mathematics that must be testable without any process group
         f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "typing", "parallel", "__future__"}
         for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies")
     },
-    "rl/algorithms.py": {"torch", "math", "numpy", "dataclasses", "collections", "typing", "__future__", "rl", "trainer"},
+    "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
+    "rl/algorithms.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},
+    "rl/losses.py": {"torch", "rl", "__future__"},
     "rl/off_policy.py": {"torch", "dataclasses", "collections", "typing", "__future__"},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ class TrainBatch:
     """Packed rows. A position predicts `targets` from what stands at and before it in the same document.
 
     `weights` are the shares of the loss, not normalised: the trainer minimises sum(weights * loss) / sum(weights) over all
-    ranks. 1 for every learned token gives the token mean; 1 / length gives the mean over sequences. 0 learns nothing.
+    ranks. 1 for every learned token gives the token mean; 1 / length gives the mean over sequences. 0 learns nothing. A
+    `denominator`, a number of the whole batch whatever rows are at hand, takes the place of sum(weights).
     """
 
     tokens_BS: Tensor  # int64
@@ -22,6 +23,7 @@ class TrainBatch:
     documents_BS: Tensor  # int32; which document a token belongs to; -1 is padding
     weights_BS: Tensor  # float32
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # (B, S) each, for the objective: advantages, log-probs
+    denominator: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -35,7 +37,8 @@ class TrainBatch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
-        return TrainBatch(
+        return replace(
+            self,
             tokens_BS=change(self.tokens_BS),
             targets_BS=change(self.targets_BS),
             documents_BS=change(self.documents_BS),

@@ -266,6 +266,7 @@ class RolloutConfig(Record):
     groups: int = Field(gt=0)  # N finished groups end a round
     samples_per_group: int = Field(gt=1)  # n
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
+    refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
     max_new_tokens: int = Field(gt=0)
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)
@@ -278,15 +279,41 @@ class RolloutConfig(Record):
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
 
 
-class AlgorithmConfig(Record):
-    """GRPO (2402.03300) with asymmetric clipping (DAPO, 2503.14476)."""
+Band = tuple[float, float]  # lowest and highest ratio
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
-    normalize_std: bool  # false: Dr. GRPO (2503.20783)
-    clip_low: float = Field(gt=0, lt=1)
-    clip_high: float = Field(gt=0)
-    aggregation: Literal["token", "sequence"]
-    off_policy: Literal["decoupled", "bypass"]
+
+class AlgorithmConfig(Record):
+    """How rewards become an update; the formulas are in rl/advantages.py, rl/algorithms.py and rl/off_policy.py."""
+
+    advantage: Estimator
+    uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
+    overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
+    loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
+    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - clip_low; of dppo: by how much a probability may fall
+    clip_high: float = Field(gt=0)  # ratios stay below 1 + clip_high; of dppo: by how much a probability may rise
+    dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
+    sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
+    entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
+    aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
+    updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
+    token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
+    sequence_band: Band | None  # the same for whole responses, of the geometric mean
+    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely
+
+    @model_validator(mode="after")
+    def consistent(self) -> AlgorithmConfig:
+        for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
+            if band is not None and not 0 <= band[0] <= 1 <= band[1]:
+                raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.dual_clip is not None and self.loss != "ppo":
+            raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
+        if min(self.sapo_temperatures) <= 0:
+            raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
+        return self
 
 
 class LoopConfig(Record):
@@ -314,5 +341,10 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in a row of "
                 f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
+            )
+        if self.algorithm.overlong_margin > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
+                f"({self.rollout.max_new_tokens}); lower it"
             )
         return self

@@ -87,9 +87,11 @@ _DECLARED = (
     Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
+    Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
     Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second of rollout"),
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the proximal policy"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
+    Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
     Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
     Metric(
         "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"
@@ -100,6 +102,7 @@ _DECLARED = (
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
+    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of the log-probabilities before the updates of a round"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"

@@ -73,8 +73,8 @@ class Trainer:
     def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, float | list[list[float]]]:
         """One optimizer update on this rank's rows; every rank must hold the same number of rows.
 
-        Minimises sum(weights * loss) / sum(weights), both sums over all ranks, so the update does not depend on how rows are
-        dealt out to ranks and micro-batches.
+        Minimises sum(weights * loss) / sum(weights), or / batch.denominator, all sums over all ranks, so the update does not
+        depend on how rows are dealt out to ranks and micro-batches.
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
@@ -82,13 +82,14 @@ class Trainer:
         """
         batch = batch.to(self.world.device)
         weight = self.world.sum(batch.weights_BS.double().sum())
+        denominator = weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
         tokens = self.world.sum((batch.weights_BS > 0).sum())
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
         starts = range(0, batch.num_rows, self.spec.micro_rows)
         for start in starts:
             micro = batch.rows(start, start + self.spec.micro_rows)
-            loss, sums, counts = self._micro_batch(micro, objective, weight)
+            loss, sums, counts = self._micro_batch(micro, objective, denominator)
             with self.experts.arena.backward_pass():
                 self.dense.backward(loss, last=start == starts[-1])
             counts_LE += counts
@@ -101,15 +102,23 @@ class Trainer:
         placement = self.materialisation.observe(counts_LE, len(starts), self.updates) if self.world.size > 1 else {}
         return {**means, **balance, **placement, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
 
-    def _micro_batch(self, batch: TrainBatch, objective: Objective, weight: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _micro_batch(
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
         logprobs_BS, entropy_BS, counts_LE = self._forward(batch)
         result = objective(logprobs_BS, entropy_BS, batch)
-        # ZeRO averages over ranks; the factor makes that the sum that the global mean needs.
-        loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / weight).to(torch.float32)
+        # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
+        loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
         metrics = {"train/loss": result.loss_BS, "train/entropy": entropy_BS, **result.metrics}
         sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
         return loss, sums, counts_LE
+
+    @torch.no_grad()
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probabilities of the targets of this rank's rows under the weights as they are, (B, S), on the CPU."""
+        micros = [batch.rows(start, start + self.spec.micro_rows) for start in range(0, batch.num_rows, self.spec.micro_rows)]
+        return torch.cat([self._forward(micro.to(self.world.device))[0].cpu() for micro in micros])
 
     def _forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
         calibrate = self.materialisation.calibrate if self.spec.parallel.calibrate and self.world.size > 1 else None

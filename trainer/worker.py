@@ -90,8 +90,15 @@ class TrainWorker:
 
     def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> Metrics:
         """One update on a batch given whole to every rank; each takes its equal part of the rows."""
+        return self._learn(self._own_rows(batch), objective, lr, time.perf_counter())
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probabilities of the targets of a batch given whole to every rank; each returns those of its equal part."""
+        return self.trainer.logprobs(self._own_rows(batch))
+
+    def _own_rows(self, batch: TrainBatch) -> TrainBatch:
         share = batch.num_rows // self.world.size
-        return self._learn(batch.rows(self.rank * share, (self.rank + 1) * share), objective, lr, time.perf_counter())
+        return batch.rows(self.rank * share, (self.rank + 1) * share)
 
     def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
         metrics = self.trainer.learn(batch, objective, lr)

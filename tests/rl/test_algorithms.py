@@ -1,11 +1,10 @@
-"""Advantages, the clipped surrogate and the off-policy corrections against loops and derivatives written by hand."""
+"""The clipped surrogate and the off-policy corrections against loops and derivatives written by hand."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
-import statistics
-from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl.algorithms import PolicyObjective, clipped_surrogate, group_advantages
-from rl.off_policy import bypass, decoupled
+from rl.algorithms import PolicyObjective
+from rl.off_policy import bypass, decoupled, recompute
+from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
-from trainer.config import AlgorithmConfig
-
-rewards = st.lists(st.one_of(st.none(), st.floats(-2, 2)), min_size=1, max_size=8)
-
-
-def algorithm(off_policy: Literal["decoupled", "bypass"], **changes: Any) -> AlgorithmConfig:
-    options: dict[str, Any] = dict(normalize_std=True, clip_low=0.2, clip_high=0.28, aggregation="token", truncation=2.0)
-    return AlgorithmConfig(off_policy=off_policy, **(options | changes))
 
 
 def batch_of(advantages_BS: Tensor, behaviour_BS: Tensor) -> TrainBatch:
@@ -41,29 +33,12 @@ def random_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(rewards, st.booleans())
-def test_group_advantages_equal_the_definition_over_the_judged_samples(values: list[float | None], normalize: bool) -> None:
-    judged = [value for value in values if value is not None]
-    got = group_advantages(values, normalize)
-    for value, advantage in zip(values, got, strict=True):
-        if value is None:
-            assert advantage is None
-        elif len(judged) == 1:
-            assert advantage == 0
-        else:
-            scale = statistics.stdev(judged) + 1e-6 if normalize else 1.0
-            assert advantage == pytest.approx((value - statistics.fmean(judged)) / scale, rel=1e-6, abs=1e-8)
-
-
-def test_equal_rewards_teach_nothing() -> None:
-    assert group_advantages([0.7] * 8, True) == pytest.approx((0.0,) * 8, abs=1e-9)
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 50))
 def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
     logprobs, behaviour, advantages = random_inputs(seed)
-    result = PolicyObjective(algorithm("bypass"))(logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour))
+    result = PolicyObjective(algorithm_config(off_policy="bypass"))(
+        logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour)
+    )
     for row in range(3):
         for place in range(7):
             ratio = math.exp(logprobs[row, place].item() - behaviour[row, place].item())
@@ -79,9 +54,7 @@ def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
 @given(st.integers(0, 50))
 def test_decoupled_loss_and_gradient_equal_a_truncated_importance_sampled_policy_gradient(seed: int) -> None:
     logprobs, behaviour, advantages = random_inputs(seed)
-    result = PolicyObjective(algorithm("decoupled", truncation=1.2))(
-        logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour)
-    )
+    result = PolicyObjective(algorithm_config(truncation=1.2))(logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour))
     weight = (logprobs.detach() - behaviour).exp().clamp(max=1.2)
     torch.testing.assert_close(result.loss_BS, -weight * advantages)
     (gradient,) = torch.autograd.grad(result.loss_BS.sum(), logprobs)
@@ -90,22 +63,16 @@ def test_decoupled_loss_and_gradient_equal_a_truncated_importance_sampled_policy
     torch.testing.assert_close(result.metrics["policy/mismatch_abs"], (logprobs.detach() - behaviour).abs())
 
 
-@pytest.mark.parametrize("off_policy", ["decoupled", "bypass"])
-def test_on_policy_gradient_is_that_of_reinforce(off_policy: Literal["decoupled", "bypass"]) -> None:
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "sapo", "dppo"])
+@pytest.mark.parametrize("off_policy", ["recompute", "mask", "decoupled", "bypass"])
+def test_on_policy_gradient_is_that_of_reinforce_whatever_the_loss(off_policy: str, loss: str) -> None:
     logprobs, _, advantages = random_inputs(0)
-    result = PolicyObjective(algorithm(off_policy))(logprobs, torch.zeros(3, 7), batch_of(advantages, logprobs.detach()))
+    result = PolicyObjective(algorithm_config(off_policy=off_policy, loss=loss))(
+        logprobs, torch.zeros(3, 7), batch_of(advantages, logprobs.detach())
+    )
     (gradient,) = torch.autograd.grad(result.loss_BS.sum(), logprobs)
     (reinforce,) = torch.autograd.grad((-advantages * logprobs).sum(), logprobs)
     torch.testing.assert_close(gradient, reinforce)
-
-
-def test_clip_stops_the_gradient_only_where_a_ratio_left_in_the_direction_of_its_advantage() -> None:
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.25], requires_grad=True)
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    loss, clipped = clipped_surrogate(ratio, advantages, low=0.2, high=0.28)
-    (gradient,) = torch.autograd.grad(loss.sum(), ratio)
-    assert clipped.tolist() == [True, False, False, True, False]
-    assert gradient.tolist() == [0, 1, -1, 0, -1]
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -114,19 +81,43 @@ def test_absurd_mismatch_gives_finite_losses_and_gradients(advantage: float, gap
     logprobs = torch.tensor([[min(0.0, gap)]], requires_grad=True)
     behaviour = torch.tensor([[min(0.0, -gap)]])
     batch = batch_of(torch.tensor([[advantage]]), behaviour)
-    for off_policy in ("decoupled", "bypass"):
-        loss = PolicyObjective(algorithm(off_policy))(logprobs, torch.zeros(1, 1), batch).loss_BS
-        (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
-        assert loss.isfinite().all() and gradient.isfinite().all()
+    for off_policy, loss in itertools.product(("decoupled", "bypass"), ("ppo", "gspo", "cispo", "sapo", "dppo")):
+        config = algorithm_config(off_policy=off_policy, loss=loss, token_band=(0.5, 2.0), sequence_delta=1.0)
+        loss_BS = PolicyObjective(config)(logprobs, torch.zeros(1, 1), batch).loss_BS
+        (gradient,) = torch.autograd.grad(loss_BS.sum(), logprobs)
+        assert loss_BS.isfinite().all() and gradient.isfinite().all()
 
 
 def test_importance_weights_carry_no_gradient() -> None:
     logprobs, behaviour, _ = random_inputs(1)
-    assert not decoupled(logprobs, behaviour, 2.0).importance.requires_grad
-    assert not bypass(logprobs, behaviour).importance.requires_grad
-    assert decoupled(logprobs, behaviour, 2.0).ratio.detach().eq(1).all()
+    proximal = logprobs.detach()
+    for ratios in (decoupled(logprobs, proximal, behaviour, 2.0), bypass(logprobs, behaviour), recompute(logprobs, proximal)):
+        assert ratios.log_ratio.requires_grad and not ratios.importance.requires_grad
+    assert decoupled(logprobs, proximal, behaviour, 2.0).log_ratio.detach().eq(0).all()
+
+
+def test_entropy_bonus_is_added_to_what_the_masks_leave() -> None:
+    logprobs, behaviour, advantages = random_inputs(2)
+    entropy = torch.rand(3, 7, requires_grad=True)
+    config = algorithm_config(entropy_bonus=0.01, token_band=(0.9, 1.1))
+    batch = batch_of(advantages, behaviour)
+    result = PolicyObjective(config)(logprobs, entropy, batch)
+    plain = PolicyObjective(algorithm_config(token_band=(0.9, 1.1)))(logprobs, entropy, batch)
+    torch.testing.assert_close(result.loss_BS, plain.loss_BS - 0.01 * entropy)
+    (gradient,) = torch.autograd.grad(result.loss_BS.sum(), entropy)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -0.01))
+    assert 0 < result.metrics["policy/masked_share"].mean() < 1 and not plain.loss_BS.isclose(result.loss_BS).any()
+
+
+def test_options_that_cannot_be_meant_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"token_band \(1.5, 2.0\) does not contain the ratio 1 .* widen it"):
+        algorithm_config(token_band=(1.5, 2.0))
+    with pytest.raises(ValueError, match=r"dual_clip \(3.0\) is a part of loss=ppo; set dual_clip=null for loss=gspo"):
+        algorithm_config(dual_clip=3.0, loss="gspo")
+    with pytest.raises(ValueError, match=r"sapo_temperatures \(1.0, 0.0\) must both be positive"):
+        algorithm_config(sapo_temperatures=(1.0, 0.0))
 
 
 def test_objective_travels_by_pickle() -> None:
-    objective = PolicyObjective(algorithm("decoupled"))
+    objective = PolicyObjective(algorithm_config())
     assert pickle.loads(pickle.dumps(objective)) == objective

@@ -21,6 +21,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         groups=3,
         samples_per_group=2,
         over_provision=2.0,
+        refills=0,
         max_new_tokens=40,
         max_staleness=3,
         temperature=1.0,
@@ -250,7 +251,7 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
     names = "length_mean length_max finished_groups recycled_samples resumed_samples stale_token_share staleness_max"
-    names += " truncated_share new_tokens dropped_groups"
+    names += " truncated_share new_tokens dropped_groups replaced_groups"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }
@@ -262,10 +263,59 @@ def test_a_round_that_nobody_could_judge_is_an_error_with_numbers() -> None:
         rollout_round(ScriptedPool(0, 64, 40), RolloutBuffer(), prompts, rollout_config(), 0, lambda sample: None)
 
 
+def flat_often(sample: Sample) -> float | None:
+    """Two of three prompts have one reward for all their samples."""
+    return score(sample) if sample.group % 3 == 2 and sample.uid % UIDS_PER_GROUP else float(sample.group % 3 == 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(configs, st.integers(0, 6), st.integers(1, 60))
+def test_refills_replace_groups_without_signal_and_lose_no_other(config: RolloutConfig, refills: int, longest: int) -> None:
+    config = config.model_copy(update={"refills": refills})
+    buffer, used, replaced = RolloutBuffer(), [], 0
+    for version in range(5):
+        pool = ScriptedPool(version, longest, config.max_new_tokens, slots=7)
+        result = rollout_round(pool, buffer, prompts, config, version, flat_often)
+        assert len(result.groups) == config.groups and all(group.done for group in result.groups)
+        assert not pool.queue, "the engines are empty"
+        assert result.metrics["rollout/new_tokens"] == pool.generated
+        flat = round(result.metrics["reward/zero_std_share"] * config.groups)
+        if refills and flat:
+            assert not buffer.surplus, "useful groups go before those without signal"
+        if refills == 0:
+            assert result.metrics["rollout/replaced_groups"] == 0
+        replaced += int(result.metrics["rollout/replaced_groups"])
+        used += [group.id for group in result.groups]
+        waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
+        assert len(set(used + waiting)) == len(used + waiting) == buffer.next_group - replaced
+
+
+def test_enough_refills_leave_no_group_without_signal_and_draw_no_more_than_they_need() -> None:
+    config = rollout_config(refills=20, over_provision=1.0)
+
+    def third(sample: Sample) -> float:
+        return float(sample.group % 3 == 0 and sample.uid % UIDS_PER_GROUP)
+
+    buffer = RolloutBuffer()
+    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, third)
+    assert [group.id for group in result.groups] == [0, 3, 6]
+    assert result.metrics["reward/zero_std_share"] == 0
+    assert result.metrics["rollout/replaced_groups"] == buffer.next_group - 3 == 4, "0 1 2, then 3 4, then 5, then 6"
+
+
+def test_a_task_without_signal_ends_a_round_when_the_refills_are_used_up() -> None:
+    buffer = RolloutBuffer()
+    config = rollout_config(refills=2, over_provision=1.0)
+    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, lambda sample: 0.0)
+    assert result.metrics["reward/zero_std_share"] == 1
+    assert result.metrics["rollout/finished_groups"] == buffer.next_group == 9
+    assert result.metrics["rollout/replaced_groups"] == 6 and not buffer.recycled and not buffer.surplus
+
+
 def test_submitted_groups_rounds_up_and_forgives_floating_point() -> None:
-    assert submitted_groups(rollout_config(groups=10, over_provision=1.1)) == 11
-    assert submitted_groups(rollout_config(groups=3, over_provision=1.5)) == 5
-    assert submitted_groups(rollout_config(groups=3, over_provision=1.0)) == 3
+    assert submitted_groups(10, rollout_config(over_provision=1.1)) == 11
+    assert submitted_groups(3, rollout_config(over_provision=1.5)) == 5
+    assert submitted_groups(3, rollout_config(over_provision=1.0)) == 3
 
 
 def test_complete_finishes_everything_in_uid_order() -> None:

@@ -67,8 +67,9 @@ def trainer_logprobs(model: LanguageModel, samples: list[Sample], length: int = 
     """What the trainer computes for the response tokens, from packed rows."""
     result = []
     for item in samples:  # a second document in front makes positions and mask do some work
-        other = Document((3,) * 5, (4,) * (item.length + 12), (0.0,) * (item.length + 12), 0.0)
-        own = Document(item.prompt_ids, item.response_ids, item.logprobs, 1.0)
+        length_before = item.length + 12
+        other = Document((3,) * 5, (4,) * length_before, (0.0,) * length_before, 0.0, (True,) * length_before)
+        own = Document(item.prompt_ids, item.response_ids, item.logprobs, 1.0, (True,) * item.length)
         batch = pack([own, other], sequence_length=length, rows_multiple_of=1, aggregation="token", pad_id=2)
         assert batch.num_rows == 1
         device = model.bias_LE.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from rl.packing import Document, documents_of, pack, pack_demonstrations
 from rl.trajectory import Group, Sample, Segment
+from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
 
 PAD = 2
@@ -27,7 +29,8 @@ def document_lists(draw: st.DrawFn) -> list[Document]:
         ids = tuple(range(next_token, next_token + prompt + response))
         next_token += prompt + response
         logprobs = tuple(-(token % 97) / 64 for token in ids[prompt:])
-        documents.append(Document(ids[:prompt], ids[prompt:], logprobs, advantage=(ids[0] % 13) / 8 - 0.5))
+        learned = draw(st.lists(st.booleans(), min_size=response, max_size=response).filter(any))
+        documents.append(Document(ids[:prompt], ids[prompt:], logprobs, (ids[0] % 13) / 8 - 0.5, tuple(learned)))
     return documents
 
 
@@ -39,23 +42,26 @@ def packed(
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(document_lists(), st.sampled_from(["token", "sequence"]), st.integers(1, 4))
-def test_every_response_token_is_learned_exactly_once_with_its_own_numbers(
+def test_every_learned_token_is_learned_exactly_once_with_its_own_numbers(
     documents: list[Document], aggregation: Literal["token", "sequence"], multiple: int
 ) -> None:
     batch = packed(documents, aggregation, multiple)
     assert batch.tokens_BS.shape[1] == LENGTH and batch.num_rows % multiple == 0
     learned = batch.weights_BS > 0
     expected = {
-        token: (1.0 if aggregation == "token" else 1 / len(document.response_ids), document.advantage, logprob)
+        token: (1.0 if aggregation == "token" else 1 / sum(document.learned), document.advantage, logprob)
         for document in documents
-        for token, logprob in zip(document.response_ids, document.behaviour_logprobs, strict=True)
+        for token, logprob, learned in zip(document.response_ids, document.behaviour_logprobs, document.learned, strict=True)
+        if learned
     }
     assert sorted(batch.targets_BS[learned].tolist()) == sorted(expected)
     columns = (batch.weights_BS, batch.extras["advantages"], batch.extras["behaviour_logprobs"])
     for token, *numbers in zip(batch.targets_BS[learned].tolist(), *(c[learned].tolist() for c in columns), strict=True):
         assert numbers == pytest.approx(expected[token])
+    responses = torch.isin(batch.targets_BS, torch.tensor([token for d in documents for token in d.response_ids]))
+    assert not batch.weights_BS[~learned].any()
     for column in columns:
-        assert not column[~learned].any()
+        assert not column[~responses].any()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -93,7 +99,7 @@ def test_packing_is_deterministic_and_uses_rows_well(documents: list[Document]) 
 
 def test_the_last_token_takes_no_place_and_one_more_is_an_error_with_numbers() -> None:
     ids = tuple(range(10))
-    document = Document(ids[:4], ids[4:], (0.0,) * 6, 1.0)
+    document = Document(ids[:4], ids[4:], (0.0,) * 6, 1.0, (True,) * 6)
     assert packed([document], length=9).tokens_BS.tolist() == [list(range(9))]
     with pytest.raises(UserError, match=r"4 prompt and 6 response tokens .* loop.sequence_length = 8.*max_new_tokens"):
         packed([document], length=8)
@@ -105,9 +111,27 @@ def test_samples_become_documents_with_the_advantages_of_their_group() -> None:
         return Sample(uid, 0, (7, 8), (first, second), "finished", reward)
 
     group = Group(0, tuple(sample(uid, reward) for uid, reward in enumerate((1.0, 0.0, None))))
-    documents = documents_of([group], normalize_std=False)
+    documents = documents_of([group], algorithm_config(advantage="dr_grpo"), weight_version=1, max_new_tokens=8)
     assert [document.advantage for document in documents] == [0.5, -0.5], "a sample without a reward is left out"
-    assert documents[1] == Document((7, 8), (11, 21, 1), (-0.5, -0.25, -0.125), -0.5)
+    assert documents[1] == Document((7, 8), (11, 21, 1), (-0.5, -0.25, -0.125), -0.5, (True,) * 3)
+    masked = documents_of([group], algorithm_config(off_policy="mask"), weight_version=1, max_new_tokens=8)
+    assert [document.learned for document in masked] == [(False, True, True)] * 2, "the first token has version 0"
+    with pytest.raises(UserError, match=r"none of the samples of 1 groups .*off_policy=mask .*over_provision"):
+        documents_of([group], algorithm_config(off_policy="mask"), weight_version=2, max_new_tokens=8)
+
+
+def test_long_answers_and_certain_groups_weigh_less_and_the_weight_sees_the_reward_of_the_task() -> None:
+    """Rewards 1, 0, 0 of 3, 4 and 2 tokens; 4 tokens are allowed and the last 2 cost up to 0.5."""
+    samples = tuple(
+        Sample(uid, 0, (7,), (Segment((5,) * length, (-0.5,) * length, 0),), "finished", reward)
+        for uid, (reward, length) in enumerate([(1.0, 3), (0.0, 4), (0.0, 2)])
+    )
+    config = algorithm_config(advantage="dr_grpo", overlong_margin=2, overlong_factor=0.5, uncertainty_focus=2.0)
+    shaped = [1 - 0.25, 0 - 0.5, 0.0]
+    mean = sum(shaped) / 3
+    weight = math.exp(-2 * (1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(4 / 3)))
+    documents = documents_of([Group(0, samples)], config, weight_version=0, max_new_tokens=4)
+    assert [document.advantage for document in documents] == pytest.approx([weight * (reward - mean) for reward in shaped])
 
 
 def test_demonstrations_learn_the_answer_and_not_the_prompt() -> None:

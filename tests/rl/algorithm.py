@@ -1,0 +1,30 @@
+"""The algorithm options that tests share: those of algorithm=grpo, with changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import AlgorithmConfig
+
+
+def algorithm_config(**changes: Any) -> AlgorithmConfig:
+    options: dict[str, Any] = {
+        "advantage": "grpo",
+        "uncertainty_focus": 0.0,
+        "overlong_margin": 0,
+        "overlong_factor": 1.0,
+        "loss": "ppo",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "dual_clip": None,
+        "sapo_temperatures": (1.0, 1.05),
+        "entropy_bonus": 0.0,
+        "aggregation": "token",
+        "updates_per_round": 1,
+        "off_policy": "decoupled",
+        "truncation": 2.0,
+        "token_band": None,
+        "sequence_band": None,
+        "sequence_delta": None,
+    }
+    return AlgorithmConfig(**{**options, **changes})
