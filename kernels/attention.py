@@ -93,8 +93,8 @@ def _plain(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> Tensor
     """The same function by the library, sequences filled up to the longest; what the reference's gradient is taken of."""
     counts = spans.length_N.tolist()
     # A query sees only what is before it, so what fills a sequence up, behind it, is seen by nobody who is kept.
-    padded = [pad_sequence(x.split(counts), batch_first=True).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd)]
-    out_NLHd = functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True).transpose(1, 2)
+    q, k, v = (pad_sequence(x.split(counts), batch_first=True).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
+    out_NLHd = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     return torch.cat([out_LHd[:count] for out_LHd, count in zip(out_NLHd, counts, strict=True)])
 
 

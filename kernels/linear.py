@@ -10,6 +10,7 @@ Shape letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,34 +26,51 @@ def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) ->
     Operands of 16 bits are multiplied exactly and added in float32, float32 and float64 ones in their own precision. `dtype` is
     the result's, that of `x` if None. A GPU takes kernels/triton_linear.py, except for float64.
     """
-    result: Tensor = _Linear.apply(x.flatten(0, -2), weight_NK, dtype or x.dtype)
-    return result.view(*x.shape[:-1], weight_NK.shape[0])
+    return linears(x, [weight_NK], dtype=dtype)[0]
 
 
-class _Linear(torch.autograd.Function):
+def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """`linear` by each of up to three weights, in one launch on a GPU."""
+    results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, *weights_NK)
+    return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        return product(x_MK, weight_NK, dtype)
+    def forward(ctx: Any, x_MK: Tensor, dtype: torch.dtype, *weights_NK: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_MK, *weights_NK)
+        return products(x_MK, weights_NK, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_MK, weight_NK = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        wide = d_MN.dtype  # of the result that was asked for
-        d_x_MK = torch.mm(d_MN, weight_NK.to(wide)).to(x_MK.dtype) if need_x else None
-        d_weight_NK = torch.mm(d_MN.t(), x_MK.to(wide)).to(weight_NK.dtype) if need_weight else None
-        return d_x_MK, d_weight_NK, None
+    def backward(ctx: Any, *d_MN: Tensor) -> tuple[Tensor | None, ...]:
+        x_MK, *weights_NK = ctx.saved_tensors
+        wide = d_MN[0].dtype  # of the results that were asked for
+        d_x_MK = None
+        if ctx.needs_input_grad[0]:
+            d_x_MK = torch.mm(d_MN[0], weights_NK[0].to(wide))
+            for d, weight_NK in zip(d_MN[1:], weights_NK[1:], strict=True):
+                d_x_MK.addmm_(d, weight_NK.to(wide))
+            d_x_MK = d_x_MK.to(x_MK.dtype)
+        d_weights = [
+            torch.mm(d.t(), x_MK.to(wide)).to(weight_NK.dtype) if needed else None
+            for d, weight_NK, needed in zip(d_MN, weights_NK, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return d_x_MK, None, *d_weights
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
     """`linear` without gradients, for two matrices."""
-    if x_MK.is_cuda and x_MK.dtype != torch.float64:
-        from kernels.triton_linear import launch_linear  # here, because CPU machines may lack Triton
+    return products(x_MK, [weight_NK], dtype)[0]
 
-        return launch_linear(x_MK, weight_NK, dtype)
-    return tiled_product(x_MK, weight_NK).to(dtype)
+
+def products(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`linears` without gradients, for matrices."""
+    if x_MK.is_cuda and x_MK.dtype != torch.float64:
+        from kernels.triton_linear import launch_linears  # here, because CPU machines may lack Triton
+
+        return launch_linears(x_MK, weights_NK, dtype)
+    return tuple(tiled_product(x_MK, weight_NK).to(dtype) for weight_NK in weights_NK)
 
 
 def tiled_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:

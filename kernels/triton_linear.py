@@ -7,35 +7,43 @@ order in both, the tensor cores' 16 products at a time from the first on: K is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 FEW_ROWS = 256
+MOST_WEIGHTS = 3
 
 
-def launch_linear(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """kernels.linear.linear for operands on a GPU."""
-    (rows, depth), outputs = x_MK.shape, weight_NK.shape[0]
-    assert x_MK.dtype == weight_NK.dtype, (x_MK.dtype, weight_NK.dtype)
-    out_MN = torch.empty(rows, outputs, dtype=dtype, device=x_MK.device)
-    if not rows or not outputs:
-        return out_MN
+def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """kernels.linear.linears for operands on a GPU, in one launch."""
+    rows, depth = x_MK.shape
+    assert 1 <= len(weights_NK) <= MOST_WEIGHTS and all(weight.dtype == x_MK.dtype for weight in weights_NK)
+    results = tuple(torch.empty(rows, weight.shape[0], dtype=dtype, device=x_MK.device) for weight in weights_NK)
+    if not rows:
+        return results
     # 64 rows at least, so that the same instruction of the tensor cores is taken for any number of rows.
     block_m, block_n, block_k, warps, stages = (64, 32, 128, 4, 4) if rows <= FEW_ROWS else (128, 128, 64, 8, 3)
     if x_MK.dtype == torch.float32:
         block_m, block_n, block_k, warps, stages = 64, 32, 64, 4, 2
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)
-    _linear_kernel[grid](
+    absent = MOST_WEIGHTS - len(weights_NK)
+    weights = [*weights_NK, *[weights_NK[0]] * absent]
+    sizes = [weight.shape[0] for weight in weights_NK]
+    tiles = sum(triton.cdiv(size, block_n) for size in sizes)
+    _linears_kernel[(triton.cdiv(rows, block_m) * tiles,)](
         x_MK,
-        weight_NK,
-        out_MN,
+        *weights,
+        *results,
+        *[results[0]] * absent,
         rows,
-        outputs,
+        *sizes,
+        *[0] * absent,
         depth,
         *x_MK.stride(),
-        *weight_NK.stride(),
+        *(stride for weight in weights for stride in weight.stride()),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -43,14 +51,68 @@ def launch_linear(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor
         num_warps=warps,
         num_stages=stages,
     )
-    return out_MN
+    return results
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _linear_kernel(  # type: ignore[no-untyped-def]
+def _linears_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight_0,
+    weight_1,
+    weight_2,
+    out_0,
+    out_1,
+    out_2,
+    rows,
+    outputs_0,
+    outputs_1,
+    outputs_2,
+    depth,
+    x_row,
+    x_unit,
+    row_0,
+    unit_0,
+    row_1,
+    unit_1,
+    row_2,
+    unit_2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # GROUP tiles of rows before the next columns: what programs that run together read stays in the cache.
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_0, tiles_1 = tl.cdiv(outputs_0, BLOCK_N), tl.cdiv(outputs_1, BLOCK_N)
+    tiles_n = tiles_0 + tiles_1 + tl.cdiv(outputs_2, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    tile_m = first + program % (GROUP * tiles_n) % height
+    tile_n = program % (GROUP * tiles_n) // height
+    if tile_n < tiles_0:
+        _tile(
+            x, weight_0, out_0, tile_m, tile_n, rows, outputs_0, depth, x_row, x_unit, row_0, unit_0, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    elif tile_n < tiles_0 + tiles_1:
+        tile_n -= tiles_0
+        _tile(
+            x, weight_1, out_1, tile_m, tile_n, rows, outputs_1, depth, x_row, x_unit, row_1, unit_1, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    else:
+        tile_n -= tiles_0 + tiles_1
+        _tile(
+            x, weight_2, out_2, tile_m, tile_n, rows, outputs_2, depth, x_row, x_unit, row_2, unit_2, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,
+    tile_m,
+    tile_n,
     rows,
     outputs,
     depth,
@@ -61,15 +123,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    # GROUP tiles of rows before the next columns: what programs that run together read stays in the cache.
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    tile_m = first + program % (GROUP * tiles_n) % height
-    tile_n = program % (GROUP * tiles_n) // height
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

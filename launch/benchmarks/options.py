@@ -34,7 +34,7 @@ def _split(value: Any) -> Any:
 
 Listed = Annotated[tuple[Item, ...], BeforeValidator(_split)]
 OneOrMore = Annotated[tuple[Item, ...], BeforeValidator(_split), Field(min_length=1)]
-ModelName = Literal["qwen3_30b_a3b", "qwen3_235b_a22b", "qwen3_next", "olmoe", "mixtral", "deepseek_v3", "tiny"]
+ModelName = Literal["qwen3_30b_a3b", "qwen3_235b_a22b", "qwen3_next", "olmoe", "mixtral", "deepseek_v3", "moe_2b", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shape:
     vocabulary: int
 
 
-# From the config.json of each model on Hugging Face; tiny is for a CPU.
+# From the config.json of each model on Hugging Face; moe_2b with 24 layers is for generation on one GPU, tiny for a CPU.
 SHAPES: Mapping[ModelName, Shape] = {
     "qwen3_30b_a3b": Shape(hidden=2048, expert_hidden=768, experts=128, top_k=8, vocabulary=151936),
     "qwen3_235b_a22b": Shape(hidden=4096, expert_hidden=1536, experts=128, top_k=8, vocabulary=151936),
@@ -56,6 +56,7 @@ SHAPES: Mapping[ModelName, Shape] = {
     "olmoe": Shape(hidden=2048, expert_hidden=1024, experts=64, top_k=8, vocabulary=50304),
     "mixtral": Shape(hidden=4096, expert_hidden=14336, experts=8, top_k=2, vocabulary=32000),
     "deepseek_v3": Shape(hidden=7168, expert_hidden=2048, experts=256, top_k=8, vocabulary=129280),
+    "moe_2b": Shape(hidden=1024, expert_hidden=384, experts=64, top_k=8, vocabulary=32768),
     "tiny": Shape(hidden=64, expert_hidden=32, experts=8, top_k=2, vocabulary=512),
 }
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels.linear import linear, product
+from kernels.linear import linear, linears, product
 
 
 def case(rows: int, inputs: int, outputs: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -31,6 +31,8 @@ def test_a_rows_bits_do_not_depend_on_the_others(rows: int, inputs: int, outputs
 def test_gradients_are_those_of_the_library() -> None:
     x, weight = (tensor.double().requires_grad_() for tensor in case(19, 24, 7))
     assert torch.autograd.gradcheck(linear, (x, weight))
+    other = weight.detach()[:3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, left, right: linears(x, [left, right]), (x, weight, other))
 
 
 def test_a_wider_result_of_narrow_operands_keeps_what_they_say() -> None:
@@ -48,12 +50,16 @@ def test_a_wider_result_of_narrow_operands_keeps_what_they_say() -> None:
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 20, 9), (70, 96, 40), (130, 64, 129)])
 def test_the_kernel_computes_the_product(kernel_device: str, rows: int, inputs: int, outputs: int) -> None:
-    from kernels.triton_linear import launch_linear
+    from kernels.triton_linear import launch_linears
 
     x, weight = case(rows, inputs, outputs, kernel_device)
-    torch.testing.assert_close(launch_linear(x, weight, torch.float32), x @ weight.T, rtol=1e-4, atol=1e-4)
-    wide = torch.cat([x, x], dim=1)
-    assert torch.equal(launch_linear(wide[:, :inputs], weight, torch.float32), launch_linear(x, weight, torch.float32))
+    others = [case(rows, inputs, size, kernel_device)[1] for size in (33, 5)]
+    for count in (1, 2, 3):
+        weights = [weight, *others][:count]
+        results = launch_linears(torch.cat([x, x], dim=1)[:, :inputs], weights, torch.float32)
+        for result, each in zip(results, weights, strict=True):
+            torch.testing.assert_close(result, x @ each.T, rtol=1e-4, atol=1e-4)
+            assert torch.equal(result, launch_linears(x, [each], torch.float32)[0])
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.errors import UserError
 from kernels.expert_mlp import swiglu
 from kernels.linear import linear as batch_invariant_linear
+from kernels.linear import linears
 from kernels.norm import rms_norm, rotate
 from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
@@ -66,10 +67,15 @@ class Linear(nn.Linear):
     batch_invariant = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.batch_invariant:
-            return functional.linear(x, self.weight, self.bias)
-        y = batch_invariant_linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return side_by_side(x, self)[0]
+
+
+def side_by_side(x: Tensor, *maps: Linear) -> list[Tensor]:
+    """Each of up to three linear maps of `x`; batch-invariant ones in one launch on a GPU."""
+    if not maps[0].batch_invariant:
+        return [functional.linear(x, linear.weight, linear.bias) for linear in maps]
+    results = linears(x, [linear.weight for linear in maps])
+    return [y if linear.bias is None else y + linear.bias for y, linear in zip(results, maps, strict=True)]
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
@@ -117,9 +123,9 @@ class Attention(nn.Module):
 
     def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        query_BSHd = self._turned(self.query_norm(self.query(x_BSD).view(heads)), angles)
-        key_BSGd = self._turned(self.key_norm(self.key(x_BSD).view(heads)), angles)
-        value_BSGd = self.value(x_BSD).view(heads)
+        query_BSHd, key_BSGd, value_BSGd = (x.view(heads) for x in side_by_side(x_BSD, self.query, self.key, self.value))
+        query_BSHd = self._turned(self.query_norm(query_BSHd), angles)
+        key_BSGd = self._turned(self.key_norm(key_BSGd), angles)
         out_BHSd = attend(layer, query_BSHd.transpose(1, 2), key_BSGd.transpose(1, 2), value_BSGd.transpose(1, 2))
         out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
         return out_BSD

@@ -1,0 +1,198 @@
+"""`python -m launch.bench rollout`: tokens that the engine generates in a second, and how near that is to reading memory.
+
+A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens. The floor is
+the bytes that one decoding step cannot avoid, weights of the experts that some row chose, the dense weights, and the keys and
+values of every row so far, at the rate of a copy on this device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt
+from rich.table import Table
+
+from launch.benchmarks.options import OneOrMore, Options
+from launch.benchmarks.timing import Ceilings
+from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
+from rl.engine.sampler import Sampling
+from rl.trajectory import Sample
+from trainer.config import ModelConfig
+from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
+
+LOOK_EVERY = 32  # tokens between two looks at who has finished
+NO_TOKEN = -1  # as <eos>: nobody ends early
+
+
+class RolloutOptions(Options):
+    hidden: PositiveInt | None = None
+    expert_hidden: PositiveInt | None = None
+    experts: PositiveInt | None = None
+    top_k: PositiveInt | None = None
+    vocabulary: PositiveInt | None = None
+    layers: PositiveInt = Field(description="all of them MoE layers")
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    batch: OneOrMore[PositiveInt] = Field(description="sequences decoded at once")
+    prompt: PositiveInt = Field(128, description="tokens of a prompt")
+    response: PositiveInt = Field(128, description="tokens that each sequence gets")
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cuda": {
+        "model": "moe_2b", "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "batch": "16,128",
+    },
+    "cpu": {
+        "model": "tiny", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "batch": "4", "prompt": 16, "response": 16,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch size."""
+
+    work: str
+    batch: int
+    prompt: int
+    response: int
+    parameters: int
+    step_ms: float  # median over pieces of LOOK_EVERY tokens, the host's work between them included
+    prefill_ms: float  # until the first token of the last prompt
+    floor_ms: float  # of a step in the middle of the response
+    failures: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.step_ms * 1000
+
+
+def measure(
+    options: RolloutOptions, contenders: Mapping[str, Any], device: torch.device, ceilings: Ceilings
+) -> Iterator[Rollout]:
+    """One case for every model and batch size."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name in options.model:
+        config = model_config(options, name)
+        weights = random_weights(config, device, dtype, options.seed)
+        for batch in options.batch:
+            step_ms, prefill_ms = _generate(config, weights, batch, options, device, dtype)
+            counts = parameter_counts(config)
+            yield Rollout(
+                work=f"generation by {name}, {counts.total / 1e9:.2f} billion parameters",
+                batch=batch,
+                prompt=options.prompt,
+                response=options.response,
+                parameters=counts.total,
+                step_ms=step_ms,
+                prefill_ms=prefill_ms,
+                floor_ms=floor_bytes(config, batch, options.prompt + options.response // 2, dtype.itemsize)
+                / ceilings.copy_tbytes
+                / 1e9,
+            )
+
+
+def _generate(
+    config: ModelConfig, weights: LanguageModel, batch: int, options: RolloutOptions, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """(median milliseconds of a decoding step, milliseconds of the prefill)."""
+    length = options.prompt + options.response + 1
+    sampling = Sampling(temperature=1.0, seed=options.seed)
+    engine = Engine(config, EngineSettings(batch, length, options.response + 1, None, sampling, NO_TOKEN), device, dtype)
+    engine.load_weights(weights.state(), 0)
+    generator = torch.Generator().manual_seed(options.seed)
+    prompts = torch.randint(config.vocab_size or 0, (batch, options.prompt), generator=generator).tolist()
+    samples = [Sample(uid=index, group=index, prompt_ids=tuple(prompt)) for index, prompt in enumerate(prompts)]
+    engine.submit(samples)
+    engine.advance(3)  # compiles, and captures the graph
+    engine.drain()
+    engine.submit(samples)
+    start = time.perf_counter()
+    chunks = -(-batch * (options.prompt - 1) // PREFILL_TOKENS)  # the first rows decode while the last are filled
+    engine.advance(chunks)
+    prefill_ms = (time.perf_counter() - start) * 1000
+    times = []
+    for first in range(chunks, options.response, LOOK_EVERY):
+        tokens = min(LOOK_EVERY, options.response - first)
+        start = time.perf_counter()
+        engine.advance(tokens)  # returns when the tokens are there
+        times.append((time.perf_counter() - start) * 1000 / tokens)
+    lengths = [item.length for item in engine.drain()]
+    assert len(lengths) == batch and min(lengths) > options.response - chunks, "all rows decoded all the time"
+    return median(times), prefill_ms
+
+
+def model_config(options: RolloutOptions, name: str) -> ModelConfig:
+    shape = options.shapes()[name]  # type: ignore[index]
+    return ModelConfig(
+        hidden_size=shape.hidden,
+        num_layers=options.layers,
+        num_dense_layers=0,
+        num_heads=options.heads,
+        num_kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        dense_hidden_size=shape.expert_hidden,
+        num_experts=shape.experts,
+        top_k=shape.top_k,
+        expert_hidden_size=shape.expert_hidden,
+        num_shared_experts=0,
+        router_scores="softmax",
+        renormalize=True,
+        routed_scale=1.0,
+        selection_bias=False,
+        qk_norm=True,
+        attention_bias=False,
+        tie_embeddings=True,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        init_std=0.02,
+        max_positions=options.prompt + options.response + 1,
+        vocab_size=shape.vocabulary,
+    )
+
+
+def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageModel:
+    """Norms one, all else normal; made on the device, where billions of them take no time."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device(device):
+        dense = Transformer(config, batch_invariant=True).to(dtype)
+        experts = ExpertWeights(*(torch.empty(shape, dtype=dtype) for shape in expert_shapes(config)))
+        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
+    with torch.no_grad():
+        for weight in (*dense.parameters(), experts.gate_up_LECD, experts.down_LEDF):
+            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, config.init_std, generator=generator)
+    return LanguageModel(config, dense, experts, bias_LE)
+
+
+def floor_bytes(config: ModelConfig, batch: int, length: int, size: int) -> float:
+    """What a decoding step has to read, experts as often as rows that choose evenly and independently leave one out."""
+    counts = parameter_counts(config)
+    chosen = 1 - (1 - config.top_k / config.num_experts) ** batch
+    experts = config.num_moe_layers * config.num_experts * chosen * counts.per_expert
+    keys = 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch * length
+    return (counts.dense + experts + keys) * size
+
+
+def table(case: Rollout) -> Table:
+    shown = Table(title=case.work, title_justify="left")
+    row = {
+        "batch": f"{case.batch}",
+        "prompt": f"{case.prompt}",
+        "response": f"{case.response}",
+        "prefill ms": f"{case.prefill_ms:.1f}",
+        "step ms": f"{case.step_ms:.3f}",
+        "tokens/s": f"{case.tokens_per_s:,.0f}",
+        "floor ms": f"{case.floor_ms:.3f}",
+        "of floor": f"{case.floor_ms / case.step_ms:.0%}",
+    }
+    for name in row:
+        shown.add_column(name, justify="right")
+    shown.add_row(*row.values())
+    return shown
