@@ -54,8 +54,9 @@ def trainer_logprobs(model: LanguageModel, samples: list[Sample]) -> list[list[f
     """What the trainer computes for the response tokens, from packed rows."""
     result = []
     for item in samples:  # a second document in front makes positions and mask do some work
-        other = Document((3,) * 5, (4,) * (item.length + 12), (0.0,) * (item.length + 12), 0.0)
-        own = Document(item.prompt_ids, item.response_ids, item.logprobs, 1.0)
+        longer = item.length + 12
+        other = Document((3,) * 5, (4,) * longer, (0.0,) * longer, 0.0, (True,) * longer)
+        own = Document(item.prompt_ids, item.response_ids, item.logprobs, 1.0, (True,) * item.length)
         batch = pack([own, other], sequence_length=96, rows_multiple_of=1, aggregation="token", pad_id=2)
         assert batch.num_rows == 1
         output = model.forward(
