@@ -35,21 +35,24 @@ def document_lists(draw: st.DrawFn) -> list[Document]:
 
 
 def packed(
-    documents: list[Document], aggregation: Literal["token", "sequence"] = "token", multiple: int = 1, length: int = LENGTH
+    documents: list[Document],
+    aggregation: Literal["token", "sequence", "constant"] = "token",
+    multiple: int = 1,
+    length: int = LENGTH,
 ) -> TrainBatch:
     return pack(documents, sequence_length=length, rows_multiple_of=multiple, aggregation=aggregation, pad_id=PAD)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(document_lists(), st.sampled_from(["token", "sequence"]), st.integers(1, 4))
+@given(document_lists(), st.sampled_from(["token", "sequence", "constant"]), st.integers(1, 4))
 def test_every_learned_token_is_learned_exactly_once_with_its_own_numbers(
-    documents: list[Document], aggregation: Literal["token", "sequence"], multiple: int
+    documents: list[Document], aggregation: Literal["token", "sequence", "constant"], multiple: int
 ) -> None:
     batch = packed(documents, aggregation, multiple)
     assert batch.tokens_BS.shape[1] == LENGTH and batch.num_rows % multiple == 0
     learned = batch.weights_BS > 0
     expected = {
-        token: (1.0 if aggregation == "token" else 1 / sum(document.learned), document.advantage, logprob)
+        token: (1 / sum(document.learned) if aggregation == "sequence" else 1.0, document.advantage, logprob)
         for document in documents
         for token, logprob, learned in zip(document.response_ids, document.behaviour_logprobs, document.learned, strict=True)
         if learned
