@@ -165,11 +165,13 @@ class _HopperMLP(torch.autograd.Function):
         ctx.top_k = order.place_N.shape[0] // max(x_TD.shape[0], 1)
         if weights_TK is not None:
             weights_TK = weights_TK.float().contiguous()
-        h, y_TD = x_TD, torch.zeros_like(x_TD)
+        h = x_TD
         if order.entry_N.shape[0]:
             h, a_NF = rows.up(_spread(x_TD, order, ctx.top_k), gate_up_SCD, slots_E, order)
             y_ND = rows.down(a_NF, down_SDF, slots_E, order)
             y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
+        else:
+            y_TD = torch.zeros_like(x_TD)
         # An arena is not saved: its owner may write to other slots before backward.
         ctx.arena = (gate_up_SCD, down_SDF) if gradients is not None else None
         ctx.save_for_backward(x_TD, weights_TK, h, *(() if gradients is not None else (gate_up_SCD, down_SDF)))

@@ -6,7 +6,7 @@ plain torch; CUDA takes kernels/triton_expert_order.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,13 +31,19 @@ class ExpertOrder:
     by_load_E: Tensor  # int32; the experts by descending count, the lower index first where counts are equal
 
 
-def expert_order(experts_TK: Tensor, num_experts: int, *, num_entries: int | None = None) -> ExpertOrder:
+def expert_order(
+    experts_TK: Tensor, num_experts: int, *, num_entries: int | None = None, most_entries: int | None = None
+) -> ExpertOrder:
     """Sort the entries of `experts_TK` (int64 or int32, below num_experts) by expert, without a wait for the GPU.
 
-    An expert of -1 makes an entry absent: it has no place and is not counted. `num_entries` is N, how many are present, which
-    the caller must know; None means that all T * K are. M = N // TILE_ROWS + min(E, N) is the most tiles that any routing
-    needs. Raises UserError where int32 cannot count the entries.
+    An expert of -1 makes an entry absent: it has no place and is not counted. `num_entries` is N, how many are present; None
+    means that all T * K are. Who does not know N yet says `most_entries` instead, and calls `cut` once N is known.
+    M = N // TILE_ROWS + min(E, N) is the most tiles that any routing needs. Raises UserError where int32 cannot count the
+    entries.
     """
+    exact = most_entries is None
+    if most_entries is not None:
+        num_entries = most_entries
     if num_entries is None:
         num_entries = experts_TK.numel()
     if experts_TK.numel() >= 2**31:
@@ -55,14 +61,29 @@ def expert_order(experts_TK: Tensor, num_experts: int, *, num_entries: int | Non
     experts_N = experts_TK.reshape(-1).long()
     assert (experts_N < num_experts).all(), f"expert {int(experts_N.max())}, but there are {num_experts}"
     present = int((experts_N >= 0).sum())
-    assert present == num_entries, f"{present} entries are present, the caller says {num_entries}"
+    assert present == num_entries or (not exact and present < num_entries), (
+        f"{present} entries are present, the caller says {num_entries}"
+    )
     counts_E = experts_N[experts_N >= 0].bincount(minlength=num_experts)
     entry_N = experts_N.argsort(stable=True)[experts_N.shape[0] - present :]  # absent ones come first
     place_N = torch.full_like(experts_N, -1)
     place_N[entry_N] = torch.arange(present, device=entry_N.device)
+    entry_N = torch.cat([entry_N, entry_N.new_full((num_entries - present,), -1)])
     by_load_E = counts_E.argsort(descending=True, stable=True)
     return ExpertOrder(
-        entry_N.int(), place_N.int(), counts_E, counts_E.cumsum(0).int(), *_tiles(counts_E, entry_N.shape[0]), by_load_E.int()
+        entry_N.int(), place_N.int(), counts_E, counts_E.cumsum(0).int(), *_tiles(counts_E, num_entries), by_load_E.int()
+    )
+
+
+def cut(order: ExpertOrder, num_choices: int, num_entries: int) -> ExpertOrder:
+    """An order that was made with room for more: of the first T * K choices, of which N are present, and none behind them."""
+    tiles = most_tiles(num_entries, order.counts_E.shape[0])
+    return replace(
+        order,
+        entry_N=order.entry_N[:num_entries],
+        place_N=order.place_N[:num_choices],
+        tile_expert_M=order.tile_expert_M[:tiles],
+        tile_row_M=order.tile_row_M[:tiles],
     )
 
 

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.placement import Floats, Placement, missing
-from parallel.sparse_collectives import GatherPlan, Parts, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.peer_experts import Shapes
+from parallel.placement import Floats, Ints, Placement, missing
+from parallel.sparse_collectives import Parts
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
+from parallel.transport import Gathering, Movement, Returning, transport
 
 AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
 
@@ -37,10 +39,14 @@ class ExpertShape:
     hidden: int  # D
     expert_hidden: int  # F
 
+    @property
+    def parts(self) -> Shapes:
+        """Of gate_up (2F, D) and down (D, F)."""
+        return (2 * self.expert_hidden, self.hidden), (self.hidden, self.expert_hidden)
+
     def matrices(self, experts: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Uninitialised gate_up (experts, 2F, D) and down (experts, D, F)."""
-        sizes = ((experts, 2 * self.expert_hidden, self.hidden), (experts, self.hidden, self.expert_hidden))
-        return tuple(torch.empty(size, dtype=dtype, device=device) for size in sizes)
+        return tuple(torch.empty(experts, *part, dtype=dtype, device=device) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class LayerExperts:
     index_E: Tensor  # int32, one for each expert of the layer: its position in `slots`, -1 where it is not here
     ends_ED: Tensor  # float64, (E * W,); see token_exchange.boundaries
     phase_E: Tensor  # float64
-    gather: GatherPlan
+    split: bool  # whether this rank's tokens of one expert go to several ranks
+    movement: Movement
 
     @property
     def first_own(self) -> int:
@@ -65,17 +72,33 @@ class ExpertArena:
     """One rank's weights of experts, in the dtype of the model. All ranks make the same calls in the same order."""
 
     def __init__(
-        self, shape: ExpertShape, owned: int, copies: int, world: World, dtype: torch.dtype, add_gradients: AddGradients
+        self,
+        shape: ExpertShape,
+        owned: int,
+        copies: int,
+        world: World,
+        dtype: torch.dtype,
+        add_gradients: AddGradients,
+        *,
+        peer_memory: bool = False,
     ) -> None:
-        """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one."""
+        """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one.
+
+        `peer_memory`: ranks read each other's memory, which must be within reach (peer_memory.py), instead of sending messages.
+        """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
-        self.rows = shape.matrices(owned + copies, dtype, world.device)
+        self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, peer_memory=peer_memory)
         self._add_gradients = add_gradients
-        self._returning: tuple[int, SparseReduceScatter] | None = None
+        self._returning: tuple[int, Returning] | None = None
         self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
         self._moved_bytes = 0
+
+    @property
+    def rows(self) -> Parts:
+        """gate_up (S, 2F, D) and down (S, D, F) of the slots."""
+        return self.transport.rows
 
     @property
     def expert_bytes(self) -> int:
@@ -89,10 +112,8 @@ class ExpertArena:
     def make_room(self, copies: int) -> None:
         """Room for so many copies from here on. Own rows keep their values; `place` has to follow."""
         if copies != self.copies:
-            rows = self.shape.matrices(self.owned + copies, self.dtype, self.world.device)
-            for new, old in zip(rows, self.rows, strict=True):
-                new[: self.owned].copy_(old[: self.owned])
-            self.rows, self.copies = rows, copies
+            self.transport.make_room(self.owned + copies, self.owned)
+            self.copies = copies
 
     def place(
         self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
@@ -109,11 +130,13 @@ class ExpertArena:
         if self.most_copies > self.copies:
             raise ValueError(f"a rank would keep {self.most_copies} copies and has room for {self.copies}")
         own = copy = 0
+        self._row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
         self.layers: list[LayerExperts] = []
         for layer, placement in enumerate(placements):
             shares_ED = placement.copies_ED.astype(np.float64) if shares_LED is None else shares_LED[layer]
             here = int(extra_LD[layer, self.world.rank])
-            found = self._layer(placement, shares_ED, own, range(self.owned + copy, self.owned + copy + here), {})
+            rows = range(self.owned + copy, self.owned + copy + here)
+            found = self._layer(layer, placement, shares_ED, own, rows, {})
             self.layers.append(found)
             own += found.owned
             copy += 0 if rematerialise else here
@@ -127,15 +150,21 @@ class ExpertArena:
         taken = {row for found in others for row in found.slots.values()}
         kept = {expert: row for expert, row in before.slots.items() if placement.copies_ED[expert, self.world.rank]}
         rows = [row for row in range(self.owned, self.owned + self.copies) if row not in taken and row not in kept.values()]
-        found = self._layer(placement, shares_ED, before.first_own, rows, kept)
+        found = self._layer(layer, placement, shares_ED, before.first_own, rows, kept)
         self.layers[layer], self.placements[layer] = found, placement
-        new = gather_plan(missing(placement, before.placement), self.world.topology, self.world.rank)
+        new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._exposed:
-            SparseAllGather(new, lambda expert: tuple(part[found.slots[expert]] for part in self.rows)).finish()
+            new.gather(self._weights(found)).finish()
         self._moved_bytes += new.num_sends * self.expert_bytes
 
     def _layer(
-        self, placement: Placement, shares_ED: Floats, first_own: int, rows: Sequence[int], kept: dict[int, int]
+        self,
+        layer: int,
+        placement: Placement,
+        shares_ED: Floats,
+        first_own: int,
+        rows: Sequence[int],
+        kept: dict[int, int],
     ) -> LayerExperts:
         """`rows` are free for copies, those of which `kept` says where they are excepted."""
         rank, device = self.world.rank, self.world.device
@@ -155,26 +184,33 @@ class ExpertArena:
             index_E=index_E.to(device),
             ends_ED=torch.from_numpy(ends_ED).to(device),
             phase_E=torch.from_numpy(phase_E).to(device),
-            gather=gather_plan(placement, self.world.topology, rank),
+            split=bool(((shares_ED > 0).sum(axis=1) > 1).any()),
+            movement=self.transport.movement(placement, self._row_LE[layer]),
         )
+
+    def _weights(self, layer: LayerExperts) -> Callable[[int], Parts]:
+        return lambda expert: tuple(part[layer.slots[expert]] for part in self.rows)
 
     # ------------------------------------------------------------ copies
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Surrounds changes of own rows: before, nobody reads them any more; behind, copies of them are of no use any more."""
+        self.transport.quiesce()
+        yield
+        self.outdated()
+
     def outdated(self) -> None:
-        """Own rows have changed: copies of them are of no use any more."""
+        """No copies are here."""
         self._present: set[int] = set()
-        self._gathers: dict[int, SparseAllGather] = {}
+        self._gathers: dict[int, Gathering] = {}
 
     def fetch(self, layer: int) -> None:
         """Starts the SparseAllGather of a layer's copies, unless they are here or on their way."""
         if layer not in self._present and layer not in self._gathers:
-            slots = self.layers[layer].slots
-
-            def parts(expert: int) -> Parts:
-                return tuple(rows[slots[expert]] for rows in self.rows)
-
-            self._gathers[layer] = SparseAllGather(self.layers[layer].gather, parts)
-            self._moved_bytes += self.layers[layer].gather.num_sends * self.expert_bytes
+            found = self.layers[layer]
+            self._gathers[layer] = found.movement.gather(self._weights(found))
+            self._moved_bytes += found.movement.num_sends * self.expert_bytes
 
     def materialised(self, layer: int) -> LayerExperts:
         """A layer, once its copies may be read."""
@@ -222,8 +258,8 @@ class ExpertArena:
         def parts(expert: int) -> Parts:
             return tuple(part[position[expert]] for part in gradients)
 
-        self._returning = layer, SparseReduceScatter(found.gather, parts)
-        self._moved_bytes += found.gather.num_receives * self.expert_bytes
+        self._returning = layer, found.movement.reduce(parts)
+        self._moved_bytes += found.movement.num_receives * self.expert_bytes
 
     def _finish_gradients(self) -> None:
         if self._returning is not None:
@@ -233,3 +269,12 @@ class ExpertArena:
             for expert, gradients in arrived:
                 row = self.layers[layer].slots[expert]
                 self._add_gradients(row, tuple(part.unsqueeze(0) for part in gradients))
+
+
+def _own_rows(owner_LE: Ints) -> Ints:
+    """(L, E): in which row of its owner's arena each expert lies."""
+    row_LE = np.empty_like(owner_LE)
+    for rank in np.unique(owner_LE):
+        own_LE = owner_LE == rank
+        row_LE[own_LE] = np.arange(own_LE.sum())
+    return row_LE

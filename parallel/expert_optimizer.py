@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from kernels.accumulate import accumulate
 from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
 from parallel.sparse_collectives import Parts
 
@@ -56,16 +57,25 @@ class DeviceAdamW(ExpertOptimizer):
         self._adamw = adamw(list(masters), settings)
         for master in masters:
             self._adamw.state[master].update(zero_state(master))
+        self._filled = [False] * masters[0].shape[0]  # rows that have got gradients since the last step
         self.moments = tuple({key: self._adamw.state[master][key] for key in MOMENTS} for master in masters)
 
     def add_gradients(self, row: int, gradients: Parts) -> None:
+        rows = slice(row, row + gradients[0].shape[0])
+        first = not any(self._filled[rows])
+        assert first or all(self._filled[rows]), "of a layer's own experts gradients come all at once, before those of copies"
         for master, gradient in zip(self.masters, gradients, strict=True):
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            master.grad[row : row + gradient.shape[0]].add_(gradient)
+                master.grad = torch.empty_like(master)
+            if first:
+                master.grad[rows].copy_(gradient)
+            else:
+                accumulate(master.grad[rows], gradient)
+        self._filled[rows] = [True] * len(self._filled[rows])
 
     def gradients(self) -> Parts | None:
         found = tuple(master.grad for master in self.masters if master.grad is not None)
+        assert not found or all(self._filled), "every MoE layer gives gradients, zeros where no token came"
         return found or None
 
     def squared_norm(self) -> Tensor:
@@ -87,6 +97,7 @@ class DeviceAdamW(ExpertOptimizer):
         set_lr(self._adamw, lr)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+        self._filled = [False] * len(self._filled)
         self.round_masters(weights)
 
     @torch.no_grad()

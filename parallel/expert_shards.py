@@ -44,10 +44,12 @@ class ExpertShards:
         dtype: torch.dtype,
         settings: AdamWSettings,
         offload: bool,
+        peer_memory: bool,
     ) -> None:
         """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
 
-        `copies` is the arena's room for copies of other ranks' experts. With `offload` the optimizer lies on the host.
+        `copies` is the arena's room for copies of other ranks' experts. With `offload` the optimizer lies on the host. With
+        `peer_memory` ranks read each other's memory.
         """
         self.world = world
         self.owner_LE = owner_LE
@@ -58,7 +60,8 @@ class ExpertShards:
                 master[row].copy_(value)
         self.optimizer: ExpertOptimizer
         self.optimizer = CPUAdamW(masters, settings, world.device) if offload else DeviceAdamW(masters, settings)
-        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, self.optimizer.add_gradients)
+        add = self.optimizer.add_gradients
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, peer_memory=peer_memory)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 
@@ -72,14 +75,14 @@ class ExpertShards:
         return self.world.sum(self.optimizer.squared_norm()) / self.world.size**2
 
     def step(self, lr: float, scale: float) -> None:
-        """One AdamW update with the global loss's gradients multiplied by `scale`; gradients are gone afterwards. Local."""
-        self.optimizer.step(lr, scale / self.world.size, self.arena.rows)
-        self.arena.outdated()
+        """One AdamW update with the global loss's gradients multiplied by `scale`; gradients are gone afterwards."""
+        with self.arena.changing():
+            self.optimizer.step(lr, scale / self.world.size, self.arena.rows)
 
     def round_masters(self) -> None:
-        """Brings the weights that the model computes with up to the masters. Local."""
-        self.optimizer.round_masters(self.arena.rows)
-        self.arena.outdated()
+        """Brings the weights that the model computes with up to the masters."""
+        with self.arena.changing():
+            self.optimizer.round_masters(self.arena.rows)
 
     def reset_optimizer(self) -> None:
         """Moments and step count become zero. Local."""

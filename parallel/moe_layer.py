@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.destinations import destinations
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
 from kernels.router import Routing
 from parallel.expert_arena import ExpertArena, LayerExperts
-from parallel.token_exchange import collect, destinations, dispatch, plan_exchange
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,15 @@ class ShardedExperts:
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
             self.calibrate(self.layer, routing.counts_E)
             experts = self.arena.layers[self.layer]
-        order = expert_order(routing.experts_TK, experts.index_E.shape[0])
+        num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
-            return self._experts(x_TD, order, routing.weights_TK, experts)
+            return self._experts(x_TD, expert_order(routing.experts_TK, num_experts), routing.weights_TK, experts)
+        order = expert_order(routing.experts_TK, num_experts) if experts.split else None
         rank_TK = destinations(routing.experts_TK, order, experts.ends_ED, experts.phase_E)
-        exchange = plan_exchange(rank_TK, self.arena.world.size)
-        received = dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, exchange)
-        here_RK = torch.where(received.experts_RK >= 0, experts.index_E[received.experts_RK.long()], -1)
-        order = expert_order(here_RK, experts.slots_E.shape[0], num_entries=exchange.entries)
-        y_RD = self._experts(received.x_RD, order, received.weights_RK, experts)
-        return collect(y_RD, exchange, routing.experts_TK.shape[1])
+        received, exchange = self.arena.transport.dispatch(
+            x_TD, routing.weights_TK, routing.experts_TK, rank_TK, experts.index_E, experts.slots_E.shape[0]
+        )
+        return exchange.collect(self._experts(received.x_RD, received.order, received.weights_RK, experts))
 
     def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
         if self.arena.rematerialise:

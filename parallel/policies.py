@@ -48,7 +48,8 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     """The plan with the least predicted time: no copies, as many as there is room for, or fewer of the hottest experts.
 
     They are added where the load per replica is largest, so each number of copies divides the experts into those whose tokens
-    had better move and those whose weights had better; the predicted time decides where. It is never above that without copies.
+    had better move and those whose weights had better; the predicted time decides where. Where load stays uneven, experts that
+    others serve in their owner's place (`llep`) are weighed too. The time is never above that without copies.
     """
     return _cheapest(plain(loads_E, owner_E, setting), loads_E, setting, present=None)
 
@@ -88,6 +89,11 @@ def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement 
         if found_s >= least_s * LESS:
             break
         best, least_s = found, found_s
+    waits = layer_time(best, loads_E, setting, present).weights_s > 0
+    if waits or imbalance(flows(best, topology, loads_E).entries_D) >= EVEN_ENOUGH:
+        found = llep(loads_E, owner_E, setting)  # fewest copies, each of which serves all that it can
+        if layer_time(found, loads_E, setting, present).total_s < least_s * LESS:
+            return found
     return best
 
 

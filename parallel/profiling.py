@@ -18,12 +18,12 @@ from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import expert_order
 from parallel.expert_arena import ExpertArena
 from parallel.layer_cost import LayerCosts, Link
-from parallel.sparse_collectives import Pending
-from parallel.topology import World
 
 FLOAT32 = 4
 REPEATS = 5
-SMALL, LARGE = 2**14, 2**22  # bytes of the two messages that latency and bandwidth come from
+SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
+LARGE = {"cpu": 2**22, "cuda": 2**26}
+HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
 MOST_ENTRIES = 2**14  # in the products that are timed
 SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
@@ -37,7 +37,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
     world, shape = arena.world, arena.shape
     assert arena.attention is not None, "the attention is timed in the updates before"
     entry_s, expert_s = _product_costs(arena, min(max(tokens * top_k // 4, 64), MOST_ENTRIES))
-    within, across = _links(world)
+    within, across = _links(arena)
     expert_parameters = 3 * shape.hidden * shape.expert_hidden
     measured = LayerCosts(
         entry_s=entry_s,
@@ -89,32 +89,32 @@ def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
     return entry_s, max(together, 0.0) / max(experts - 1, 1)
 
 
-def _links(world: World) -> tuple[Link, Link]:
+def _links(arena: ExpertArena) -> tuple[Link, Link]:
     """Between neighbours on a node, and from each rank of a node to the same one of the next; all ranks at once."""
+    world = arena.world
     per_node, nodes = world.topology.devices_per_node, world.topology.nodes
     node, local = divmod(world.rank, per_node)
     near = far = None
     if per_node > 1:
         first = node * per_node
-        near = _link(world, first + (local + 1) % per_node, first + (local - 1) % per_node)
+        near = _link(arena, first + (local + 1) % per_node, first + (local - 1) % per_node)
     if nodes > 1:
-        far = _link(world, (world.rank + per_node) % world.size, (world.rank - per_node) % world.size)
+        far = _link(arena, (world.rank + per_node) % world.size, (world.rank - per_node) % world.size)
     found = near or far
     assert found is not None, "a single rank has no links"
     return near or found, far or found
 
 
-def _link(world: World, target: int, source: int) -> Link:
+def _link(arena: ExpertArena, target: int, source: int) -> Link:
+    device = arena.world.device
+
     def seconds(size: int) -> float:
-        sent, received = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
+        move = arena.transport.probe(size, target, source)
+        arena.world.barrier()
+        return _seconds(move, device)
 
-        def exchange() -> None:
-            Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
-
-        world.barrier()
-        return _seconds(exchange, world.device)
-
-    return Link(*line(SMALL, seconds(SMALL), LARGE, seconds(LARGE)))
+    large = LARGE[device.type]
+    return Link(*line(SMALL, seconds(SMALL), large, seconds(large)))
 
 
 def line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float]:
@@ -129,17 +129,23 @@ def line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest of some calls, after two for warming up. Ranks call as often, so messages match."""
-    best = float("inf")
-    for repeat in range(2 + REPEATS):
-        _finish(device)
-        started = time.perf_counter()
-        call()
-        _finish(device)
-        if repeat >= 2:
-            best = min(best, time.perf_counter() - started)
-    return best
+    timed = _on_gpu if device.type == "cuda" else _on_host
+    return min([timed(call) for _ in range(2 + REPEATS)][2:])
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _on_host(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _on_gpu(call: Callable[[], object]) -> float:
+    """As in training, where the host is ahead: what it takes to start kernels does not count."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -10,7 +10,7 @@ Letters: T tokens of this rank, K top-k, S rows sent, R rows received, D model, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from parallel.placement import Floats
 
 
 def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
-    """What `destinations` needs: where each device's part of an expert's entries ends, and where this rank starts to count.
+    """For kernels/destinations.py: where each device's part of an expert's entries ends, and where this rank starts to count.
 
     Args:
         shares_ED: the shares of this rank's entries of each expert that go to each device; rows sum to one.
@@ -42,23 +42,24 @@ def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
     return flat, phase_E
 
 
-def destinations(experts_TK: Tensor, order: ExpertOrder, ends_ED: Tensor, phase_E: Tensor) -> Tensor:
-    """The rank of each entry, (T, K) int64: the entries of an expert are dealt out in the proportion of the shares.
+@dataclass(frozen=True)
+class Received:
+    """Rows that came to this rank, sorted by the rank that they came from."""
 
-    Entry i of the n that this rank has for expert e goes where (i + phase) / n falls, so parts differ from the shares by less
-    than one entry, and over ranks the phases even out.
-    """
-    devices = ends_ED.shape[0] // phase_E.shape[0]
-    experts_N = experts_TK.flatten().long()
-    starts_E = order.ends_E - order.counts_E
-    rank_N = (order.place_N - starts_E[experts_N]).double()
-    at_N = ((rank_N + phase_E[experts_N]) / order.counts_E[experts_N]).clamp(max=1 - 1e-12)
-    found_N = torch.searchsorted(ends_ED, experts_N + at_N, right=True)
-    return (found_N - experts_N * devices).view(experts_TK.shape)
+    x_RD: Tensor
+    weights_RK: Tensor  # float32; combine weights of the choices served here, elsewhere anything
+    order: ExpertOrder  # of the choices served here, by their place among this rank's experts
+
+
+class Exchange(Protocol):
+    """The way back of what was dispatched."""
+
+    def collect(self, y_RD: Tensor) -> Tensor:
+        """Rows of results back to where their tokens came from, and their sum for each token in float32: (R, D) -> (T, D)."""
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MessageExchange:
     """Which row goes where. The way back, and backward, walk it in the other direction."""
 
     place_N: Tensor  # int32, (T * K,): the sent row of an entry, if it is its token's first for that rank; else -1
@@ -69,8 +70,32 @@ class Exchange:
     receive_W: list[int]  # rows from each rank
     entries: int  # choices that this rank will serve, over all received rows
 
+    def collect(self, y_RD: Tensor) -> Tensor:
+        y_TD: Tensor = _Collect.apply(y_RD, self, self.row_TK.shape[1])
+        return y_TD
 
-def plan_exchange(rank_TK: Tensor, ranks: int) -> Exchange:
+
+def dispatch(
+    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
+) -> tuple[Received, MessageExchange]:
+    """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights.
+
+    Args:
+        rank_TK: int32; who serves each choice (kernels/destinations.py).
+        index_E: int32; which of the `num_here` experts on this rank an expert is.
+    """
+    rank_TK = rank_TK.long()
+    exchange = _plan(rank_TK, dist.get_world_size())
+    token_S = exchange.entry_S.long() // max(experts_TK.shape[1], 1)
+    here_SK = rank_TK[token_S] == exchange.rank_S.unsqueeze(1)
+    experts_SK = torch.where(here_SK, experts_TK[token_S], -1).int()
+    experts_RK = _all_to_all(experts_SK, exchange.send_W, exchange.receive_W)
+    x_RD, weights_RK = _Dispatch.apply(x_TD, weights_TK.float(), token_S, here_SK, exchange)
+    slots_RK = torch.where(experts_RK >= 0, index_E[experts_RK.long()], -1)
+    return Received(x_RD, weights_RK, expert_order(slots_RK, num_here, num_entries=exchange.entries)), exchange
+
+
+def _plan(rank_TK: Tensor, ranks: int) -> MessageExchange:
     """From the rank of each entry. One message of two numbers to every rank, and the one wait for the device of a layer."""
     tokens, top_k = rank_TK.shape
     same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
@@ -86,40 +111,15 @@ def plan_exchange(rank_TK: Tensor, ranks: int) -> Exchange:
     leaders_TK = torch.where(leads_TK, rank_TK, -1)
     order = expert_order(leaders_TK, ranks, num_entries=sum(send_W))
     row_TK = order.place_N.view(tokens, top_k).long().gather(1, first_TK)
-    return Exchange(
+    return MessageExchange(
         order.place_N, row_TK, order.entry_N, flat_N[order.entry_N.long()], send_W, receive_W, entries=sum(entries_W)
     )
-
-
-@dataclass(frozen=True)
-class Received:
-    """Rows that came to this rank, sorted by the rank that they came from."""
-
-    x_RD: Tensor
-    weights_RK: Tensor  # float32; combine weights of the choices served here, 0 elsewhere
-    experts_RK: Tensor  # int32; the experts of the choices served here, -1 elsewhere
-
-
-def dispatch(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, exchange: Exchange) -> Received:
-    """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights."""
-    token_S = exchange.entry_S.long() // max(experts_TK.shape[1], 1)
-    here_SK = rank_TK[token_S] == exchange.rank_S.unsqueeze(1)
-    experts_SK = torch.where(here_SK, experts_TK[token_S], -1).int()
-    experts_RK = _all_to_all(experts_SK, exchange.send_W, exchange.receive_W)
-    x_RD, weights_RK = _Dispatch.apply(x_TD, weights_TK.float(), token_S, here_SK, exchange)
-    return Received(x_RD, weights_RK, experts_RK)
-
-
-def collect(y_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
-    """Rows of results back to where their tokens came from, and their sum for each token in float32: (R, D) -> (T, D)."""
-    y_TD: Tensor = _Collect.apply(y_RD, exchange, top_k)
-    return y_TD
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, token_S: Tensor, here_SK: Tensor, exchange: Exchange
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, token_S: Tensor, here_SK: Tensor, exchange: MessageExchange
     ) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.top_k = exchange, weights_TK.shape[1]
         ctx.save_for_backward(here_SK)
@@ -129,7 +129,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x_RD: Tensor, d_weights_RK: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: Exchange = ctx.exchange
+        exchange: MessageExchange = ctx.exchange
         (here_SK,) = ctx.saved_tensors
         d_weights_SK = _all_to_all(d_weights_RK, exchange.receive_W, exchange.send_W) * here_SK
         columns_TK = torch.arange(ctx.top_k, device=d_weights_SK.device).expand_as(exchange.row_TK)
@@ -139,7 +139,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, exchange: MessageExchange, top_k: int) -> Tensor:
         ctx.exchange, ctx.top_k = exchange, top_k
         return _return_rows(y_RD, exchange, top_k)
 
@@ -149,13 +149,13 @@ class _Collect(torch.autograd.Function):
         return _send_rows(d_y_TD, ctx.exchange, ctx.top_k), None, None
 
 
-def _send_rows(x_TD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+def _send_rows(x_TD: Tensor, exchange: MessageExchange, top_k: int) -> Tensor:
     rows_SD = x_TD.new_empty(sum(exchange.send_W), x_TD.shape[1])
     spread_rows(x_TD.contiguous(), exchange.place_N, top_k, rows_SD)
     return _all_to_all(rows_SD, exchange.send_W, exchange.receive_W)
 
 
-def _return_rows(rows_RD: Tensor, exchange: Exchange, top_k: int) -> Tensor:
+def _return_rows(rows_RD: Tensor, exchange: MessageExchange, top_k: int) -> Tensor:
     rows_SD = _all_to_all(rows_RD, exchange.receive_W, exchange.send_W)
     return combine_rows(rows_SD, exchange.place_N, top_k)
 

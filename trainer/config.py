@@ -145,6 +145,7 @@ class ParallelConfig(Record):
 
     zero_stage: Literal[1, 2]
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
+    transport: Literal["auto", "messages", "peer_memory"]  # auto: ranks read each other's memory where all can, as on one node
     overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass

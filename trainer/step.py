@@ -23,6 +23,7 @@ from parallel.moe_layer import ShardedExperts
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
 from parallel.topology import World
+from parallel.transport import reads_peer_memory
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
@@ -60,7 +61,8 @@ class Trainer:
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
         initial, offload = partial(initial_expert, config, spec.seed), spec.parallel.offload == "cpu"
-        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, spec.adamw, offload)
+        peer_memory = reads_peer_memory(spec.parallel.transport, world)
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, spec.adamw, offload, peer_memory)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)

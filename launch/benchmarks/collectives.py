@@ -2,15 +2,17 @@
 
     link          one message of as many bytes to the next rank, and one from the one before
     all_gather    the library's, of everything: every rank gets as many experts of every other rank
+    all_to_all    the library's, of as many bytes of tokens, to all ranks alike
     gather        SparseAllGather: every rank gets so many experts of the next one
     reduce        SparseReduceScatter of their gradients, and their sum at the owner in float32
-    all_to_all    the library's, of as many bytes of tokens, to all ranks alike
+    .. in place   the same in memory that all ranks read, where they can
 
 A rate is what a rank receives in a second, on the slowest rank; what it sends at the same time is as much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +23,17 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
+from kernels.accumulate import accumulate
 from kernels.errors import UserError
 from launch.benchmarks.options import OneOrMore, Options, Shape
 from launch.benchmarks.ranks import on_ranks, slowest
-from launch.benchmarks.timing import Ceilings, Timing
+from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import ExpertShape
+from parallel.peer_memory import within_reach
 from parallel.placement import Placement, even_owners, without_copies
-from parallel.sparse_collectives import Parts, Pending, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.sparse_collectives import Pending
 from parallel.topology import World
+from parallel.transport import transport
 
 
 class CollectivesOptions(Options):
@@ -100,42 +105,49 @@ def _measured(world: World, options: CollectivesOptions, told: tuple[Shape, int]
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     expert_shape = ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
     placement = _from_next(shape.experts, world.size, copies)
-    plan = gather_plan(placement, world.topology, world.rank)
-    present = np.flatnonzero(placement.copies_ED[:, world.rank]).tolist()
-    slot = {expert: index for index, expert in enumerate(present)}
-    weights, gradients, sums = (expert_shape.matrices(len(present), one, world.device) for one in (dtype, dtype, torch.float32))
-    for part in (*weights, *gradients, *sums):
-        part.zero_()
-
-    def of(matrices: Parts, expert: int) -> Parts:
-        return tuple(part[slot[expert]] for part in matrices)
-
-    def reduce(number: int) -> None:
-        for expert, arrived in SparseReduceScatter(plan, lambda expert: of(gradients, expert)).finish():
-            for total, part in zip(of(sums, expert), arrived, strict=True):
-                total.add_(part)
-
-    size = copies * sum(part[0].nbytes for part in weights)
+    size = copies * sum(math.prod(part) for part in expert_shape.parts) * dtype.itemsize
     sent, received = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
     everything = [torch.empty_like(sent) for _ in range(world.size)]
     target, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     equal = size // world.size * world.size
-    times = slowest(
-        {
-            "link": lambda number: Pending(
-                [dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]
-            ).wait(),
-            "all_gather": lambda number: dist.all_gather(everything, sent),
-            "gather": lambda number: SparseAllGather(plan, lambda expert: of(weights, expert)).finish(),
-            "reduce": reduce,
-            "all_to_all": lambda number: dist.all_to_all_single(received[:equal], sent[:equal]),
-        },
-        world,
-        options.repeats,
-    )
+    calls: dict[str, Call] = {
+        "link": lambda number: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait(),
+        "all_gather": lambda number: dist.all_gather(everything, sent),
+        "all_to_all": lambda number: dist.all_to_all_single(received[:equal], sent[:equal]),
+    }
+    for peer_memory in (False, True) if within_reach(world) else (False,):
+        suffix = " in place" if peer_memory else ""
+        ways = _gather_and_reduce(world, expert_shape, placement, dtype, peer_memory)
+        calls |= dict(zip((f"gather{suffix}", f"reduce{suffix}"), ways, strict=True))
+    times = slowest(calls, world, options.repeats)
     others = (world.size - 1) * size
-    bytes_of = {"link": size, "all_gather": others, "gather": size, "reduce": size, "all_to_all": others // world.size}
-    return {name: Moved(timing, bytes_of[name]) for name, timing in times.items()}
+    bytes_of = {"all_gather": others, "all_to_all": others // world.size}
+    return {name: Moved(timing, bytes_of.get(name, size)) for name, timing in times.items()}
+
+
+def _gather_and_reduce(
+    world: World, shape: ExpertShape, placement: Placement, dtype: torch.dtype, peer_memory: bool
+) -> tuple[Call, Call]:
+    owned = shape.experts // world.size
+    present = np.flatnonzero(placement.copies_ED[:, world.rank]).tolist()
+    own = [expert for expert in present if placement.owner_E[expert] == world.rank]
+    slot = {expert: row for row, expert in enumerate(own + [expert for expert in present if expert not in own])}
+    there = transport(world, shape.hidden, len(present), shape.parts, dtype, peer_memory=peer_memory)
+    movement = there.movement(placement, np.arange(shape.experts) % owned)
+    gradients, sums = (shape.matrices(len(present), one, world.device) for one in (dtype, torch.float32))
+    for part in (*there.rows, *gradients, *sums):
+        part.zero_()
+
+    def gather(number: int) -> None:
+        there.quiesce()
+        movement.gather(lambda expert: tuple(part[slot[expert]] for part in there.rows)).finish()
+
+    def reduce(number: int) -> None:
+        for expert, arrived in movement.reduce(lambda expert: tuple(part[slot[expert]] for part in gradients)).finish():
+            for total, part in zip(sums, arrived, strict=True):
+                accumulate(total[slot[expert]], part)
+
+    return gather, reduce
 
 
 def _from_next(experts: int, ranks: int, copies: int) -> Placement:

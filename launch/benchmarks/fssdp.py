@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from kernels.accumulate import accumulate
 from kernels.errors import UserError
 from kernels.router import Routing as Routed
 from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
@@ -38,6 +39,7 @@ from parallel.policies import POLICIES
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
+from parallel.transport import reads_peer_memory
 
 Routing = Literal["even", "zipf", "hot"]
 PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
@@ -58,6 +60,9 @@ class FssdpOptions(TokenOptions):
         "cost", description="who gets copies in our layer; hecate takes as many of the hottest experts as fit"
     )
     memory: NonNegativeInt = Field(description="copies that a rank has room for")
+    transport: Literal["auto", "messages", "peer_memory"] = Field(
+        "auto", description="of our layer: messages, or memory that all ranks read; auto: the latter where they can"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,15 +140,16 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     owner_E = even_owners(told.shape.experts, world.size)
     parts = tuple(tensor.detach() for tensor in matrices.values())
     bare = Plan(without_copies(owner_E, world.size))
-    unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None)
+    peer_memory = reads_peer_memory(options.transport, world)
+    unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None, peer_memory)
     costs = measure_costs(unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget = Budget(told.shape.experts, options.memory)
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
-        OURS: _sharded(told.shape, world, parts, plan),
+        OURS: _sharded(told.shape, world, parts, plan, peer_memory),
         "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
-        "no_copies": _sharded(told.shape, world, parts, bare),
+        "no_copies": _sharded(told.shape, world, parts, bare, peer_memory),
         "local": partial(_local, own=_Matrices(parts)),
     }
     errors = _errors(works, inputs, world)
@@ -218,19 +224,19 @@ class _AddHere(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_x_TD: Tensor, *gradients: Tensor) -> tuple[Tensor, None]:
         for total, gradient in zip(ctx.sums, gradients, strict=True):
-            total.add_(gradient)
+            accumulate(total, gradient)
         return d_x_TD, None
 
 
-def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan) -> Work:
+def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, peer_memory: bool) -> Work:
     """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
     sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
 
     def add(row: int, gradients: Parts) -> None:
         for total, gradient in zip(sums, gradients, strict=True):
-            total[row : row + gradient.shape[0]].add_(gradient)
+            accumulate(total[row : row + gradient.shape[0]], gradient)
 
-    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add)
+    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add, peer_memory)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
     layer = ShardedExperts(0, arena)
@@ -247,9 +253,9 @@ def _expert_shape(shape: Shape) -> ExpertShape:
     return ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
 
 
-def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients) -> ExpertArena:
+def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, peer_memory: bool) -> ExpertArena:
     owned = shape.experts // world.size
-    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add)
+    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, peer_memory=peer_memory)
     for rows, part in zip(arena.rows, parts, strict=True):
         rows[:owned].copy_(_own(part, world))
     return arena

@@ -133,14 +133,14 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
 
-def spread(world: World, seeds: Sequence[int], offload: bool) -> list[dict[str, Any]]:
-    return [spread_case(world, case(seed, world.size), offload) for seed in seeds]
+def spread(world: World, seeds: Sequence[int], offload: bool, peer_memory: bool) -> list[dict[str, Any]]:
+    return [spread_case(world, case(seed, world.size), offload, peer_memory) for seed in seeds]
 
 
-def spread_case(world: World, told: Case, offload: bool) -> dict[str, Any]:
+def spread_case(world: World, told: Case, offload: bool, peer_memory: bool) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
     copies = SHAPE.layers * SHAPE.experts
-    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, ADAMW, offload)
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, ADAMW, offload, peer_memory)
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
@@ -148,7 +148,7 @@ def spread_case(world: World, told: Case, offload: bool) -> dict[str, Any]:
         shards.arena.place(placements, shares_LED, rematerialise=told.rematerialise)
         layers = [ShardedExperts(layer, shards.arena, calibrating(told, step, shards.arena)) for layer in range(SHAPE.layers)]
         for micro in range(MICRO_BATCHES):
-            x, logits = leaf(told.x[step][micro][world.rank]), leaf(told.logits[step][micro][world.rank])
+            x, logits = (leaf(part[step][micro][world.rank].to(world.device)) for part in (told.x, told.logits))
             y = forward(x, logits, layers, told.recompute)
             with shards.arena.backward_pass():
                 (y.cos().sum() * world.size).backward()
@@ -199,13 +199,37 @@ def one_device(told: Case, size: int) -> dict[str, Any]:
     return found
 
 
+def test_memory_that_all_read_gives_the_bits_of_messages() -> None:
+    in_place, by_messages = (run_ranks(spread, 2, range(4), False, peer_memory) for peer_memory in (True, False))
+    for one, other in zip(in_place, by_messages, strict=True):
+        for found, wanted in zip(one, other, strict=True):
+            assert found["norms"] == wanted["norms"]
+            for name, tensor in wanted["state"].items():
+                assert torch.equal(found["state"][name], tensor), name
+            for here, there in zip(found["tokens"], wanted["tokens"], strict=True):
+                assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
+
+
 def close(found: Tensor, expected: Tensor, where: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{where}: {text}")
 
 
-@pytest.mark.parametrize(("size", "offload"), [(1, False), (2, False), (4, False), (8, False), (1, True), (2, True)])
-def test_sharded_experts_equal_experts_on_one_device(size: int, offload: bool) -> None:
-    by_rank = run_ranks(spread, size, range(CASES), offload)
+@pytest.mark.parametrize(
+    ("size", "offload", "peer_memory"),
+    [
+        (1, False, False),
+        (2, False, False),
+        (4, False, False),
+        (8, False, False),
+        (1, True, False),
+        (2, True, False),
+        (2, False, True),
+        (4, False, True),
+        (8, True, True),
+    ],
+)
+def test_sharded_experts_equal_experts_on_one_device(size: int, offload: bool, peer_memory: bool) -> None:
+    by_rank = run_ranks(spread, size, range(CASES), offload, peer_memory)
     for seed in range(CASES):
         told, results = case(seed, size), [rank[seed] for rank in by_rank]
         expected = one_device(told, size)

@@ -17,10 +17,14 @@ if not GPU:
     from triton.runtime import interpreter
 
     import kernels.hopper.vocabulary
+    import kernels.triton_accumulate
     import kernels.triton_attention
+    import kernels.triton_destinations
     import kernels.triton_expert_order
     import kernels.triton_linear
     import kernels.triton_norm
+    import kernels.triton_peer_routing
+    import kernels.triton_peer_rows
     import kernels.triton_router
     import kernels.triton_rows  # noqa: F401
 

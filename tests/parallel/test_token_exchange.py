@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.destinations import destinations
 from kernels.expert_order import expert_order
 from parallel.placement import Floats
-from parallel.token_exchange import boundaries, destinations
+from parallel.token_exchange import boundaries
 
 
 def random_shares(random: np.random.Generator, experts: int, devices: int) -> Floats:

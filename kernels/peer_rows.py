@@ -1,0 +1,80 @@
+"""Rows that lie in the memory of several ranks: pulled to this one, and summed from there.
+
+Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank, K top-k, R rows, D width. This file is the
+reference in plain torch; CUDA takes kernels/triton_peer_rows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANE_BYTES = 16  # that one access moves
+
+
+@dataclass(frozen=True)
+class PeerRows:
+    """A matrix in the memory of each rank, all at the same place of their blocks."""
+
+    blocks: Sequence[Tensor]  # uint8, (W,) blocks that this device reads in place
+    pointers_W: Tensor  # int64; where they begin, on the device
+    start: int  # bytes from there on, a multiple of 16
+    width: int  # D
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        assert self.start % LANE_BYTES == 0, f"rows begin at byte {self.start}"
+
+    def of_rank(self, rank: int) -> Tensor:
+        """(rows of the whole block from `start` on, D)."""
+        row_bytes = self.width * self.dtype.itemsize
+        block = self.blocks[rank][self.start :]
+        return block[: block.shape[0] // row_bytes * row_bytes].view(self.dtype).view(-1, self.width)
+
+
+def pull_rows(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:
+    """out[row[w * C + t]] = row t of rank w; a `row` (int32) of -1, or behind the last of `out_RD`, is not wanted."""
+    if out_RD.is_cuda:
+        from kernels.triton_peer_rows import launch_pull  # here, because CPU machines may lack Triton
+
+        launch_pull(rows, row_V, out_RD)
+        return
+    for rank, row_C in enumerate(row_V.view(len(rows.blocks), -1)):
+        wanted_C = (row_C >= 0) & (row_C < out_RD.shape[0])
+        out_RD[row_C[wanted_C]] = rows.of_rank(rank)[: row_C.shape[0]][wanted_C]
+
+
+def sum_rows(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
+    """out[t] = the sum over the different ranks r of rank[t] (int32) of row row[r, t] of rank r, (T, D) in the rows' dtype.
+
+    In float32 (float64 for float64), in the order in which a token first names them.
+    """
+    if rank_TK.is_cuda:
+        from kernels.triton_peer_rows import launch_sum
+
+        return launch_sum(rows, rank_TK, row_WT)
+    tokens, top_k = rank_TK.shape
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    out_TD = torch.zeros(tokens, rows.width, dtype=wide, device=rank_TK.device)
+    for k in range(top_k):
+        first_T = (rank_TK[:, :k] != rank_TK[:, k : k + 1]).all(dim=1)
+        for rank in range(len(rows.blocks)):
+            here_T = first_T & (rank_TK[:, k] == rank)
+            out_TD[here_T] += rows.of_rank(rank)[row_WT[rank, here_T]].to(wide)
+    return out_TD.to(rows.dtype)
+
+
+def pick_numbers(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
+    """out[t, k] = number k of row row[r, t] of rank r = rank[t, k]; the rows are K wide. (T, K)."""
+    if rank_TK.is_cuda:
+        from kernels.triton_peer_rows import launch_pick
+
+        return launch_pick(rows, rank_TK, row_WT)
+    out_TK = torch.empty(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
+    for rank in range(len(rows.blocks)):
+        t, k = (rank_TK == rank).nonzero(as_tuple=True)
+        out_TK[t, k] = rows.of_rank(rank)[row_WT[rank, t].long(), k]
+    return out_TK

@@ -1,0 +1,191 @@
+"""SparseAllGather and SparseReduceScatter without messages: ranks copy weights and gradients out of each other's memory.
+
+The arena's rows lie where all ranks can read them, so a rank fetches the copies that it needs with the GPU's copy engines, on a
+stream of their own, while it computes. Gradients of copies are laid out for their owner, which fetches them and adds them as it
+would add those that come as messages (sparse_collectives.py): in the order of experts, then of ranks, each sum in float32.
+
+Letters: E experts of a layer, D devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from parallel.peer_memory import PeerMemory, view
+from parallel.placement import Bools, Ints, Placement
+from parallel.sparse_collectives import Parts
+from parallel.topology import World
+
+CHANNEL = 1  # of barriers on the stream of the copies
+
+Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
+
+
+def copies_beside_owner(placement: Placement) -> Bools:
+    """(E, D): where experts are, their owners excepted."""
+    beside_ED = placement.copies_ED.copy()
+    beside_ED[range(len(placement.owner_E)), placement.owner_E] = False
+    return beside_ED
+
+
+class PeerRoom:
+    """Room for so many experts on each rank, which all ranks read. Made by all ranks together."""
+
+    def __init__(self, world: World, experts: int, shapes: Shapes, dtype: torch.dtype) -> None:
+        sizes = [experts * torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+        self.memory = PeerMemory(world, max(sum(sizes), 1))
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        places = list(zip(starts, shapes, strict=True))
+        self.of_rank: list[Parts] = [
+            tuple(view(block, start, (experts, *shape), dtype) for start, shape in places) for block in self.memory.of_rank
+        ]
+        self.experts = experts
+
+    def of(self, rank: int, row: int) -> Parts:
+        return tuple(part[row] for part in self.of_rank[rank])
+
+
+Copies = list[tuple[torch.Tensor, torch.Tensor]]  # (target, source)
+
+
+class Background:
+    """Copies beside what the device computes: on a GPU in streams of their own, on a CPU at once.
+
+    Two streams take turns, because between two copies of a few megabytes one stream leaves the link idle a sixth of the time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+
+    def copy(self, copies: Copies, before: Callable[[], None], behind: Callable[[], None]) -> Callable[[], None]:
+        """Starts `before`, the copies and `behind`, one after the other, behind what was started so far.
+
+        The result lets what is started later wait for them.
+        """
+        if not self._streams:
+            before()
+            for target, source in copies:
+                target.copy_(source)
+            behind()
+            return lambda: None
+        first, second = self._streams
+        first.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(first):
+            before()
+        second.wait_stream(first)
+        for stream, some in ((first, copies[::2]), (second, copies[1::2])):
+            with torch.cuda.stream(stream):
+                for target, source in some:
+                    target.copy_(source, non_blocking=True)
+        first.wait_stream(second)
+        with torch.cuda.stream(first):
+            behind()
+        done = first.record_event()
+        return lambda: torch.cuda.current_stream().wait_event(done)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A fetch under way."""
+
+    wait: Callable[[], None]
+
+    def finish(self) -> None:
+        """Copies may be read by what is started from here on."""
+        self.wait()
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Gradients under way."""
+
+    wait: Callable[[], None]
+    arrived: list[tuple[int, Parts]]
+
+    def finish(self) -> list[tuple[int, Parts]]:
+        """(expert, gradients to add) for this rank's own experts, in the order in which to add them."""
+        self.wait()
+        return self.arrived
+
+
+class PeerExperts:
+    """The arena's rows in memory that all ranks read. All ranks make the same calls in the same order."""
+
+    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype) -> None:
+        self.world, self._shapes, self._dtype = world, shapes, dtype
+        self._background = Background(world.device)
+        self._staging: PeerRoom | None = None
+        self._room(rows)
+
+    def _room(self, rows: int) -> None:
+        self._rows = PeerRoom(self.world, rows, self._shapes, self._dtype)
+        self._fresh = False  # whether all ranks know that the owners' rows are what they shall be
+
+    @property
+    def rows(self) -> Parts:
+        return self._rows.of_rank[self.world.rank]
+
+    def make_room(self, rows: int, owned: int) -> None:
+        """Rows for so many experts; the first `owned` keep their values."""
+        before = self.rows
+        self._room(rows)
+        for new, old in zip(self.rows, before, strict=True):
+            new[:owned].copy_(old[:owned])
+
+    def quiesce(self) -> None:
+        """Before owners change their rows: all have read them."""
+        self._background.copy([], self._barrier, _nothing)()
+        self._fresh = False
+
+    def _barrier(self) -> None:
+        self._rows.memory.barrier(CHANNEL)
+
+    def gather(self, placement: Placement, row_E: Ints, parts: Callable[[int], Parts]) -> Copied:
+        """Fetches this rank's copies. `row_E` says in which row of its owner's arena each expert lies."""
+        here = copies_beside_owner(placement)[:, self.world.rank].nonzero()[0].tolist()
+        copies = [
+            pair
+            for expert in here
+            for pair in zip(parts(expert), self._rows.of(int(placement.owner_E[expert]), int(row_E[expert])), strict=True)
+        ]
+        news = bool(placement.extra_D.any()) and not self._fresh
+        self._fresh |= news
+        return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
+
+    def reduce(self, placement: Placement, parts: Callable[[int], Parts]) -> Returned:
+        """Returns the gradients of copies, which `parts` gives, to the owners. The one before must be finished."""
+        most = int(placement.extra_D.max())
+        if most == 0:
+            return Returned(lambda: None, [])
+        if self._staging is None or self._staging.experts < most:
+            self._staging = PeerRoom(self.world, most, self._shapes, self._dtype)
+        staging, rank = self._staging, self.world.rank
+        beside_ED = copies_beside_owner(placement)
+        place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy in the staging of its rank
+        for expert in beside_ED[:, rank].nonzero()[0].tolist():
+            for target, part in zip(staging.of(rank, int(place_ED[expert, rank])), parts(expert), strict=True):
+                target.copy_(part)
+        coming = [(e, d) for e, d in np.argwhere(beside_ED).tolist() if placement.owner_E[e] == rank]
+        arrived: list[tuple[int, Parts]] = [
+            (expert, tuple(torch.empty(shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes))
+            for expert, _ in coming
+        ]
+
+        copies = [
+            pair
+            for (expert, device), (_, targets) in zip(coming, arrived, strict=True)
+            for pair in zip(targets, staging.of(device, int(place_ED[expert, device])), strict=True)
+        ]
+
+        def barrier() -> None:
+            staging.memory.barrier(CHANNEL)  # the second time because it may be written anew
+
+        return Returned(self._background.copy(copies, barrier, barrier), arrived)
+
+
+def _nothing() -> None:
+    pass

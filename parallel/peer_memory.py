@@ -1,0 +1,110 @@
+"""Memory of every rank that all ranks read in place: over NVLink between GPUs, as shared pages between processes on a CPU.
+
+It reaches as far as one node. What a rank wrote is seen by the others behind a barrier, and may be written anew behind the next
+one, when all have read it; so two blocks in turns need one barrier an exchange. GPUs wait for each other in a kernel of the
+current stream, and the host goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.topology import World
+
+SHARED_FOLDER = Path("/dev/shm")  # of memory, not of a disk, where there is one
+
+
+class PeerMemory:
+    """`nbytes` bytes of each rank, as many on all of them. Made by all ranks together.
+
+    Once one is made, every rank is through with what it had started before, so blocks that it replaces may be dropped.
+    """
+
+    def __init__(self, world: World, nbytes: int) -> None:
+        self.world, self.nbytes = world, nbytes
+        self.of_rank = self._mapped() if world.device.type == "cuda" else _shared_pages(world, nbytes)
+        self.pointers_W = torch.tensor([block.data_ptr() for block in self.of_rank], device=world.device)
+
+    def _mapped(self) -> list[Tensor]:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        torch.cuda.synchronize()
+        own = symmetric.empty(self.nbytes, dtype=torch.uint8, device=self.world.device)
+        assert dist.group.WORLD is not None, "ranks have joined"
+        self._handle = symmetric.rendezvous(own, group=dist.group.WORLD)
+        others = range(self.world.size)
+        return [own if r == self.world.rank else self._handle.get_buffer(r, (self.nbytes,), torch.uint8) for r in others]
+
+    @property
+    def own(self) -> Tensor:
+        return self.of_rank[self.world.rank]
+
+    def barrier(self, channel: int = 0) -> None:
+        """Behind it every rank sees what all had written before it. Streams that may wait at the same time take channels of
+        their own."""
+        if self.world.device.type == "cuda":
+            self._handle.barrier(channel=channel)
+        else:
+            self.world.barrier()
+
+
+def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A part of a block of bytes from byte `start` on, as a tensor."""
+    count = 1
+    for size in shape:
+        count *= size
+    return block[start : start + count * dtype.itemsize].view(dtype).view(shape)
+
+
+def within_reach(world: World) -> bool:
+    """Whether every rank can read every other's memory in place. Collective; the same answer on all ranks."""
+    if world.size == 1 or world.topology.nodes > 1:
+        return False
+    able = _gpus_reach(world) if world.device.type == "cuda" else _pages_reach(world)
+    answer = torch.tensor(int(able), device=world.device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def _gpus_reach(world: World) -> bool:
+    """Asks the driver about GPUs by name, because a process may be shown its own one alone."""
+    import pynvml
+
+    names: list[str] = [""] * world.size
+    dist.all_gather_object(names, f"GPU-{torch.cuda.get_device_properties(world.device).uuid}")
+    pynvml.nvmlInit()
+    own, *others = (pynvml.nvmlDeviceGetHandleByUUID(name) for name in sorted(names, key=lambda n: n != names[world.rank]))
+    statuses = [pynvml.nvmlDeviceGetP2PStatus(own, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) for other in others]
+    pynvml.nvmlShutdown()
+    return all(status == pynvml.NVML_P2P_STATUS_OK for status in statuses)
+
+
+def _pages_reach(world: World) -> bool:
+    """Host names may be alike on several hosts, so a file tells."""
+    with tempfile.NamedTemporaryFile(dir=_folder()) as file:
+        names: list[str] = [""] * world.size
+        dist.all_gather_object(names, file.name)
+        found = all(Path(name).exists() for name in names)
+        world.barrier()
+    return found
+
+
+def _shared_pages(world: World, nbytes: int) -> list[Tensor]:
+    """Pages of files whose names are gone again before anybody uses them, so they vanish with the processes."""
+    with tempfile.NamedTemporaryFile(dir=_folder()) as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)  # an error now instead of a signal at the first write
+        names: list[str] = [""] * world.size
+        dist.all_gather_object(names, file.name)
+        blocks = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
+        world.barrier()
+    return blocks
+
+
+def _folder() -> Path:
+    return SHARED_FOLDER if os.access(SHARED_FOLDER, os.W_OK) else Path(tempfile.gettempdir())

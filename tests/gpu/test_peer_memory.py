@@ -1,0 +1,50 @@
+"""GPUs that read each other's memory compute what one device computes, and what GPUs that send messages do, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.peer_memory import PeerMemory, view, within_reach
+from parallel.topology import World
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_moe_layer import CASES, case, close, one_device, spread
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+def read_the_next(world: World) -> tuple[bool, list[list[int]]]:
+    """What a rank finds in the next one's memory, round after round in two blocks."""
+    blocks = [PeerMemory(world, 4096) for _ in range(2)]
+    found = []
+    for turn in range(20):
+        block = blocks[turn % 2]
+        view(block.own, 0, (1024,), torch.int32).fill_(1000 * world.rank + turn)
+        block.barrier()
+        found.append(view(block.of_rank[(world.rank + 1) % world.size], 0, (1024,), torch.int32).unique().tolist())
+    return within_reach(world), found
+
+
+def test_ranks_see_what_others_wrote_before_a_barrier() -> None:
+    size = torch.cuda.device_count()
+    for rank, (reachable, found) in enumerate(run_ranks(read_the_next, size, kind="cuda")):
+        assert reachable, "the GPUs of this machine are not linked"
+        assert found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
+
+
+def test_sharded_experts_equal_experts_on_one_device() -> None:
+    def results(peer_memory: bool) -> list[list[dict[str, Any]]]:
+        return run_ranks(spread, 2, range(CASES), False, peer_memory, kind="cuda")
+
+    in_place, by_messages = results(True), results(False)
+    for seed in range(CASES):
+        expected = one_device(case(seed, 2), 2)
+        for micro, wanted in enumerate(expected["tokens"]):
+            for index in range(3):
+                parts = [rank[seed]["tokens"][micro][index].cpu() for rank in in_place]
+                close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}")
+        for one, other in zip(in_place, by_messages, strict=True):
+            for name, tensor in one[seed]["state"].items():
+                assert torch.equal(tensor, other[seed]["state"][name]), f"case {seed}, {name}"

@@ -1,0 +1,80 @@
+"""What several ranks chose, read in place: the plan by definition, and the kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.peer_routing import PeerChoices, RowPlan, plan_rows
+
+Laid = tuple[Tensor, Tensor, Tensor]  # rank_TK, experts_TK, weights_TK of one rank
+
+
+def drawn(ranks: int, tokens: list[int], top_k: int, experts: int, seed: int) -> list[Laid]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randint(0, ranks, (count, top_k), generator=generator, dtype=torch.int32),
+            torch.randint(0, experts, (count, top_k), generator=generator),
+            torch.rand(count, top_k, generator=generator),
+        )
+        for count in tokens
+    ]
+
+
+def laid_out(laid: list[Laid], capacity: int, top_k: int, device: str = "cpu") -> PeerChoices:
+    """In blocks full of garbage."""
+    size = PeerChoices((), torch.empty(0), capacity, top_k).nbytes + 32
+    blocks = [torch.randint(0, 255, (size,), dtype=torch.uint8).to(device) for _ in laid]
+    pointers_W = torch.tensor([block.data_ptr() for block in blocks], device=device)
+    choices = PeerChoices(blocks, pointers_W, capacity, top_k)
+    for rank, parts in enumerate(laid):
+        assert choices.lay_out(rank, *(part.to(device) for part in parts)) == (parts[0].shape[0] <= capacity)
+    return choices
+
+
+def check(plan: RowPlan, laid: list[Laid], capacity: int, index_E: Tensor, here: int) -> None:
+    most, entries, *rows_W = plan.numbers.tolist()
+    assert most == max(rank_TK.shape[0] for rank_TK, _, _ in laid)
+    assert entries == sum(int((rank_TK == here).sum()) for rank_TK, _, _ in laid)
+    next_row = [0] * len(laid)
+    for source, (rank_TK, experts_TK, weights_TK) in enumerate(laid):
+        for t in range(capacity):
+            names = set(rank_TK[t].tolist()) if t < rank_TK.shape[0] else set()
+            for rank in range(len(laid)):
+                row = int(plan.row_WV[rank, source * capacity + t])
+                assert row == (next_row[rank] if rank in names else -1)
+                if rank in names and rank == here:
+                    served_K = rank_TK[t] == here
+                    assert torch.equal(plan.slots_VK[row].cpu(), torch.where(served_K, index_E[experts_TK[t]], -1))
+                    assert torch.equal(plan.weights_VK[row].cpu()[served_K], weights_TK[t, served_K])
+                next_row[rank] += rank in names
+    assert rows_W == next_row
+    assert (plan.slots_VK[rows_W[here] :] == -1).all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_every_token_has_a_row_where_it_is_served(tokens: list[int], top_k: int, experts: int, seed: int) -> None:
+    laid = drawn(len(tokens), tokens, top_k, experts, seed)
+    index_E = torch.randperm(experts, generator=torch.Generator().manual_seed(seed)).int()
+    here = seed % len(tokens)
+    check(plan_rows(laid_out(laid, 9, top_k), index_E, here), laid, 9, index_E, here)
+
+
+def test_too_many_tokens_are_told_of() -> None:
+    laid = drawn(2, [3, 12], 2, 4, 0)
+    assert int(plan_rows(laid_out(laid, 9, 2), torch.arange(4).int(), 0).numbers[0]) == 12
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [([300, 0, 171], 8), ([5], 3), ([129, 128], 1)])
+def test_kernels_equal_the_reference(kernel_device: str, tokens: list[int], top_k: int) -> None:
+    from kernels.triton_peer_routing import launch_plan
+
+    laid, capacity = drawn(len(tokens), tokens, top_k, 16, 1), max(tokens) + 7
+    index_E = torch.randperm(16, generator=torch.Generator().manual_seed(2)).int()
+    choices = laid_out(laid, capacity, top_k, kernel_device)
+    for here in range(len(tokens)):
+        check(launch_plan(choices, index_E.to(kernel_device), here), laid, capacity, index_E, here)
