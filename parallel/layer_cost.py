@@ -135,12 +135,18 @@ def _travel(sent_bytes: float, link: Link) -> float:
 
 def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float]:
     """(SparseAllGather, SparseReduceScatter) in seconds: hop by hop, the device with most to send or to take decides."""
+    gather_s, return_s, within_s = hop_times(placement, topology, costs)
+    return gather_s + within_s, return_s + within_s
+
+
+def hop_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float, float]:
+    """(copies between nodes, their gradients between nodes, either of them within nodes) in seconds."""
     found = routes(placement, topology)
     crossing = [_most_messages(hop, topology.devices) for hop in found.across]
     within_s = _travel(_most_messages(found.within, topology.devices) * costs.expert_bytes, costs.within)
     gather_s = sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing)
     return_s = sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing)
-    return gather_s + within_s, return_s + within_s
+    return gather_s, return_s, within_s
 
 
 def _most_messages(hop: Messages, devices: int) -> float:

@@ -15,7 +15,7 @@ from parallel.schedule.timeline import Task, simulate
 
 COMPUTE, WITHIN, ACROSS = "compute", "within a node", "between nodes"
 MOST_CHUNKS = 16
-ATTENTION, COPIES, GRADIENTS = "attention", "copies", "gradients"  # names of tasks; those of chunks are `experts 1` and so on
+ATTENTION, COPIES, GRADIENTS = "attention", "copies", "gradients"  # names of tasks; those of chunks end in their number
 
 
 def add_layer(
@@ -25,13 +25,12 @@ def add_layer(
     *,
     gradients_s: float = 0.0,
     tokens_after: tuple[int, ...] = (),
-    experts_after: tuple[int, ...] = (),
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Appends a layer of `degree` chunks.
 
     Args:
         gradients_s: the slice of dense gradients.
-        tokens_after, experts_after: tasks before the first stage, and before the first products.
+        tokens_after: tasks before the first stage.
 
     Returns:
         (the products, the tasks with which the layer ends).
@@ -42,7 +41,8 @@ def add_layer(
         if seconds == 0:
             return before
         first = len(tasks)
-        tasks.extend(Task(f"{name} {number}", resource, seconds, after) for number, after in enumerate(before, start=1))
+        names = [f"{name} {number}" for number in range(1, degree + 1)] if degree > 1 else [name]
+        tasks.extend(Task(one, resource, seconds, after) for one, after in zip(names, before, strict=True))
         return [(first + number,) for number in range(degree)]
 
     def exchange(name: str, before: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -54,7 +54,7 @@ def add_layer(
     if gradients_s:
         tasks.append(Task(GRADIENTS, ACROSS, gradients_s, tokens_after))
     gathered = stage("gather", WITHIN, chunk.gather_s, arrived)
-    computed = stage("experts", COMPUTE, chunk.expert_s, [(*one, *experts_after) for one in gathered])
+    computed = stage("experts", COMPUTE, chunk.expert_s, gathered)
     summed = stage("scatter", WITHIN, chunk.scatter_s, computed)
     ended = exchange("combine", summed)
     return tuple(place for one in computed for place in one), (*(place for one in ended for place in one), *slice_of)
@@ -107,14 +107,14 @@ class Copies:
 
 
 def forward_tasks(chunk: Chunk, degree: int, attention_s: float, copies: Copies) -> list[Task]:
-    """Attention, under which the copies travel (between nodes first), then the layer."""
+    """Attention, under which the copies travel (between nodes first), then the layer, whose tokens wait for both."""
     tasks = [Task(ATTENTION, COMPUTE, attention_s)]
     arrived: tuple[int, ...] = ()
     for resource, seconds in ((ACROSS, copies.across_s), (WITHIN, copies.within_s)):
         if seconds:
             tasks.append(Task(COPIES, resource, seconds, arrived))
             arrived = (len(tasks) - 1,)
-    add_layer(tasks, chunk, degree, tokens_after=(0,), experts_after=arrived)
+    add_layer(tasks, chunk, degree, tokens_after=(0, *arrived))
     return tasks
 
 

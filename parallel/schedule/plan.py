@@ -1,7 +1,7 @@
 """The schedule of a whole model: in how many chunks each MoE layer runs, forward and backward apart, and how many bytes of the
 dense gradients each part of the backward pass takes along.
 
-Source: FSMoE, arXiv 2501.10714, sections 4 and 5. Degrees are chosen by exact simulation of each, gradients by exact search.
+Source: FSMoE, arXiv 2501.10714, sections 4 and 5. Degrees are chosen by exact simulation, gradients by dynamic programming.
 
 Letters: L MoE layers.
 """
@@ -51,7 +51,7 @@ def plan(blocks: Sequence[Block], head_bytes: int, reduce: Line, units: int = UN
         blocks: in the order of the model.
         head_bytes: gradients of what comes behind the last block, complete before its backward pass.
         reduce: an all-reduce of so many bytes of dense gradients.
-        units: parts that all gradients are divided into; a slice has a whole number of them.
+        units: of the grid on which sums of gradients lie.
     """
     forward = [best(block.forward) for block in blocks]
     slots, complete = [], head_bytes
