@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, ValidationError
@@ -15,10 +15,11 @@ from parallel.placement import Topology
 from parallel.schedule.cost import Fit, fit
 from trainer.config import LinkConfig, MachineConfig, Record
 
-FOLDER = Path(__file__).parents[1] / "conf" / "machine"
+CONF = Path(__file__).parents[1] / "conf"
 BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
 PLANNING_S = 2e-3  # a layer; see tests/benchmarks/placement.md
 
+Options = TypeVar("Options", bound=Record)
 Samples = tuple[tuple[float, float], ...]  # amounts and seconds
 
 
@@ -35,7 +36,7 @@ class Profile(Record):
 
 
 def _known(name: str) -> str:
-    names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    names = sorted(file.stem for file in (CONF / "machine").glob("*.yaml"))
     if name not in names:
         raise ValueError(f"is not in conf/machine; there are {', '.join(names)}")
     return name
@@ -46,7 +47,12 @@ MachineName = Annotated[str, AfterValidator(_known)]
 
 @cache
 def read_machine(name: str) -> MachineConfig:
-    return MachineConfig.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    return read_group("machine", name, MachineConfig)
+
+
+def read_group(group: str, choice: str, record: type[Options]) -> Options:
+    """A file of conf/ as it is, without Hydra, which benchmarks do without."""
+    return record.model_validate(yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")))
 
 
 def profiled(machine: MachineConfig, file: Path) -> tuple[MachineConfig, list[str]]:

@@ -24,7 +24,7 @@ from launch.prediction import LEFT_OUT, LIBRARIES_GIB, SKEWED, Cluster, Pipeline
 from trainer.config import LinkConfig, PlanConfig
 from trainer.estimate import GIB, in_gib, millions
 
-TABLE_WIDTH = 168  # columns where the output is no terminal
+TABLE_WIDTH = 180  # columns where the output is no terminal
 PARTS = ("products", "tokens", "copies", "gradients", "offload", "optimizer")  # of launch.prediction.StepTime
 
 
@@ -80,9 +80,13 @@ def _link(link: LinkConfig) -> str:
 
 
 def _table(predictions: Sequence[Prediction], best: Prediction | None) -> Table:
-    shown = Table(title="each layout with the rows, recomputation and ZeRO stage that make it fastest: seconds of a step")
-    shown.add_column("layout")
-    for name in ("rows", "recompute", "ZeRO", "GiB a GPU", "step s", "tokens/s", *PARTS, "exposed", f"step s, {SKEWED}"):
+    shown = Table(
+        title="each layout with the rows, recomputation and ZeRO stage that make it fastest: seconds of a step and its parts",
+        caption=f"waiting: for communication. useful: the model's products, spread evenly. {SKEWED}: a step with such loads",
+    )
+    shown.add_column("layout", no_wrap=True)
+    parts = [part for part in PARTS if any(_seconds(one, part) > 0 for one in predictions)]
+    for name in ("rows", "recompute", "ZeRO", "GiB a GPU", "tokens/s", "step", *parts, "waiting", "useful", SKEWED):
         shown.add_column(name, justify="right")
     ordered = sorted(predictions, key=lambda one: (one is not best, not one.fits, one.step.total_s))
     for one in ordered:
@@ -92,11 +96,12 @@ def _table(predictions: Sequence[Prediction], best: Prediction | None) -> Table:
             str(layout.micro_rows),
             "yes" if layout.recompute else "no",
             str(layout.parallel.zero_stage),
-            f"{one.memory.total / GIB:.1f}" if one.fits else f"{one.memory.total / GIB:.1f} too many",
-            f"{step.total_s:.3f}",
+            f"{one.memory.total / GIB:.1f}" if one.fits else f"{one.memory.total / GIB:.1f} > {one.room_gib:.1f}",
             f"{one.tokens_per_s:,.0f}",
-            *(f"{_seconds(one, part):.3f}" for part in PARTS),
+            f"{step.total_s:.3f}",
+            *(f"{_seconds(one, part):.3f}" for part in parts),
             f"{step.exposed_s / step.total_s:.0%}",
+            f"{one.ideal_s / step.total_s:.0%}",
             f"{one.skewed.total_s:.3f}",
         )
     return shown

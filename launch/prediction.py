@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from statistics import mean
 
@@ -19,7 +19,7 @@ import numpy as np
 from kernels.errors import UserError
 from launch.benchmarks.placement import owners, replay
 from launch.benchmarks.traces import draw
-from launch.machines import BYTES, layer_costs, topology_of
+from launch.machines import BYTES, layer_costs, read_group, topology_of
 from parallel.flows import Plan
 from parallel.layer_cost import LayerCosts, Setting, hidden_copies, hop_times
 from parallel.placement import Budget, Floats, Topology
@@ -43,10 +43,7 @@ SKEWED = "zipf"  # what loads are like without balancing
 NEAR = 1.02  # of the least step time: a difference that a prediction cannot tell
 LIBRARIES_GIB = 2.0  # of a GPU's memory: contexts, communication buffers, and what allocators cannot use
 MICRO_ROWS = (1, 2, 4, 8)
-EP = ParallelConfig(
-    zero_stage=1, policy="plain", overlap=0, memory=0, rematerialise=False, reshard_every=0, calibrate=False, offload="none"
-)
-FSSDP = EP.model_copy(update={"policy": "cost", "overlap": "auto", "memory": "auto"})
+EP, FSSDP = (read_group("parallel", name, ParallelConfig) for name in ("ep", "fssdp"))
 KINDS = (EP, FSSDP, FSSDP.model_copy(update={"rematerialise": True}))
 STATE_BYTES = 38  # that AdamW and the norm move for a parameter: float32 master, gradient and moments, weights in bfloat16
 HOST_STATE_BYTES = 30  # and AdamW alone
@@ -152,7 +149,7 @@ class Cluster:
         self.owned = (self.counts.total - self.counts.dense) / config.gpus  # parameters of experts that a rank owns
         self.flops_per_s = config.machine.product_tflops * 1e12
         self.room_gib = config.machine.memory_gib - LIBRARIES_GIB
-        self._layers = lru_cache(maxsize=None)(self._predicted_layer)
+        self._layers = cache(self._predicted_layer)
 
     def obstacle(self) -> str | None:
         """Why Tessera cannot run this, whatever the layout; None if it can."""

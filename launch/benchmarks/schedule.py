@@ -40,19 +40,20 @@ from launch.machines import BYTES, MachineName, read_machine, topology_of
 from parallel.layer_cost import Setting, hidden_copies
 from parallel.placement import Budget
 from parallel.policies import by_cost
-from parallel.schedule.closed_form import closed_form_degree, coded_degree
+from parallel.schedule.closed_form import case_of, closed_form_degree, coded_degree
 from parallel.schedule.cost import Chunk, EspCosts, EspWorkload, Line, esp_chunk, esp_workload, sharded_chunk, sharded_workload
 from parallel.schedule.gradients import Slot, dense_slot, free_bytes
 from parallel.schedule.pipeline import ACROSS, MOST_CHUNKS, WITHIN, best, every_degree, layer_tasks
 from parallel.schedule.plan import Block, plan
 from parallel.schedule.timeline import Task, simulate
 
-Testbed = Literal["a", "a_printed", "b"]
+TestbedName = Literal["a", "a_printed", "b"]
 FIXED = (1, 2, 4, 8)
+DEGREES = range(1, MOST_CHUNKS + 1)
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Testbed:
     """One testbed of the paper: its fits, and the lengths of its grid."""
 
     costs: EspCosts
@@ -65,14 +66,14 @@ def _milliseconds(alpha: float, beta: float) -> Line:
 
 
 _A = (_milliseconds(2.87e-1, 2.21e-7), _milliseconds(3.95e-1, 2.34e-7), _milliseconds(4.26e-2, 2.29e-11))
-TESTBEDS: Mapping[Testbed, Cluster] = {
-    "a": Cluster(
+TESTBEDS: Mapping[TestbedName, Testbed] = {
+    "a": Testbed(
         EspCosts(_A[0], _milliseconds(3.37e-1, 2.32e-7), _A[1], _milliseconds(5.11e-1, 4.95e-7), _A[2]), 8, (512, 1024, 2048)
     ),
-    "a_printed": Cluster(
+    "a_printed": Testbed(
         EspCosts(_A[0], _milliseconds(3.37e-1, 2.32e-6), _A[1], _milliseconds(5.11e-1, 4.95e-6), _A[2]), 8, (512, 1024, 2048)
     ),
-    "b": Cluster(
+    "b": Testbed(
         EspCosts(
             _milliseconds(1.75e-1, 3.06e-7),
             _milliseconds(3.20e-2, 1.68e-7),
@@ -87,7 +88,7 @@ TESTBEDS: Mapping[Testbed, Cluster] = {
 
 
 class ScheduleOptions(Options):
-    testbed: OneOrMore[Testbed]
+    testbed: OneOrMore[TestbedName]
     every: PositiveInt = Field(description="takes each so manieth configuration of the grid")
     tokens: PositiveInt = Field(description="of a device, for our layers")
     machine: MachineName = Field(description="of conf/machine, for our layers")
@@ -139,60 +140,66 @@ def measure(
 # ---------------------------------------------------------------- one layer, the paper's grid
 
 
-def grid(cluster: Cluster) -> Iterator[tuple[EspWorkload, float]]:
+def grid(testbed: Testbed) -> Iterator[tuple[EspWorkload, float]]:
     """(what a layer sends and computes, how many gradients its dense layers have on a device)."""
     hiddens, wider, capacities = (1024, 2048, 4096), (2, 3, 4), (1.2, 2.4, 1.0)  # the last: no capacity, here an even load
     for rows, length, hidden, ratio, capacity, (products, squares) in itertools.product(
-        (1, 2, 4), cluster.lengths, hiddens, wider, capacities, ((2, 4.0), (3, 2.5))
+        (1, 2, 4), testbed.lengths, hiddens, wider, capacities, ((2, 4.0), (3, 2.5))
     ):
-        work = esp_workload(rows * length, hidden, ratio * hidden, 2, capacity, cluster.devices_per_node, products)
-        yield work, squares * hidden**2 / cluster.devices_per_node
+        work = esp_workload(rows * length, hidden, ratio * hidden, 2, capacity, testbed.devices_per_node, products)
+        yield work, squares * hidden**2 / testbed.devices_per_node
 
 
-def _grid(name: str, cluster: Cluster, every: int) -> ScheduleCase:
+def _grid(name: str, testbed: Testbed, every: int) -> ScheduleCase:
     times: dict[str, list[float]] = {}
     degrees: list[tuple[int, int]] = []
+    expected: dict[str, list[float]] = {}
     planning_s = 0.0
-    for work, gradients in itertools.islice(grid(cluster), 0, None, every):
-        reduce_s = cluster.costs.reduce.seconds(gradients)
-        ways = [partial(esp_chunk, cluster.costs, work, backward=backward) for backward in (False, True)]
+    for work, gradients in itertools.islice(grid(testbed), 0, None, every):
+        slices = (0.0, testbed.costs.reduce.seconds(gradients))
+        ways = [partial(esp_chunk, testbed.costs, work, backward=backward) for backward in (False, True)]
         started = time.perf_counter()
-        every_way = [every_degree(chunk_of) for chunk_of in ways]
-        found = [best(options, slice_s) for options, slice_s in zip(every_way, (0.0, reduce_s), strict=True)]
+        options = [every_degree(chunk_of) for chunk_of in ways]
+        found = [best(one, slice_s) for one, slice_s in zip(options, slices, strict=True)]
         planning_s += time.perf_counter() - started
         degrees.append((found[0].degree, found[1].degree))
-        for system, seconds in _systems(ways, reduce_s).items():
+        for system, seconds in _systems(ways, slices).items():
             times.setdefault(system, []).append(seconds)
-        times.setdefault("plan", []).append(found[0].seconds(0.0) + found[1].seconds(reduce_s))
-    apart = sum(forward != backward for forward, backward in degrees) / len(degrees)
-    common = Counter(degrees).most_common(5)
+        times.setdefault("plan", []).append(sum(one.seconds(slice_s) for one, slice_s in zip(found, slices, strict=True)))
+        for chunk_of, one, slice_s in zip(ways, options, slices, strict=True):
+            for cut in one:
+                case, seconds = case_of(chunk_of(cut.degree), cut.degree, slice_s)
+                expected.setdefault(case, []).append(seconds / cut.seconds(slice_s))
+    apart = sum(forward != backward for forward, backward in degrees)
+    common = ", ".join(f"{forward} and {backward} ({count})" for (forward, backward), count in Counter(degrees).most_common(5))
     notes = [
-        f"degrees differ forward and backward in {apart:.1%} of the layers (the paper: 912 of 1458, 62.6%); most often "
-        + ", ".join(f"{forward} and {backward} ({count})" for (forward, backward), count in common),
+        f"degrees differ forward and backward in {apart / len(degrees):.1%} of the layers (the paper: 912 of 1458, 62.6%); "
+        f"most often {common}",
+        "the closed form over the simulation, at all degrees, by what it takes to bind the layer: " + _deviations(expected),
         f"planning a layer takes {1e3 * planning_s / len(degrees):.2f} ms",
     ]
     work_name = f"{len(degrees)} layers of the paper's grid, testbed {name}, forward and backward: predicted"
-    sizes: dict[str, int | str] = {"testbed": name, "layers": len(degrees), "apart": sum(f != b for f, b in degrees)}
-    return ScheduleCase(work_name, sizes, _compared(times), {}, notes)
+    return ScheduleCase(work_name, {"testbed": name, "layers": len(degrees), "apart": apart}, _compared(times), {}, notes)
 
 
-def _systems(ways: Sequence[Callable[[int], Chunk]], reduce_s: float) -> dict[str, float]:
-    """Seconds of both passes; only the second takes gradients along."""
-    slices = (0.0, reduce_s)
+def _deviations(expected: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{case} {min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)})" for case, ratios in expected.items())
 
-    def simulated(degrees: Sequence[int], tasks_of: Callable[[Chunk, int, float], list[Task]] = layer_tasks) -> float:
+
+def _systems(ways: Sequence[Callable[[int], Chunk]], slices: Sequence[float]) -> dict[str, float]:
+    """Seconds of both passes, each with its slice of gradients."""
+
+    def simulated(degrees: Sequence[int]) -> float:
         passes = zip(ways, degrees, slices, strict=True)
-        return sum(simulate(tasks_of(chunk_of(degree), degree, slice_s)).seconds for chunk_of, degree, slice_s in passes)
+        return sum(simulate(layer_tasks(chunk_of(degree), degree, slice_s)).seconds for chunk_of, degree, slice_s in passes)
 
     def on_one_link(chunk_of: Callable[[int], Chunk], slice_s: float) -> float:
-        found = (simulate(one_link_tasks(chunk_of(degree), degree, slice_s)).seconds for degree in range(1, MOST_CHUNKS + 1))
-        return min(found)
+        return min(simulate(one_link_tasks(chunk_of(degree), degree, slice_s)).seconds for degree in DEGREES)
 
-    degrees = range(1, MOST_CHUNKS + 1)
-    closed = [closed_form_degree(chunk_of, slice_s, degrees) for chunk_of, slice_s in zip(ways, slices, strict=True)]
+    closed = [closed_form_degree(chunk_of, slice_s, DEGREES) for chunk_of, slice_s in zip(ways, slices, strict=True)]
     coded = [coded_degree(chunk_of, slice_s) for chunk_of, slice_s in zip(ways, slices, strict=True)]
     return {
-        "in sequence": sum(_in_sequence(chunk_of(1)) for chunk_of in ways) + reduce_s,
+        "in sequence": sum(_in_sequence(chunk_of(1)) for chunk_of in ways) + sum(slices),
         **{f"degree {degree}": simulated((degree, degree)) for degree in FIXED},
         "one link": sum(map(on_one_link, ways, slices)),
         "closed form": simulated(closed),
@@ -260,8 +267,8 @@ MODELS = (
 LENGTH = 1024
 
 
-def _gradients(name: str, cluster: Cluster, model: Model) -> ScheduleCase:
-    costs, near = cluster.costs, cluster.devices_per_node
+def _gradients(name: str, testbed: Testbed, model: Model) -> ScheduleCase:
+    costs, near = testbed.costs, testbed.devices_per_node
     work = esp_workload(LENGTH, model.hidden, model.expert_hidden, 2, 1.2, near, model.products)
     attention = (model.squares * model.hidden**2 * LENGTH + LENGTH**2 * model.hidden) / near  # multiplications, forward
     attention_s = 4 * costs.product.alpha_s + attention * costs.product.beta_s
@@ -273,7 +280,7 @@ def _gradients(name: str, cluster: Cluster, model: Model) -> ScheduleCase:
     planning_s = time.perf_counter() - started
     times = {**_without_search(blocks, costs.reduce), "plan": [found.backward_s]}
     notes = [
-        f"in chunks {found.forward_degree_L[0]} forward and {sorted({*found.backward_degree_L})} backward; "
+        f"degrees forward {_range(found.forward_degree_L)}, backward {_range(found.backward_degree_L)}; "
         f"{found.exposed_bytes / (size * model.layers):.1%} of the gradients are left to the end; "
         f"planned in {1e3 * planning_s:.0f} ms"
     ]
