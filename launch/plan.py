@@ -24,7 +24,7 @@ from launch.prediction import LEFT_OUT, LIBRARIES_GIB, SKEWED, Cluster, Pipeline
 from trainer.config import LinkConfig, PlanConfig
 from trainer.estimate import GIB, in_gib, millions
 
-TABLE_WIDTH = 180  # columns where the output is no terminal
+TABLE_WIDTH = 200  # columns where the output is no terminal
 PARTS = ("products", "tokens", "copies", "gradients", "offload", "optimizer")  # of launch.prediction.StepTime
 
 
@@ -44,12 +44,10 @@ def plan(config: PlanConfig) -> Prediction | None:
     predictions = best_of_each([cluster.predict(layout) for layout in cluster.layouts()])
     best = chosen(predictions)
     console.print(_table(predictions, best))
-    for line in _verdict(cluster, predictions, best):
-        say(line)
     shown = best or min(predictions, key=lambda one: one.memory.total)
     chunks = pipeline(cluster, shown)
-    say(_pipelined(chunks))
-    say(f"predicted, not measured. Left out: {LEFT_OUT}")
+    for line in [*_verdict(cluster, predictions, best, chunks), f"predicted, not measured. Left out: {LEFT_OUT}"]:
+        say(line)
     if config.picture is not None:
         heading = f"One MoE layer with its attention, {shown.layout.name} on {config.gpus:,} GPUs"
         note = "predicted for the busiest rank of one micro-batch; chunks are planned and not run yet"
@@ -111,7 +109,7 @@ def _seconds(prediction: Prediction, part: str) -> float:
     return float(getattr(prediction.step, f"{part}_s"))
 
 
-def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Prediction | None) -> list[str]:
+def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Prediction | None, chunks: Pipeline) -> list[str]:
     config = cluster.config
     if best is None:
         least = min(predictions, key=lambda one: one.memory.total)
@@ -133,6 +131,7 @@ def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Predicti
         f"why      {_why(best, predictions)}; {in_gib(best.memory.total)} of {best.room_gib:.1f} GiB a GPU{host}",
         *(f"         {_against(other, best)}" for other in predictions if other is not best),
         *([f"but      Tessera cannot run it as it stands: {obstacle}"] if obstacle else []),
+        f"chunks   {_pipelined(chunks)}",
     ]
 
 
@@ -144,21 +143,20 @@ def _why(best: Prediction, predictions: Sequence[Prediction]) -> str:
 
 
 def _against(other: Prediction, best: Prediction) -> str:
-    """What the other layout loses most of its time with, or gains."""
+    """What the other layout loses most time with."""
     gaps = {part: _seconds(other, part) - _seconds(best, part) for part in PARTS}
-    most = max(gaps, key=lambda part: abs(gaps[part]))
-    ratio = other.step.total_s / best.step.total_s
-    gap = f"{abs(gaps[most]):.3f} s {'more' if gaps[most] > 0 else 'less'} for {most}"
+    most = max(gaps, key=lambda part: gaps[part])
+    gap = f", {gaps[most]:.3f} s more for {most}" if gaps[most] > 0 else ""
     room = "" if other.fits else f"; does not fit, {in_gib(other.memory.total)} a GPU"
     skewed = f"; {other.skewed.total_s / best.skewed.total_s:.2f} times with {SKEWED} loads"
-    return f"{other.layout.name} takes {ratio:.2f} times as long, {gap}{skewed}{room}"
+    return f"{other.layout.name} takes {other.step.total_s / best.step.total_s:.2f} times as long{gap}{skewed}{room}"
 
 
 def _pipelined(chunks: Pipeline) -> str:
     if chunks.saved_s <= 0:
-        return "chunks   would gain nothing: no exchange of tokens is long enough"
+        return "would gain nothing: no exchange of tokens is long enough"
     return (
-        f"chunks   {chunks.forward_degree} forward and {chunks.backward_degree} backward would take {chunks.saved_s:.3f} s "
+        f"{chunks.forward_degree} forward and {chunks.backward_degree} backward would take {chunks.saved_s:.3f} s "
         "off a step, tokens travelling under products; Tessera plans that and does not run it yet"
     )
 

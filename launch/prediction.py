@@ -36,7 +36,7 @@ from trainer.worker import check_division
 
 LEFT_OUT = (
     "elementwise work, launches and idle gaps between kernels, ranks that are slower than others, congestion on the network, "
-    "reading data, checkpoints and evaluation"
+    "owners of experts that move, reading data, checkpoints and evaluation"
 )
 TRACE_STEPS = 8
 SKEWED = "zipf"  # what loads are like without balancing

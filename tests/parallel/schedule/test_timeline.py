@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -53,6 +54,27 @@ def test_no_resource_idles_while_a_task_could_start(tasks: list[Task]) -> None:
             if start <= at_s < end and start < span.start_s:
                 at_s = end
         assert at_s >= span.start_s
+
+
+def ticking(tasks: list[Task]) -> list[float]:
+    """When each task starts, found by looking at every whole second in turn."""
+    starts: dict[int, float] = {}
+    second = 0.0
+    while len(starts) < len(tasks):
+        ended = {place for place, start in starts.items() if start + tasks[place].seconds <= second}
+        busy = {tasks[place].resource for place in starts.keys() - ended}
+        for place, task in enumerate(tasks):
+            if place not in starts and task.resource not in busy and ended.issuperset(task.after):
+                starts[place] = second
+                busy.add(task.resource)
+        second += 1
+    return [starts[place] for place in range(len(tasks))]
+
+
+@given(task_lists())
+def test_every_start_is_that_of_a_simulation_second_by_second(tasks: list[Task]) -> None:
+    tasks = [replace(task, seconds=task.seconds + 1) for task in tasks]
+    assert [span.start_s for span in simulate(tasks).spans] == ticking(tasks)
 
 
 @given(task_lists())
