@@ -321,26 +321,18 @@ def pipeline(cluster: Cluster, prediction: Prediction) -> Pipeline:
 
 
 def best_of_each(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Of each kind of layout the fastest that fits, or if none does the one that needs least."""
+    """Of each kind of layout the one to choose, or if none fits the one that needs least."""
     kinds: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         kinds.setdefault(prediction.layout.name, []).append(prediction)
-    found = []
-    for alike in kinds.values():
-        fitting = [one for one in alike if one.fits]
-        found.append(min(fitting, key=_slowness) if fitting else min(alike, key=lambda one: one.memory.total))
-    return found
+    return [chosen(alike) or min(alike, key=lambda one: one.memory.total) for alike in kinds.values()]
 
 
 def chosen(predictions: Sequence[Prediction]) -> Prediction | None:
-    """Of those that fit and are as good as fastest, the one that takes least under skewed loads; None if none fits."""
+    """Of those that fit and are as good as the fastest, the one that takes least under skewed loads; None if none fits."""
     fitting = [one for one in predictions if one.fits]
     if not fitting:
         return None
     least_s = min(one.step.total_s for one in fitting)
     near = [one for one in fitting if one.step.total_s <= NEAR * least_s]
-    return min(near, key=lambda one: (one.skewed.total_s, *_slowness(one)))
-
-
-def _slowness(prediction: Prediction) -> tuple[float, int]:
-    return prediction.step.total_s, prediction.memory.total
+    return min(near, key=lambda one: (one.skewed.total_s, one.step.total_s, one.memory.total))
