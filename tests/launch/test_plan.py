@@ -82,7 +82,7 @@ def test_copies_pay_where_loads_are_skewed() -> None:
     assert ep.skewed == ep.step
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from(["even", "zipf", "burst"]), st.floats(1.0, 4.0), st.sampled_from([8, 16, 32]))
 def test_a_faster_machine_is_never_slower(loads: str, factor: float, gpus: int) -> None:
     of = cluster(

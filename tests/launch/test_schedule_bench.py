@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.bench import main
@@ -54,7 +54,6 @@ def test_what_is_probably_misprinted_is_corrected_in_one_testbed_only() -> None:
     assert (a.exchange, a.scatter, a.product) == (printed.exchange, printed.scatter, printed.product)
 
 
-@settings(deadline=None)
 @given(esp_chunks, st.integers(1, 16), st.integers(0, 100).map(float))
 def test_on_one_link_messages_wait_for_each_other(chunk: Chunk, degree: int, gradients_s: float) -> None:
     tasks = one_link_tasks(chunk, degree, gradients_s)

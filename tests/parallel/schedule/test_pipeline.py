@@ -56,20 +56,19 @@ def recursion(chunk: Chunk, degree: int, gradients_s: float) -> float:
     return across
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(esp_chunks, st.integers(1, MOST_CHUNKS), st.integers(0, 300).map(float))
 def test_the_simulation_equals_the_recursion(chunk: Chunk, degree: int, gradients_s: float) -> None:
     assert simulate(layer_tasks(chunk, degree, gradients_s)).seconds == recursion(chunk, degree, gradients_s)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(any_chunks, st.integers(1, MOST_CHUNKS), st.integers(0, 300).map(float))
 def test_gradients_cost_what_does_not_fit_beside_the_tokens(chunk: Chunk, degree: int, gradients_s: float) -> None:
     found = pipelined(lambda _: chunk, degree)
     assert found.seconds(gradients_s) == simulate(layer_tasks(chunk, degree, gradients_s)).seconds
 
 
-@settings(deadline=None)
 @given(any_chunks, st.integers(1, MOST_CHUNKS), st.integers(0, 300).map(float))
 def test_a_layer_keeps_every_bound(chunk: Chunk, degree: int, gradients_s: float) -> None:
     r, timeline = degree, simulate(layer_tasks(chunk, degree, gradients_s))
@@ -85,7 +84,7 @@ def test_a_layer_keeps_every_bound(chunk: Chunk, degree: int, gradients_s: float
     assert timeline.busy_s(WITHIN) == r * (2 * chunk.within_s + chunk.gather_s + chunk.scatter_s)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layers(), st.floats(0, 0.1))
 def test_no_fixed_degree_and_no_closed_form_is_better_than_the_plan(layer: Layer, gradients_s: float) -> None:
     for chunk_of, slice_s in ((layer[0], 0.0), (layer[1], gradients_s)):
@@ -129,7 +128,6 @@ def test_short_exchanges_stay_whole_as_in_the_papers_code() -> None:
     assert set(CODED_DEGREES) == {1, 2, 4, 8}
 
 
-@settings(deadline=None)
 @given(any_chunks, st.integers(1, 4), whole, st.integers(0, 60).map(float), st.integers(0, 60).map(float))
 def test_copies_travel_under_the_attention(chunk: Chunk, degree: int, attention_s: float, far_s: float, near_s: float) -> None:
     layer_s = simulate(layer_tasks(chunk, degree)).seconds

@@ -34,7 +34,7 @@ def seconds_of(slots: list[Slot], taken: tuple[int, ...], last_bytes: int, reduc
     return total + reduce.seconds(pending + last_bytes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(slot_lists, st.integers(0, 3), reduces)
 def test_no_partition_is_better(slots: list[Slot], last_bytes: int, reduce: Line) -> None:
     """Against every partition into single bytes."""
@@ -45,7 +45,6 @@ def test_no_partition_is_better(slots: list[Slot], last_bytes: int, reduce: Line
     assert found.seconds == seconds_of(slots, found.taken_S, last_bytes, reduce)
 
 
-@settings(deadline=None)
 @given(slot_lists, st.integers(0, 10**6), reduces, st.integers(1, 40))
 def test_coarse_units_stay_causal_and_lose_no_byte(slots: list[Slot], last_bytes: int, reduce: Line, units: int) -> None:
     slots = [Slot(slot.options, slot.ready_bytes * 12_347) for slot in slots]
@@ -76,7 +75,7 @@ def models(draw: st.DrawFn) -> tuple[list[Layer], list[Block], Line]:
     return drawn, blocks, draw(st.builds(Line, st.floats(1e-6, 1e-3), st.floats(1e-12, 1e-9)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(models(), st.integers(0, 2**28))
 def test_a_schedule_takes_what_its_simulation_takes(model: tuple[list[Layer], list[Block], Line], head_bytes: int) -> None:
     drawn, blocks, reduce = model
@@ -98,7 +97,7 @@ def test_a_schedule_takes_what_its_simulation_takes(model: tuple[list[Layer], li
     assert found.seconds == found.forward_s + found.backward_s
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(models(), st.sampled_from([1, 2, 4, 8]), st.sampled_from(["layer", "dense", "behind"]), st.integers(1, 40))
 def test_no_fixed_degree_is_better(model: tuple[list[Layer], list[Block], Line], degree: int, where: str, units: int) -> None:
     """With one degree everywhere, and all complete gradients in the next layer, under the next dense layers, or at the end."""
@@ -114,7 +113,6 @@ def test_no_fixed_degree_is_better(model: tuple[list[Layer], list[Block], Line],
     assert found.seconds <= (seconds + reduce.seconds(pending)) * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(slot_lists, st.integers(0, 10**6), reduces, st.integers(1, 40))
 def test_the_papers_first_step_takes_what_is_free_and_is_never_better(
     slots: list[Slot], last_bytes: int, reduce: Line, units: int
