@@ -11,12 +11,12 @@ from launch.cli import group_choices, option_names
 from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
-from trainer.config import PretrainConfig, RLConfig, TaskConfig
+from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig, TaskConfig
 from trainer.metrics import METRICS, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-ROOTS = {"pretrain": PretrainConfig, "rl": RLConfig}
+ROOTS: dict[str, type[Record]] = {"pretrain": PretrainConfig, "rl": RLConfig, "plan": PlanConfig}
 
 
 def test_the_readme_is_short() -> None:
