@@ -154,7 +154,7 @@ class ExpertArena:
         self.layers[layer], self.placements[layer] = found, placement
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._exposed:
-            new.gather(self._weights(found)).finish()
+            new.gather(found.slots).finish()
         self._moved_bytes += new.num_sends * self.expert_bytes
 
     def _layer(
@@ -188,9 +188,6 @@ class ExpertArena:
             movement=self.transport.movement(placement, self._row_LE[layer]),
         )
 
-    def _weights(self, layer: LayerExperts) -> Callable[[int], Parts]:
-        return lambda expert: tuple(part[layer.slots[expert]] for part in self.rows)
-
     # ------------------------------------------------------------ copies
 
     @contextmanager
@@ -209,7 +206,7 @@ class ExpertArena:
         """Starts the SparseAllGather of a layer's copies, unless they are here or on their way."""
         if layer not in self._present and layer not in self._gathers:
             found = self.layers[layer]
-            self._gathers[layer] = found.movement.gather(self._weights(found))
+            self._gathers[layer] = found.movement.gather(found.slots)
             self._moved_bytes += found.movement.num_sends * self.expert_bytes
 
     def materialised(self, layer: int) -> LayerExperts:

@@ -9,7 +9,7 @@ Letters: E experts of a layer, D devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,13 +144,19 @@ class PeerExperts:
     def _barrier(self) -> None:
         self._rows.memory.barrier(CHANNEL)
 
-    def gather(self, placement: Placement, row_E: Ints, parts: Callable[[int], Parts]) -> Copied:
-        """Fetches this rank's copies. `row_E` says in which row of its owner's arena each expert lies."""
+    def gather(self, placement: Placement, row_E: Ints, slots: Mapping[int, int]) -> Copied:
+        """Fetches this rank's copies.
+
+        Args:
+            row_E: in which row of its owner's arena each expert lies.
+            slots: in which row of this rank's arena it shall.
+        """
         here = copies_beside_owner(placement)[:, self.world.rank].nonzero()[0].tolist()
+        moves = [(slots[expert], int(placement.owner_E[expert]), int(row_E[expert])) for expert in here]
         copies = [
-            pair
-            for expert in here
-            for pair in zip(parts(expert), self._rows.of(int(placement.owner_E[expert]), int(row_E[expert])), strict=True)
+            (own[to : to + count], part[row : row + count])
+            for to, owner, row, count in _runs(moves)
+            for own, part in zip(self.rows, self._rows.of_rank[owner], strict=True)
         ]
         news = bool(placement.extra_D.any()) and not self._fresh
         self._fresh |= news
@@ -185,6 +191,19 @@ class PeerExperts:
             staging.memory.barrier(CHANNEL)  # the second time because it may be written anew
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
+
+
+def _runs(moves: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """(row here, owner, row there) of single experts -> the same with how many follow each other on both sides."""
+    runs: list[tuple[int, int, int, int]] = []
+    for to, owner, row in sorted(moves):
+        if runs:
+            first, last_owner, first_row, count = runs[-1]
+            if (to, owner, row) == (first + count, last_owner, first_row + count):
+                runs[-1] = first, owner, first_row, count + 1
+                continue
+        runs.append((to, owner, row, 1))
+    return runs
 
 
 def _nothing() -> None:

@@ -34,6 +34,8 @@ class PeerMemory:
     def _mapped(self) -> list[Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
 
+        # A process may be shown its own GPU alone, as number 0; PyTorch takes equal numbers on a host for one and the same GPU.
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         torch.cuda.synchronize()
         own = symmetric.empty(self.nbytes, dtype=torch.uint8, device=self.world.device)
         assert dist.group.WORLD is not None, "ranks have joined"
