@@ -250,12 +250,8 @@ class ExpertArena:
         self._finish_gradients()
         found = self.layers[layer]
         self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
-        position = {expert: index for index, expert in enumerate(found.slots)}
-
-        def parts(expert: int) -> Parts:
-            return tuple(part[position[expert]] for part in gradients)
-
-        self._returning = layer, found.movement.reduce(parts)
+        places = {expert: place for place, expert in enumerate(found.slots)}
+        self._returning = layer, found.movement.reduce(gradients, places)
         self._moved_bytes += found.movement.num_receives * self.expert_bytes
 
     def _finish_gradients(self) -> None:

@@ -45,9 +45,6 @@ class PeerRoom:
         ]
         self.experts = experts
 
-    def of(self, rank: int, row: int) -> Parts:
-        return tuple(part[row] for part in self.of_rank[rank])
-
 
 Copies = list[tuple[torch.Tensor, torch.Tensor]]  # (target, source)
 
@@ -162,8 +159,8 @@ class PeerExperts:
         self._fresh |= news
         return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
 
-    def reduce(self, placement: Placement, parts: Callable[[int], Parts]) -> Returned:
-        """Returns the gradients of copies, which `parts` gives, to the owners. The one before must be finished."""
+    def reduce(self, placement: Placement, gradients: Parts, places: Mapping[int, int]) -> Returned:
+        """Returns the gradients of copies to the owners. The call before must be finished."""
         most = int(placement.extra_D.max())
         if most == 0:
             return Returned(lambda: None, [])
@@ -172,20 +169,18 @@ class PeerExperts:
         staging, rank = self._staging, self.world.rank
         beside_ED = copies_beside_owner(placement)
         place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy in the staging of its rank
-        for expert in beside_ED[:, rank].nonzero()[0].tolist():
-            for target, part in zip(staging.of(rank, int(place_ED[expert, rank])), parts(expert), strict=True):
-                target.copy_(part)
+        shown = [(int(place_ED[e, rank]), rank, places[e]) for e in beside_ED[:, rank].nonzero()[0].tolist()]
+        for to, _, place, count in _runs(shown):
+            for target, part in zip(staging.of_rank[rank], gradients, strict=True):
+                target[to : to + count].copy_(part[place : place + count])
         coming = [(e, d) for e, d in np.argwhere(beside_ED).tolist() if placement.owner_E[e] == rank]
-        arrived: list[tuple[int, Parts]] = [
-            (expert, tuple(torch.empty(shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes))
-            for expert, _ in coming
-        ]
-
+        room = [torch.empty(len(coming), *shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes]
         copies = [
-            pair
-            for (expert, device), (_, targets) in zip(coming, arrived, strict=True)
-            for pair in zip(targets, staging.of(device, int(place_ED[expert, device])), strict=True)
+            (target[to : to + count], part[place : place + count])
+            for to, device, place, count in _runs([(i, d, int(place_ED[e, d])) for i, (e, d) in enumerate(coming)])
+            for target, part in zip(room, staging.of_rank[device], strict=True)
         ]
+        arrived: list[tuple[int, Parts]] = [(e, tuple(part[i] for part in room)) for i, (e, _) in enumerate(coming)]
 
         def barrier() -> None:
             staging.memory.barrier(CHANNEL)  # the second time because it may be written anew

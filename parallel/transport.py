@@ -23,8 +23,6 @@ from parallel.sparse_collectives import GatherPlan, Parts, Pending, SparseAllGat
 from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
 
-PartsOf = Callable[[int], Parts]
-
 
 class Gathering(Protocol):
     def finish(self) -> None:
@@ -49,8 +47,8 @@ class Movement(Protocol):
     def gather(self, slots: Mapping[int, int]) -> Gathering:
         """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
 
-    def reduce(self, parts: PartsOf) -> Returning:
-        """`parts`: the gradients on this rank of an expert."""
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        """`gradients` of this rank's experts, each at its place."""
 
 
 class Transport(Protocol):
@@ -115,8 +113,8 @@ class MessageMovement:
     def gather(self, slots: Mapping[int, int]) -> Gathering:
         return SparseAllGather(self.plan, lambda expert: tuple(part[slots[expert]] for part in self.transport.rows))
 
-    def reduce(self, parts: PartsOf) -> Returning:
-        return SparseReduceScatter(self.plan, parts)
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        return SparseReduceScatter(self.plan, lambda expert: tuple(part[places[expert]] for part in gradients))
 
 
 class MessageTransport:
@@ -173,8 +171,8 @@ class PeerMovement:
     def gather(self, slots: Mapping[int, int]) -> Gathering:
         return self.experts.gather(self.placement, self.row_E, slots)
 
-    def reduce(self, parts: PartsOf) -> Returning:
-        return self.experts.reduce(self.placement, parts)
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        return self.experts.reduce(self.placement, gradients, places)
 
 
 class PeerTransport:

@@ -143,7 +143,7 @@ def _gather_and_reduce(
         movement.gather(slot).finish()
 
     def reduce(number: int) -> None:
-        for expert, arrived in movement.reduce(lambda expert: tuple(part[slot[expert]] for part in gradients)).finish():
+        for expert, arrived in movement.reduce(gradients, slot).finish():
             for total, part in zip(sums, arrived, strict=True):
                 accumulate(total[slot[expert]], part)
 
