@@ -16,6 +16,8 @@ from trainer.metrics import METRICS, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+MADE = ("map.md", "metrics.md")  # pages that tests compare with the code as a whole
+PAGES = "\n".join([README, *(f.read_text(encoding="utf-8") for f in (REPOSITORY / "docs").glob("*.md") if f.name not in MADE)])
 ROOTS: dict[str, type[Record]] = {"pretrain": PretrainConfig, "rl": RLConfig, "plan": PlanConfig}
 
 
@@ -38,8 +40,8 @@ def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
     assert page == f"# Metrics\n\nMade from `trainer/metrics.py`.\n\n{markdown_table()}\n"
 
 
-def test_metrics_and_options_in_the_readme_exist() -> None:
-    quoted = [word for code in re.findall(r"`([^`\n]+)`", README) for word in code.split()]
+def test_metrics_and_options_in_the_pages_exist() -> None:
+    quoted = [word for code in re.findall(r"`([^`\n]+)`", PAGES) for word in code.split()]
     options = {name for root in ROOTS.values() for name in option_names(root)}
     groups = {f"{g}={c}" for name, root in ROOTS.items() for g, cs in group_choices(root, name).items() for c in cs}
     checked = 0
@@ -56,9 +58,9 @@ def test_metrics_and_options_in_the_readme_exist() -> None:
     assert checked > 30
 
 
-def test_the_commands_in_the_readme_name_real_modules_and_options() -> None:
+def test_the_commands_in_the_pages_name_real_modules_and_options() -> None:
     options = {name for root in ROOTS.values() for name in option_names(root)} | {"experiment", "task.options"}
-    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", PAGES, re.MULTILINE)
     assert len(commands) >= 7
     for module, rest in commands:
         assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
