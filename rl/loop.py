@@ -54,7 +54,7 @@ class Reinforcement:
             pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
-            pool.load_weights(ranks, start)
+            pool.load_weights(ranks, start, self.config.sync)
             self.loop(ranks, pool, buffer, start)
 
     def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
@@ -77,7 +77,7 @@ class Reinforcement:
             lr = learning_rate(version, config.loop.rounds, config.optimizer)
             metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
             clock = time.perf_counter()
-            pool.load_weights(ranks, version + 1)
+            metrics |= pool.load_weights(ranks, version + 1, config.sync)
             metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 

@@ -279,6 +279,13 @@ class RolloutConfig(Record):
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
 
 
+class SyncConfig(Record):
+    """How new weights reach the engines; trainer/weight_sync.py."""
+
+    anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
+    check: bool  # each engine hashes what it holds and compares with the trainer's hash
+
+
 Band = tuple[float, float]  # lowest and highest ratio
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
@@ -332,6 +339,7 @@ class RLConfig(RunConfig):
     task: TaskConfig
     warmup: WarmupConfig
     rollout: RolloutConfig
+    sync: SyncConfig
     algorithm: AlgorithmConfig
     loop: LoopConfig
 

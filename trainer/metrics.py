@@ -98,6 +98,11 @@ _DECLARED = (
     ),
     Metric("policy/entropy", "nats", "policy entropy", ".3f", "mean entropy of the policy on the learned tokens"),
     Metric("sync/weights_s", "s", "weight sync", ".2f", "wall time to bring new weights to all engines"),
+    Metric("sync/mib", "MiB", "weights sent", ".1f", "size of the update that each engine received"),
+    Metric("sync/changed_share", "share", "changed", ".2%", "weights whose bits changed; where only these are sent"),
+    Metric(
+        "sync/check_s", "s", "weight check", ".2f", "part of it that hashes the weights, in the trainer and the slowest engine"
+    ),
     Metric("sync/version", "", "weight version", ".0f", "rounds whose updates the engines have received"),
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),

@@ -93,6 +93,7 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
     ]
     run("rl", *common, "run_name=rl-whole")
+    common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights on another way
     process = start("rl", *common, "run_name=rl-killed")
     wait_for_step(runs / "rl-killed", 3, process)
     process.send_signal(signal.SIGKILL)
