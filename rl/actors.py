@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import ray
 import torch
 
+from rl.april import EnginePool
 from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.trajectory import Sample
 from trainer.cluster import Placement, Processes, gather
@@ -23,6 +25,13 @@ class EngineActor(Engine):
         log_to(log_file)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         super().__init__(config, settings, device, getattr(torch, dtype))
+
+
+class SyncedPool(EnginePool, Protocol):
+    """What generates with the weights of the ranks."""
+
+    def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
+        """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
 
 
 class RayPool:
@@ -48,7 +57,7 @@ class RayPool:
         behind = [name for name in self.engines.actors if receipts[name] is None]
         if behind:
             receipts |= gather(self._send(ranks.actors[first].anchor.remote(), behind))
-        return sync_metrics([receipts[name] for name in self.engines.actors])
+        return sync_metrics([receipts[name] for name in self.engines.actors]) | {"sync/version": version}
 
     def _send(self, update: ray.ObjectRef, names: Iterable[str] | None = None) -> dict[str, ray.ObjectRef]:
         return {name: self.engines.actors[name].receive.remote(update) for name in names or self.engines.actors}

@@ -39,7 +39,7 @@ class EnginePool(Protocol):
         """Decodes at most `tokens` tokens for every active sample, on all engines; returns those done, in any order."""
 
     def drain(self) -> list[Sample]:
-        """Stops: returns every submitted sample that is not done, with what it has, in any order."""
+        """Stops: returns every submitted sample that `advance` has not returned, with what it has, in any order."""
 
 
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from rl.actors import RayPool
+from rl.actors import RayPool, SyncedPool
 from rl.algorithms import PROXIMAL, PolicyObjective
-from rl.april import complete, rollout_round
+from rl.april import EnginePool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
+from rl.engine.server import ServerPool
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
@@ -21,6 +24,7 @@ from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
+from trainer.estimate import vocab_size
 from trainer.loop import checkpoint_meta, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
@@ -50,14 +54,30 @@ class Reinforcement:
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
         cluster, rollout = self.config.cluster, self.config.rollout
-        with Placement(cluster, self.ranks, rollout.engines, self.tracker.say) as placement:
-            pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+        engines = rollout.engines if rollout.server is None else 0
+        with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
             pool.load_weights(ranks, start, self.config.sync)
             self.loop(ranks, pool, buffer, start)
 
-    def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
+    @contextmanager
+    def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
+        rollout = self.config.rollout
+        if rollout.server is None:
+            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            return
+        self.tracker.say(f"generating at {rollout.server}")
+        if rollout.server_reload is None:
+            self.tracker.say(
+                "without rollout.server_reload it keeps the weights that it has, and their tokens grow older every round"
+            )
+        folder, tokenizer = self.run.path / "server_weights", self.start_from / "tokenizer.json"
+        with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, tokenizer) as pool:
+            pool.require_exact_distribution(self._ids(self.task.held_out(0)))
+            yield pool
+
+    def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config, algorithm = self.config, self.config.algorithm
         if start == 0:
@@ -78,10 +98,10 @@ class Reinforcement:
             metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
             clock = time.perf_counter()
             metrics |= pool.load_weights(ranks, version + 1, config.sync)
-            metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
+            metrics |= {"sync/weights_s": time.perf_counter() - clock}
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
-    def _close_round(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
+    def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
         loop = self.config.loop
         if done % loop.eval_every == 0 or done == loop.rounds:
             metrics |= self.evaluate(pool)
@@ -105,7 +125,7 @@ class Reinforcement:
         text_ids = sample.response_ids[:-1] if ended else sample.response_ids  # without <eos>
         return self.task.score(prompt, self.tokenizer.decode(text_ids), ended)
 
-    def evaluate(self, pool: RayPool) -> dict[str, float]:
+    def evaluate(self, pool: EnginePool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
         clock = time.perf_counter()
         prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]

@@ -46,6 +46,16 @@ class EngineSettings:
     sampling: Sampling
     eos_id: int
 
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises UserError when one may grow beyond `max_length`."""
+        for item in samples:
+            assert not item.done, f"sample {item.uid} is {item.status} already"
+            if len(item.prompt_ids) + self.max_new_tokens > self.max_length:
+                raise UserError(
+                    f"a prompt of {len(item.prompt_ids)} tokens and rollout.max_new_tokens = {self.max_new_tokens} "
+                    f"exceed loop.sequence_length = {self.max_length}; raise it or lower rollout.max_new_tokens"
+                )
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -156,13 +166,7 @@ class Engine:
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Queues pending and partial samples. Raises UserError when one may grow beyond `max_length`."""
-        for item in samples:
-            assert not item.done, f"sample {item.uid} is {item.status} already"
-            if len(item.prompt_ids) + self._settings.max_new_tokens > self._settings.max_length:
-                raise UserError(
-                    f"a prompt of {len(item.prompt_ids)} tokens and rollout.max_new_tokens = {self._settings.max_new_tokens} "
-                    f"exceed loop.sequence_length = {self._settings.max_length}; raise it or lower rollout.max_new_tokens"
-                )
+        self._settings.check(samples)
         self._waiting.extend(samples)
 
     @torch.inference_mode()

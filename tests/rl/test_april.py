@@ -32,6 +32,10 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         top_p=1.0,
         min_p=0.0,
         cache_tokens=None,
+        server=None,
+        server_reload=None,
+        server_timeout_s=300.0,
+        server_retries=4,
     )
     return RolloutConfig(**(options | changes))
 
