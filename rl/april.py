@@ -25,7 +25,8 @@ from typing import Protocol
 import numpy as np
 
 from kernels.errors import UserError
-from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
+from rl.length_bias import RoundLengths
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from trainer.config import RolloutConfig
 
 
@@ -67,6 +68,7 @@ def rollout_round(
     The engines must be empty and hold these weights. Raises UserError when not one sample of the round could be judged.
     """
     dropped = buffer.restart_older_than(weight_version - config.max_staleness)
+    first_drawn = buffer.next_group
     judged: dict[int, Group] = {}
 
     def fresh(index: int) -> Group:
@@ -86,13 +88,16 @@ def rollout_round(
     groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
     buffer.settle(recycled=unfinished, surplus=surplus)
     finished = [*progress.useful, *progress.flat]
+    replaced = progress.flat[max(0, config.groups - len(progress.useful)) :]
+    buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
     metrics = _metrics(groups, weight_version)
     metrics["rollout/finished_groups"] = len(finished)
-    metrics["rollout/replaced_groups"] = len(finished) - len(used) - len(surplus)
+    metrics["rollout/replaced_groups"] = len(replaced)
     metrics["rollout/recycled_samples"] = _count_partial(unfinished)
     metrics["rollout/resumed_samples"] = _count_partial(progress.taken)
     metrics["rollout/new_tokens"] = _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken)
     metrics["rollout/dropped_groups"] = dropped
+    metrics["rollout/length_bias"] = buffer.lengths.bias(lengths_of((*buffer.recycled, *buffer.surplus)))
     return RoundResult(groups, metrics)
 
 

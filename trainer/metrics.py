@@ -85,6 +85,13 @@ _DECLARED = (
     Metric("rollout/stale_token_share", "share", "stale", ".0%", "learned tokens that older weights generated"),
     Metric("rollout/staleness_max", "rounds", "staleness", ".0f", "rounds that the oldest learned token is behind"),
     Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
+    Metric(
+        "rollout/length_bias",
+        "",
+        "length bias",
+        ".3f",
+        "mean length of samples trained over that of samples drawn, in the last 8 rounds; below 1: short ones were preferred",
+    ),
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
     Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),

@@ -19,7 +19,7 @@ from rl.engine.sampler import Sampling, kept
 from rl.trajectory import Sample
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.hf import load_pretrained
-from trainer.model.transformer import LanguageModel
+from trainer.model.transformer import LanguageModel, Transformer
 
 DROP = object()  # in place of an event: the connection breaks
 HOLD = object()  # the server waits until it is let go on
@@ -31,7 +31,7 @@ class CompletionServer:
     """`with CompletionServer(...) as server: server.url`. `raw`: log-probabilities are the model's, before temperature."""
 
     def __init__(self, model: LanguageModel, eos_id: int, *, mutate: Mutate = lambda number, events: events, raw: bool = False):
-        self.model, self.eos_id, self.mutate, self.raw = model, eos_id, mutate, raw
+        self.model, self.eos_id, self.mutate, self.raw = batch_invariant(model), eos_id, mutate, raw
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most_running = self.aborted = 0
         self.loaded: list[Path] = []
@@ -76,9 +76,7 @@ class CompletionServer:
         folder = Path((await request.json())["model_path"])
         if not folder.is_dir():
             return web.json_response({"success": False, "message": f"there is no {folder}"})
-        self.model = load_pretrained(folder, torch.float32)
-        for module in self.model.dense.modules():
-            module.batch_invariant = True
+        self.model = batch_invariant(load_pretrained(folder, torch.float32))
         self.loaded.append(folder)
         return web.json_response({"success": True, "message": "loaded"})
 
@@ -145,6 +143,13 @@ class CompletionServer:
         token = int(shown.argmax())
         logprobs = {"token_logprobs": [best], "tokens": ["x"], "top_logprobs": [{"x": best}], "text_offset": [0]}
         return {"index": 0, "text": "x", "token_ids": [token], "logprobs": logprobs, "finish_reason": "length"}
+
+
+def batch_invariant(model: LanguageModel) -> LanguageModel:
+    """The same model whose products are those of an engine."""
+    dense = Transformer(model.config, batch_invariant=True)
+    dense.load_state_dict(model.dense.state_dict())
+    return LanguageModel(model.config, dense, model.experts, model.bias_LE)
 
 
 def events_of(sample: Sample, body: dict[str, Any]) -> Events:

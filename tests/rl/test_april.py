@@ -67,16 +67,19 @@ class ScriptedPool:
     def advance(self, tokens: int) -> list[Sample]:
         done, kept = [], []
         for place, (sample, fresh) in enumerate(self.queue):
-            target = min(final_length(sample.uid, self.longest), self.limit)
+            target = min(self.final(sample), self.limit)
             step = min(tokens, target - sample.length - fresh) if place < self.slots else 0
             self.generated += step
             if sample.length + fresh + step == target:
-                status = "truncated" if target < final_length(sample.uid, self.longest) else "finished"
+                status = "truncated" if target < self.final(sample) else "finished"
                 done.append(sample.extended(self._segment(sample, fresh + step), status))  # type: ignore[arg-type]
             else:
                 kept.append((sample, fresh + step))
         self.queue = kept
         return done[::-1]  # the order must not matter
+
+    def final(self, sample: Sample) -> int:
+        return final_length(sample.uid, self.longest)
 
     def drain(self) -> list[Sample]:
         unfinished = [s.extended(self._segment(s, fresh), "partial") if fresh else s for s, fresh in self.queue]
@@ -255,7 +258,7 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
     names = "length_mean length_max finished_groups recycled_samples resumed_samples stale_token_share staleness_max"
-    names += " truncated_share new_tokens dropped_groups replaced_groups"
+    names += " truncated_share new_tokens dropped_groups replaced_groups length_bias"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }
