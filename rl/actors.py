@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 import ray
 import torch
 
-from rl.april import EnginePool
+from rl.april import OverlappingPool
 from rl.engine.engine import Engine, EngineSettings, Receipt
+from rl.engine.pool import advancing
 from rl.trajectory import Sample
 from trainer.cluster import Placement, Processes, gather
 from trainer.config import ModelConfig, SyncConfig
@@ -27,8 +30,10 @@ class EngineActor(Engine):
         super().__init__(config, settings, device, getattr(torch, dtype))
 
 
-class SyncedPool(EnginePool, Protocol):
+class SyncedPool(OverlappingPool, Protocol):
     """What generates with the weights of the ranks."""
+
+    busy_s: float  # in which it was generating, ever
 
     def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
         """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
@@ -39,6 +44,7 @@ class RayPool:
 
     def __init__(self, engines: Processes) -> None:
         self.engines = engines
+        self.busy_s = 0.0
 
     @classmethod
     def start(cls, placement: Placement, model: ModelConfig, settings: EngineSettings, dtype: str, run: RunDir) -> RayPool:
@@ -66,7 +72,13 @@ class RayPool:
         self.engines.call_each("submit", [samples[i :: len(self.engines)] for i in range(len(self.engines))])
 
     def advance(self, tokens: int) -> list[Sample]:
-        return [sample for done in self.engines.call("advance", tokens) for sample in done]
+        started = time.perf_counter()
+        done = self.engines.call("advance", tokens)
+        self.busy_s += time.perf_counter() - started
+        return [sample for samples in done for sample in samples]
+
+    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
+        return advancing(self, tokens, samples)
 
     def drain(self) -> list[Sample]:
         return [sample for unfinished in self.engines.call("drain") for sample in unfinished]

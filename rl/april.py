@@ -13,12 +13,18 @@ Two differences from the published code: groups that finish together with the N-
 group is regenerated when its oldest token is more than `max_staleness` rounds behind.
 
 Engines move in lockstep by a number of tokens, not by the clock, so a round is a pure function of its inputs.
+
+With overlap (rollout=async) the engines are not interrupted when the N-th group is finished but when new weights are there:
+while the ranks learn, they go on with N' groups, fresh ones in place of those being learned. Groups that wait finished count
+among the N', so neither the trainer nor the engines can run away from the other, and what is drawn is still trained once. How
+far the engines get meanwhile depends on the clock.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -43,7 +49,18 @@ class EnginePool(Protocol):
         """Stops: returns every submitted sample that `advance` has not returned, with what it has, in any order."""
 
 
+class OverlappingPool(EnginePool, Protocol):
+    """One that can also generate by itself."""
+
+    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
+        """As if `advance(tokens)` was called all the time while the block runs, until the `samples` under way are done.
+
+        The list has those done when the block ends; nothing else may be called within it.
+        """
+
+
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids
+Learn = Callable[[Sequence[Group]], None]
 Score = Callable[[Sample], float | None]  # reward of a sample that is done; None: it could not be judged
 
 
@@ -61,11 +78,18 @@ def submitted_groups(groups: int, config: RolloutConfig) -> int:
 
 
 def rollout_round(
-    pool: EnginePool, buffer: RolloutBuffer, prompts: Prompts, config: RolloutConfig, weight_version: int, score: Score
+    pool: OverlappingPool,
+    buffer: RolloutBuffer,
+    prompts: Prompts,
+    config: RolloutConfig,
+    weight_version: int,
+    score: Score,
+    meanwhile: Learn | None = None,
 ) -> RoundResult:
     """Runs one round under the weights `weight_version` (they count rounds) and leaves the rest of the work in `buffer`.
 
-    The engines must be empty and hold these weights. Raises UserError when not one sample of the round could be judged.
+    The engines must be empty and hold these weights. `meanwhile` gets the groups of the result as soon as they are there, and
+    the engines go on generating until it returns. Raises UserError when not one sample of the round could be judged.
     """
     dropped = buffer.restart_older_than(weight_version - config.max_staleness)
     first_drawn = buffer.next_group
@@ -84,11 +108,20 @@ def rollout_round(
     progress.enter(buffer.take(config.groups, submitted_groups(config.groups, config), fresh))
     _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
     used = (progress.useful + progress.flat)[: config.groups]
-    surplus, unfinished = progress.useful[config.groups :], list(progress.running.values())
     groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
+    if meanwhile is not None:
+        under_way = len(progress.running) + len(progress.useful) + len(progress.flat) - len(used)
+        progress.enter(buffer.take_more(max(0, submitted_groups(config.groups, config) - under_way), fresh))
+        with pool.going_on(config.advance_tokens, progress.waiting) as done:
+            meanwhile(groups)
+        progress.update(done)
+    if progress.running:
+        progress.update(pool.drain())
+    ids = {group.id for group in used}
+    surplus = [group for group in progress.useful if group.id not in ids]
+    replaced = [group for group in progress.flat if group.id not in ids]
+    unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
     buffer.settle(recycled=unfinished, surplus=surplus)
-    finished = [*progress.useful, *progress.flat]
-    replaced = progress.flat[max(0, config.groups - len(progress.useful)) :]
     buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
     metrics = _metrics(groups, weight_version)
     metrics["rollout/finished_groups"] = len(finished)
@@ -129,6 +162,11 @@ class _Progress:
             self.pool.submit(waiting)
         self.update([])
 
+    @property
+    def waiting(self) -> int:
+        """Samples that are not done."""
+        return sum(not sample.done for group in self.running.values() for sample in group.samples)
+
     def update(self, samples: Sequence[Sample]) -> None:
         """Takes samples in their new state, and moves the groups that are finished with them."""
         latest = {sample.uid: sample for sample in samples}
@@ -149,8 +187,6 @@ def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], 
             refills -= 1
         else:
             progress.update(progress.pool.advance(config.advance_tokens))
-    if progress.running:
-        progress.update(progress.pool.drain())
 
 
 def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:

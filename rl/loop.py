@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
-from rl.trajectory import RolloutBuffer, Sample, fresh_group
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
@@ -79,27 +80,42 @@ class Reinforcement:
 
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
-        config, algorithm = self.config, self.config.algorithm
+        config = self.config
         if start == 0:
             self.tracker.log(0, self.evaluate(pool))
         for version in range(start, config.loop.rounds):
-            clock = time.perf_counter()
-            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
-            rollout_s = time.perf_counter() - clock
-            batches = policy_batches(
-                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
-                algorithm,
-                config.rollout.max_new_tokens,
-                sequence_length=config.loop.sequence_length,
-                rows_multiple_of=self.ranks,
-                pad_id=self.tokenizer.pad,
-            )
-            lr = learning_rate(version, config.loop.rounds, config.optimizer)
-            metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
+            began, busy_before = time.perf_counter(), pool.busy_s
+            metrics: dict[str, Value] = {}
+            update = partial(self._update, ranks, version, began, metrics)
+            overlapped = update if config.rollout.overlap else None
+            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score, overlapped)
+            if overlapped is None:
+                update(result.groups)
+            metrics |= result.metrics
             clock = time.perf_counter()
             metrics |= pool.load_weights(ranks, version + 1, config.sync)
-            metrics |= {"sync/weights_s": time.perf_counter() - clock}
+            metrics["sync/weights_s"] = time.perf_counter() - clock
+            busy = pool.busy_s - busy_before
+            metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
+            metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
             self._close_round(ranks, pool, buffer, version + 1, metrics)
+
+    def _update(
+        self, ranks: Processes, version: int, started: float, metrics: dict[str, Value], groups: Sequence[Group]
+    ) -> None:
+        """Learns the groups of a round that began at `started`; adds to `metrics`."""
+        config, algorithm = self.config, self.config.algorithm
+        metrics["time/rollout_s"] = time.perf_counter() - started
+        batches = policy_batches(
+            documents_of(groups, algorithm, version, config.rollout.max_new_tokens),
+            algorithm,
+            config.rollout.max_new_tokens,
+            sequence_length=config.loop.sequence_length,
+            rows_multiple_of=self.ranks,
+            pad_id=self.tokenizer.pad,
+        )
+        lr = learning_rate(version, config.loop.rounds, config.optimizer)
+        metrics |= learn(ranks, batches, PolicyObjective(algorithm), lr)
 
     def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
         loop = self.config.loop
@@ -107,7 +123,6 @@ class Reinforcement:
             metrics |= self.evaluate(pool)
         if done % loop.checkpoint_every == 0 or done == loop.rounds:
             metrics |= self._save(ranks, buffer, done)
-        metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
         self.tracker.log(done, metrics)
 
     # ------------------------------------------------------------ the task, in tokens

@@ -277,6 +277,7 @@ class RolloutConfig(Record):
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
+    overlap: bool  # the engines go on generating while the ranks learn
     server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
     server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
@@ -358,6 +359,11 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
                 f"({self.rollout.max_new_tokens}); lower it"
+            )
+        if self.rollout.overlap and self.rollout.max_staleness == 0:
+            raise ValueError(
+                "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
+                "(0) throws all of them away; raise it, or choose rollout=april"
             )
         if self.rollout.server is not None:
             self._consistent_with_server()

@@ -95,7 +95,7 @@ _DECLARED = (
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
     Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
-    Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second of rollout"),
+    Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second that the engines ran"),
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the one it is held to"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
     Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
@@ -114,6 +114,13 @@ _DECLARED = (
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
+    Metric(
+        "time/engines_idle_s",
+        "s",
+        "engines idle",
+        ".2f",
+        "part of rollout, update and weight sync in which no engine generated",
+    ),
     Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of the log-probabilities before the updates of a round"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(

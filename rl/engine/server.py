@@ -15,7 +15,9 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -44,6 +46,7 @@ class ServerPool:
         self._url, self._config, self._settings, self._vocab_size = config.server, config, settings, vocab_size
         self._folder, self._tokenizer = folder, tokenizer
         self._version = UNKNOWN
+        self.busy_s = 0.0
         self._works: dict[int, Completion] = {}
         self._tasks: list[asyncio.Task[Completion]] = []
         self._ended: queue.Queue[asyncio.Task[Completion]] = queue.Queue()
@@ -78,10 +81,19 @@ class ServerPool:
         """Waits until a sample is done; returns all that are. `tokens` bounds nothing here."""
         if not self._works:
             return []
+        started = time.perf_counter()
         ended = [self._ended.get()]
+        self.busy_s += time.perf_counter() - started
         while not self._ended.empty():
             ended.append(self._ended.get())
         return [self._works.pop(task.result().sample.uid).result(self._version) for task in ended]
+
+    @contextmanager
+    def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        """The requests are on their way by themselves; what ends is there at the next `advance` or `drain`."""
+        started = time.perf_counter()
+        yield []
+        self.busy_s += time.perf_counter() - started
 
     def drain(self) -> list[Sample]:
         """Closes all requests, so that the server stops; some samples may have ended since the last `advance`."""

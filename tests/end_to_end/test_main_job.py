@@ -15,8 +15,11 @@ import transformers
 
 from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
+from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
 from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.hf import load_pretrained
+from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
 STEPS, ROUNDS = 200, 24
@@ -83,6 +86,19 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
         expected = theirs(tokens).logits
         found = ours.logits(tokens, positions_of(documents), documents >= 0, PackedAttention(documents))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs: Path, exported: Path) -> None:
+    with CompletionServer(load_pretrained(exported, torch.float32), Tokenizer.load(exported / "tokenizer.json").eos) as server:
+        run(
+            *("rl", f"checkpoint={exported}", "experiment=smoke", f"runs_dir={runs}", "run_name=rl-server", "rollout=sync"),
+            *(f"rollout.server={server.url}", f"rollout.server_reload={server.root}/update_weights_from_disk"),
+        )
+        assert [folder.name for folder in server.loaded] == ["version_000000", "version_000001", "version_000002"]
+    assert series(runs / "rl-server", "sync/version") == {1: 1, 2: 2}
+    assert series(runs / "rl-server", "rollout/staleness_max") == {1: 0, 2: 0}
+    assert max(series(runs / "rl-server", "policy/mismatch_abs").values()) < 1e-5, "it samples from the trainer's weights"
+    assert not list((runs / "rl-server" / "logs").glob("*/engine_*.log")), "no engine of ours was started"
 
 
 def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:

@@ -1,4 +1,5 @@
-"""A thousand random schedules of a run that is interrupted anywhere: aborted rounds, dead engines, checkpoints at any moment.
+"""A thousand random schedules of a run that is interrupted anywhere: aborted rounds, dead engines, checkpoints at any moment,
+with engines that go on while the ranks learn and without.
 
 No models: a token and its log-probability are functions of the sample, the place, and the weight version it is sampled under,
 so whatever is trained can be checked token by token.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from random import Random
 
 from hypothesis import given, settings
@@ -91,8 +94,9 @@ class Run:
                 MortalEngine(version, self.config.max_new_tokens, self.random.randint(1, 9), self.random, danger)
                 for _ in range(self.random.randint(1, 3))
             ]
+            learn = self._learn if self.random.random() < 0.5 else None
             try:
-                result = rollout_round(self._pool(engines), self.buffer, prompts, self.config, version, score)
+                result = rollout_round(self._pool(engines), self.buffer, prompts, self.config, version, score, learn)
             except EngineDied:
                 self.deaths += 1
                 danger = 0.0 if self.deaths > 20 else danger
@@ -102,6 +106,12 @@ class Run:
             if self.random.random() < 0.4:
                 self._save()
 
+    def _learn(self, groups: Sequence[Group]) -> None:
+        """While the engines go on; a checkpoint may fall into it."""
+        assert len(groups) == self.config.groups
+        if self.random.random() < 0.3:
+            self._save()
+
     def _pool(self, engines: list[MortalEngine]) -> LocalPool:
         run = self
 
@@ -110,6 +120,14 @@ class Run:
                 if run.random.random() < 0.1:
                     run._save()
                 return super().advance(tokens)
+
+            @contextmanager
+            def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+                done: list[Sample] = []
+                yield done
+                for _ in range(run.random.choice([0, 1, 3, 30])):
+                    if len(done) < samples:
+                        done += LocalPool.advance(self, tokens)
 
         return Saving(engines)
 
