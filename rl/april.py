@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -109,12 +110,9 @@ def rollout_round(
     _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
     used = (progress.useful + progress.flat)[: config.groups]
     groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
+    metrics = _metrics(groups, weight_version)
     if meanwhile is not None:
-        under_way = len(progress.running) + len(progress.useful) + len(progress.flat) - len(used)
-        progress.enter(buffer.take_more(max(0, submitted_groups(config.groups, config) - under_way), fresh))
-        with pool.going_on(config.advance_tokens, progress.waiting) as done:
-            meanwhile(groups)
-        progress.update(done)
+        _overlap(progress, config, lambda missing: buffer.take_more(missing, fresh), partial(meanwhile, groups))
     if progress.running:
         progress.update(pool.drain())
     ids = {group.id for group in used}
@@ -123,7 +121,6 @@ def rollout_round(
     unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
     buffer.settle(recycled=unfinished, surplus=surplus)
     buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
-    metrics = _metrics(groups, weight_version)
     metrics["rollout/finished_groups"] = len(finished)
     metrics["rollout/replaced_groups"] = len(replaced)
     metrics["rollout/recycled_samples"] = _count_partial(unfinished)
@@ -147,7 +144,7 @@ def complete(pool: EnginePool, samples: Sequence[Sample], advance_tokens: int) -
 class _Progress:
     """The groups of a round: `taken` as they came, and where each is now, in order of completion and FIFO."""
 
-    pool: EnginePool
+    pool: OverlappingPool
     informative: Callable[[Group], bool]
     taken: list[Group] = field(default_factory=list)
     useful: list[Group] = field(default_factory=list)
@@ -187,6 +184,17 @@ def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], 
             refills -= 1
         else:
             progress.update(progress.pool.advance(config.advance_tokens))
+
+
+def _overlap(
+    progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]], meanwhile: Callable[[], None]
+) -> None:
+    """Runs `meanwhile` while the engines have as many groups as they had at first; those that wait finished count as theirs."""
+    under_way = len(progress.running) + max(0, len(progress.useful) - config.groups)
+    progress.enter(more(max(0, submitted_groups(config.groups, config) - under_way)))
+    with progress.pool.going_on(config.advance_tokens, progress.waiting) as done:
+        meanwhile()
+    progress.update(done)
 
 
 def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:
