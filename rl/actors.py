@@ -85,10 +85,12 @@ class RayPool:
 
 
 def sync_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
-    """Of the largest update and the slowest check; `sync/changed_share` only where no engine needed all weights."""
+    """Of the largest update and the slowest check, if there was one; no changed share where an engine needed all weights."""
+    metrics = {"sync/mib": max(receipt.nbytes for receipt in receipts) / 2**20}
     shares = [receipt.changed_share for receipt in receipts if receipt.changed_share is not None]
-    return {
-        "sync/mib": max(receipt.nbytes for receipt in receipts) / 2**20,
-        "sync/check_s": max(receipt.check_s for receipt in receipts),
-        **({"sync/changed_share": shares[0]} if len(shares) == len(receipts) else {}),
-    }
+    if len(shares) == len(receipts):
+        metrics["sync/changed_share"] = shares[0]
+    checks = [receipt.check_s for receipt in receipts if receipt.check_s is not None]
+    if checks:
+        metrics["sync/check_s"] = max(checks)
+    return metrics

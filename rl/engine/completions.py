@@ -138,6 +138,8 @@ class Completion:
         return self.sample if self.status == "partial" else replace(self.sample, status=self.status)
 
     def _check(self, choice: Choice) -> None:
+        if len(self.logprobs) > len(self.tokens):
+            raise self._wrong(f"has {len(self.tokens)} tokens, but {len(self.logprobs)} log-probabilities")
         if self.missing < 0:
             raise self._wrong(f"has {-self.missing} tokens more than were asked for")
         for token in choice.token_ids:

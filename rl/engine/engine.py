@@ -63,7 +63,7 @@ class Receipt:
 
     nbytes: int
     changed_share: float | None  # None where all weights were sent
-    check_s: float  # of hashing, the trainer's part included
+    check_s: float | None  # of hashing, the trainer's part included; None where nothing was to be checked
 
 
 @dataclass(eq=False)
@@ -148,21 +148,20 @@ class Engine:
         else:
             self.load_weights(unpack(update.weights), update.version)
         share = update.weights.changed_share if isinstance(update.weights, WeightDelta) else None
-        return Receipt(update.nbytes, share, update.hashing_s + self._check(update))
-
-    def _check(self, update: WeightUpdate) -> float:
-        """Compares hashes where the update has them; returns the seconds that it took."""
-        if update.digests is None:
-            return 0.0
         started = time.perf_counter()
+        if update.digests is None:
+            return Receipt(update.nbytes, share, None)
+        self._check(update.version, update.digests)
+        return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
+
+    def _check(self, version: int, expected: Mapping[str, str]) -> None:
         own = digests(self._model.state())
-        if wrong := [name for name, digest in update.digests.items() if own[name] != digest]:
+        if wrong := [name for name, digest in expected.items() if own[name] != digest]:
             raise RuntimeError(
-                f"weights of version {update.version} arrived wrong: {len(wrong)} of {len(own)} tensors differ from the "
+                f"weights of version {version} arrived wrong: {len(wrong)} of {len(own)} tensors differ from the "
                 f"trainer's, {', '.join(wrong[:4])} among them. Nothing may be sampled from them; check the memory of this "
                 "machine and the network, and start again with resume=auto"
             )
-        return time.perf_counter() - started
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Queues pending and partial samples. Raises UserError when one may grow beyond `max_length`."""

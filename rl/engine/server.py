@@ -34,6 +34,7 @@ from trainer.config import RolloutConfig, SyncConfig
 UNKNOWN = -1  # the version of weights that were not sent by this run
 LINE_BYTES = 1 << 24  # an event may hold a long prompt's token ids
 LONGEST_PAUSE_S = 10.0
+CERTAIN = -0.05  # a log-probability above it leaves too little to others
 KEY_VARIABLE = "TESSERA_SERVER_KEY"
 T = TypeVar("T")
 
@@ -118,29 +119,39 @@ class ServerPool:
                 shutil.rmtree(earlier)
         return {"sync/version": self._version}
 
-    def require_exact_distribution(self, prompt_ids: Sequence[int]) -> None:
+    def require_exact_distribution(self, prompts: Sequence[Sequence[int]]) -> None:
         """Asks for one token in ways that tell whether log-probabilities are those of the distribution that is sampled from.
 
         Servers may report them as the model gives them, before temperature, top-k, top-p and min-p. Where those are used, that
-        would be another distribution, and no later number would show it.
+        would be another distribution, and no later number would show it. It takes one of `prompts` whose next token is open.
         """
         sampling = self._settings.sampling
-        asked: dict[str, float] = {"top_k": 1} if sampling.top_k is not None else {}
-        asked |= {"top_p": 1e-6} if sampling.top_p < 1 else {}
-        asked |= {"min_p": 1.0} if sampling.min_p > 0 else {}
-        for option, value in asked.items():  # each leaves one token, of probability 1
-            if self._highest_logprob(prompt_ids, **{option: value}) < -1e-3:
+        if sampling.whole and sampling.temperature == 1:
+            return
+        found = ((prompt, self._top_logprobs(prompt)) for prompt in prompts)
+        prompt, plain = next(((prompt, top) for prompt, top in found if top[0] < CERTAIN), (None, None))
+        if prompt is None or plain is None:
+            raise UserError(
+                f"{self._url} is so sure of the next token after {len(prompts)} prompts that its log-probabilities do not tell "
+                "whether they know of temperature, top-k, top-p and min-p; set them to 1.0, null, 1.0 and 0.0"
+            )
+        one_left: dict[str, float] = {"top_k": 1} if sampling.top_k is not None else {}
+        one_left |= {"top_p": 1e-6} if sampling.top_p < 1 else {}
+        one_left |= {"min_p": 1.0} if sampling.min_p > 0 else {}
+        for option, value in one_left.items():  # each leaves one token, of probability 1
+            if self._top_logprobs(prompt, **{option: value})[0] < -1e-3:
                 raise _raw_logprobs(f"rollout.{option}", self._url)
-        if sampling.temperature != 1:
-            plain = self._highest_logprob(prompt_ids)
-            if abs(plain - self._highest_logprob(prompt_ids, temperature=sampling.temperature)) < 1e-6 and plain < -1e-3:
+        if sampling.temperature != 1:  # a quarter of it makes differences four times as large
+            sharp = self._top_logprobs(prompt, temperature=0.25)
+            if sharp[0] - sharp[-1] < 2 * (plain[0] - plain[-1]):
                 raise _raw_logprobs("rollout.temperature", self._url)
 
-    def _highest_logprob(self, prompt_ids: Sequence[int], **options: float) -> float:
-        plain = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "max_tokens": 1, "logprobs": 1}
+    def _top_logprobs(self, prompt_ids: Sequence[int], **options: float) -> list[float]:
+        """The highest log-probabilities of the next token, highest first, without what shapes them, or with `options`."""
+        plain = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "max_tokens": 1, "logprobs": 5, "stream": False}
         sample = Sample(0, 0, tuple(prompt_ids))
-        body = {**Completion(sample, self._settings, self._vocab_size).request(self._model), **plain, **options}
-        return self._wait(self._ask_once({**body, "stream": False}))
+        request = Completion(sample, self._settings, self._vocab_size).request(self._model)
+        return self._wait(self._ask_once({**request, **plain, **options}))
 
     # ------------------------------------------------------------ in the thread of the requests
 
@@ -214,8 +225,7 @@ class ServerPool:
             return f"{type(error).__name__} {error}".strip()
         return "the answer stopped before the sample ended"
 
-    async def _ask_once(self, body: dict[str, Any]) -> float:
-        """The log-probability of the likeliest first token."""
+    async def _ask_once(self, body: dict[str, Any]) -> list[float]:
         async with self._session.post(f"{self._url}/completions", json=body) as response:
             data = await response.read()
             if response.status != 200:
@@ -223,8 +233,8 @@ class ServerPool:
         choices = parse(data).choices
         found = choices[0].logprobs if choices else None
         if found is None or not found.top_logprobs or not found.top_logprobs[0]:
-            raise BadReply(f"{self._url}/completions gives no top_logprobs for logprobs=1: {data[:200]!r}")
-        return max(found.top_logprobs[0].values())
+            raise BadReply(f"{self._url}/completions gives no top_logprobs for logprobs=5: {data[:200]!r}")
+        return sorted(found.top_logprobs[0].values(), reverse=True)
 
     async def _reload(self, folder: Path) -> None:
         assert self._config.server_reload is not None

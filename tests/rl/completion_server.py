@@ -139,9 +139,10 @@ class CompletionServer:
             body["temperature"], 0, None if body["top_k"] == -1 else body["top_k"], body["top_p"], body["min_p"]
         )
         shown = logits if self.raw else kept(logits / sampling.temperature, sampling)
-        best = float(shown.log_softmax(-1).max())
-        token = int(shown.argmax())
-        logprobs = {"token_logprobs": [best], "tokens": ["x"], "top_logprobs": [{"x": best}], "text_offset": [0]}
+        top = shown.log_softmax(-1)[0].topk(min(body["logprobs"], int(shown.isfinite().sum())))
+        token, best = int(top.indices[0]), float(top.values[0])
+        listed = {str(index): value for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+        logprobs = {"token_logprobs": [best], "tokens": ["x"], "top_logprobs": [listed], "text_offset": [0]}
         return {"index": 0, "text": "x", "token_ids": [token], "logprobs": logprobs, "finish_reason": "length"}
 
 

@@ -73,11 +73,15 @@ def test_changes_reach_all_engines_and_a_new_one_gets_all_weights(cluster: None,
     metrics = pool.load_weights(ranks, 6, config)
     assert "sync/changed_share" not in metrics and metrics["sync/mib"] == found[0]["sync/mib"]
     pool.submit([Sample(uid, 0, (2, 3)) for uid in (5, 5)])  # one for each engine, the same noise
-    first, second = pool.drain() if not (done := pool.advance(8)) else done
-    assert first == second and set(first.versions) == {6}
+    with pool.going_on(1, 2) as done:  # while the driver waits for something else
+        ray.get(ranks.actors["trainer/1"].weights.remote(7, config))
+    pool.submit(pool.drain())
+    first, second = done + pool.advance(8)
+    assert first == second and set(first.versions) == {6} and pool.busy_s > 0
 
 
 def test_metrics_are_those_of_the_largest_update() -> None:
     receipts = [Receipt(2**20, 0.25, 0.5), Receipt(2**21, None, 0.25)]
     assert sync_metrics(receipts) == {"sync/mib": 2, "sync/check_s": 0.5}
+    assert sync_metrics([Receipt(2**20, None, None)]) == {"sync/mib": 1}
     assert sync_metrics(receipts[:1]) == {"sync/mib": 1, "sync/check_s": 0.5, "sync/changed_share": 0.25}

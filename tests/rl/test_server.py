@@ -209,6 +209,7 @@ WRONG: list[tuple[Mutate, str]] = [
     (altered(token_ids=[EOS]), r"goes on after <eos>"),
     (altered(token_ids=[3, 3]), r"tokens, but \d+ log-probabilities"),
     (without("logprobs"), r"has (\d+) tokens, but \d+ log-probabilities"),
+    (altered(logprobs={"token_logprobs": [-1.0, -1.0]}), r"has 2 tokens, but 3 log-probabilities"),
     (altered(logprobs=logprob(None)), r"choices.0.logprobs.token_logprobs.0: Input should be a valid number"),
     (altered(logprobs=logprob(-9999.0)), r"has -9999.0 as the log-probability of a token that it drew"),
     (altered(logprobs=logprob(0.5)), r"has 0.5 as the log-probability"),
@@ -320,17 +321,22 @@ def test_hostile_json_is_a_bad_reply_and_nothing_else(data: bytes) -> None:
         (Sampling(1.0, 0, min_p=0.1), "rollout.min_p"),
     ],
 )
-def test_raw_logprobs_are_found_out_where_they_would_be_wrong(model: LanguageModel, sampling: Sampling, option: str) -> None:
+def test_raw_logprobs_are_found_out_where_they_would_be_wrong(
+    model: LanguageModel, sampling: Sampling, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with CompletionServer(model, EOS, raw=True) as server:
         with (
             pool_at(server, sampling=sampling) as pool,
             pytest.raises(UserError, match=rf"do not know of {option},.*processed"),
         ):
-            pool.require_exact_distribution((2, 3))
+            pool.require_exact_distribution([(2, 3)])
         with pool_at(server, sampling=Sampling(1.0, 0)) as pool:
-            pool.require_exact_distribution((2, 3))
+            pool.require_exact_distribution([(2, 3)])
     with CompletionServer(model, EOS) as server, pool_at(server, sampling=sampling) as pool:
-        pool.require_exact_distribution((2, 3))
+        pool.require_exact_distribution([(2, 3)])
+        monkeypatch.setattr("rl.engine.server.CERTAIN", -100.0)
+        with pytest.raises(UserError, match=r"so sure of the next token after 1 prompts .* set them to 1.0, null, 1.0 and 0.0"):
+            pool.require_exact_distribution([(2, 3)])
 
 
 class ScriptedRanks:
