@@ -378,6 +378,11 @@ class RLConfig(RunConfig):
                 "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
                 "or bypass"
             )
+        if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
+            raise ValueError(
+                "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
+                "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
         if self.sync.anchor_every > 1 or self.sync.check:
             raise ValueError(
                 "sync.anchor_every and sync.check are of our engines, and rollout.server is another; set sync=full"

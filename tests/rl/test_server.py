@@ -404,11 +404,13 @@ def test_a_key_of_the_environment_is_sent(model: LanguageModel, monkeypatch: pyt
         (["algorithm.off_policy=recompute"], r"algorithm.off_policy=recompute takes .* choose algorithm.off_policy=decoupled"),
         (["algorithm.off_policy=mask"], r"algorithm.off_policy=mask takes"),
         (["sync=delta"], r"set sync=full"),
+        (["rollout.over_provision=1.5"], r"long samples would never end; set rollout=sync, or name rollout.server_reload"),
+        (["rollout.overlap=true"], r"set rollout=sync, or name rollout.server_reload"),
         (["rollout.server=localhost:8000"], r"rollout.server"),
     ],
 )
 def test_options_that_do_not_go_with_a_server_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load(RLConfig, "rl", ["checkpoint=a", "rollout.server=http://127.0.0.1:8000/v1", *arguments])
+        load(RLConfig, "rl", ["checkpoint=a", "rollout=sync", "rollout.server=http://127.0.0.1:8000/v1", *arguments])
     with pytest.raises(UserError, match=r"there is none; set rollout.server"):
         load(RLConfig, "rl", ["checkpoint=a", "rollout.server_reload=http://127.0.0.1:8000/reload"])
