@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +16,7 @@ from rl.engine.pool import LocalPool, advancing
 from rl.trajectory import Group, RolloutBuffer, Sample
 from tests.rl.test_april import ScriptedPool, configs, final_length, play, prompts, rollout_config, score, token
 from tests.rl.test_engine import CONFIG, MAX_NEW, engine_for, trainer_logprobs
+from tests.rl.test_server import wait_until
 from trainer.config import RLConfig, RolloutConfig
 from trainer.model.transformer import LanguageModel
 
@@ -70,14 +70,18 @@ def test_what_was_generated_meanwhile_is_one_version_older_in_the_next_round() -
     assert [[group.id for group in result.groups] for result in results] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
+def every_third(sample: Sample) -> float:
+    """One prompt of three has different rewards."""
+    return float(sample.group % 3 == 0 and sample.uid % 2)
+
+
 def test_refills_go_with_it() -> None:
     config = rollout_config(refills=20, groups=2)
     buffer, used = RolloutBuffer(), []
     for version in range(5):
         pool = ScriptedPool(version, LONGEST, 40, slots=7)
         pool.ahead = 3
-        informative = lambda sample: float(sample.group % 3 == 0 and sample.uid % 2)  # noqa: E731
-        result = rollout_round(pool, buffer, prompts, config, version, informative, lambda groups: None)
+        result = rollout_round(pool, buffer, prompts, config, version, every_third, lambda groups: None)
         assert result.metrics["reward/zero_std_share"] == 0
         used += [group.id for group in result.groups]
     assert len(set(used)) == len(used) == 10 and all(index % 3 == 0 for index in used)
@@ -91,21 +95,11 @@ def test_engines_advance_until_the_block_ends_or_all_is_done() -> None:
     pool = ScriptedPool(0, LONGEST, 40)
     pool.submit(samples)
     with advancing(pool, 3, len(samples)) as done:
-        wait_for(lambda: len(done) == len(samples))
+        wait_until(lambda: len(done) == len(samples))
     assert sorted(sample.uid for sample in done) == list(range(9)) and not pool.queue
     with advancing(pool, 3, 0) as done:
         pass
     assert done == []
-
-
-def wait_for(condition: object) -> None:
-    assert callable(condition)
-    event = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        event.wait(0.005)
-    raise AssertionError("it did not happen in 30 s")
 
 
 class Broken(ScriptedPool):
@@ -143,7 +137,7 @@ def test_an_engine_that_goes_on_samples_exactly_under_the_weights_that_it_has() 
 
         def learn(groups: Sequence[Group], pool: Counting = pool) -> None:
             before = pool.looks
-            wait_for(lambda: pool.looks >= before + 3)
+            wait_until(lambda: pool.looks >= before + 3)
 
         result = rollout_round(pool, buffer, lambda index: (2 + index % 9, 5), config, version, score, learn)
         samples += [sample for group in result.groups for sample in group.samples]
