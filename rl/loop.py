@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from rl.actors import RayPool
+from rl.actors import RayPool, SyncedPool
 from rl.algorithms import PROXIMAL, PolicyObjective
-from rl.april import complete, rollout_round
+from rl.april import EnginePool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
+from rl.engine.server import ServerPool
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
-from rl.trajectory import RolloutBuffer, Sample, fresh_group
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
+from trainer.estimate import vocab_size
 from trainer.loop import checkpoint_meta, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
@@ -50,44 +55,75 @@ class Reinforcement:
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
         cluster, rollout = self.config.cluster, self.config.rollout
-        with Placement(cluster, self.ranks, rollout.engines, self.tracker.say) as placement:
-            pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+        engines = rollout.engines if rollout.server is None else 0
+        with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
-            pool.load_weights(ranks, start)
+            pool.load_weights(ranks, start, self.config.sync)
             self.loop(ranks, pool, buffer, start)
 
-    def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
+    @contextmanager
+    def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
+        rollout = self.config.rollout
+        if rollout.server is None:
+            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            return
+        self.tracker.say(f"generating at {rollout.server}")
+        if rollout.server_reload is None:
+            self.tracker.say(
+                "without rollout.server_reload it keeps the weights that it has, and their tokens grow older every round"
+            )
+        folder, tokenizer = self.run.path / "server_weights", self.start_from / "tokenizer.json"
+        with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, tokenizer) as pool:
+            prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
+            pool.require_exact_distribution([ids[: len(ids) // 2 + 1] for ids in prompts[:8]])  # where more is open
+            yield pool
+
+    def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
-        config, algorithm = self.config, self.config.algorithm
+        config = self.config
         if start == 0:
             self.tracker.log(0, self.evaluate(pool))
         for version in range(start, config.loop.rounds):
+            began, busy_before = time.perf_counter(), pool.busy_s
+            metrics: dict[str, Value] = {}
+            update = partial(self._update, ranks, version, began, metrics)
+            overlapped = update if config.rollout.overlap else None
+            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score, overlapped)
+            if overlapped is None:
+                update(result.groups)
+            metrics |= result.metrics
             clock = time.perf_counter()
-            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
-            rollout_s = time.perf_counter() - clock
-            batches = policy_batches(
-                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
-                algorithm,
-                config.rollout.max_new_tokens,
-                sequence_length=config.loop.sequence_length,
-                rows_multiple_of=self.ranks,
-                pad_id=self.tokenizer.pad,
-            )
-            lr = learning_rate(version, config.loop.rounds, config.optimizer)
-            metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
-            clock = time.perf_counter()
-            pool.load_weights(ranks, version + 1)
-            metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
+            metrics |= pool.load_weights(ranks, version + 1, config.sync)
+            metrics["sync/weights_s"] = time.perf_counter() - clock
+            busy = pool.busy_s - busy_before
+            metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
+            metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
-    def _close_round(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
+    def _update(
+        self, ranks: Processes, version: int, started: float, metrics: dict[str, Value], groups: Sequence[Group]
+    ) -> None:
+        """Learns the groups of a round that began at `started`; adds to `metrics`."""
+        config, algorithm = self.config, self.config.algorithm
+        metrics["time/rollout_s"] = time.perf_counter() - started
+        batches = policy_batches(
+            documents_of(groups, algorithm, version, config.rollout.max_new_tokens),
+            algorithm,
+            config.rollout.max_new_tokens,
+            sequence_length=config.loop.sequence_length,
+            rows_multiple_of=self.ranks,
+            pad_id=self.tokenizer.pad,
+        )
+        lr = learning_rate(version, config.loop.rounds, config.optimizer)
+        metrics |= learn(ranks, batches, PolicyObjective(algorithm), lr)
+
+    def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
         loop = self.config.loop
         if done % loop.eval_every == 0 or done == loop.rounds:
             metrics |= self.evaluate(pool)
         if done % loop.checkpoint_every == 0 or done == loop.rounds:
             metrics |= self._save(ranks, buffer, done)
-        metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
         self.tracker.log(done, metrics)
 
     # ------------------------------------------------------------ the task, in tokens
@@ -105,7 +141,7 @@ class Reinforcement:
         text_ids = sample.response_ids[:-1] if ended else sample.response_ids  # without <eos>
         return self.task.score(prompt, self.tokenizer.decode(text_ids), ended)
 
-    def evaluate(self, pool: RayPool) -> dict[str, float]:
+    def evaluate(self, pool: EnginePool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
         clock = time.perf_counter()
         prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]

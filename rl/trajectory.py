@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from rl.length_bias import GroupLength, LengthWindow
+
 # pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens
 Status = Literal["pending", "partial", "finished", "truncated"]
 
@@ -110,15 +112,27 @@ def fresh_group(group: int, prompt_ids: Sequence[int], samples: int) -> Group:
     return Group(group, tuple(Sample(uid=uid, group=group, prompt_ids=tuple(prompt_ids)) for uid in uids))
 
 
+def lengths_of(groups: Iterable[Group]) -> tuple[GroupLength, ...]:
+    return tuple(GroupLength(group.id, len(group.samples), sum(sample.length for sample in group.samples)) for group in groups)
+
+
 class RolloutBuffer:
     """Groups between rounds, and the cursor of the next fresh prompt.
 
-    `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full.
+    `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full;
+    `lengths` says how long the trained groups of the last rounds were, and those that were drawn.
     Groups handed out by `take` are in flight until `settle`; a state saved in between counts them as not yet started in this
     round, so a run that dies in the middle of a round loses the work of that round and no prompt.
     """
 
-    def __init__(self, recycled: Iterable[Group] = (), surplus: Iterable[Group] = (), next_group: int = 0) -> None:
+    def __init__(
+        self,
+        recycled: Iterable[Group] = (),
+        surplus: Iterable[Group] = (),
+        next_group: int = 0,
+        lengths: LengthWindow | None = None,
+    ) -> None:
+        self.lengths = lengths or LengthWindow()
         self._recycled = deque(recycled)
         self._surplus = deque(surplus)
         self._in_flight: tuple[Group, ...] = ()
@@ -185,6 +199,7 @@ class RolloutBuffer:
         unfinished = [group for group in self._in_flight if not group.done]
         return {
             "next_group": self._next_group,
+            "lengths": self.lengths.to_state(),
             "surplus": [_group_state(group) for group in (*surplus, *self._surplus)],
             "recycled": [_group_state(group) for group in (*unfinished, *self._recycled)],
         }
@@ -195,6 +210,7 @@ class RolloutBuffer:
             recycled=[_group_from(item) for item in state["recycled"]],
             surplus=[_group_from(item) for item in state["surplus"]],
             next_group=state["next_group"],
+            lengths=LengthWindow.from_state(state["lengths"]),
         )
 
 

@@ -279,6 +279,18 @@ class RolloutConfig(Record):
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
+    overlap: bool  # the engines go on generating while the ranks learn
+    server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
+    server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
+    server_timeout_s: float = Field(gt=0)  # without a byte of an answer
+    server_retries: int = Field(ge=0)  # requests in a row that bring no token
+
+
+class SyncConfig(Record):
+    """How new weights reach the engines; trainer/weight_sync.py."""
+
+    anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
+    check: bool  # each engine hashes what it holds and compares with the trainer's hash
 
 
 Band = tuple[float, float]  # lowest and highest ratio
@@ -334,6 +346,7 @@ class RLConfig(RunConfig):
     task: TaskConfig
     warmup: WarmupConfig
     rollout: RolloutConfig
+    sync: SyncConfig
     algorithm: AlgorithmConfig
     loop: LoopConfig
 
@@ -349,7 +362,33 @@ class RLConfig(RunConfig):
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
                 f"({self.rollout.max_new_tokens}); lower it"
             )
+        if self.rollout.overlap and self.rollout.max_staleness == 0:
+            raise ValueError(
+                "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
+                "(0) throws all of them away; raise it, or choose rollout=april"
+            )
+        if self.rollout.server is not None:
+            self._consistent_with_server()
+        elif self.rollout.server_reload is not None:
+            raise ValueError("rollout.server_reload tells a server to load weights, but there is none; set rollout.server")
         return self
+
+    def _consistent_with_server(self) -> None:
+        if self.algorithm.off_policy in ("recompute", "mask"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
+                "or bypass"
+            )
+        if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
+            raise ValueError(
+                "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
+                "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
+        if self.sync.anchor_every > 1 or self.sync.check:
+            raise ValueError(
+                "sync.anchor_every and sync.check are of our engines, and rollout.server is another; set sync=full"
+            )
 
 
 # ---------------------------------------------------------------- planning for a cluster

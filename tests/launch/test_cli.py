@@ -179,7 +179,7 @@ def test_options_that_disagree_are_named_with_their_values(arguments: Sequence[s
 
 def test_required_values_are_in_the_same_list() -> None:
     assert problems("rollout=aprl", "task.nam=x", rl=True) == [
-        "rollout = aprl unknown choice; did you mean rollout=april? choices: april, dynamic, sync",
+        "rollout = aprl unknown choice; did you mean rollout=april? choices: april, async, dynamic, sync",
         "checkpoint required; give checkpoint=...",
         "task.nam = x unknown option; did you mean task.name?",
     ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         top_p=1.0,
         min_p=0.0,
         cache_tokens=None,
+        overlap=False,
+        server=None,
+        server_reload=None,
+        server_timeout_s=300.0,
+        server_retries=4,
     )
     return RolloutConfig(**(options | changes))
 
@@ -49,6 +55,8 @@ def token(uid: int, place: int) -> int:
 class ScriptedPool:
     """Continues every sample up to `final_length`; those longer than `limit` are truncated there."""
 
+    ahead = 0
+
     def __init__(self, version: int, longest: int, limit: int, slots: int = 10**9) -> None:
         self.version, self.longest, self.limit, self.slots = version, longest, limit, slots
         self.queue: list[tuple[Sample, int]] = []  # with the tokens generated since submission
@@ -63,16 +71,28 @@ class ScriptedPool:
     def advance(self, tokens: int) -> list[Sample]:
         done, kept = [], []
         for place, (sample, fresh) in enumerate(self.queue):
-            target = min(final_length(sample.uid, self.longest), self.limit)
+            target = min(self.final(sample), self.limit)
             step = min(tokens, target - sample.length - fresh) if place < self.slots else 0
             self.generated += step
             if sample.length + fresh + step == target:
-                status = "truncated" if target < final_length(sample.uid, self.longest) else "finished"
+                status = "truncated" if target < self.final(sample) else "finished"
                 done.append(sample.extended(self._segment(sample, fresh + step), status))  # type: ignore[arg-type]
             else:
                 kept.append((sample, fresh + step))
         self.queue = kept
         return done[::-1]  # the order must not matter
+
+    def final(self, sample: Sample) -> int:
+        return final_length(sample.uid, self.longest)
+
+    @contextmanager
+    def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        """`ahead` times as far as one `advance`, when the block ends; by the clock no test could tell."""
+        done: list[Sample] = []
+        yield done
+        for _ in range(self.ahead):
+            if len(done) < samples:
+                done += self.advance(tokens)
 
     def drain(self) -> list[Sample]:
         unfinished = [s.extended(self._segment(s, fresh), "partial") if fresh else s for s, fresh in self.queue]
@@ -251,7 +271,7 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
     names = "length_mean length_max finished_groups recycled_samples resumed_samples stale_token_share staleness_max"
-    names += " truncated_share new_tokens dropped_groups replaced_groups"
+    names += " truncated_share new_tokens dropped_groups replaced_groups length_bias"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }
