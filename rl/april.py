@@ -43,7 +43,7 @@ class EnginePool(Protocol):
 
 
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids
-Score = Callable[[Sample], float | None]  # reward of a sample that is done; None: it could not be judged
+Score = Callable[[Sequence[Sample]], Sequence[float | None]]  # rewards of samples that are done; None: not to be judged
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,20 @@ def rollout_round(
     def fresh(index: int) -> Group:
         return fresh_group(index, prompts(index), config.samples_per_group)
 
-    def informative(group: Group) -> bool:
+    def informative(groups: Sequence[Group]) -> list[bool]:
         if config.refills == 0:
-            return True
-        judged[group.id] = _judged(group, score)
-        return len(_distinct_rewards(judged[group.id])) > 1
+            return [True] * len(groups)
+        found = _judged(groups, score)
+        judged.update((group.id, group) for group in found)
+        return [len(_distinct_rewards(group)) > 1 for group in found]
 
     progress = _Progress(pool, informative)
     progress.enter(buffer.take(config.groups, submitted_groups(config.groups, config), fresh))
     _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
     used = (progress.useful + progress.flat)[: config.groups]
     surplus, unfinished = progress.useful[config.groups :], list(progress.running.values())
-    groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
+    judged.update((group.id, group) for group in _judged([group for group in used if group.id not in judged], score))
+    groups = tuple(judged[group.id] for group in sorted(used, key=lambda group: group.id))
     buffer.settle(recycled=unfinished, surplus=surplus)
     finished = [*progress.useful, *progress.flat]
     metrics = _metrics(groups, weight_version)
@@ -110,7 +112,7 @@ class _Progress:
     """The groups of a round: `taken` as they came, and where each is now, in order of completion and FIFO."""
 
     pool: EnginePool
-    informative: Callable[[Group], bool]
+    informative: Callable[[Sequence[Group]], Sequence[bool]]
     taken: list[Group] = field(default_factory=list)
     useful: list[Group] = field(default_factory=list)
     flat: list[Group] = field(default_factory=list)  # finished, and not informative
@@ -129,9 +131,10 @@ class _Progress:
         latest = {sample.uid: sample for sample in samples}
         for group in [_refreshed(group, latest) for group in self.running.values()]:
             self.running[group.id] = group
-            if group.done:
-                del self.running[group.id]
-                (self.useful if self.informative(group) else self.flat).append(group)
+        done = [group for group in self.running.values() if group.done]
+        for group, useful in zip(done, self.informative(done), strict=True):
+            del self.running[group.id]
+            (self.useful if useful else self.flat).append(group)
 
 
 def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
@@ -152,8 +155,10 @@ def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:
     return Group(group.id, tuple(latest.get(sample.uid, sample) for sample in group.samples))
 
 
-def _judged(group: Group, score: Score) -> Group:
-    return Group(group.id, tuple(replace(sample, reward=score(sample)) for sample in group.samples))
+def _judged(groups: Sequence[Group], score: Score) -> list[Group]:
+    """The groups with the rewards of their samples, all asked for at once."""
+    rewards = iter(score([sample for group in groups for sample in group.samples]))
+    return [Group(group.id, tuple(replace(sample, reward=next(rewards)) for sample in group.samples)) for group in groups]
 
 
 def _distinct_rewards(group: Group) -> set[float]:

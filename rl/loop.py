@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from kernels.errors import UserError
 from rl.actors import RayPool
 from rl.algorithms import PROXIMAL, PolicyObjective
 from rl.april import complete, rollout_round
@@ -16,6 +18,7 @@ from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
+from rl.rewards.workers import Response, RewardWorkers
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
@@ -41,6 +44,7 @@ class Reinforcement:
     model: ModelConfig
     tokenizer: Tokenizer
     task: Task
+    rewards: RewardWorkers
     start_from: Path  # a checkpoint of ours or a folder in the Hugging Face layout
     ranks: int
     dtype: str
@@ -61,7 +65,7 @@ class Reinforcement:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config, algorithm = self.config, self.config.algorithm
         if start == 0:
-            self.tracker.log(0, self.evaluate(pool))
+            self.tracker.log(0, {**self.evaluate(pool), **self.rewards.counts()})
         for version in range(start, config.loop.rounds):
             clock = time.perf_counter()
             result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
@@ -88,6 +92,7 @@ class Reinforcement:
         if done % loop.checkpoint_every == 0 or done == loop.rounds:
             metrics |= self._save(ranks, buffer, done)
         metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
+        metrics |= self.rewards.counts()
         self.tracker.log(done, metrics)
 
     # ------------------------------------------------------------ the task, in tokens
@@ -98,12 +103,15 @@ class Reinforcement:
     def _ids(self, prompt: Prompt) -> list[int]:
         return [self.tokenizer.bos, *self.tokenizer.encode(prompt.text)]
 
-    def score(self, sample: Sample) -> float | None:
-        """The reward of a sample that is done."""
+    def score(self, samples: Sequence[Sample]) -> list[float | None]:
+        """The rewards of samples that are done."""
+        return self.rewards.score([self._response(sample) for sample in samples])
+
+    def _response(self, sample: Sample) -> Response:
         prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
         ended = sample.status == "finished"
         text_ids = sample.response_ids[:-1] if ended else sample.response_ids  # without <eos>
-        return self.task.score(prompt, self.tokenizer.decode(text_ids), ended)
+        return Response(prompt, self.tokenizer.decode(text_ids), ended)
 
     def evaluate(self, pool: RayPool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
@@ -111,7 +119,12 @@ class Reinforcement:
         prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
         samples = [s for index, ids in enumerate(prompts) for s in fresh_group(EVAL_GROUP + index, ids, 1).samples]
         done = complete(pool, samples, self.config.rollout.advance_tokens)
-        rewards = [reward for reward in map(self.score, done) if reward is not None]
+        rewards = [reward for reward in self.score(done) if reward is not None]
+        if not rewards:
+            raise UserError(
+                f"none of the answers to {len(done)} held-out prompts could be judged (every score was None); "
+                "check the task's score method and the service it may ask"
+            )
         return {"reward/eval_mean": sum(rewards) / len(rewards), "time/eval_s": time.perf_counter() - clock}
 
     def warm_up(self, ranks: Processes) -> None:

@@ -252,6 +252,14 @@ class TaskConfig(Record):
     eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
 
 
+class RewardConfig(Record):
+    """Where rewards are computed: in child processes of the driver, which may hang or die without harm to the run."""
+
+    workers: int = Field(gt=0)  # processes
+    timeout_s: float = Field(gt=0)  # of one score; a scorer that takes longer is killed, and its sample has no reward
+    memory_gib: float = Field(gt=0)  # that a process may have
+
+
 class WarmupConfig(Record):
     """A short supervised warm-up on the task's demonstrations, before the first rollout round."""
 
@@ -330,6 +338,7 @@ class LoopConfig(Record):
 class RLConfig(RunConfig):
     checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
+    reward: RewardConfig
     warmup: WarmupConfig
     rollout: RolloutConfig
     algorithm: AlgorithmConfig

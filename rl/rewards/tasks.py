@@ -36,6 +36,14 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     return task_class(seed=seed, **config.options)
 
 
+def check_task(task: Task, warmup_steps: int) -> None:
+    """Draws what the run will draw first, so that a task that cannot give it says so before anything is started."""
+    task.prompt(0)
+    task.held_out(0)
+    if warmup_steps:
+        task.demonstration(0)
+
+
 def _imported(path: str) -> type:
     module_name, _, class_name = path.partition(":")
     try:

@@ -1,0 +1,74 @@
+"""A reward worker: a process of its own that makes the task and scores what it is sent. `rl/rewards/workers.py` starts it.
+
+A hung scorer may hold the interpreter's lock, as a regular expression does, so a worker does not depend on being killed: a
+thread ends it with the driver, and a timer in C ends it when a score takes longer than the driver would ever wait.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+from typing import Any, BinaryIO
+
+from rl.rewards.task import Prompt, Task
+from rl.rewards.tasks import make_task
+from trainer.config import TaskConfig
+
+GRACE_S = 5.0  # the driver kills at its timeout; without a driver the worker ends so much later
+GIB = 1 << 30
+TEXT_LIMIT = 2000  # characters of an error
+
+
+def serve(connection: socket.socket, requests: BinaryIO) -> None:
+    """Answers one JSON line with another until the driver closes its end. The first line is the task and the limits."""
+    start = json.loads(requests.readline())
+    memory = int(start["memory_gib"] * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    task = make_task(TaskConfig(**start["task"]), start["seed"])
+    send(connection, {"ready": True})
+    for line in requests:
+        faulthandler.dump_traceback_later(start["timeout_s"] + GRACE_S, exit=True)
+        send(connection, judged(task, json.loads(line)))
+        faulthandler.cancel_dump_traceback_later()
+
+
+def judged(task: Task, request: dict[str, Any]) -> dict[str, Any]:
+    """`{"reward": number or None}`, or `{"error": text}` where the task's score raised or gave no finite number."""
+    try:
+        found = task.score(Prompt(request["text"], request["answer"]), request["completion"], request["ended"])
+        reward = None if found is None else float(found)
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"score returned {reward}; a reward is a finite number or None")
+    except Exception as error:  # whatever a person's scorer raises is counted and told by the driver
+        return {"error": f"{type(error).__name__}: {error}"[:TEXT_LIMIT]}
+    return {"reward": reward}
+
+
+def send(connection: socket.socket, answer: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def end_with_the_driver(connection: socket.socket) -> None:
+    """Kills this process and what it started as soon as the other end is closed."""
+    poll = select.poll()
+    poll.register(connection, 0)  # only what cannot be left out: the end
+    poll.poll()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=end_with_the_driver, args=(connection,), daemon=True).start()
+    serve(connection, connection.makefile("rb"))
+
+
+if __name__ == "__main__":
+    main()
