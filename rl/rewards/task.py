@@ -46,16 +46,20 @@ class Task(Protocol):
         """
 
 
+def is_held_out(text: str) -> bool:
+    """Whether the prompt `text` is one of those for evaluation. Its hash decides, whatever the seed and its place."""
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
 def draw(make: Callable[[random.Random], Prompt], seed: int, index: int, held_out: bool) -> Prompt:
     """Prompt `index` of one side of the split: draws from a generator seeded with (seed, side, index) until the side fits.
 
-    A hash of the text decides the side of a prompt, so the two sides are disjoint whatever the seed and the indices.
+    `is_held_out` decides the side of a prompt, so the two sides are disjoint whatever the seed and the indices.
     """
     generator = random.Random(f"{seed}/{'held out' if held_out else 'training'}/{index}")
     for _ in range(MAX_DRAWS):
         prompt = make(generator)
-        digest = hashlib.sha256(prompt.text.encode()).digest()
-        if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
+        if is_held_out(prompt.text) == held_out:
             return prompt
     raise UserError(
         f"no {'held-out' if held_out else 'training'} prompt in {MAX_DRAWS} draws, the last was {prompt.text!r}; "

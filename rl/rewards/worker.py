@@ -22,7 +22,7 @@ from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from trainer.config import TaskConfig
 
-GRACE_S = 5.0  # the driver kills at its timeout; without a driver the worker ends so much later
+GRACE_S = 2.0  # the driver kills at its timeout; without a driver the worker ends so much later
 GIB = 1 << 30
 TEXT_LIMIT = 2000  # characters of an error
 
