@@ -166,7 +166,8 @@ def _distinct_rewards(group: Group) -> set[float]:
 
 
 def _tokens(groups: Sequence[Group]) -> int:
-    return sum(sample.length for group in groups for sample in group.samples)
+    segments = (segment for group in groups for sample in group.samples for segment in sample.segments)
+    return sum(len(segment.token_ids) for segment in segments if segment.sampled)
 
 
 def _count_partial(groups: Sequence[Group]) -> int:
@@ -176,8 +177,8 @@ def _count_partial(groups: Sequence[Group]) -> int:
 def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """What the finished groups look like.
 
-    rollout/length_mean, length_max   response tokens of a sample
-    rollout/stale_token_share         response tokens sampled under older weights than `weight_version`
+    rollout/length_mean, length_max   response tokens of a sample, answers of the environment included
+    rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
     rollout/staleness_max             rounds that the oldest token is behind
     rollout/truncated_share           samples that ran into max_new_tokens
     reward/mean, reward/std           over all judged samples of the round
@@ -192,7 +193,7 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
             "check the task's score method and the service it may ask"
         )
     lengths = np.array([sample.length for sample in samples])
-    ages = weight_version - np.array([version for sample in samples for version in sample.versions])
+    ages = weight_version - np.array([v for s in samples for v, sampled in zip(s.versions, s.sampled, strict=True) if sampled])
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

@@ -275,7 +275,8 @@ class RolloutConfig(Record):
     samples_per_group: int = Field(gt=1)  # n
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
-    max_new_tokens: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all

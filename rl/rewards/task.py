@@ -36,13 +36,29 @@ class Task(Protocol):
     def held_out(self, index: int) -> Prompt:
         """Evaluation prompt `index`, never the text of a training prompt."""
 
-    def demonstration(self, index: int) -> tuple[Prompt, str]:
-        """Example `index` of the supervised warm-up: a training prompt and a completion to imitate; <eos> is added to it."""
+    def demonstration(self, index: int) -> tuple[Prompt, str | tuple[str, ...]]:
+        """Example `index` of the supervised warm-up: a training prompt and a completion to imitate; <eos> is added to it.
+
+        Of a `Conversation`: its turns, the model's and the environment's alternately, beginning with the model's.
+        """
 
     def score(self, prompt: Prompt, completion: str, ended: bool) -> float | None:
         """Reward in [0, 1] of `completion`, the text before <eos>; `ended` is False when it was cut off at max_new_tokens.
 
+        Of a `Conversation`, the completion is the model's last turn.
+
         None when it could not be judged (a service was down): then the sample is left out of the update.
+        """
+
+
+@runtime_checkable
+class Conversation(Task, Protocol):
+    """A task whose environment answers: a tool, a game, a person in a play. The model goes on after the answer."""
+
+    def reply(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
+        """The answer to the last of `turns`, which alternate and begin with the model's; None or no text: it is over.
+
+        It is also over after rollout.max_turns turns of the model. The same arguments must give the same answer.
         """
 
 

@@ -6,12 +6,19 @@ import importlib
 import inspect
 
 from kernels.errors import UserError
+from rl.rewards.calculator import Calculator
 from rl.rewards.dataset import Dataset
 from rl.rewards.lists import Brackets, Countdown, Sort
 from rl.rewards.task import Task
 from trainer.config import TaskConfig
 
-TASKS: dict[str, type[Task]] = {"countdown": Countdown, "sort": Sort, "brackets": Brackets, "dataset": Dataset}
+TASKS: dict[str, type[Task]] = {
+    "countdown": Countdown,
+    "sort": Sort,
+    "brackets": Brackets,
+    "calculator": Calculator,
+    "dataset": Dataset,
+}
 METHODS = ("prompt", "held_out", "demonstration", "score")
 
 

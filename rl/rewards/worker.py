@@ -18,7 +18,7 @@ import sys
 import threading
 from typing import Any, BinaryIO
 
-from rl.rewards.task import Prompt, Task
+from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.tasks import make_task
 from trainer.config import TaskConfig
 
@@ -36,20 +36,32 @@ def serve(connection: socket.socket, requests: BinaryIO) -> None:
     send(connection, {"ready": True})
     for line in requests:
         faulthandler.dump_traceback_later(start["timeout_s"] + GRACE_S, exit=True)
-        send(connection, judged(task, json.loads(line)))
+        send(connection, answered(task, json.loads(line)))
         faulthandler.cancel_dump_traceback_later()
 
 
-def judged(task: Task, request: dict[str, Any]) -> dict[str, Any]:
-    """`{"reward": number or None}`, or `{"error": text}` where the task's score raised or gave no finite number."""
+def answered(task: Task, request: dict[str, Any]) -> dict[str, Any]:
+    """`{"found": what the task's method returned}`, or `{"error": text}` where it raised or returned something else."""
+    prompt, turns = Prompt(request["text"], request["answer"]), request["turns"]
     try:
-        found = task.score(Prompt(request["text"], request["answer"]), request["completion"], request["ended"])
-        reward = None if found is None else float(found)
-        if reward is not None and not math.isfinite(reward):
-            raise ValueError(f"score returned {reward}; a reward is a finite number or None")
-    except Exception as error:  # whatever a person's scorer raises is counted and told by the driver
+        if request["method"] == "score":
+            return {"found": judged(task.score(prompt, turns[-1], request["ended"]))}
+        assert isinstance(task, Conversation), task
+        reply = task.reply(prompt, turns)
+        if not (reply is None or isinstance(reply, str)):
+            raise TypeError(f"reply returned {reply!r}; it is text or None")
+        return {"found": reply}
+    except Exception as error:  # whatever a person's task raises is counted and told by the driver
         return {"error": f"{type(error).__name__}: {error}"[:TEXT_LIMIT]}
-    return {"reward": reward}
+
+
+def judged(reward: float | None) -> float | None:
+    if reward is None:
+        return None
+    number = float(reward)
+    if not math.isfinite(number):
+        raise ValueError(f"score returned {number}; a reward is a finite number or None")
+    return number
 
 
 def send(connection: socket.socket, answer: dict[str, Any]) -> None:

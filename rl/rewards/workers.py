@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
@@ -34,13 +34,24 @@ SHOWN = 80  # characters of a completion in a message
 Self = TypeVar("Self", bound="RewardWorkers")
 
 
+Method = Literal["score", "reply"]
+
+
 @dataclass(frozen=True)
 class Response:
-    """What a task scores: see `Task.score`."""
+    """What a task scores or answers: the turns of the model and of its environment, one where there is no conversation."""
 
     prompt: Prompt
-    completion: str
+    turns: tuple[str, ...]
     ended: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the environment said; None ends the conversation. `failed`: its code raised, hung or died."""
+
+    text: str | None
+    failed: bool = False
 
 
 class RewardWorkers:
@@ -76,33 +87,42 @@ class RewardWorkers:
 
         Raises UserError when a worker cannot be started or cannot make the task.
         """
-        rewards: list[float | None] = [None] * len(responses)
-        waiting = deque(range(len(responses)))
-        while waiting or any(worker.place is not None for worker in self._workers):
-            for worker in self._workers:
-                if waiting and worker.ready and worker.place is None:
-                    worker.ask(waiting[0], responses[waiting.popleft()], self._config.timeout_s)
-            self._wait_and_look(responses, rewards)
-        return rewards
+        return [None if answer is None else answer["found"] for answer in self._ask("score", responses)]
+
+    def reply(self, responses: Sequence[Response]) -> list[Reply]:
+        """What the environment answers to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
+        answers = self._ask("reply", responses)
+        return [Reply(None, failed=True) if answer is None else Reply(answer["found"]) for answer in answers]
 
     def counts(self) -> dict[str, float]:
         """Metrics since they were last asked for."""
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         return {key: float(count) for key, count in counts.items()}
 
+    def _ask(self, method: Method, responses: Sequence[Response]) -> list[dict[str, Any] | None]:
+        """What workers found for each response; None where `method` raised, hung or died."""
+        found: list[dict[str, Any] | None] = [None] * len(responses)
+        waiting = deque(range(len(responses)))
+        while waiting or any(worker.place is not None for worker in self._workers):
+            for worker in self._workers:
+                if waiting and worker.ready and worker.place is None:
+                    worker.ask(method, waiting[0], responses[waiting.popleft()], self._config.timeout_s)
+            self._wait_and_look(responses, found)
+        return found
+
     def _end(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._workers = []
 
-    def _wait_and_look(self, responses: Sequence[Response], rewards: list[float | None]) -> None:
+    def _wait_and_look(self, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
         """Waits until a worker that starts or scores says something, ends, or is late."""
         busy = [worker for worker in self._workers if worker.place is not None or not worker.ready]
         wait([worker.socket for worker in busy], timeout=max(0.0, min(w.deadline for w in busy) - time.monotonic()))
         for worker in busy:
-            self._look_at(worker, responses, rewards)
+            self._look_at(worker, responses, found)
 
-    def _look_at(self, worker: _Worker, responses: Sequence[Response], rewards: list[float | None]) -> None:
+    def _look_at(self, worker: _Worker, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
         """Takes a worker's answer, if there is one; replaces the worker if it is dead or too late."""
         answer = worker.answer()
         if answer is None and not worker.ended and time.monotonic() < worker.deadline:
@@ -117,17 +137,18 @@ class RewardWorkers:
         if answer is None:
             self._replace(worker, responses[place])
         elif "error" in answer:
-            self._count("reward/errors", f"score raised {answer['error']}")
+            self._count("reward/errors", f"{worker.method} raised {answer['error']}")
         else:
-            rewards[place] = answer["reward"]
+            found[place] = answer
 
     def _replace(self, worker: _Worker, response: Response) -> None:
         worker.kill()
-        asked = f"on the completion {response.completion[:SHOWN]!r}"
+        asked = f"on the completion {response.turns[-1][:SHOWN]!r}"
         if worker.ended:
-            self._count("reward/deaths", f"the scorer's process {worker.end} {asked}; its log is {worker.log}")
+            self._count("reward/deaths", f"the process of {worker.method} {worker.end} {asked}; its log is {worker.log}")
         else:
-            self._count("reward/timeouts", f"score took longer than reward.timeout_s = {self._config.timeout_s:g} s {asked}")
+            limit = f"reward.timeout_s = {self._config.timeout_s:g} s"
+            self._count("reward/timeouts", f"{worker.method} took longer than {limit} {asked}")
         self._workers[self._workers.index(worker)] = self._start(worker.number)
 
     def _count(self, key: str, text: str) -> None:
@@ -166,6 +187,7 @@ class _Worker:
     ready: bool = False
     ended: bool = False  # the process closed its end
     place: int | None = None
+    method: Method = "score"  # that it is asked for
     deadline: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,11 +208,11 @@ class _Worker:
             )
         self._send(self.first, START_TIMEOUT_S)
 
-    def ask(self, place: int, response: Response, timeout_s: float) -> None:
-        self.place = place
+    def ask(self, method: Method, place: int, response: Response, timeout_s: float) -> None:
+        self.method, self.place = method, place
         prompt = response.prompt
-        request = {"text": prompt.text, "answer": prompt.answer, "completion": response.completion, "ended": response.ended}
-        self._send(request, timeout_s)
+        request = {"text": prompt.text, "answer": prompt.answer, "turns": response.turns, "ended": response.ended}
+        self._send({"method": method, **request}, timeout_s)
 
     def _send(self, message: dict[str, Any], timeout_s: float) -> None:
         """Sends within the timeout, or leaves it to the deadline to find out that nothing comes back."""

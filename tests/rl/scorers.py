@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rl.rewards.task import Prompt
@@ -65,6 +66,17 @@ class Scripted:
                 Path(self.pids, str(child.pid)).touch()
                 time.sleep(1000)
         raise AssertionError(completion)
+
+
+class Talking(Scripted):
+    """Answers a turn by what it says: `say X` by X, and misbehaves like the scorer."""
+
+    def reply(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
+        if turns[-1].startswith("say "):
+            return f"{len(turns)}:{turns[-1].removeprefix('say ')}"
+        if turns[-1].startswith("number"):
+            return 7  # type: ignore[return-value]
+        return None if turns[-1] == "over" else str(self.score(prompt, turns[-1], True))
 
 
 class Unmakeable:

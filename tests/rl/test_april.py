@@ -23,6 +23,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         over_provision=2.0,
         refills=0,
         max_new_tokens=40,
+        max_turns=8,
         max_staleness=3,
         temperature=1.0,
         engines=1,

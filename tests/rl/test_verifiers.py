@@ -117,7 +117,7 @@ def test_what_takes_forever_is_ended_and_has_no_reward(tmp_path: Path, verifier:
     said: list[str] = []
     config = RewardConfig(workers=1, timeout_s=2.0, memory_gib=2.0)
     with RewardWorkers(task, 0, config, lambda name: tmp_path / name, said.append) as rewards:
-        assert rewards.score([Response(Prompt("", answer), completion, True)]) == [None]
+        assert rewards.score([Response(Prompt("", answer), (completion,), True)]) == [None]
         assert sum(rewards.counts().values()) == 1
     assert said[0].startswith("task dataset: ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
-from rl.rewards.worker import judged
-from rl.rewards.workers import Response, RewardWorkers
+from rl.rewards.worker import answered
+from rl.rewards.workers import Reply, Response, RewardWorkers
 from trainer.config import RewardConfig, TaskConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def workers(
 
 
 def response(completion: str) -> Response:
-    return Response(Prompt("text", "answer"), completion, True)
+    return Response(Prompt("text", "answer"), (completion,), True)
 
 
 def gone(pids: list[int], timeout_s: float = 5.0) -> bool:
@@ -66,8 +67,8 @@ def test_any_text_reaches_the_scorer(text: str, answer: str, ended: bool) -> Non
         def score(self, *found: object) -> float:
             return float(found == (Prompt(text, answer), answer + text, ended))
 
-    request = {"text": text, "answer": answer, "completion": answer + text, "ended": ended}
-    assert judged(Seen(), request) == {"reward": 1.0}  # type: ignore[arg-type]
+    request = {"method": "score", "text": text, "answer": answer, "turns": [answer + text], "ended": ended}
+    assert answered(Seen(), json.loads(json.dumps(request))) == {"found": 1.0}  # type: ignore[arg-type]
 
 
 def test_long_completions_arrive_whole(calm: RewardWorkers) -> None:
@@ -114,6 +115,18 @@ def test_a_scorer_that_dies_is_replaced(tmp_path: Path, death: str, message: str
         assert rewards.score([response(text) for text in (death, "reward 1", death, "reward 0")]) == [None, 1.0, None, 0.0]
         assert rewards.counts() == CLEAN | {"reward/deaths": 2}
     assert len(said) == 1 and message in said[0] and str(tmp_path / "reward") in said[0]
+
+
+def test_an_environment_that_fails_is_no_end_of_a_conversation(tmp_path: Path) -> None:
+    said: list[str] = []
+    texts = ("say hello", "over", "raise it", "number", "hang", "kill", "say bye")
+    with workers(tmp_path, said, timeout_s=0.5, kind="Talking") as rewards:
+        found = rewards.reply([Response(Prompt("", ""), ("say x", "1:x", text), True) for text in texts])
+        failed = Reply(None, failed=True)
+        assert found == [Reply("3:hello"), Reply(None), failed, failed, failed, failed, Reply("3:bye")]
+        assert rewards.counts() == {"reward/timeouts": 1, "reward/errors": 2, "reward/deaths": 1}
+        assert rewards.score([response("reward 1")]) == [1.0]
+    assert any("reply raised" in text for text in said) and any("reply took longer" in text for text in said)
 
 
 def test_a_scorer_that_eats_the_memory_is_an_error(tmp_path: Path) -> None:
