@@ -43,7 +43,7 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
     off_policy=mask, a sample that weights before `weight_version` generated to the end. No token of the environment is learned.
     """
     rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
-    lengths = [[sample.length for sample in group.samples] for group in groups]
+    lengths = [[sum(sample.sampled) for sample in group.samples] for group in groups]
     documents = []
     for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
         weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -51,9 +52,11 @@ def run_program(source: str, stdin: str, limits: Limits, isolation: Isolation) -
 
     Raises UserError when the machine does not allow the isolation.
     """
-    job = {"source": source, "isolated": isolation == "namespaces", **asdict(limits), **_interpreter()}
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as about, tempfile.TemporaryFile() as given:
-        if not job["isolated"]:
+    isolated = isolation == "namespaces"  # then the program has a folder of its own inside
+    job = {"source": source, "isolated": isolated, **asdict(limits), **_interpreter()}
+    outside = nullcontext("") if isolated else tempfile.TemporaryDirectory()
+    with outside as folder, tempfile.TemporaryFile() as about, tempfile.TemporaryFile() as given:
+        if not isolated:
             Path(folder, "main.py").write_text(source, encoding="utf-8", errors="surrogatepass")
         about.write(json.dumps({**job, "folder": folder}).encode())
         given.write(stdin.encode(errors="surrogatepass"))

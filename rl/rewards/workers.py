@@ -29,11 +29,9 @@ from rl.rewards.task import Prompt
 from trainer.config import RewardConfig, TaskConfig
 
 START_TIMEOUT_S = 120.0  # importing and making the task
-PATIENCE_S = 2.0
+PATIENCE_S = 2.0  # for a process that ends by itself
 SHOWN = 80  # characters of a completion in a message
 Self = TypeVar("Self", bound="RewardWorkers")
-
-
 Method = Literal["score", "reply"]
 
 
