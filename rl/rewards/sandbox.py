@@ -29,12 +29,13 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. `processes` counts threads, too; `output_kib` is of its standard output."""
+    """What one program may use. `memory_mib` is of each of its processes; `processes` counts threads, too; `output_kib` is of
+    its standard output."""
 
     timeout_s: float
     memory_mib: int = 1024
     disk_mib: int = 64
-    processes: int = 64
+    processes: int = 16
     output_kib: int = 1024
 
 
