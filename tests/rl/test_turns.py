@@ -16,7 +16,7 @@ from rl.april import complete, rollout_round
 from rl.loop import Reinforcement
 from rl.packing import documents_of, pack
 from rl.rewards.calculator import Calculator
-from rl.rewards.task import Conversation, Prompt, Task, is_held_out
+from rl.rewards.task import Conversation, Task, is_held_out
 from rl.rewards.tasks import TASKS
 from rl.rewards.workers import RewardWorkers
 from rl.trajectory import RolloutBuffer, Sample, Segment, fresh_group
@@ -240,8 +240,3 @@ def test_a_demonstration_learns_the_models_turns(reinforcement: Callable[..., Re
     own = [token for token, is_own in zip(ids, learned, strict=True) if is_own]
     assert own == [*tokenizer.encode(" calc 1 + 2"), tokenizer.eos, *tokenizer.encode(" 3"), tokenizer.eos]
     assert tokenizer.decode([token for token, is_own in zip(ids, learned, strict=True) if not is_own]) == " 3"
-
-
-def test_prompts_are_tokens_of_the_task(reinforcement: Callable[..., Reinforcement]) -> None:
-    driver = reinforcement(Calculator(seed=0), "task=calculator")
-    assert isinstance(driver.task.prompt(0), Prompt) and driver.prompt_ids(0)[0] == driver.tokenizer.bos
