@@ -254,7 +254,8 @@ def _merged(problems: list[Problem]) -> list[Problem]:
 
 def _apply(config: DictConfig, override: Override) -> None:
     if not override.is_delete():
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+        value = override.value()
+        OmegaConf.update(config, override.key_or_group, value, merge=value != {}, force_add=True)  # {} empties
         return
     parent, _, last = override.key_or_group.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config

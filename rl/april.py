@@ -62,7 +62,7 @@ class OverlappingPool(EnginePool, Protocol):
 
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids
 Learn = Callable[[Sequence[Group]], None]
-Score = Callable[[Sample], float | None]  # reward of a sample that is done; None: it could not be judged
+Score = Callable[[Sequence[Sample]], Sequence[float | None]]  # rewards of samples that are done; None: not to be judged
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,19 @@ def rollout_round(
     def fresh(index: int) -> Group:
         return fresh_group(index, prompts(index), config.samples_per_group)
 
-    def informative(group: Group) -> bool:
+    def informative(groups: Sequence[Group]) -> list[bool]:
         if config.refills == 0:
-            return True
-        judged[group.id] = _judged(group, score)
-        return len(_distinct_rewards(judged[group.id])) > 1
+            return [True] * len(groups)
+        found = _judged(groups, score)
+        judged.update((group.id, group) for group in found)
+        return [len(_distinct_rewards(group)) > 1 for group in found]
 
     progress = _Progress(pool, informative)
     progress.enter(buffer.take(config.groups, submitted_groups(config.groups, config), fresh))
     _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
     used = (progress.useful + progress.flat)[: config.groups]
-    groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
+    judged.update((group.id, group) for group in _judged([group for group in used if group.id not in judged], score))
+    groups = tuple(judged[group.id] for group in sorted(used, key=lambda group: group.id))
     metrics = _metrics(groups, weight_version)
     if meanwhile is not None:
         _overlap(progress, config, lambda missing: buffer.take_more(missing, fresh), partial(meanwhile, groups))
@@ -145,7 +147,7 @@ class _Progress:
     """The groups of a round: `taken` as they came, and where each is now, in order of completion and FIFO."""
 
     pool: OverlappingPool
-    informative: Callable[[Group], bool]
+    informative: Callable[[Sequence[Group]], Sequence[bool]]
     taken: list[Group] = field(default_factory=list)
     useful: list[Group] = field(default_factory=list)
     flat: list[Group] = field(default_factory=list)  # finished, and not informative
@@ -169,9 +171,10 @@ class _Progress:
         latest = {sample.uid: sample for sample in samples}
         for group in [_refreshed(group, latest) for group in self.running.values()]:
             self.running[group.id] = group
-            if group.done:
-                del self.running[group.id]
-                (self.useful if self.informative(group) else self.flat).append(group)
+        done = [group for group in self.running.values() if group.done]
+        for group, useful in zip(done, self.informative(done), strict=True):
+            del self.running[group.id]
+            (self.useful if useful else self.flat).append(group)
 
 
 def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
@@ -201,8 +204,10 @@ def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:
     return Group(group.id, tuple(latest.get(sample.uid, sample) for sample in group.samples))
 
 
-def _judged(group: Group, score: Score) -> Group:
-    return Group(group.id, tuple(replace(sample, reward=score(sample)) for sample in group.samples))
+def _judged(groups: Sequence[Group], score: Score) -> list[Group]:
+    """The groups with the rewards of their samples, all asked for at once."""
+    rewards = iter(score([sample for group in groups for sample in group.samples]))
+    return [Group(group.id, tuple(replace(sample, reward=next(rewards)) for sample in group.samples)) for group in groups]
 
 
 def _distinct_rewards(group: Group) -> set[float]:
@@ -210,7 +215,8 @@ def _distinct_rewards(group: Group) -> set[float]:
 
 
 def _tokens(groups: Sequence[Group]) -> int:
-    return sum(sample.length for group in groups for sample in group.samples)
+    segments = (segment for group in groups for sample in group.samples for segment in sample.segments)
+    return sum(len(segment.token_ids) for segment in segments if segment.sampled)
 
 
 def _count_partial(groups: Sequence[Group]) -> int:
@@ -220,8 +226,8 @@ def _count_partial(groups: Sequence[Group]) -> int:
 def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """What the finished groups look like.
 
-    rollout/length_mean, length_max   response tokens of a sample
-    rollout/stale_token_share         response tokens sampled under older weights than `weight_version`
+    rollout/length_mean, length_max   response tokens of a sample, answers of the environment included
+    rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
     rollout/staleness_max             rounds that the oldest token is behind
     rollout/truncated_share           samples that ran into max_new_tokens
     reward/mean, reward/std           over all judged samples of the round
@@ -236,7 +242,7 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
             "check the task's score method and the service it may ask"
         )
     lengths = np.array([sample.length for sample in samples])
-    ages = weight_version - np.array([version for sample in samples for version in sample.versions])
+    ages = weight_version - np.array([v for s in samples for v, sampled in zip(s.versions, s.sampled, strict=True) if sampled])
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

@@ -254,6 +254,14 @@ class TaskConfig(Record):
     eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
 
 
+class RewardConfig(Record):
+    """Where rewards are computed: in child processes of the driver, which may hang or die without harm to the run."""
+
+    workers: int = Field(gt=0)  # processes
+    timeout_s: float = Field(gt=0)  # of one score; a scorer that takes longer is killed, and its sample has no reward
+    memory_gib: float = Field(gt=0)  # that a process may have
+
+
 class WarmupConfig(Record):
     """A short supervised warm-up on the task's demonstrations, before the first rollout round."""
 
@@ -269,7 +277,8 @@ class RolloutConfig(Record):
     samples_per_group: int = Field(gt=1)  # n
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
-    max_new_tokens: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
@@ -344,6 +353,7 @@ class LoopConfig(Record):
 class RLConfig(RunConfig):
     checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
+    reward: RewardConfig
     warmup: WarmupConfig
     rollout: RolloutConfig
     sync: SyncConfig

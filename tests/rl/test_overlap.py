@@ -14,7 +14,7 @@ from rl.april import RoundResult, rollout_round, submitted_groups
 from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool, advancing
 from rl.trajectory import Group, RolloutBuffer, Sample
-from tests.rl.test_april import ScriptedPool, configs, final_length, play, prompts, rollout_config, score, token
+from tests.rl.test_april import ScriptedPool, configs, each, final_length, play, prompts, rollout_config, score, token
 from tests.rl.test_engine import CONFIG, MAX_NEW, engine_for, trainer_logprobs
 from tests.rl.test_server import wait_until
 from trainer.config import RLConfig, RolloutConfig
@@ -81,7 +81,7 @@ def test_refills_go_with_it() -> None:
     for version in range(5):
         pool = ScriptedPool(version, LONGEST, 40, slots=7)
         pool.ahead = 3
-        result = rollout_round(pool, buffer, prompts, config, version, every_third, lambda groups: None)
+        result = rollout_round(pool, buffer, prompts, config, version, each(every_third), lambda groups: None)
         assert result.metrics["reward/zero_std_share"] == 0
         used += [group.id for group in result.groups]
     assert len(set(used)) == len(used) == 10 and all(index % 3 == 0 for index in used)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rl.april import rollout_round
 from rl.engine.pool import LocalPool
 from rl.trajectory import Group, RolloutBuffer, Sample, Segment
-from tests.rl.test_april import ScriptedPool, configs, prompts, rollout_config, score, token
+from tests.rl.test_april import ScriptedPool, configs, prompts, reward_of, rollout_config, score, token
 from trainer.config import RolloutConfig
 
 ROUNDS, LONGEST = 5, 64
@@ -148,7 +148,7 @@ def test_every_prompt_is_trained_once_an_epoch_and_every_token_is_what_it_was_wh
         assert len(group.samples) == config.samples_per_group
         for sample in group.samples:
             assert sample.length == min(final_length(sample.uid), config.max_new_tokens)
-            assert sample.prompt_ids == prompts(group.id) and sample.reward == score(sample)
+            assert sample.prompt_ids == prompts(group.id) and sample.reward == reward_of(sample)
             assert list(sample.versions) == sorted(sample.versions)
             assert version - config.max_staleness <= sample.versions[0] and sample.versions[-1] <= version
             for place, (found, value, sampled_at) in enumerate(

