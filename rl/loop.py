@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rl.actors import RayPool
-from rl.algorithms import PROXIMAL, PolicyObjective
 from rl.april import complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
+from rl.update import learn
 from trainer import checkpoint
-from trainer.batch import TrainBatch, cross_entropy
+from trainer.batch import cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.loop import checkpoint_meta, save, start_ranks
-from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
-ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
@@ -54,6 +50,8 @@ class Reinforcement:
             pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
+            if self.config.algorithm.kl_coefficient > 0:
+                ranks.call("keep_reference", self.run.reference)
             pool.load_weights(ranks, start)
             self.loop(ranks, pool, buffer, start)
 
@@ -75,7 +73,7 @@ class Reinforcement:
                 pad_id=self.tokenizer.pad,
             )
             lr = learning_rate(version, config.loop.rounds, config.optimizer)
-            metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
+            metrics = {**result.metrics, **learn(ranks, batches, algorithm, lr, version), "time/rollout_s": rollout_s}
             clock = time.perf_counter()
             pool.load_weights(ranks, version + 1)
             metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
@@ -146,6 +144,7 @@ class Reinforcement:
             micro_rows=config.loop.micro_rows,
             batch_invariant=True,
             temperature=config.rollout.temperature,
+            value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
         )
 
@@ -182,25 +181,11 @@ class Reinforcement:
         else:
             ranks.call("load_model", self.start_from)
         self.warm_up(ranks)
+        if self.config.algorithm.kl_coefficient > 0:
+            self._write_reference(ranks)
         return 0, RolloutBuffer()
 
-
-def learn(ranks: Processes, batches: list[TrainBatch], objective: PolicyObjective, lr: float) -> dict[str, Value]:
-    """One optimizer step on each batch; their ratios are to the policy before the first. Returns the metrics of the round."""
-    if len(batches) == 1:
-        return ranks.call("learn", batches[0], objective, lr)[0]
-    clock = time.perf_counter()
-    proximal = [torch.cat(ranks.call("logprobs", batch)) for batch in batches]
-    waited = {"time/proximal_s": time.perf_counter() - clock}
-    batches = [replace(b, extras={**b.extras, PROXIMAL: logprobs}) for b, logprobs in zip(batches, proximal, strict=True)]
-    return waited | metrics_of_round([ranks.call("learn", batch, objective, lr)[0] for batch in batches])
-
-
-def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
-    """What counts work is added up, the expert loads are those of the last update, all else is a mean over updates."""
-    metrics: dict[str, Value] = {}
-    for key in {key: None for update in updates for key in update}:
-        values = [update[key] for update in updates if key in update]
-        numbers = [value for value in values if not isinstance(value, list)]
-        metrics[key] = (sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)) if numbers else values[-1]
-    return metrics
+    def _write_reference(self, ranks: Processes) -> None:
+        """The weights at the start of RL, once for all attempts: every one of them reads its reference policy there."""
+        files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
+        ranks.call("write_reference", self.run.reference, checkpoint_meta("rl", 0, self.model, self.run, {}), files)

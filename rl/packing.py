@@ -10,6 +10,7 @@ import torch
 
 from kernels.errors import UserError
 from rl.advantages import advantages, overlong_penalty, uncertainty_weight
+from rl.extras import ADVANTAGES, BEHAVIOUR, RESPONSES
 from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
 from trainer.config import AlgorithmConfig
@@ -42,10 +43,10 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
     A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass. So is, under
     off_policy=mask, a sample that weights before `weight_version` generated to the end.
     """
-    rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
-    lengths = [[sample.length for sample in group.samples] for group in groups]
     documents = []
-    for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
+    for group in groups:
+        rewards = [_shaped_reward(sample, config, max_new_tokens) for sample in group.samples]
+        found = advantages(rewards, config.advantage)
         weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
         for sample, advantage in zip(group.samples, found, strict=True):
             learned = tuple(config.off_policy != "mask" or version == weight_version for version in sample.versions)
@@ -108,7 +109,7 @@ def pack(
 
     A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
     padding has number -1. Only positions that predict a learned token have a weight: 1 / learned tokens of the document
-    for the mean over sequences, else 1. Extras `advantages` and `behaviour_logprobs` stand at all response tokens.
+    for the mean over sequences, else 1. The extras stand at all response tokens.
     Raises UserError when a document does not fit into a row.
     """
     assert documents, "nothing to pack"
@@ -118,6 +119,7 @@ def pack(
     targets_BS = torch.full(shape, pad_id, dtype=torch.int64)
     documents_BS = torch.full(shape, -1, dtype=torch.int32)
     weights_BS, advantages_BS, behaviour_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(3))
+    responses_BS = torch.zeros(shape, dtype=torch.bool)
     for row, members in enumerate(rows):
         start = 0
         for number, document in enumerate(members):
@@ -128,10 +130,11 @@ def pack(
             documents_BS[row, start:end] = number
             share = 1.0 / sum(document.learned) if aggregation == "sequence" else 1.0
             weights_BS[row, end - length : end] = torch.tensor(document.learned) * share
+            responses_BS[row, end - length : end] = True
             advantages_BS[row, end - length : end] = document.advantage
             behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)
             start = end
-    extras = {"advantages": advantages_BS, "behaviour_logprobs": behaviour_BS}
+    extras = {RESPONSES: responses_BS, ADVANTAGES: advantages_BS, BEHAVIOUR: behaviour_BS}
     return TrainBatch(tokens_BS, targets_BS, documents_BS, weights_BS, extras)
 
 

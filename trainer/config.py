@@ -280,7 +280,8 @@ class RolloutConfig(Record):
 
 
 Band = tuple[float, float]  # lowest and highest ratio
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+PER_TOKEN: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline", "gae")  # a token has an advantage of its own
 
 
 class AlgorithmConfig(Record):
@@ -288,6 +289,12 @@ class AlgorithmConfig(Record):
 
     advantage: Estimator
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
+    gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
+    value_lr: float = Field(gt=0)  # gae: learning rate of the value head
+    value_coefficient: float = Field(gt=0)  # gae: weight of the value loss, which moves the policy's trunk too
+    value_clip: float | None = Field(gt=0)  # gae: an update trusts values that moved by at most so much
+    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
@@ -296,6 +303,8 @@ class AlgorithmConfig(Record):
     dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
     sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
     entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
+    kl_coefficient: float = Field(ge=0)  # weight of the divergence from the policy at the start of RL; 0: that is not kept
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
     off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
@@ -309,11 +318,25 @@ class AlgorithmConfig(Record):
         for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
             if band is not None and not 0 <= band[0] <= 1 <= band[1]:
                 raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.kl_in_reward and self.advantage not in PER_TOKEN:
+            raise ValueError(
+                f"kl_estimator=k1 stands in the rewards of single tokens, and advantage={self.advantage} has one reward for a "
+                f"response; choose kl_estimator=k3, k2 or unbiased, or advantage={', '.join(PER_TOKEN)}"
+            )
+        if self.uncertainty_focus > 0 and self.advantage in PER_TOKEN:
+            raise ValueError(
+                f"uncertainty_focus ({self.uncertainty_focus}) weighs groups, and advantage={self.advantage} compares tokens "
+                "of all groups; set uncertainty_focus=0, or choose advantage=grpo"
+            )
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
         if min(self.sapo_temperatures) <= 0:
             raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
         return self
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coefficient > 0 and self.kl_estimator == "k1"
 
 
 class LoopConfig(Record):
