@@ -24,7 +24,8 @@ class PolicyObjective:
 
     `batch.extras` (rl/extras.py) holds PROXIMAL where a round takes several optimizer steps. With one step the proximal policy
     is the one being trained: its log-probabilities are those of this very forward pass, detached. A ratio to it is 1 then, and
-    no clip acts on it. k1 is not in the loss but in the reward (rl/returns.py); the last term needs a value head.
+    no clip acts on it. Under staged PROXIMAL is, token by token, the policy of the version that wrote it. k1 is not in the loss
+    but in the reward (rl/returns.py); the last term needs a value head.
     """
 
     config: AlgorithmConfig
@@ -59,7 +60,7 @@ class PolicyObjective:
 
     def _ratios(self, logprobs_BS: Tensor, proximal_BS: Tensor, behaviour_BS: Tensor) -> Ratios:
         match self.config.off_policy:
-            case "recompute" | "mask":
+            case "recompute" | "mask" | "staged":
                 return recompute(logprobs_BS, proximal_BS)
             case "bypass":
                 return bypass(logprobs_BS, behaviour_BS)

@@ -11,8 +11,9 @@ from rl.actors import RayPool
 from rl.april import complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
-from rl.packing import documents_of, pack_demonstrations, policy_batches
+from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
+from rl.staged import stage
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
 from rl.update import learn
 from trainer import checkpoint
@@ -64,14 +65,10 @@ class Reinforcement:
             clock = time.perf_counter()
             result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
             rollout_s = time.perf_counter() - clock
-            batches = policy_batches(
-                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
-                algorithm,
-                config.rollout.max_new_tokens,
-                sequence_length=config.loop.sequence_length,
-                rows_multiple_of=self.ranks,
-                pad_id=self.tokenizer.pad,
-            )
+            if algorithm.off_policy == "staged":
+                result = stage(ranks, result, buffer, version, **self.rows)
+            documents = documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens)
+            batches = policy_batches(documents, algorithm, config.rollout.max_new_tokens, **self.rows)
             lr = learning_rate(version, config.loop.rounds, config.optimizer)
             metrics = {**result.metrics, **learn(ranks, batches, algorithm, lr, version), "time/rollout_s": rollout_s}
             clock = time.perf_counter()
@@ -114,16 +111,16 @@ class Reinforcement:
 
     def warm_up(self, ranks: Processes) -> None:
         """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""
-        warmup, length = self.config.warmup, self.config.loop.sequence_length
+        warmup, rows = self.config.warmup, self.rows
         index = 0
         for step in range(warmup.steps):
             pairs, used = [], 0
-            while used < warmup.batch_rows * length:
+            while used < warmup.batch_rows * rows["sequence_length"]:
                 prompt, answer = self.task.demonstration(index)
                 pairs.append((self._ids(prompt), [*self.tokenizer.encode(answer), self.tokenizer.eos]))
                 used += sum(map(len, pairs[-1]))
                 index += 1
-            batch = pack_demonstrations(pairs, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
+            batch = pack_demonstrations(pairs, **rows)
             loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
@@ -147,6 +144,10 @@ class Reinforcement:
             value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
         )
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(sequence_length=self.config.loop.sequence_length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
 
     @property
     def engine_settings(self) -> EngineSettings:

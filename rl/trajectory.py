@@ -21,14 +21,19 @@ UIDS_PER_GROUP = 1 << 16
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature."""
+    """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
+
+    `trainer_logprobs` are those that the trainer gives them under the same weights, where somebody asked it (rl/staged.py).
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: int
+    trainer_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+        assert self.trainer_logprobs is None or len(self.trainer_logprobs) == len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ class Sample:
     def logprobs(self) -> tuple[float, ...]:
         """One behaviour log-probability a response token."""
         return tuple(value for segment in self.segments for value in segment.logprobs)
+
+    @property
+    def trainer_logprobs(self) -> tuple[float, ...]:
+        """One a response token; every segment must have them."""
+        found: list[float] = []
+        for segment in self.segments:
+            assert segment.trainer_logprobs is not None, f"the trainer was not asked about all tokens of sample {self.uid}"
+            found += segment.trainer_logprobs
+        return tuple(found)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -179,6 +193,12 @@ class RolloutBuffer:
         self._surplus.extend(surplus)
         self._in_flight = ()
 
+    def change(self, changed: Callable[[Group], Group]) -> None:
+        """Replaces every group by `changed(group)`, between rounds."""
+        assert not self._in_flight, "groups change between rounds"
+        self._recycled = deque(map(changed, self._recycled))
+        self._surplus = deque(map(changed, self._surplus))
+
     def to_state(self) -> dict[str, Any]:
         """A JSON-able dict; `from_state` makes an equal buffer from it, floats bit by bit (JSON writes them by repr)."""
         surplus = [group for group in self._in_flight if group.done]
@@ -212,21 +232,33 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
         "prompt_ids": list(sample.prompt_ids),
         "status": sample.status,
         "reward": sample.reward,
-        "segments": [
-            {"token_ids": list(s.token_ids), "logprobs": list(s.logprobs), "weight_version": s.weight_version}
-            for s in sample.segments
-        ],
+        "segments": [_segment_state(segment) for segment in sample.segments],
     }
+
+
+def _segment_state(segment: Segment) -> dict[str, Any]:
+    state = {
+        "token_ids": list(segment.token_ids),
+        "logprobs": list(segment.logprobs),
+        "weight_version": segment.weight_version,
+    }
+    if segment.trainer_logprobs is not None:
+        state["trainer_logprobs"] = list(segment.trainer_logprobs)
+    return state
+
+
+def _segment_from(state: dict[str, Any]) -> Segment:
+    asked = tuple(state["trainer_logprobs"]) if "trainer_logprobs" in state else None
+    return Segment(tuple(state["token_ids"]), tuple(state["logprobs"]), state["weight_version"], asked)
 
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:
     assert state["status"] in get_args(Status), state["status"]
-    segments = tuple(Segment(tuple(s["token_ids"]), tuple(s["logprobs"]), s["weight_version"]) for s in state["segments"])
     return Sample(
         uid=state["uid"],
         group=group,
         prompt_ids=tuple(state["prompt_ids"]),
-        segments=segments,
+        segments=tuple(map(_segment_from, state["segments"])),
         status=state["status"],
         reward=state["reward"],
     )

@@ -39,10 +39,11 @@ def prepared(ranks: Processes, batches: list[TrainBatch], config: AlgorithmConfi
     """The batches with all that must be known before the first update: predictions, and advantages that are made of them.
 
     With one update the proximal policy is the one being trained, so its log-probabilities need no pass of their own, unless a
-    penalty within the reward asks for them.
+    penalty within the reward asks for them. Under off_policy=staged they have come with the samples.
     """
     reference = config.kl_coefficient > 0
-    policy = len(batches) > 1 or config.advantage == "gae" or config.kl_in_reward
+    known = PROXIMAL in batches[0].extras
+    policy = config.advantage == "gae" or (not known and (len(batches) > 1 or config.kl_in_reward))
     metrics: dict[str, Value] = {}
     if policy or reference:
         clock = time.perf_counter()
@@ -57,7 +58,7 @@ def prepared(ranks: Processes, batches: list[TrainBatch], config: AlgorithmConfi
 def _predicted(ranks: Processes, batch: TrainBatch, policy: bool, reference: bool) -> TrainBatch:
     shares = ranks.call("predict", batch, policy, reference)
     whole = {NAMES[name]: torch.cat([share[name] for share in shares]) for name in shares[0]}
-    return replace(batch, extras={**batch.extras, **whole})
+    return replace(batch, extras={**whole, **batch.extras})  # what the batch brought along stays
 
 
 def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:

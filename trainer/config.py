@@ -307,7 +307,7 @@ class AlgorithmConfig(Record):
     kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
-    off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
     sequence_band: Band | None  # the same for whole responses, of the geometric mean

@@ -113,6 +113,7 @@ _DECLARED = (
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
     Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of log-probabilities and values before the updates"),
+    Metric("time/staged_s", "s", "staging", ".2f", "wall time of the trainer's log-probabilities of the round's new tokens"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
