@@ -141,6 +141,7 @@ class Reinforcement:
             micro_rows=config.loop.micro_rows,
             batch_invariant=True,
             temperature=config.rollout.temperature,
+            freeze_router=config.loop.freeze_router,
             value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
         )

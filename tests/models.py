@@ -60,6 +60,7 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "micro_rows": 1,
         "batch_invariant": False,
         "temperature": 1.0,
+        "freeze_router": False,
         "value_lr": None,
         "seed": 3,
     }

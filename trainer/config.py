@@ -345,6 +345,7 @@ class LoopConfig(Record):
     micro_rows: int = Field(gt=0)
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: bool
+    freeze_router: bool  # the gates keep their weights; the selection bias follows `balance`
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)

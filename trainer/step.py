@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class TrainerSpec:
     micro_rows: int
     batch_invariant: bool  # forward passes give a token the bits that an engine gives it (kernels/linear.py)
     temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
+    freeze_router: bool  # the gates' weights keep their values; the selection bias follows `balance`
     value_lr: float | None  # learning rate of the value head; None: there is none
     seed: int
 
@@ -67,7 +68,9 @@ class Trainer:
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
-        self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
+        self.model.to(world.device)
+        frozen = self.model.gate_weights() if spec.freeze_router else []
+        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, frozen)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         lr = spec.value_lr
         self.value_head = None if lr is None else ValueHead(config.hidden_size, world, spec.adamw, lr)
@@ -86,55 +89,72 @@ class Trainer:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
             entropy, gradient norm, learned tokens, balance.
         """
-        told, counts_LE, micro_batches = self._walk(batch, objective, self._backward)
+        batch = batch.to(self.world.device)
+        weight, denominator = self._weight(batch)
+        totals, counts_LE = self._gradients(batch, objective, denominator)
         norm = self.dense.step(lr, self.experts)
         if self.value_head is not None:
             self.value_head.step()
         self.updates += 1
-        balance = self._balance(counts_LE)
-        placement = self.materialisation.observe(counts_LE, micro_batches, self.updates) if self.world.size > 1 else {}
+        told = self._means(totals, weight, batch)
+        balance = self._balance(self.world.sum(counts_LE))
+        micros = -(-batch.num_rows // self.spec.micro_rows)
+        placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
         return {**told, **balance, **placement, "train/grad_norm": norm, "train/lr": lr}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
         """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
         assert self.value_head is not None, "this trainer has no value head"
-        told, _, _ = self._walk(batch, objective, lambda loss, last: loss.backward(), trunk=False)
-        self.value_head.step()
-        return told
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        with self.experts.arena.backward_pass():
-            self.dense.backward(loss, last=last)
-
-    def _walk(
-        self, batch: TrainBatch, objective: Objective, backward: Callable[[Tensor, bool], None], trunk: bool = True
-    ) -> tuple[dict[str, float], Tensor, int]:
-        """Forward and backward over all micro-batches; without `trunk` the value head alone gets a gradient.
-
-        Returns:
-            (metrics of the global batch, tokens per expert of all ranks, micro-batches).
-        """
         batch = batch.to(self.world.device)
+        weight, denominator = self._weight(batch)
+        totals, _ = self._gradients(batch, objective, denominator, trunk=False)
+        self.value_head.step()
+        return self._means(totals, weight, batch)
+
+    def _weight(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """(sum of the weights of all ranks, what the sum of weighted losses is divided by)."""
         weight = self.world.sum(batch.weights_BS.double().sum())
-        denominator = weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
-        tokens = self.world.sum((batch.weights_BS > 0).sum())
+        return weight, weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
+
+    def _means(self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch) -> dict[str, float]:
+        """Metrics of the global batch from this rank's weighted sums."""
+        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
+        return {**means, "train/tokens": int(self.world.sum((batch.weights_BS > 0).sum()))}
+
+    def _gradients(
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward and backward over all micro-batches; (this rank's weighted sums of the metrics, tokens per expert).
+
+        Without `trunk` the value head alone gets a gradient.
+        """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
         starts = range(0, batch.num_rows, self.spec.micro_rows)
         for start in starts:
             micro = batch.rows(start, start + self.spec.micro_rows)
-            predicted, counts = self._forward(micro, self.weights, trunk)
-            result = objective(predicted, micro)
-            # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
-            loss = (result.loss_BS * micro.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
-            backward(loss, start == starts[-1])
+            loss, sums, counts = self._micro_batch(micro, objective, denominator, trunk)
+            if trunk:
+                with self.experts.arena.backward_pass():
+                    self.dense.backward(loss, last=start == starts[-1])
+            else:
+                loss.backward()
             counts_LE += counts
-            metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
-            for name, value in metrics.items():
-                total = (value.detach() * micro.weights_BS).double().sum()
-                totals[name] = totals.get(name, 0) + total
-        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
-        return {**means, "train/tokens": int(tokens)}, self.world.sum(counts_LE), len(starts)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value
+        return totals, counts_LE
+
+    def _micro_batch(
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
+        predicted, counts_LE = self._forward(batch, self.weights, trunk)
+        result = objective(predicted, batch)
+        # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
+        loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
+        metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
+        sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
+        return loss, sums, counts_LE
 
     @property
     def weights(self) -> Weights:

@@ -50,15 +50,12 @@ def batch_of(seed: int) -> TrainBatch:
 
 
 def told(**changes: Any) -> TrainerSpec:
-    return spec(tiny_model(), value_lr=VALUE_LR, **{"micro_rows": 2, **changes})
+    model = tiny_model(**changes.pop("model", {}))
+    return spec(model, value_lr=VALUE_LR, **{"micro_rows": 2, **changes})
 
 
 def meta_of(trainer: Trainer, step: int) -> CheckpointMeta:
     return CheckpointMeta("rl", step, trainer.updates, trainer.spec.model.model_dump(mode="json"), "unknown", {})
-
-
-def share_of(tensor: Tensor, world: World) -> Tensor:
-    return tensor.chunk(world.size)[world.rank]
 
 
 def own(batch: TrainBatch, world: World) -> TrainBatch:
@@ -69,9 +66,9 @@ def gathered(values: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """The rows of all ranks; every rank has equally many."""
     whole = {}
     for name, rows in values.items():
-        places = torch.zeros(world.size, *rows.shape)
-        places[world.rank] = rows
-        whole[name] = world.sum(places).flatten(0, 1)
+        places = torch.zeros(world.size, *rows.shape, device=world.device)
+        places[world.rank] = rows.to(world.device)
+        whole[name] = world.sum(places).flatten(0, 1).cpu()
     return whole
 
 
