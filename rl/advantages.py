@@ -1,10 +1,7 @@
 """Advantages: how much better a sample is than what the policy does on average. Plain numbers, no tensors.
 
-What rl/returns.py makes advantages of single tokens from, it gets from here too: the reward of a sample, less its group's mean
-or not.
-
-A group is the samples of one prompt. A sample that could not be judged (None) takes no part in any
-mean and gets None.
+Advantages of single tokens come from rl/returns.py and what a sample earned: its reward, less its group's mean or not. A group
+is the samples of one prompt. A sample that could not be judged (None) takes no part in any mean and gets None.
 """
 
 from __future__ import annotations

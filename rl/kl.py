@@ -8,8 +8,7 @@ With d = log(policy / reference) of a token that the policy sampled,
     k3          exp(-d) - 1 + d         mean KL, never negative; as a loss its gradient is that of KL(reference || policy)
     unbiased    weight * k3             mean and gradient are those of the KL, whoever sampled the token
 
-where weight = policy / sampling policy. Pure functions, elementwise, of log-probabilities at the rollout
-temperature.
+where weight = policy / sampling policy. Pure functions, elementwise, of log-probabilities at the rollout temperature.
 """
 
 from __future__ import annotations
