@@ -16,7 +16,7 @@ from parallel.topology import World
 from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL, REFERENCE, RETURNS, VALUES
 from rl.packing import Document, pack
-from rl.returns import with_token_advantages
+from rl.returns import explained_variance, with_token_advantages
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
@@ -211,3 +211,19 @@ def both(world: World, spec: TrainerSpec, folder: str) -> dict[str, Tensor]:
 def test_a_reference_rounds_as_the_trainer_does(tmp_path: Path, dtype: str) -> None:
     (found,) = run_ranks(both, 1, told(dtype=dtype), str(tmp_path / "reference"))
     assert torch.equal(found["logprobs"], found["reference_logprobs"])
+
+
+def explained_after(world: World, spec: TrainerSpec, updates: int) -> float:
+    trainer, batch = Trainer(spec, world), batch_of(2)
+    signs = torch.where(batch.targets_BS % 2 == 0, 1.0, -1.0)  # what comes next decides, and the hidden state knows it in part
+    batch = replace(batch, extras={**batch.extras, VALUES: torch.zeros_like(signs), RETURNS: signs})
+    objective = PolicyObjective(algorithm_config(advantage="gae", value_clip=None, off_policy="recompute"))
+    for _ in range(updates):
+        trainer.learn_values(batch, objective)
+    values = trainer.predict(batch, policy=True, reference=False)["values"]
+    return explained_variance([values], [signs], [batch.weights_BS > 0])
+
+
+def test_the_head_alone_learns_to_predict_returns() -> None:
+    none, many = (run_ranks(explained_after, 1, told(micro_rows=8), updates)[0] for updates in (0, 300))
+    assert none == 0 and many > 0.3
