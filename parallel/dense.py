@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,33 @@ class DenseZeRO:
     """A dense module under ZeRO stage 1 or 2. ZeRO averages gradients over the ranks, so a rank passes its part of the global
     loss times the world size."""
 
-    def __init__(self, module: nn.Module, world: World, dtype: torch.dtype, settings: AdamWSettings, stage: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        dtype: torch.dtype,
+        settings: AdamWSettings,
+        stage: int,
+        frozen: Sequence[Tensor] = (),
+    ) -> None:
+        """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
+
+        ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without.
+        """
         import deepspeed  # after RANK and WORLD_SIZE are set; it also takes a second
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # The shared-memory all-reduce of the CPU backend serves inference only, and would be compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        for parameter in frozen:
+            parameter.register_hook(torch.zeros_like)  # before ZeRO sees the gradient
         self.world = world
         self.clip_norm = settings.clip_norm
         self.module = module
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(list(module.parameters()), settings),
+            optimizer=adamw(list(module.parameters()), settings, frozen),
             config={
                 "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; rows are counted by the trainer
                 "gradient_accumulation_steps": 1,

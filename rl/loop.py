@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from kernels.errors import UserError
 from rl.actors import RayPool, SyncedPool
-from rl.algorithms import PROXIMAL, PolicyObjective
 from rl.april import OverlappingPool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
-from rl.packing import documents_of, pack_demonstrations, policy_batches
+from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
+from rl.staged import stage
 from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from rl.turns import TurnPool, with_answer
+from rl.update import learn
 from trainer import checkpoint
-from trainer.batch import TrainBatch, cross_entropy
+from trainer.batch import cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
@@ -37,7 +36,6 @@ from trainer.step import TrainerSpec
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
-ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
@@ -63,6 +61,8 @@ class Reinforcement:
         with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
+            if self.config.algorithm.kl_coefficient > 0:
+                ranks.call("keep_reference", self.run.reference)
             pool.load_weights(ranks, start, self.config.sync)
             self.loop(ranks, pool, buffer, start)
 
@@ -94,6 +94,8 @@ class Reinforcement:
             update = partial(self._update, ranks, version, began, metrics)
             overlapped = update if config.rollout.overlap else None
             result = rollout_round(self.turns(pool), buffer, self.prompt_ids, config.rollout, version, self.score, overlapped)
+            if config.algorithm.off_policy == "staged":
+                result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:
                 update(result.groups)
             metrics |= result.metrics
@@ -111,16 +113,10 @@ class Reinforcement:
         """Learns the groups of a round that began at `started`; adds to `metrics`."""
         config, algorithm = self.config, self.config.algorithm
         metrics["time/rollout_s"] = time.perf_counter() - started
-        batches = policy_batches(
-            documents_of(groups, algorithm, version, config.rollout.max_new_tokens),
-            algorithm,
-            config.rollout.max_new_tokens,
-            sequence_length=config.loop.sequence_length,
-            rows_multiple_of=self.ranks,
-            pad_id=self.tokenizer.pad,
-        )
+        documents = documents_of(groups, algorithm, version, config.rollout.max_new_tokens)
+        batches = policy_batches(documents, algorithm, config.rollout.max_new_tokens, **self.rows)
         lr = learning_rate(version, config.loop.rounds, config.optimizer)
-        metrics |= learn(ranks, batches, PolicyObjective(algorithm), lr)
+        metrics |= learn(ranks, batches, algorithm, lr, version)
 
     def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
         loop = self.config.loop
@@ -185,19 +181,17 @@ class Reinforcement:
 
     def warm_up(self, ranks: Processes) -> None:
         """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""
-        warmup, length = self.config.warmup, self.config.loop.sequence_length
+        warmup, rows = self.config.warmup, self.rows
         index = 0
         for step in range(warmup.steps):
             examples, used = [], 0
-            while used < warmup.batch_rows * length:
+            while used < warmup.batch_rows * rows["sequence_length"]:
                 prompt, shown = self.task.demonstration(index)
                 ids = self._ids(prompt)
                 examples.append((ids, *self._demonstrated((shown,) if isinstance(shown, str) else shown)))
                 used += len(ids) + len(examples[-1][1])
                 index += 1
-            batch = pack_demonstrations(
-                examples, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad
-            )
+            batch = pack_demonstrations(examples, **rows)
             loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
@@ -228,8 +222,14 @@ class Reinforcement:
             micro_rows=config.loop.micro_rows,
             batch_invariant=True,
             temperature=config.rollout.temperature,
+            freeze_router=config.loop.freeze_router,
+            value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
         )
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(sequence_length=self.config.loop.sequence_length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -264,25 +264,11 @@ class Reinforcement:
         else:
             ranks.call("load_model", self.start_from)
         self.warm_up(ranks)
+        if self.config.algorithm.kl_coefficient > 0:
+            self._write_reference(ranks)
         return 0, RolloutBuffer()
 
-
-def learn(ranks: Processes, batches: list[TrainBatch], objective: PolicyObjective, lr: float) -> dict[str, Value]:
-    """One optimizer step on each batch; their ratios are to the policy before the first. Returns the metrics of the round."""
-    if len(batches) == 1:
-        return ranks.call("learn", batches[0], objective, lr)[0]
-    clock = time.perf_counter()
-    proximal = [torch.cat(ranks.call("logprobs", batch)) for batch in batches]
-    waited = {"time/proximal_s": time.perf_counter() - clock}
-    batches = [replace(b, extras={**b.extras, PROXIMAL: logprobs}) for b, logprobs in zip(batches, proximal, strict=True)]
-    return waited | metrics_of_round([ranks.call("learn", batch, objective, lr)[0] for batch in batches])
-
-
-def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
-    """What counts work is added up, the expert loads are those of the last update, all else is a mean over updates."""
-    metrics: dict[str, Value] = {}
-    for key in {key: None for update in updates for key in update}:
-        values = [update[key] for update in updates if key in update]
-        numbers = [value for value in values if not isinstance(value, list)]
-        metrics[key] = (sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)) if numbers else values[-1]
-    return metrics
+    def _write_reference(self, ranks: Processes) -> None:
+        """The weights at the start of RL, once for all attempts: every one of them reads its reference policy there."""
+        files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
+        ranks.call("write_reference", self.run.reference, checkpoint_meta("rl", 0, self.model, self.run, {}), files)

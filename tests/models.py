@@ -60,6 +60,8 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "micro_rows": 1,
         "batch_invariant": False,
         "temperature": 1.0,
+        "freeze_router": False,
+        "value_lr": None,
         "seed": 3,
     }
     return TrainerSpec(**{**values, **changes})

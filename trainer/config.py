@@ -303,7 +303,8 @@ class SyncConfig(Record):
 
 
 Band = tuple[float, float]  # lowest and highest ratio
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+PER_TOKEN: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline", "gae")  # a token has an advantage of its own
 
 
 class AlgorithmConfig(Record):
@@ -311,6 +312,12 @@ class AlgorithmConfig(Record):
 
     advantage: Estimator
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
+    gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
+    value_lr: float = Field(gt=0)  # gae: learning rate of the value head
+    value_coefficient: float = Field(gt=0)  # gae: weight of the value loss, which moves the policy's trunk too
+    value_clip: float | None = Field(gt=0)  # gae: an update trusts values that moved by at most so much
+    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
@@ -319,9 +326,11 @@ class AlgorithmConfig(Record):
     dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
     sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
     entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
+    kl_coefficient: float = Field(ge=0)  # weight of the divergence from the policy at the start of RL; 0: that is not kept
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
-    off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
     sequence_band: Band | None  # the same for whole responses, of the geometric mean
@@ -332,11 +341,25 @@ class AlgorithmConfig(Record):
         for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
             if band is not None and not 0 <= band[0] <= 1 <= band[1]:
                 raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.kl_in_reward and self.advantage not in PER_TOKEN:
+            raise ValueError(
+                f"kl_estimator=k1 stands in the rewards of single tokens, and advantage={self.advantage} has one reward for a "
+                f"response; choose kl_estimator=k3, k2 or unbiased, or advantage={', '.join(PER_TOKEN)}"
+            )
+        if self.uncertainty_focus > 0 and self.advantage in PER_TOKEN:
+            raise ValueError(
+                f"uncertainty_focus ({self.uncertainty_focus}) weighs groups, and advantage={self.advantage} compares tokens "
+                "of all groups; set uncertainty_focus=0, or choose advantage=grpo"
+            )
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
         if min(self.sapo_temperatures) <= 0:
             raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
         return self
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coefficient > 0 and self.kl_estimator == "k1"
 
 
 class LoopConfig(Record):
@@ -345,6 +368,7 @@ class LoopConfig(Record):
     micro_rows: int = Field(gt=0)
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: bool
+    freeze_router: bool  # the gates keep their weights; the selection bias follows `balance`
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)
@@ -377,6 +401,11 @@ class RLConfig(RunConfig):
                 "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
                 "(0) throws all of them away; raise it, or choose rollout=april"
             )
+        if self.rollout.overlap and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
+                "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
+            )
         if self.rollout.server is not None:
             self._consistent_with_server()
         elif self.rollout.server_reload is not None:
@@ -389,6 +418,11 @@ class RLConfig(RunConfig):
                 f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
                 "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
                 "or bypass"
+            )
+        if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged needs engines with the trainer's weights, and rollout.server keeps its own "
+                "without rollout.server_reload; name it, or choose algorithm.off_policy=decoupled"
             )
         if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
             raise ValueError(

@@ -54,6 +54,8 @@ class Pretraining:
             micro_rows=self.config.train.micro_rows,
             batch_invariant=False,
             temperature=1.0,
+            freeze_router=False,
+            value_lr=None,
             seed=self.config.seed,
         )
 

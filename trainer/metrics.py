@@ -106,6 +106,16 @@ _DECLARED = (
     Metric(
         "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"
     ),
+    Metric(
+        "policy/kl_reference", "nats", "KL to reference", ".4f", "mean KL per token from the policy at the start of RL, by k3"
+    ),
+    Metric("value/loss", "", "value loss", ".4f", "mean of half the squared error of the value head, clipped"),
+    Metric(
+        "value/clip_share", "share", "values clipped", ".1%", "learned tokens whose value is held to that before the update"
+    ),
+    Metric(
+        "value/explained_variance", "", "explained variance", ".3f", "of the returns, by the values before the update; 1 is all"
+    ),
     Metric("policy/entropy", "nats", "policy entropy", ".3f", "mean entropy of the policy on the learned tokens"),
     Metric("sync/weights_s", "s", "weight sync", ".2f", "wall time to bring new weights to all engines"),
     Metric("sync/mib", "MiB", "weights sent", ".1f", "size of the update that each engine received"),
@@ -124,7 +134,8 @@ _DECLARED = (
         ".2f",
         "part of rollout, update and weight sync in which no engine generated",
     ),
-    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of the log-probabilities before the updates of a round"),
+    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of log-probabilities and values before the updates"),
+    Metric("time/staged_s", "s", "staging", ".2f", "wall time of the trainer's log-probabilities of the round's new tokens"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"

@@ -101,6 +101,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def reference(self) -> Path:
+        """The weights at the start of RL, a checkpoint without an optimizer, where a reference policy is kept."""
+        return self.path / "reference"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 

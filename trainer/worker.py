@@ -94,9 +94,14 @@ class TrainWorker:
         """One update on a batch given whole to every rank; each takes its equal part of the rows."""
         return self._learn(self._own_rows(batch), objective, lr, time.perf_counter())
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probabilities of the targets of a batch given whole to every rank; each returns those of its equal part."""
-        return self.trainer.logprobs(self._own_rows(batch))
+    def learn_values(self, batch: TrainBatch, objective: Objective) -> Metrics:
+        """The same for the value head alone."""
+        started = time.perf_counter()
+        return {**self.trainer.learn_values(self._own_rows(batch), objective), "time/train_s": time.perf_counter() - started}
+
+    def predict(self, batch: TrainBatch, policy: bool, reference: bool) -> dict[str, Tensor]:
+        """`Trainer.predict` of a batch given whole to every rank; each returns that of its equal part."""
+        return self.trainer.predict(self._own_rows(batch), policy, reference)
 
     def _own_rows(self, batch: TrainBatch) -> TrainBatch:
         share = batch.num_rows // self.world.size
@@ -133,6 +138,14 @@ class TrainWorker:
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
         return self.trainer.load(folder, with_moments)
+
+    def write_reference(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> None:
+        """Writes the weights as they are, without anything of the optimizer."""
+        checkpoint.write(folder, self.trainer.named_state(with_moments=False), meta, files, self.world)
+
+    def keep_reference(self, folder: Path) -> None:
+        """The policy of this checkpoint is the reference from here on."""
+        self.trainer.keep_reference(folder)
 
     def load_model(self, folder: Path) -> None:
         """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""
