@@ -170,6 +170,12 @@ def _pin(tensor: Tensor) -> None:
     weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
+def check_cpu_adam() -> None:
+    """Raises UserError if DeepSpeed's operator cannot be compiled or loaded on this machine."""
+    settings = AdamWSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    _cpu_adam([torch.zeros(8)], settings)
+
+
 def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:
     """DeepSpeed's operator, compiled by the first process that asks for it on a machine.
 
