@@ -76,6 +76,10 @@ class CPUAdamW(ExpertOptimizer):
             "weight_decay": self._settings.weight_decay * c1 / c2,
         }
 
+    def drop_gradients(self) -> None:
+        self._gradients.arrived()  # those under way must not come after
+        self._gradients.clear()
+
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:
         for row in range(len(self._experts)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +22,24 @@ from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
+from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
+from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
-ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
+ADDED_UP = (
+    "train/tokens",
+    "train/skipped",
+    "time/train_s",
+    "time/copies_exposed_s",
+    "moe/moved_mib",
+    "moe/owners_moved",
+)  # over updates
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
@@ -46,6 +56,7 @@ class Reinforcement:
     dtype: str
     run: RunDir
     tracker: Tracker
+    stop: StopRequest
 
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
@@ -55,7 +66,8 @@ class Reinforcement:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
             pool.load_weights(ranks, start)
-            self.loop(ranks, pool, buffer, start)
+            with self.stop.deferred():
+                self.loop(ranks, pool, buffer, start)
 
     def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
@@ -82,13 +94,16 @@ class Reinforcement:
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
     def _close_round(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
-        loop = self.config.loop
-        if done % loop.eval_every == 0 or done == loop.rounds:
+        loop, last = self.config.loop, done == self.config.loop.rounds
+        if done % loop.eval_every == 0 or last:
             metrics |= self.evaluate(pool)
-        if done % loop.checkpoint_every == 0 or done == loop.rounds:
+        stopping = self.stop.signal is not None and not last
+        if done % loop.checkpoint_every == 0 or last or stopping:
             metrics |= self._save(ranks, buffer, done)
         metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
         self.tracker.log(done, metrics)
+        if stopping:
+            self.stop.obey(f"after round {done}")
 
     # ------------------------------------------------------------ the task, in tokens
 
@@ -126,7 +141,7 @@ class Reinforcement:
                 used += sum(map(len, pairs[-1]))
                 index += 1
             batch = pack_demonstrations(pairs, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
-            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
+            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0].get("train/loss", math.nan)
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
         ranks.call("new_optimizer")
@@ -147,6 +162,7 @@ class Reinforcement:
             batch_invariant=True,
             temperature=config.rollout.temperature,
             seed=config.seed,
+            guard=Guard(config.loop.skip_nonfinite, spike_zscore=None, spike_window=2, on_spike="stop"),
         )
 
     @property

@@ -12,9 +12,11 @@ from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Placement, Processes
 from trainer.config import ClusterConfig, ModelConfig, PretrainConfig
 from trainer.data import Corpus
+from trainer.guard import Guard
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
+from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
 from trainer.worker import TrainWorker
 
@@ -30,17 +32,21 @@ class Pretraining:
     dtype: str
     run: RunDir
     tracker: Tracker
+    stop: StopRequest
 
     def attempt(self) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the end.
 
         Raises:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
+            Stopped: a signal asked for it; the last step is in a checkpoint.
         """
         with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
             ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
             ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
-            self.loop(ranks, start=self._restore(ranks))
+            start = self._restore(ranks)
+            with self.stop.deferred():
+                self.loop(ranks, start)
 
     @property
     def spec(self) -> TrainerSpec:
@@ -55,6 +61,12 @@ class Pretraining:
             batch_invariant=False,
             temperature=1.0,
             seed=self.config.seed,
+            guard=Guard(
+                self.config.train.skip_nonfinite,
+                self.config.train.spike_zscore,
+                self.config.train.spike_window,
+                self.config.train.on_spike,
+            ),
         )
 
     def loop(self, ranks: Processes, start: int) -> None:
@@ -68,9 +80,12 @@ class Pretraining:
             metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
-            if done % train.checkpoint_every == 0 or last:
+            stopping = self.stop.signal is not None and not last
+            if done % train.checkpoint_every == 0 or last or stopping:
                 metrics |= self._save(ranks, done)
             self.tracker.log(done, metrics)
+            if stopping:
+                self.stop.obey(f"after step {done}")
 
     def _save(self, ranks: Processes, step: int) -> dict[str, float]:
         position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
@@ -95,14 +110,16 @@ class Pretraining:
 def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
     engines = f" and {placement.engines} engines" if placement.engines else ""
-    tracker.say(f"starting {placement.ranks} trainer ranks{engines}")
+    hosts = dict.fromkeys(placement.hosts)
+    where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
+    tracker.say(f"starting {placement.ranks} trainer ranks{engines}{where}")
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
     ranks = Processes(
         {name: placement.actor(TrainWorker, name, rank, rank, run.log_file(name)) for rank, name in enumerate(names)}
     )
-    host, port = ranks.call_first("serve", cluster.host if cluster.address is None else None, cluster.start_timeout_s)
+    host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
-    ranks.call("build", spec)
+    ranks.call("build", spec, run.path / "refused")
     return ranks
 
 

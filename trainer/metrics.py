@@ -40,6 +40,7 @@ _DECLARED = (
     Metric("train/lr", "", "learning rate", ".2e", "learning rate of the update"),
     Metric("train/entropy", "nats", "entropy", ".3f", "mean entropy of the next-token distribution on the learned tokens"),
     Metric("train/tokens", "tokens", "tokens", ",.0f", "tokens that the update learned from, all ranks"),
+    Metric("train/skipped", "updates", "skipped", ".0f", "updates that the guard left out, because they would have done harm"),
     Metric("eval/loss", "nats", "eval loss", ".4f", "mean cross entropy of held-out tokens"),
     Metric(
         "eval/bits_per_byte", "bits/byte", "bits/byte", ".3f", "cross entropy of held-out text per byte, whatever the tokenizer"

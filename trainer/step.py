@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +28,17 @@ from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Attend, Transformer
 
+log = logging.getLogger("tessera")
+NOT_FINITE = "its gradient is not finite"
+WAY_OUT = {
+    True: "Lower optimizer.lr, or let training go on without such updates: skip_nonfinite of train or loop",
+    False: "Raise train.spike_zscore, or let training go on without such updates: train.on_spike=skip",
+}
 OWNERS, LOADS, MACHINE = "placement.owners", "placement.loads", "placement.machine"  # names in a checkpoint
 
 
@@ -48,12 +56,16 @@ class TrainerSpec:
     batch_invariant: bool  # forward passes give a token the bits that an engine gives it (kernels/linear.py)
     temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
     seed: int
+    guard: Guard
 
 
 class Trainer:
-    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it."""
+    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it.
 
-    def __init__(self, spec: TrainerSpec, world: World) -> None:
+    The rows of an update that the guard refuses are kept in the folder `refused`, if it is given.
+    """
+
+    def __init__(self, spec: TrainerSpec, world: World, refused: Path | None = None) -> None:
         config = spec.model
         dtype = getattr(torch, spec.dtype)
         self.spec, self.world = spec, world
@@ -67,6 +79,7 @@ class Trainer:
         self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         self.updates = 0
+        self.refused, self.refused_in_a_row, self.window = refused, 0, LossWindow(spec.guard)
 
     # ------------------------------------------------------------ one update
 
@@ -78,12 +91,32 @@ class Trainer:
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
-            entropy, gradient norm, learned tokens, balance.
+            entropy, gradient norm, learned tokens, balance. Of an update that the guard skips, only what is finite.
+
+        Raises:
+            UpdateRefused: the guard lets no such update pass; on all ranks, and nothing has been changed.
         """
         batch = batch.to(self.world.device)
         weight = self.world.sum(batch.weights_BS.double().sum())
         denominator = weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
         tokens = self.world.sum((batch.weights_BS > 0).sum())
+        totals, counts_LE = self._gradients(batch, objective, denominator)
+        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
+        norm = self.dense.norm(self.experts)
+        told = {**means, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
+        if (harm := self._harm(norm, means["train/loss"])) is not None:
+            self._refuse(harm, batch, objective, denominator)
+            return {**{name: value for name, value in told.items() if math.isfinite(value)}, "train/skipped": 1}
+        self.refused_in_a_row = 0
+        self.dense.step(lr, self.experts)
+        self.updates += 1
+        balance = self._balance(self.world.sum(counts_LE))
+        micros = -(-batch.num_rows // self.spec.micro_rows)
+        placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
+        return {**told, **balance, **placement}
+
+    def _gradients(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward and backward over all micro-batches; (this rank's weighted sums of the metrics, tokens per expert)."""
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
         starts = range(0, batch.num_rows, self.spec.micro_rows)
@@ -95,12 +128,43 @@ class Trainer:
             counts_LE += counts
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
-        norm = self.dense.step(lr, self.experts)
-        self.updates += 1
-        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
-        balance = self._balance(self.world.sum(counts_LE))
-        placement = self.materialisation.observe(counts_LE, len(starts), self.updates) if self.world.size > 1 else {}
-        return {**means, **balance, **placement, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
+        return totals, counts_LE
+
+    def _harm(self, norm: float, loss: float) -> str | None:
+        """Why an update must not be made; the same on every rank."""
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return NOT_FINITE
+        score = self.window.spike(loss)
+        if score is None:
+            return None
+        return f"the loss {loss:.4g} is {score:.1f} standard deviations above the last {self.spec.guard.spike_window}"
+
+    def _refuse(self, harm: str, batch: TrainBatch, objective: Objective, denominator: Tensor) -> None:
+        """Forgets the gradients and keeps the batch; raises UpdateRefused unless the guard goes on without this update."""
+        guard, update = self.spec.guard, self.updates + 1
+        self.dense.drop(self.experts)
+        fault = self._find_fault(batch, objective, denominator) if harm == NOT_FINITE else None
+        where = "" if harm != NOT_FINITE else f", beginning in {fault}" if fault else ", but not when the batch is taken again"
+        kept = ""
+        if self.refused is not None:
+            keep_batch(batch, self.refused, update, self.world.rank)
+            kept = f"; the batch is in {self.refused}/update_{update:06d}_rank_*.safetensors"
+        self.refused_in_a_row += 1
+        told = f"update {update} is refused: {harm}{where}; nothing was changed{kept}"
+        skips = self.refused_in_a_row <= guard.skip_nonfinite if harm == NOT_FINITE else guard.on_spike == "skip"
+        if not skips:
+            raise UpdateRefused(f"{told}. {WAY_OUT[harm == NOT_FINITE]}")
+        log.warning("%s", told)
+
+    def _find_fault(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> Fault | None:
+        """Takes the batch again, looking at every output and gradient. Leaves no gradients behind."""
+        finder = FaultFinder(self.model, self.world.rank)
+        with finder.watching():
+            self._gradients(batch, objective, denominator)
+        bad = self.experts.bad_gradient()
+        own = Fault(2, 0, self.world.rank, bad) if finder.fault is None and bad is not None else finder.fault
+        self.dense.drop(self.experts)
+        return first_fault(own, self.world)
 
     def _micro_batch(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor

@@ -6,8 +6,8 @@ Methods that the driver calls on all ranks at once are collective. Their results
 from __future__ import annotations
 
 import logging
+import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from kernels.rows import LANE
 from parallel.expert_shards import PARTS
-from parallel.topology import World, join, leave, serve_store
+from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.config import ModelConfig
@@ -53,21 +53,21 @@ class TrainWorker:
     def pid(self) -> int:
         return os.getpid()
 
-    def serve(self, host: str | None, timeout_s: float) -> tuple[str, int]:
-        """Rank 0 only: opens the store where the ranks meet, on `host` or this node's address; returns (host, port)."""
-        host = host or socket.gethostbyname(socket.gethostname())
+    def serve(self, host: str, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 only: opens the store where the ranks meet, on `host`, its node's address; returns (host, port)."""
         self.store = serve_store(host, timeout_s)
         return host, self.store.port
 
     def join(self, host: str, port: int, size: int, timeout_s: float) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        use_interface_to(host, port)
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
         self.world = join(self.store, self.rank, size, device, timeout_s)
         log.info("rank %d of %d has joined on %s", self.rank, size, device)
 
-    def build(self, spec: TrainerSpec) -> None:
-        self.trainer = Trainer(spec, self.world)
+    def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
+        self.trainer = Trainer(spec, self.world, refused)
 
     def leave(self) -> None:
         leave(self.world)
@@ -103,7 +103,7 @@ class TrainWorker:
     def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
         metrics = self.trainer.learn(batch, objective, lr)
         metrics["time/train_s"] = time.perf_counter() - started
-        log.info("update %d loss %.17g", self.trainer.updates, metrics["train/loss"])
+        log.info("update %d loss %.17g", self.trainer.updates, metrics.get("train/loss", math.nan))
         return metrics
 
     def evaluate(self, rows: int) -> Metrics:

@@ -9,7 +9,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import ProcessLost, check_port, choose_ranks, supervise
+from trainer.cluster import ProcessLost, check_cluster, choose_ranks, supervise
 from trainer.config import ClusterConfig, PretrainConfig
 from trainer.worker import check_division
 
@@ -63,8 +63,8 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
-            check_port(cluster(dashboard=True, dashboard_port=port))
-        check_port(cluster(dashboard=False, dashboard_port=port))
+            check_cluster(cluster(dashboard=True, dashboard_port=port))
+        check_cluster(cluster(dashboard=False, dashboard_port=port))
 
 
 def test_ranks_are_as_asked() -> None:
