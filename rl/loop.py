@@ -18,12 +18,11 @@ from rl.engine.sampler import Sampling
 from rl.packing import documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Prompt, Task
 from rl.trajectory import RolloutBuffer, Sample, fresh_group
-from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.guard import Guard
-from trainer.loop import checkpoint_meta, save, start_ranks
+from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
@@ -99,7 +98,7 @@ class Reinforcement:
             metrics |= self.evaluate(pool)
         stopping = self.stop.signal is not None and not last
         if done % loop.checkpoint_every == 0 or last or stopping:
-            metrics |= self._save(ranks, buffer, done)
+            metrics |= self._save(ranks, buffer, done, wait=last or stopping)
         metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
         self.tracker.log(done, metrics)
         if stopping:
@@ -177,19 +176,19 @@ class Reinforcement:
             eos_id=self.tokenizer.eos,
         )
 
-    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
+    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
         meta = checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
-        tokenizer = self.start_from / "tokenizer.json"
-        return save(ranks, self.run, meta, tokenizer, buffer.to_state(), self.config.loop.keep_checkpoints)
+        tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
+        return save(ranks, self.run, self.tracker, meta, tokenizer, buffer.to_state(), keep, wait)
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
         """(rounds done, buffer), after the ranks have their weights."""
-        found = checkpoint.available(self.run.checkpoints)
-        if found:
-            meta = ranks.call("load", found[-1], True)[0]
-            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        loaded = load_newest(ranks, self.run, self.tracker)
+        if loaded is not None:
+            folder, meta = loaded
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self.run.rewind(meta.step)
-            self.tracker.say(f"continuing after round {meta.step} from {found[-1]}")
+            self.tracker.say(f"continuing after round {meta.step} from {folder}")
             return meta.step, RolloutBuffer.from_state(state)
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")

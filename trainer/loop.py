@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Placement, Processes
@@ -82,25 +83,26 @@ class Pretraining:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
             stopping = self.stop.signal is not None and not last
             if done % train.checkpoint_every == 0 or last or stopping:
-                metrics |= self._save(ranks, done)
+                metrics |= self._save(ranks, done, wait=last or stopping)
             self.tracker.log(done, metrics)
             if stopping:
                 self.stop.obey(f"after step {done}")
 
-    def _save(self, ranks: Processes, step: int) -> dict[str, float]:
+    def _save(self, ranks: Processes, step: int, wait: bool) -> dict[str, float]:
         position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
         meta = checkpoint_meta("pretrain", step, self.model, self.run, position)
-        return save(ranks, self.run, meta, self.corpus.tokenizer_file, {}, self.config.train.keep_checkpoints)
+        keep = self.config.train.keep_checkpoints
+        return save(ranks, self.run, self.tracker, meta, self.corpus.tokenizer_file, {}, keep, wait)
 
     def _restore(self, ranks: Processes) -> int:
-        found = checkpoint.available(self.run.checkpoints)
-        if not found:
+        loaded = load_newest(ranks, self.run, self.tracker)
+        if loaded is None:
             self.run.rewind(-1)
             return 0
-        meta: CheckpointMeta = ranks.call("load", found[-1], True)[0]
-        self.corpus.require_same(meta.position["corpus"], found[-1])
+        folder, meta = loaded
+        self.corpus.require_same(meta.position["corpus"], folder)
         self.run.rewind(meta.step)
-        self.tracker.say(f"continuing after step {meta.step} from {found[-1]}")
+        self.tracker.say(f"continuing after step {meta.step} from {folder}")
         return meta.step
 
 
@@ -128,13 +130,49 @@ def checkpoint_meta(kind: str, step: int, model: ModelConfig, run: RunDir, posit
 
 
 def save(
-    ranks: Processes, run: RunDir, meta: CheckpointMeta, tokenizer: Path, state: dict[str, Any], keep: int
+    ranks: Processes,
+    run: RunDir,
+    tracker: Tracker,
+    meta: CheckpointMeta,
+    tokenizer: Path,
+    state: dict[str, Any],
+    keep: int,
+    wait: bool,
 ) -> dict[str, float]:
-    """Writes a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json)."""
+    """Begins a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json).
+
+    One that cannot be written is said, and the run goes on; with `wait` this one must be whole before it does.
+
+    Raises:
+        UserError: `wait`, and it cannot be written.
+    """
     files = {
         "config.yaml": run.config_text,
         "tokenizer.json": tokenizer.read_text(encoding="utf-8"),
         "state.json": json.dumps(state),
     }
     folder = run.checkpoints / checkpoint.folder_name(meta.step)
-    return {"time/checkpoint_s": max(ranks.call("save", folder, meta, files, keep))}
+    answers = ranks.call("save", folder, meta, files, keep)
+    _, failure = answers[0]
+    if failure is not None:
+        tracker.say(f"{failure}. The run goes on without it")
+    if wait and (failure := ranks.call("settle")[0]) is not None:
+        raise UserError(f"{failure}, then go on with resume=auto")
+    return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
+
+
+def load_newest(ranks: Processes, run: RunDir, tracker: Tracker) -> tuple[Path, CheckpointMeta] | None:
+    """Loads the run's newest checkpoint that is not damaged; None if the run has none yet.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    found = checkpoint.available(run.checkpoints)
+    for folder in reversed(found):
+        try:
+            return folder, ranks.call("load", folder, True)[0]
+        except checkpoint.Damaged as error:
+            tracker.say(f"{error}: trying the one before it")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; resume=never starts a new run")
+    return None

@@ -109,7 +109,13 @@ _DECLARED = (
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
     ),
     Metric("time/eval_s", "s", "evaluation", ".2f", "wall time of the evaluation"),
-    Metric("time/checkpoint_s", "s", "checkpoint", ".2f", "wall time of writing a checkpoint"),
+    Metric(
+        "time/checkpoint_s",
+        "s",
+        "checkpoint",
+        ".2f",
+        "time that training stands still for a checkpoint, which is written while it goes on",
+    ),
     Metric("mem/peak_gib", "GiB", "peak memory", ".2f", "largest memory so far of the run's processes on the driver's machine"),
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _DECLARED}

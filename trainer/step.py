@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -256,6 +257,13 @@ class Trainer:
         if with_moments:
             yield from self.dense.named_moments()
 
+    def state_to_save(self) -> Iterator[tuple[str, Tensor]]:
+        """`named_state` with moments; what all ranks hold comes from one of them only, in turn. Collective."""
+        shared = itertools.count()
+        for name, tensor in self.named_state(with_moments=True):
+            if name.startswith("experts.") or next(shared) % self.world.size == self.world.rank:
+                yield name, tensor
+
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
         """Sets everything that `named_state` names, bit for bit; the owners must be these already.
@@ -278,6 +286,7 @@ class Trainer:
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
         meta = checkpoint.read_meta(folder, self.spec.model)
+        checkpoint.verify(folder, self.world)
         same_ranks = True
         if with_moments:
             owner_LE = checkpoint.read(folder, [(OWNERS, torch.from_numpy(self.experts.owner_LE))])[OWNERS]

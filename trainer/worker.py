@@ -40,6 +40,7 @@ class TrainWorker:
 
     world: World
     trainer: Trainer
+    writer: checkpoint.Writer
     store: dist.TCPStore
     corpus: Corpus
     stream: TokenStream
@@ -68,6 +69,7 @@ class TrainWorker:
 
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
+        self.writer = checkpoint.Writer(self.world)
 
     def leave(self) -> None:
         leave(self.world)
@@ -119,14 +121,21 @@ class TrainWorker:
 
     # ------------------------------------------------------------ state
 
-    def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> float:
-        """Writes a checkpoint and removes all but the newest `keep`; returns the seconds that it took."""
+    def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> tuple[float, str | None]:
+        """Begins a checkpoint, which is written while training goes on; all but the newest `keep` are then removed.
+
+        Returns:
+            (seconds that training stood still, why the checkpoint before this one could not be written).
+        """
         started = time.perf_counter()
+        failure = self.writer.settle()
         meta = replace(meta, updates=self.trainer.updates)
-        checkpoint.write(folder, self.trainer.named_state(with_moments=True), meta, files, self.world)
-        if self.rank == 0:
-            checkpoint.prune(folder.parent, keep)
-        return time.perf_counter() - started
+        self.writer.start(folder, self.trainer.state_to_save(), meta, files, keep)
+        return time.perf_counter() - started, failure
+
+    def settle(self) -> str | None:
+        """Waits until the last checkpoint is whole; why it could not be written, if so."""
+        return self.writer.settle()
 
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
@@ -161,6 +170,7 @@ def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def read_model(folder: Path) -> LanguageModel:
     """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
+    checkpoint.verify(folder)
     meta = checkpoint.read_meta(folder)
     model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
     tensors = checkpoint.read(folder, named_tensors(model))
