@@ -45,7 +45,7 @@ class RayPool:
         refs = {name: actor.weights.remote() for name, actor in ranks.actors.items()}
         weights = next(iter(refs.values()))
         loads = {name: actor.receive.remote(weights, version) for name, actor in self.engines.actors.items()}
-        gather({**{name: ref for name, ref in refs.items() if ref is not weights}, **loads})
+        gather({**{name: ref for name, ref in refs.items() if ref is not weights}, **loads}, ranks.logs)
 
     def submit(self, samples: Sequence[Sample]) -> None:
         self.engines.call_each("submit", [samples[i :: len(self.engines)] for i in range(len(self.engines))])

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kernels.errors import UserError
 from trainer.config import ClusterConfig
 from trainer.guard import UpdateRefused
+from trainer.hangs import TIMED_OUT, report, whereabouts_of
 from trainer.ports import listens, why_taken
 from trainer.stopping import Stopped, StopRequest
 
@@ -245,11 +246,11 @@ class Placement:
 # ---------------------------------------------------------------- calling processes
 
 
-def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
-    """The answers of named processes, in the order given.
+def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """The answers of named processes, in the order given. `logs` are those of processes that meet in collectives.
 
     Raises:
-        ProcessLost: one died, named, also when another only saw its connection break.
+        ProcessLost: one died, named, also when another only saw its connection break; or a collective did not end in time.
         Exception: what a process raised itself; what is told in words (UserError, UpdateRefused) as it was raised.
     """
     pending = {ref: name for name, ref in calls.items()}
@@ -264,9 +265,14 @@ def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
         try:
             answers[name] = ray.get(ready[0])
         except RayActorError as error:
-            raise ProcessLost(f"{name} died ({_reason(error)})") from error
+            # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
+            hang = logs is not None and name in logs and whereabouts_of(logs[name]).waits_in is not None
+            raise ProcessLost(report(logs) if hang and logs else f"{name} died ({_reason(error)})") from error
         except RayTaskError as error:
             failures[name] = error
+    for failure in failures.values():
+        if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
+            raise ProcessLost(report(logs)) from failure
     for failure in failures.values():
         raise failure.cause if isinstance(failure.cause, UserError | UpdateRefused) else failure.as_instanceof_cause()
     return {name: answers[name] for name in calls}
@@ -279,10 +285,10 @@ def _reason(error: RayActorError) -> str:
 
 
 class Processes:
-    """Actors that are asked for the same thing together."""
+    """Actors that are asked for the same thing together. `logs` of those that meet in collectives tell who did not come."""
 
-    def __init__(self, actors: dict[str, Any]) -> None:
-        self.actors = actors
+    def __init__(self, actors: dict[str, Any], logs: Mapping[str, Path] | None = None) -> None:
+        self.actors, self.logs = actors, logs
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -290,7 +296,8 @@ class Processes:
     def call(self, method: str, *args: Any) -> list[Any]:
         """`method(*args)` on all of them at once; large arguments travel once."""
         refs = [ray.put(a) if _is_large(a) else a for a in args]
-        return list(gather({name: getattr(a, method).remote(*refs) for name, a in self.actors.items()}).values())
+        calls = {name: getattr(a, method).remote(*refs) for name, a in self.actors.items()}
+        return list(gather(calls, self.logs).values())
 
     def call_first(self, method: str, *args: Any) -> Any:
         """`method(*args)` on the first one only."""

@@ -116,9 +116,8 @@ def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig,
     where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
     tracker.say(f"starting {placement.ranks} trainer ranks{engines}{where}")
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
-    ranks = Processes(
-        {name: placement.actor(TrainWorker, name, rank, rank, run.log_file(name)) for rank, name in enumerate(names)}
-    )
+    logs = {name: run.log_file(name) for name in names}
+    ranks = Processes({n: placement.actor(TrainWorker, n, rank, rank, logs[n]) for rank, n in enumerate(names)}, logs)
     host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
     ranks.call("build", spec, run.path / "refused")

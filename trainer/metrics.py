@@ -17,6 +17,7 @@ Value = float | list[list[float]]  # the only table is moe/load: (L MoE layers, 
 Values = Mapping[str, Value]
 
 LOAD = "moe/load"
+ETA_STEPS = 20  # the time left is estimated from so many last steps
 COLUMNS = 112  # of a console line; the elapsed time before it takes the rest of 120
 AXES: dict[Stage, str] = {"pretrain": "train/step", "rl": "rollout/round"}  # what W&B draws the metrics of a run against
 STEP_WORDS: dict[Stage, str] = {"pretrain": "step", "rl": "round"}
@@ -184,6 +185,12 @@ def console_line(stage: Stage, step: int, total_steps: int, values: Values, eta_
             if len(line) + len(part) + len(end) <= COLUMNS:
                 line += part
     return line + end
+
+
+def seconds_left(durations: Sequence[float], step: int, total_steps: int) -> float | None:
+    """How long the steps after `step` take if they are like the last ETA_STEPS; None if there are none, or nothing to go by."""
+    recent = durations[-ETA_STEPS:]
+    return (total_steps - step) * sum(recent) / len(recent) if recent and step < total_steps else None
 
 
 def clock(seconds: float) -> str:

@@ -20,12 +20,11 @@ from wandb.errors import CommError, UsageError
 from kernels.errors import UserError
 from trainer.config import LoggerConfig
 from trainer.memory import resident_gib
-from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, summary
+from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, seconds_left, summary
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
-ETA_STEPS = 20  # the time left is estimated from so many last steps
 Self = TypeVar("Self", bound="Tracker")
 
 
@@ -88,7 +87,8 @@ class Tracker:
             self.wandb.log({AXES[self.stage]: step, **scalars})
         if values.get("train/skipped"):
             self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
-        self.say(console_line(self.stage, step, self.total_steps, complete, self._seconds_left(step)))
+        eta_s = seconds_left(self.durations, step, self.total_steps)
+        self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 
     def _measured(self, step: int, values: Values) -> dict[str, Value]:
         now = time.monotonic()
@@ -104,10 +104,6 @@ class Tracker:
             self.measured = now
             self.peak_gib = max(self.peak_gib, resident_gib())
         return {**measured, "mem/peak_gib": self.peak_gib}
-
-    def _seconds_left(self, step: int) -> float | None:
-        recent = self.durations[-ETA_STEPS:]
-        return (self.total_steps - step) * sum(recent) / len(recent) if recent and step < self.total_steps else None
 
     # ------------------------------------------------------------ W&B
 

@@ -5,6 +5,7 @@ Methods that the driver calls on all ranks at once are collective. Their results
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.config import ModelConfig
 from trainer.data import Corpus, TokenStream, open_corpus
+from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
@@ -35,6 +38,7 @@ Metrics = dict[str, float | list[list[float]]]
 log = logging.getLogger("tessera")
 
 
+@watched
 class TrainWorker:
     """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
 
@@ -48,8 +52,8 @@ class TrainWorker:
 
     def __init__(self, rank: int, log_file: Path | None = None) -> None:
         self.rank = rank
-        if log_file is not None:
-            log_to(log_file)
+        self.log = log_to(log_file) if log_file is not None else None
+        self.stack_watch: StackWatch | None = None
 
     def pid(self) -> int:
         return os.getpid()
@@ -65,6 +69,8 @@ class TrainWorker:
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
         self.world = join(self.store, self.rank, size, device, timeout_s)
+        if self.log is not None:
+            self.stack_watch = StackWatch(self.log, SHARE * timeout_s)
         log.info("rank %d of %d has joined on %s", self.rank, size, device)
 
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
@@ -195,13 +201,16 @@ def check_division(model: ModelConfig, rows: int, ranks: int) -> None:
         raise UserError(f"train.batch_rows ({rows}) is not divisible by the number of ranks ({ranks}); change either")
 
 
-def log_to(file: Path) -> None:
-    """This process's log, prints included, goes to `file`; every line says when."""
+def log_to(file: Path) -> IO[str]:
+    """This process's log, prints and the errors of its libraries included, goes to `file`; every line of ours says when."""
     file.parent.mkdir(parents=True, exist_ok=True)
     stream = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - it lives as long as the process
     sys.stdout = sys.stderr = stream
+    os.dup2(stream.fileno(), 2)  # NCCL's watchdog and fatal signals write there
+    faulthandler.enable(stream)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    return stream

@@ -86,6 +86,22 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
     assert losses(workplace, "asked") == uninterrupted
 
 
+def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
+    workplace: Path, uninterrupted: dict[int, float]
+) -> None:
+    process = start("pretrain", *arguments(workplace, "still"), "cluster.collective_timeout_s=15")
+    wait_for_step(workplace / "runs" / "still", 3, process)
+    ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(c.cmdline())]
+    stopped = next(c for c in ranks if "trainer_1.log" in " ".join(f.path for f in c.open_files()))
+    stopped.suspend()
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
+    assert "restart 1 of" in output
+    assert not stopped.is_running(), "the rank that stood still is still there"
+    assert losses(workplace, "still") == uninterrupted
+
+
 def test_sigkill_of_a_rank_is_named_and_the_run_restarts_by_itself(workplace: Path, uninterrupted: dict[int, float]) -> None:
     step = random.Random(os.getpid() + 1).randrange(3, STEPS - 2)
     process = start("pretrain", *arguments(workplace, "rank"))
