@@ -26,13 +26,13 @@ from rich.text import Text
 
 from kernels.errors import UserError
 from launch.cli import guarded
+from trainer.hangs import tail
 from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, seconds_left
 from trainer.run_dir import read_status, shown
 
 REFRESH_S = 2.0
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 36  # of a curve
-TAIL_BYTES = 64 * 2**10  # of a log, where its last warnings are
 MESSAGES = 6
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 SHOWN: dict[Stage, tuple[str, ...]] = {
@@ -102,7 +102,7 @@ def messages(run: Path, attempt: int) -> list[str]:
     folder = run / "logs" / f"attempt_{attempt}"
     found = []
     for file in sorted(folder.glob("*.log")):
-        lines = _tail(file).splitlines()
+        lines = tail(file).splitlines()
         if file.stem == "driver":
             said = [line.strip().partition("  ")[2] for line in lines]
             found += [f"driver: {text}" for text in said if text and not text.startswith(tuple(STEP_WORDS.values()))][
@@ -111,12 +111,6 @@ def messages(run: Path, attempt: int) -> list[str]:
         else:
             found += [f"{file.stem}: {line}" for line in lines if " WARNING " in line or " ERROR " in line][-MESSAGES // 2 :]
     return found[-MESSAGES:]
-
-
-def _tail(file: Path) -> str:
-    with open(file, "rb") as log:
-        log.seek(max(0, file.stat().st_size - TAIL_BYTES))
-        return log.read().decode(errors="replace")
 
 
 # ---------------------------------------------------------------- the picture

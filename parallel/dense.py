@@ -88,6 +88,7 @@ class DenseZeRO:
         self.zero.check_grad_overflow = True
         self.engine.step()
         self.zero.check_grad_overflow = False
+        assert self.zero.overflow, "this DeepSpeed has made an update where it was told of an invalid norm"
         self._norm = math.nan
         experts.drop_gradients()
 

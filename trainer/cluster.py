@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kernels.errors import UserError
 from trainer.config import ClusterConfig
 from trainer.guard import UpdateRefused
-from trainer.hangs import TIMED_OUT, report, whereabouts_of
+from trainer.hangs import NCCL_WAITS, TIMED_OUT, report, tail
 from trainer.ports import listens, why_taken
 from trainer.stopping import Stopped, StopRequest
 
@@ -266,8 +266,9 @@ def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = No
             answers[name] = ray.get(ready[0])
         except RayActorError as error:
             # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
-            hang = logs is not None and name in logs and whereabouts_of(logs[name]).waits_in is not None
-            raise ProcessLost(report(logs) if hang and logs else f"{name} died ({_reason(error)})") from error
+            if logs and name in logs and NCCL_WAITS.search(tail(logs[name])):
+                raise ProcessLost(report(logs)) from error
+            raise ProcessLost(f"{name} died ({_reason(error)})") from error
         except RayTaskError as error:
             failures[name] = error
     for failure in failures.values():

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 Class = TypeVar("Class", bound=type)
 ROOMS = ("kernels", "parallel", "trainer", "rl")
 SHARE = 0.8  # of the timeout of collectives, after which stacks are written: before the first rank gives up
-TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks are
+TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks and warnings are
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what gloo and NCCL raise
 NCCL_WAITS = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(.*?OpType=(\w+)")
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
@@ -81,17 +81,17 @@ def whereabouts(log: str) -> Whereabouts:
 
 def report(logs: Mapping[str, Path]) -> str:
     """Who hangs, and in which operation the others wait for it; `logs`: process -> file."""
-    found = {name: whereabouts_of(file) for name, file in logs.items()}
+    found = {name: whereabouts(tail(file)) for name, file in logs.items()}
     waiting = [f"{name} waits in {one.waits_in} ({one.place})" for name, one in found.items() if one.waits_in is not None]
     missing = [f"{name} hangs ({one.place})" for name, one in found.items() if one.waits_in is None]
     folder = next(iter(logs.values())).parent
     return f"a collective did not end in time: {'; '.join(missing + waiting)}. The stacks of all ranks are in {folder}"
 
 
-def whereabouts_of(log_file: Path) -> Whereabouts:
-    """`whereabouts` by the end of a log; what is no log yet tells nothing."""
+def tail(log_file: Path) -> str:
+    """The end of a log; nothing if there is none yet."""
     if not log_file.exists():
-        return whereabouts("")
+        return ""
     with open(log_file, "rb") as log:
         log.seek(max(0, log_file.stat().st_size - TAIL_BYTES))
-        return whereabouts(log.read().decode(errors="replace"))
+        return log.read().decode(errors="replace")

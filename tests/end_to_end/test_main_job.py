@@ -17,6 +17,7 @@ from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
 from trainer import checkpoint
 from trainer.model.attention import PackedAttention, positions_of
+from trainer.stopping import REQUEUE
 from trainer.worker import read_model
 
 STEPS, ROUNDS = 200, 24
@@ -85,7 +86,7 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
+def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor and the optimizer are in the checkpoint. Starts from an export."""
     common = [
         *(f"checkpoint={exported}", "experiment=smoke", f"runs_dir={runs}", "loop.rounds=8", "loop.checkpoint_every=2"),
@@ -94,7 +95,12 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
     ]
     run("rl", *common, "run_name=rl-whole")
     process = start("rl", *common, "run_name=rl-killed")
-    wait_for_step(runs / "rl-killed", 3, process)
+    wait_for_step(runs / "rl-killed", 1, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
+    process = start("rl", *common, "run_name=rl-killed", "resume=auto")
+    wait_for_step(runs / "rl-killed", 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert "continuing after round" in run("rl", *common, "run_name=rl-killed", "resume=auto")
