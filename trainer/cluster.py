@@ -121,8 +121,10 @@ def require_nodes(names: Sequence[str]) -> list[str]:
     found = _alive()
     where = {name: {"resources": {f"node:{found[name]}": 0.001}, "num_cpus": 0} for name in names if name in found}
     calls = {ray.remote(_answer).options(**where[name]).remote(): name for name in where}
-    ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_S) if calls else ([], [])
-    lost = set(names) - {calls[call] for call in ready}
+    silent, deadline = list(calls), time.monotonic() + ANSWER_S
+    while silent and set(names) <= _alive().keys() and time.monotonic() < deadline:
+        _, silent = ray.wait(silent, num_returns=len(silent), timeout=WAIT_S)
+    lost = set(names) - (found.keys() & _alive().keys()) or {calls[call] for call in silent}
     if lost:
         raise Stopped(f"{', '.join(sorted(lost))} of the {len(names)} nodes {'do' if len(lost) > 1 else 'does'} not answer")
     return [found[name] for name in names]
