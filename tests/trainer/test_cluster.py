@@ -71,6 +71,29 @@ def test_ranks_are_as_asked() -> None:
     assert choose_ranks(cluster(ranks=5)) == 5
 
 
+def slurm(**changes: Any) -> ClusterConfig:
+    config = load(PretrainConfig, "pretrain", ["cluster=slurm"]).cluster
+    assert config.slurm is not None
+    return config.model_copy(update={"slurm": config.slurm.model_copy(update=changes)})
+
+
+def test_a_slurm_job_has_a_rank_for_each_gpu_or_node() -> None:
+    assert choose_ranks(slurm(nodes=3, gpus_per_node=4)) == 12
+    assert choose_ranks(slurm(nodes=3, gpus_per_node=0)) == 3
+
+
+def test_ranks_divide_evenly_over_nodes() -> None:
+    with pytest.raises(UserError, match=r"cluster.ranks \(3\) does not divide evenly over 2 nodes"):
+        choose_ranks(cluster(ranks=3, nodes=("a", "b")))
+    assert choose_ranks(cluster(ranks=4, nodes=("a", "b"))) == 4
+
+
+def test_a_slurm_cluster_outside_a_job_is_a_message() -> None:
+    with pytest.raises(UserError, match=r"cluster=slurm is for `python -m launch.submit`"):
+        check_cluster(slurm())
+    check_cluster(slurm().model_copy(update={"address": "10.0.0.1:20001"}))
+
+
 @pytest.mark.parametrize(
     ("rows", "ranks", "message"),
     [
