@@ -6,6 +6,7 @@
         metrics.jsonl           one record a step
         logs/attempt_N/*.log    one file a process
         checkpoints/            see trainer/checkpoint.py
+        refused/                batches of updates that the guard refused
         wandb/                  W&B's own files
         report.html             made at the end
 
