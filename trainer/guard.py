@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -126,10 +127,14 @@ def first_fault(own: Fault | None, world: World) -> Fault | None:
     return min((Fault(**fault) for fault in faults if fault is not None), default=None)
 
 
-def keep_batch(batch: TrainBatch, folder: Path, update: int, rank: int) -> None:
-    """This rank's rows of a refused update, as update_N_rank_R.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
+def keep_batch(batch: TrainBatch, folder: Path, name: str, rank: int) -> str:
+    """Writes this rank's rows of a refused update as NAME_rank_R.safetensors; says where they are, or why they are not."""
     tensors = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "documents": batch.documents_BS}
     tensors |= {"weights": batch.weights_BS, **{f"extras.{name}": value for name, value in batch.extras.items()}}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / f"update_{update:06d}_rank_{rank}.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(whole, folder / f"{name}_rank_{rank}.safetensors")
+    except (OSError, SafetensorError) as error:
+        return f"the batch could not be kept: {error}"
+    return f"the batch is in {folder}/{name}_rank_*.safetensors"

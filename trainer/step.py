@@ -146,11 +146,9 @@ class Trainer:
         self.dense.drop(self.experts)
         fault = self._find_fault(batch, objective, denominator) if harm == NOT_FINITE else None
         where = "" if harm != NOT_FINITE else f", beginning in {fault}" if fault else ", but not when the batch is taken again"
-        kept = ""
-        if self.refused is not None:
-            keep_batch(batch, self.refused, update, self.world.rank)
-            kept = f"; the batch is in {self.refused}/update_{update:06d}_rank_*.safetensors"
         self.refused_in_a_row += 1
+        name = f"update_{update:06d}_refusal_{self.refused_in_a_row}"
+        kept = "" if self.refused is None else f"; {keep_batch(batch, self.refused, name, self.world.rank)}"
         told = f"update {update} is refused: {harm}{where}; nothing was changed{kept}"
         skips = self.refused_in_a_row <= guard.skip_nonfinite if harm == NOT_FINITE else guard.on_spike == "skip"
         if not skips:

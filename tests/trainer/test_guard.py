@@ -18,7 +18,7 @@ from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import TokenLoss, TrainBatch, cross_entropy
-from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, zscore
+from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch, zscore
 from trainer.step import Trainer, TrainerSpec
 
 STOP = Guard(skip_nonfinite=0, spike_zscore=None, spike_window=4, on_spike="stop")
@@ -139,10 +139,12 @@ def test_a_skipped_update_leaves_no_trace(tmp_path: Path, case: str) -> None:
         for name, tensor in expected["state"].items():
             assert torch.equal(found["state"][name], tensor), name
     assert not (tmp_path / "unused").exists()
-    kept = load_file(tmp_path / "update_000002_rank_1.safetensors")
+    kept = load_file(tmp_path / "update_000002_refusal_1_rank_1.safetensors")
     whole = batch_of(BAD, math.nan)
     assert torch.equal(kept["tokens"], whole.tokens_BS[4:]) and kept["extras.factor"].isnan().sum() == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"update_000002_rank_{rank}.safetensors" for rank in range(2)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"update_000002_refusal_1_rank_{rank}.safetensors" for rank in range(2)
+    ]
 
 
 def test_all_ranks_stop_together_and_name_rank_and_layer(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_all_ranks_stop_together_and_name_rank_and_layer(tmp_path: Path) -> None
             assert torch.equal(found["state"][name], tensor), f"{name} was changed"
     told_of = results[0]["raised"]
     assert "update 2 is refused: its gradient is not finite, beginning in the gradient of" in told_of
-    assert "on rank 1; nothing was changed" in told_of and "update_000002_rank_*.safetensors" in told_of
+    assert "on rank 1; nothing was changed" in told_of and "update_000002_refusal_1_rank_*.safetensors" in told_of
 
 
 def weights_are_bad(world: World, told: TrainerSpec) -> str:
@@ -179,6 +181,14 @@ def test_a_limit_of_skips_in_a_row(tmp_path: Path) -> None:
     (found,) = run_ranks(learn, 1, told, math.nan, [BAD, 0, BAD, BAD, BAD], str(tmp_path))
     assert [m.get("train/skipped", 0) for m in found["metrics"]] == [1, 0, 1, 1]
     assert "update 2 is refused" in found["raised"]
+    kept = {p.name.removesuffix("_rank_0.safetensors") for p in tmp_path.iterdir()}
+    assert kept == {"update_000001_refusal_1", *(f"update_000002_refusal_{n}" for n in (1, 2, 3))}
+
+
+def test_a_batch_that_cannot_be_kept_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = keep_batch(random_batch(0), tmp_path / "file" / "folder", "update_000001_refusal_1", 0)
+    assert told.startswith("the batch could not be kept: ")
 
 
 @pytest.mark.parametrize("action", ["skip", "stop"])
