@@ -86,6 +86,7 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.timeout(600)  # four starts of Ray
 def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor and the optimizer are in the checkpoint. Starts from an export."""
     common = [
@@ -97,7 +98,7 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     process = start("rl", *common, "run_name=rl-killed")
     wait_for_step(runs / "rl-killed", 1, process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
     process = start("rl", *common, "run_name=rl-killed", "resume=auto")
     wait_for_step(runs / "rl-killed", 5, process)
