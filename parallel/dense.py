@@ -18,10 +18,6 @@ from parallel.expert_shards import ExpertShards
 from parallel.topology import World
 
 
-class NonFiniteGradient(RuntimeError):
-    """The gradient norm is NaN or infinite; no parameter has been changed."""
-
-
 class DenseZeRO:
     """A dense module under ZeRO stage 1 or 2. ZeRO averages gradients over the ranks, so a rank passes its part of the global
     loss times the world size."""
@@ -67,23 +63,10 @@ class DenseZeRO:
         self._create_state()
 
     def _share_norm_with_experts(self) -> None:
-        """ZeRO clips by `scaled_global_norm`; from here on that norm spans dense and expert parameters."""
-        dense_norm = self.zero.scaled_global_norm
-        self._experts_squared_norm = 0.0
-        self._norm = 0.0
-
-        def joint_norm(*args: Any, **kwargs: Any) -> Tensor:
-            dense = float(dense_norm(*args, **kwargs))
-            self._norm = math.sqrt(dense**2 + self._experts_squared_norm) if math.isfinite(dense) else math.nan
-            # ZeRO reports an invalid norm of its own as -1.
-            if dense < 0 or not math.isfinite(self._norm):
-                raise NonFiniteGradient(
-                    f"the gradient norm is not finite (dense {dense}, experts squared {self._experts_squared_norm}); "
-                    "nothing was updated. Lower optimizer.lr, or train in float32 to see where it begins"
-                )
-            return torch.tensor(self._norm, device=self.world.device)
-
-        self.zero.scaled_global_norm = joint_norm
+        """ZeRO clips by `scaled_global_norm`; from here on that is what `norm` found, of dense and expert parameters."""
+        self._dense_norm = self.zero.scaled_global_norm
+        self._norm = math.nan
+        self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
 
     def _create_state(self) -> None:
         """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""
@@ -98,17 +81,30 @@ class DenseZeRO:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, experts: ExpertShards) -> float:
-        """Clips dense and expert gradients by their joint norm, updates both, and returns the norm before clipping.
+    def norm(self, experts: ExpertShards) -> float:
+        """The joint norm of dense and expert gradients, the same on all ranks; NaN if it is not finite. Collective."""
+        dense = float(self._dense_norm())  # ZeRO reports an invalid one as -1
+        squared = dense**2 + float(experts.squared_norm())
+        self._norm = math.sqrt(squared) if dense >= 0 and math.isfinite(squared) else math.nan
+        return self._norm
 
-        Raises:
-            NonFiniteGradient: before anything is changed; all ranks raise together, since the norm is the same on all.
-        """
-        self._experts_squared_norm = float(experts.squared_norm())
+    def step(self, lr: float, experts: ExpertShards) -> None:
+        """Clips dense and expert gradients by their `norm`, which was asked for and is finite, and updates both."""
+        assert math.isfinite(self._norm), "the norm of these gradients has not been looked at"
         set_lr(self.zero.optimizer, lr)
         self.engine.step()
         experts.step(lr, scale=min(1.0, self.clip_norm / (self._norm + 1e-6)))
-        return self._norm
+        self._norm = math.nan
+
+    def drop(self, experts: ExpertShards) -> None:
+        """Forgets all gradients; nothing is updated. Collective."""
+        self._norm = -1.0  # invalid to ZeRO, which then clears what it has gathered, if it looks
+        self.zero.check_grad_overflow = True
+        self.engine.step()
+        self.zero.check_grad_overflow = False
+        assert self.zero.overflow, "this DeepSpeed has made an update where it was told of an invalid norm"
+        self._norm = math.nan
+        experts.drop_gradients()
 
     # ------------------------------------------------------------ state, by parameter name, whole on every rank
 

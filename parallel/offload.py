@@ -76,6 +76,10 @@ class CPUAdamW(ExpertOptimizer):
             "weight_decay": self._settings.weight_decay * c1 / c2,
         }
 
+    def drop_gradients(self) -> None:
+        self._gradients.arrived()  # those under way must not come after
+        self._gradients.clear()
+
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:
         for row in range(len(self._experts)):
@@ -168,6 +172,12 @@ def _pin(tensor: Tensor) -> None:
     runtime, address = torch.cuda.cudart(), tensor.data_ptr()
     torch.cuda.check_error(int(runtime.cudaHostRegister(address, tensor.nbytes, 0)))
     weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+
+
+def check_cpu_adam() -> None:
+    """Raises UserError if DeepSpeed's operator cannot be compiled or loaded on this machine."""
+    settings = AdamWSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    _cpu_adam([torch.zeros(8)], settings)
 
 
 def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +24,17 @@ from rl.staged import stage
 from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
-from trainer import checkpoint
 from trainer.batch import cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
-from trainer.loop import checkpoint_meta, save, start_ranks
+from trainer.guard import Guard
+from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
+from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
@@ -53,6 +55,7 @@ class Reinforcement:
     dtype: str
     run: RunDir
     tracker: Tracker
+    stop: StopRequest
 
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
@@ -64,7 +67,8 @@ class Reinforcement:
             if self.config.algorithm.kl_coefficient > 0:
                 ranks.call("keep_reference", self.run.reference)
             pool.load_weights(ranks, start, self.config.sync)
-            self.loop(ranks, pool, buffer, start)
+            with self.stop.deferred():
+                self.loop(ranks, pool, buffer, start)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -119,13 +123,16 @@ class Reinforcement:
         metrics |= learn(ranks, batches, algorithm, lr, version)
 
     def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
-        loop = self.config.loop
-        if done % loop.eval_every == 0 or done == loop.rounds:
+        loop, last = self.config.loop, done == self.config.loop.rounds
+        if done % loop.eval_every == 0 or last:
             metrics |= self.evaluate(pool)
-        if done % loop.checkpoint_every == 0 or done == loop.rounds:
-            metrics |= self._save(ranks, buffer, done)
+        stopping = self.stop.signal is not None and not last
+        if done % loop.checkpoint_every == 0 or last or stopping:
+            metrics |= self._save(ranks, buffer, done, wait=last or stopping)
         metrics |= self.rewards.counts()
         self.tracker.log(done, metrics)
+        if stopping:
+            self.stop.obey(f"after round {done}")
 
     # ------------------------------------------------------------ the task, in tokens
 
@@ -192,7 +199,7 @@ class Reinforcement:
                 used += len(ids) + len(examples[-1][1])
                 index += 1
             batch = pack_demonstrations(examples, **rows)
-            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
+            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0].get("train/loss", math.nan)
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
         ranks.call("new_optimizer")
@@ -225,6 +232,7 @@ class Reinforcement:
             freeze_router=config.loop.freeze_router,
             value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
+            guard=Guard(config.loop.skip_nonfinite, spike_zscore=None, spike_window=2, on_spike="stop"),
         )
 
     @property
@@ -243,19 +251,19 @@ class Reinforcement:
             eos_id=self.tokenizer.eos,
         )
 
-    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
+    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
         meta = checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
-        tokenizer = self.start_from / "tokenizer.json"
-        return save(ranks, self.run, meta, tokenizer, buffer.to_state(), self.config.loop.keep_checkpoints)
+        tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
+        return save(ranks, self.run, self.tracker, meta, tokenizer, buffer.to_state(), keep, wait)
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
         """(rounds done, buffer), after the ranks have their weights."""
-        found = checkpoint.available(self.run.checkpoints)
-        if found:
-            meta = ranks.call("load", found[-1], True)[0]
-            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        loaded = load_newest(ranks, self.run, self.tracker)
+        if loaded is not None:
+            folder, meta = loaded
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self.run.rewind(meta.step)
-            self.tracker.say(f"continuing after round {meta.step} from {found[-1]}")
+            self.tracker.say(f"continuing after round {meta.step} from {folder}")
             return meta.step, RolloutBuffer.from_state(state)
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")

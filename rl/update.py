@@ -15,7 +15,14 @@ from trainer.cluster import Processes
 from trainer.config import PER_TOKEN, AlgorithmConfig
 from trainer.metrics import Value
 
-ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
+ADDED_UP = (
+    "train/tokens",
+    "train/skipped",
+    "time/train_s",
+    "time/copies_exposed_s",
+    "moe/moved_mib",
+    "moe/owners_moved",
+)  # over updates
 NAMES = {"logprobs": PROXIMAL, "reference_logprobs": REFERENCE, "values": VALUES}  # of predictions before the first update
 
 

@@ -9,6 +9,7 @@ import torch
 from parallel.adamw import AdamWSettings
 from trainer.batch import TrainBatch
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.guard import Guard
 from trainer.step import TrainerSpec
 
 TINY: dict[str, Any] = {
@@ -63,6 +64,7 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "freeze_router": False,
         "value_lr": None,
         "seed": 3,
+        "guard": Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
     }
     return TrainerSpec(**{**values, **changes})
 

@@ -182,12 +182,31 @@ class TrainConfig(Record):
     eval_rows: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
     keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
+    spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
+    spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
+    on_spike: Literal["skip", "stop"]
+
+
+class SlurmConfig(Record):
+    """What `launch.submit` asks SLURM for. Nodes are the run's own; a Ray node runs on each for as long as the job."""
+
+    nodes: int = Field(gt=0)
+    gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one a node
+    time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")  # as sbatch takes it
+    partition: str | None
+    account: str | None
+    stop_before_s: int = Field(gt=0)  # so long before the limit the run writes a checkpoint and queues again
+    max_requeues: int = Field(ge=0)
+    sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']
+    shell: tuple[str, ...]  # lines before Python starts: module load cuda
 
 
 class ClusterConfig(Record):
-    """Where the processes run. All servers bind to `host`."""
+    """Where the processes run. What this run starts on its own machine binds to `host`."""
 
     address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
+    nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
     max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint
@@ -197,6 +216,7 @@ class ClusterConfig(Record):
     host: str
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
+    slurm: SlurmConfig | None
 
 
 class LoggerConfig(Record):
@@ -372,6 +392,7 @@ class LoopConfig(Record):
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
 
 
 class RLConfig(RunConfig):

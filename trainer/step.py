@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +30,19 @@ from trainer import checkpoint
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Attend, Transformer
 from trainer.reference import Weights, read_reference
 from trainer.value_head import ValueHead
 
+log = logging.getLogger("tessera")
+NOT_FINITE = "its gradient is not finite"
+WAY_OUT = {
+    True: "Lower optimizer.lr, or let training go on without such updates: skip_nonfinite of train or loop",
+    False: "Raise train.spike_zscore, or let training go on without such updates: train.on_spike=skip",
+}
 OWNERS, LOADS, MACHINE = "placement.owners", "placement.loads", "placement.machine"  # names in a checkpoint
 
 
@@ -53,12 +62,16 @@ class TrainerSpec:
     freeze_router: bool  # the gates' weights keep their values; the selection bias follows `balance`
     value_lr: float | None  # learning rate of the value head; None: there is none
     seed: int
+    guard: Guard
 
 
 class Trainer:
-    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it."""
+    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it.
 
-    def __init__(self, spec: TrainerSpec, world: World) -> None:
+    The rows of an update that the guard refuses are kept in the folder `refused`, if it is given.
+    """
+
+    def __init__(self, spec: TrainerSpec, world: World, refused: Path | None = None) -> None:
         config = spec.model
         dtype = getattr(torch, spec.dtype)
         self.spec, self.world = spec, world
@@ -78,6 +91,7 @@ class Trainer:
         self.value_head = None if lr is None else ValueHead(config.hidden_size, world, spec.adamw, lr)
         self.reference: Weights | None = None
         self.updates = 0
+        self.refused, self.refused_in_a_row, self.window = refused, 0, LossWindow(spec.guard)
 
     # ------------------------------------------------------------ one update
 
@@ -89,20 +103,29 @@ class Trainer:
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
-            entropy, gradient norm, learned tokens, balance.
+            entropy, gradient norm, learned tokens, balance. Of an update that the guard skips, only what is finite.
+
+        Raises:
+            UpdateRefused: the guard lets no such update pass; on all ranks, and nothing has been changed.
         """
         batch = batch.to(self.world.device)
         weight, denominator = self._weight(batch)
         totals, counts_LE = self._gradients(batch, objective, denominator)
-        norm = self.dense.step(lr, self.experts)
+        means = self._means(totals, weight, batch)
+        norm = self.dense.norm(self.experts)
+        told = {**means, "train/grad_norm": norm, "train/lr": lr}
+        if (harm := self._harm(norm, means["train/loss"])) is not None:
+            self._refuse(harm, batch, objective, denominator)
+            return {**{name: value for name, value in told.items() if math.isfinite(value)}, "train/skipped": 1}
+        self.refused_in_a_row = 0
+        self.dense.step(lr, self.experts)
         if self.value_head is not None:
             self.value_head.step()
         self.updates += 1
-        told = self._means(totals, weight, batch)
         balance = self._balance(self.world.sum(counts_LE))
         micros = -(-batch.num_rows // self.spec.micro_rows)
         placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
-        return {**told, **balance, **placement, "train/grad_norm": norm, "train/lr": lr}
+        return {**told, **balance, **placement}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
         """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
@@ -145,6 +168,46 @@ class Trainer:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
         return totals, counts_LE
+
+    def _harm(self, norm: float, loss: float) -> str | None:
+        """Why an update must not be made; the same on every rank."""
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return NOT_FINITE
+        score = self.window.spike(loss)
+        if score is None:
+            return None
+        return f"the loss {loss:.4g} is {score:.1f} standard deviations above the last {self.spec.guard.spike_window}"
+
+    def _refuse(self, harm: str, batch: TrainBatch, objective: Objective, denominator: Tensor) -> None:
+        """Forgets the gradients and keeps the batch; raises UpdateRefused unless the guard goes on without this update."""
+        guard, update = self.spec.guard, self.updates + 1
+        self._drop()
+        fault = self._find_fault(batch, objective, denominator) if harm == NOT_FINITE else None
+        where = "" if harm != NOT_FINITE else f", beginning in {fault}" if fault else ", but not when the batch is taken again"
+        self.refused_in_a_row += 1
+        name = f"update_{update:06d}_refusal_{self.refused_in_a_row}"
+        kept = "" if self.refused is None else f"; {keep_batch(batch, self.refused, name, self.world.rank)}"
+        told = f"update {update} is refused: {harm}{where}; nothing was changed{kept}"
+        skips = self.refused_in_a_row <= guard.skip_nonfinite if harm == NOT_FINITE else guard.on_spike == "skip"
+        if not skips:
+            raise UpdateRefused(f"{told}. {WAY_OUT[harm == NOT_FINITE]}")
+        log.warning("%s", told)
+
+    def _find_fault(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> Fault | None:
+        """Takes the batch again, looking at every output and gradient. Leaves no gradients behind."""
+        finder = FaultFinder(self.model, self.world.rank)
+        with finder.watching():
+            self._gradients(batch, objective, denominator)
+        bad = self.experts.bad_gradient()
+        own = Fault(2, 0, self.world.rank, bad) if finder.fault is None and bad is not None else finder.fault
+        self._drop()
+        return first_fault(own, self.world)
+
+    def _drop(self) -> None:
+        """Forgets all gradients."""
+        self.dense.drop(self.experts)
+        if self.value_head is not None:
+            self.value_head.drop()
 
     def _micro_batch(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool
@@ -265,6 +328,13 @@ class Trainer:
             if self.value_head is not None:
                 yield from self.value_head.named_state()
 
+    def state_to_save(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """`named_state`; what all ranks hold comes from one of them only, in turn. Collective."""
+        shared = itertools.count()
+        for name, tensor in self.named_state(with_moments):
+            if name.startswith("experts.") or next(shared) % self.world.size == self.world.rank:
+                yield name, tensor
+
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
         """Sets everything that `named_state` names, bit for bit; the owners must be these already.
@@ -289,6 +359,7 @@ class Trainer:
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
         meta = checkpoint.read_meta(folder, self.spec.model)
+        checkpoint.verify(folder, self.world)
         same_ranks = True
         if with_moments:
             owner_LE = checkpoint.read(folder, [(OWNERS, torch.from_numpy(self.experts.owner_LE))])[OWNERS]

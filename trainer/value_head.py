@@ -44,6 +44,10 @@ class ValueHead:
             if parameter.grad is not None:
                 parameter.grad = self.world.sum(parameter.grad) / self.world.size
         self._optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the gradients."""
         self._optimizer.zero_grad()
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:

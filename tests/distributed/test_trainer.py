@@ -19,6 +19,7 @@ from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
 from parallel.topology import World
+from tests import checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
@@ -120,7 +121,7 @@ def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     trainer = Trainer(told, world)
     learn(trainer, world, 0, 2)
     meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
-    checkpoint.write(Path(folder) / "step_000002", trainer.named_state(with_moments=True), meta, {"note.txt": "two"}, world)
+    checkpoints.write(Path(folder) / "step_000002", trainer.state_to_save(), meta, {"note.txt": "two"}, world)
     state = own_state(trainer, with_moments=True)
     losses = [m["train/loss"] for m in learn(trainer, world, 2, 4)]
     check_reset(trainer)
@@ -175,7 +176,7 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
     content[-5] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=rf"damaged: state/{damaged.name} has .* expected"):
-        checkpoint.read_meta(tmp_path / "step_000002")
+        checkpoint.verify(tmp_path / "step_000002")
     with pytest.raises(UserError, match=r"model.top_k: checkpoint 2, configuration 3"):
         damaged.write_bytes(bytes(content[:-5]) + bytes([content[-5] ^ 1]) + bytes(content[-4:]))
         checkpoint.read_meta(tmp_path / "step_000002", tiny_model(top_k=3))

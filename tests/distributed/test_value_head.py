@@ -17,10 +17,10 @@ from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL, REFERENCE, RETURNS, VALUES
 from rl.packing import Document, pack
 from rl.returns import explained_variance, with_token_advantages
+from tests.checkpoints import write
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
-from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.model.attention import PackedAttention, positions_of
@@ -100,11 +100,11 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 def train_and_save(world: World, spec: TrainerSpec, folder: str) -> tuple[list[Any], dict[str, Tensor], list[Any]]:
     """(history of 4 rounds, state after 3 of them, predictions of the reference before and after)."""
     trainer = Trainer(spec, world)
-    checkpoint.write(Path(folder) / "reference", trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
+    write(Path(folder) / "reference", trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
     trainer.keep_reference(Path(folder) / "reference")
     before = gathered(trainer.predict(own(batch_of(9), world), policy=True, reference=True), world)
     history = rounds(trainer, world, 0, 3, warm=1)
-    checkpoint.write(Path(folder) / "step_000003", trainer.named_state(with_moments=True), meta_of(trainer, 3), {}, world)
+    write(Path(folder) / "step_000003", trainer.named_state(with_moments=True), meta_of(trainer, 3), {}, world)
     state = state_of(trainer)
     after = gathered(trainer.predict(own(batch_of(9), world), policy=True, reference=True), world)
     return history + rounds(trainer, world, 3, 4), state, [before, after]
@@ -188,7 +188,7 @@ def test_the_reference_is_the_policy_of_its_checkpoint_on_any_number_of_ranks(tm
     model = LanguageModel.initialize(spec.model, spec.seed)
     model.bias_LE.normal_(generator=torch.Generator().manual_seed(0))
     meta = CheckpointMeta("rl", 0, 0, spec.model.model_dump(mode="json"), "unknown", {})
-    checkpoint.write(tmp_path / "reference", named_tensors(model), meta, {}, World(0, 1, torch.device("cpu"), 1))
+    write(tmp_path / "reference", named_tensors(model), meta, {}, World(0, 1, torch.device("cpu"), 1))
     documents = batch.documents_BS
     output = model.forward(batch.tokens_BS, positions_of(documents), documents >= 0, PackedAttention(documents))
     wanted, _ = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, batch.targets_BS.flatten())
@@ -202,7 +202,7 @@ def both(world: World, spec: TrainerSpec, folder: str) -> dict[str, Tensor]:
     """Predictions of the policy after an update, and of the reference that is read from a checkpoint of it."""
     trainer = Trainer(spec, world)
     trainer.learn(own(batch_of(0), world), cross_entropy, LR)
-    checkpoint.write(Path(folder), trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
+    write(Path(folder), trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
     trainer.keep_reference(Path(folder))
     return trainer.predict(own(batch_of(1), world), policy=True, reference=True)
 

@@ -19,6 +19,7 @@ from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained
+from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
@@ -102,7 +103,8 @@ def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs:
     assert not list((runs / "rl-server" / "logs").glob("*/engine_*.log")), "no engine of ours was started"
 
 
-def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
+@pytest.mark.timeout(600)  # four starts of Ray
+def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor, the optimizers and the value head are in the checkpoint, and the
     reference policy in the run. Starts from an export."""
     common = [
@@ -121,7 +123,12 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
     run("rl", *common, "run_name=rl-whole")
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
     process = start("rl", *common, "run_name=rl-killed")
-    wait_for_step(runs / "rl-killed", 3, process)
+    wait_for_step(runs / "rl-killed", 1, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
+    process = start("rl", *common, "run_name=rl-killed", "resume=auto")
+    wait_for_step(runs / "rl-killed", 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert "continuing after round" in run("rl", *common, "run_name=rl-killed", "resume=auto")
