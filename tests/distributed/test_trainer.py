@@ -121,7 +121,7 @@ def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     trainer = Trainer(told, world)
     learn(trainer, world, 0, 2)
     meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
-    checkpoints.write(Path(folder) / "step_000002", trainer.state_to_save(), meta, {"note.txt": "two"}, world)
+    checkpoints.write(Path(folder) / "step_000002", trainer.state_to_save(with_moments=True), meta, {"note.txt": "two"}, world)
     state = own_state(trainer, with_moments=True)
     losses = [m["train/loss"] for m in learn(trainer, world, 2, 4)]
     check_reset(trainer)
