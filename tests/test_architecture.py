@@ -12,7 +12,8 @@ ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import fr
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{
-        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "typing", "parallel", "__future__"}
+        f"parallel/{name}.py": {"numpy", "parallel", "__future__"}
+        | {"bisect", "collections", "dataclasses", "functools", "heapq", "typing"}
         for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies")
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
