@@ -1,10 +1,10 @@
-"""Checkpoints: sharded safetensors written by torch.distributed.checkpoint, beside a JSON record that makes them whole.
+"""Checkpoints: sharded safetensors, beside a JSON record that makes them whole.
 
     step_000120/
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors one file a rank
+        state/*.safetensors what all ranks have, split over them by torch.distributed.checkpoint; and own-RANK-*: its experts
         ...                 what the stage adds, for example rollout.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
@@ -18,23 +18,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
 FORMAT = 3
+FILE_BYTES = 256 * 2**20  # of a rank's own tensors; twice as much is in memory while one is written
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,19 @@ def folder_name(step: int) -> str:
 
 
 def write(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], meta: CheckpointMeta, files: Mapping[str, str], world: World
+    folder: Path,
+    shared: Iterable[tuple[str, Tensor]],
+    own: Iterable[tuple[str, Tensor]],
+    meta: CheckpointMeta,
+    files: Mapping[str, str],
+    world: World,
 ) -> None:
     """Writes a checkpoint; all ranks call it together, and return when it can be seen.
 
     Args:
         folder: its final place; its parent exists.
-        tensors: (name, tensor) pairs; what several ranks name must be the same on them, and is written once.
+        shared: (name, tensor) pairs, the same on all ranks; each is written once.
+        own: (name, tensor) pairs that only this rank has. A tensor need not outlive the next one.
         files: further text files, name -> content; rank 0's are written.
 
     Raises:
@@ -71,18 +80,42 @@ def write(
         shutil.rmtree(staging, ignore_errors=True)
         (staging / "state").mkdir(parents=True)
     world.barrier()
-    state = {name: tensor.detach().contiguous() for name, tensor in tensors}
+    state = {name: tensor.detach().contiguous() for name, tensor in shared}
     try:
-        dcp.save(
-            state,
-            storage_writer=HuggingFaceStorageWriter(str(staging / "state"), save_distributed=True),
-            no_dist=world.size == 1,
-        )
+        dcp.save(state, storage_writer=_Writer(staging / "state", world.rank, own), no_dist=world.size == 1)
         if world.rank == 0:
             _finish(staging, folder, meta, files)
     except (CheckpointException, OSError) as error:
         _give_up(staging, folder, error, world)
     world.barrier()
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes a rank's own tensors beside its part of the shared ones; a failure of either is told to all ranks."""
+
+    def __init__(self, folder: Path, rank: int, own: Iterable[tuple[str, Tensor]]) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self._folder, self._rank, self._own = folder, rank, own
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        for index, tensors in enumerate(_batches(self._own)):
+            with open(self._folder / f"own-{self._rank:05d}-{index:05d}.safetensors", "wb") as out:
+                out.write(save(tensors))
+                out.flush()
+                os.fsync(out.fileno())
+        return super().write_data(plan, planner)
+
+
+def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Copies of about FILE_BYTES together."""
+    batch: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        batch[name] = tensor.detach().to("cpu", copy=True)
+        if sum(held.nbytes for held in batch.values()) >= FILE_BYTES:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
 
 
 def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str]) -> None:
@@ -103,6 +136,9 @@ def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, 
         shutil.rmtree(staging, ignore_errors=True)
     # The other ranks' failures arrive as (exception, traceback).
     causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, UserError):
+            raise cause
     numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
     free_mib = shutil.disk_usage(folder.parent).free / 2**20
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or free_mib < 1:
@@ -175,15 +211,26 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def read(folder: Path, shapes: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that this rank asks for, of a checkpoint that any number of ranks wrote; all ranks call it together.
+class _Tensors(Mapping[str, Tensor]):
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted((folder / "state").glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
 
-    Args:
-        shapes: (name, tensor) as given to `write`; only shape, dtype and device are used.
-    """
-    state = {name: torch.empty_like(tensor) for name, tensor in shapes}
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not dist.is_initialized())
-    return state
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for."""
+    return _Tensors(folder)
 
 
 # ---------------------------------------------------------------- which ones there are

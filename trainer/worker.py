@@ -122,8 +122,7 @@ class TrainWorker:
     def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> float:
         """Writes a checkpoint and removes all but the newest `keep`; returns the seconds that it took."""
         started = time.perf_counter()
-        meta = replace(meta, updates=self.trainer.updates)
-        checkpoint.write(folder, self.trainer.named_state(with_moments=True), meta, files, self.world)
+        self.trainer.save(folder, replace(meta, updates=self.trainer.updates), files)
         if self.rank == 0:
             checkpoint.prune(folder.parent, keep)
         return time.perf_counter() - started
@@ -163,7 +162,7 @@ def read_model(folder: Path) -> LanguageModel:
     """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
     meta = checkpoint.read_meta(folder)
     model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
-    tensors = checkpoint.read(folder, named_tensors(model))
+    tensors = checkpoint.read(folder)
     for name, tensor in named_tensors(model):
         tensor.copy_(tensors[name])
     return model

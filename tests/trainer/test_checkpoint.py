@@ -31,7 +31,7 @@ def meta(step: int) -> CheckpointMeta:
 def write(checkpoints: Path, step: int, seed: int = 0) -> Path:
     folder = checkpoints / checkpoint.folder_name(step)
     model = LanguageModel.initialize(MODEL, seed)
-    checkpoint.write(folder, named_tensors(model), meta(step), {"tokenizer.json": "{}"}, ALONE)
+    checkpoint.write(folder, named_tensors(model), (), meta(step), {"tokenizer.json": "{}"}, ALONE)
     return folder
 
 
@@ -42,6 +42,37 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     for (name, found), (_, tensor) in zip(named_tensors(read_model(folder)), named_tensors(expected), strict=True):
         assert torch.equal(found, tensor), name
     assert (folder / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_ranks_own_tensors_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 1000)
+    expected = {f"experts.{index}": torch.randn(10 + index, 7) for index in range(20)}
+
+    def own() -> Iterator[tuple[str, torch.Tensor]]:
+        room = torch.empty(30, 7)
+        for name, tensor in expected.items():
+            yield name, room[: len(tensor)].copy_(tensor)
+
+    folder = tmp_path / checkpoint.folder_name(1)
+    checkpoint.write(folder, [("bias", torch.ones(3))], own(), meta(1), {}, ALONE)
+    assert len(list((folder / "state").glob("own-00000-*.safetensors"))) > 3
+    assert checkpoint.read_meta(folder) == meta(1)
+    found = checkpoint.read(folder)
+    assert found.keys() == expected.keys() | {"bias"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    def own() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "experts.0", torch.ones(3)
+        raise UserError("the disk of parallel.nvme_dir lost something")
+
+    with pytest.raises(UserError, match="lost something"):
+        checkpoint.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], own(), meta(1), {}, ALONE)
+    with file_size_limit(20_000), pytest.raises(UserError, match=r"no space to write .*step_000001"):
+        big = [("experts.0", torch.ones(10_000))]
+        checkpoint.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], big, meta(1), {}, ALONE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
