@@ -29,7 +29,7 @@ def destinations(experts_TK: Tensor, order: ExpertOrder | None, ends_ED: Tensor,
     if experts_TK.is_cuda:
         from kernels.triton_destinations import launch_destinations  # here, because CPU machines may lack Triton
 
-        return launch_destinations(experts_TK, order, ends_ED, phase_E)
+        return launch_destinations(experts_TK, order, ends_ED, phase_E, JUST_BELOW_ONE)
     devices = ends_ED.shape[0] // phase_E.shape[0]
     experts_N = experts_TK.flatten().long()
     at_N = phase_E[experts_N]

@@ -6,50 +6,10 @@ This file is the reference in plain torch; CUDA takes kernels/triton_peer_routin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-HEADER = 4  # int32 numbers in front; the first is how many tokens a rank has
-FIELDS = 3  # of a choice: who serves it (int32), its expert (int32), its weight (float32)
-
-
-@dataclass(frozen=True)
-class PeerChoices:
-    """The choices of each rank, at the beginning of its block: the header, then the fields, (C, K) each."""
-
-    blocks: Sequence[Tensor]  # uint8, (W,) blocks that this device reads in place
-    pointers_W: Tensor  # int64; where they begin, on the device
-    capacity: int  # C
-    top_k: int
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * (HEADER + FIELDS * self.capacity * self.top_k)
-
-    def lay_out(self, rank: int, rank_TK: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> bool:
-        """Writes those of this rank; where there are more than there is room for, only how many, and returns False."""
-        tokens, numbers = rank_TK.shape[0], self.blocks[rank][: self.nbytes].view(torch.int32)
-        numbers[:1].fill_(tokens)
-        if tokens > self.capacity:
-            return False
-        fields = numbers[HEADER:].view(FIELDS, self.capacity, self.top_k)[:, :tokens]
-        fields[0].copy_(rank_TK)
-        fields[1].copy_(experts_TK)
-        fields[2].view(torch.float32).copy_(weights_TK)
-        return True
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """A rank serves the tokens that chose it in the order of ranks, then of tokens."""
-
-    row_WV: Tensor  # int32; the row of every rank's tokens at each rank that serves them, -1 elsewhere
-    slots_VK: Tensor  # int32; by rows: which of this rank's experts serves each choice; -1 where it does not, and from row R on
-    weights_VK: Tensor  # float32; by rows: the weights of choices served here; elsewhere anything
-    numbers: Tensor  # int32, (2 + W,): the most tokens of a rank, the choices served here, the rows of each rank
+from kernels.peers import FIELDS, HEADER, PeerChoices, RowPlan
 
 
 def plan_rows(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:

@@ -6,33 +6,10 @@ reference in plain torch; CUDA takes kernels/triton_peer_rows.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-LANE_BYTES = 16  # that one access moves
-
-
-@dataclass(frozen=True)
-class PeerRows:
-    """A matrix in the memory of each rank, all at the same place of their blocks."""
-
-    blocks: Sequence[Tensor]  # uint8, (W,) blocks that this device reads in place
-    pointers_W: Tensor  # int64; where they begin, on the device
-    start: int  # bytes from there on, a multiple of 16
-    width: int  # D
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        assert self.start % LANE_BYTES == 0, f"rows begin at byte {self.start}"
-
-    def of_rank(self, rank: int) -> Tensor:
-        """(rows of the whole block from `start` on, D)."""
-        row_bytes = self.width * self.dtype.itemsize
-        block = self.blocks[rank][self.start :]
-        return block[: block.shape[0] // row_bytes * row_bytes].view(self.dtype).view(-1, self.width)
+from kernels.peers import PeerRows
 
 
 def pull_rows(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:

@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.destinations import JUST_BELOW_ONE
 from kernels.expert_order import ExpertOrder
 
 BLOCK = 512
 
 
-def launch_destinations(experts_TK: Tensor, order: ExpertOrder | None, ends_ED: Tensor, phase_E: Tensor) -> Tensor:
-    """kernels.destinations.destinations."""
+def launch_destinations(
+    experts_TK: Tensor, order: ExpertOrder | None, ends_ED: Tensor, phase_E: Tensor, below: float
+) -> Tensor:
+    """kernels.destinations.destinations; `below` is the largest position among the entries of an expert."""
     experts_TK = experts_TK.contiguous()
     rank_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=experts_TK.device)
     entries = experts_TK.numel()
@@ -33,7 +34,7 @@ def launch_destinations(experts_TK: Tensor, order: ExpertOrder | None, ends_ED: 
             rank_TK,
             entries,
             ends_ED.shape[0] // phase_E.shape[0],
-            BELOW=JUST_BELOW_ONE,
+            BELOW=below,
             BLOCK=BLOCK,
         )
     return rank_TK

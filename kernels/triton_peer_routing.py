@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.peer_routing import HEADER, PeerChoices, RowPlan
+from kernels.peers import HEADER, PeerChoices, RowPlan
 
 BLOCK = 128  # tokens of a program
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.peer_rows import LANE_BYTES, PeerRows
+from kernels.peers import LANE_BYTES, PeerRows
 
 BLOCK_D = 2048  # numbers of a row that a program moves
 POINTED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}

@@ -29,13 +29,13 @@ from kernels.errors import UserError
 from launch.problems import Problem, not_as_expected, report, unknown_option, written
 from parallel.dense import NonFiniteGradient
 from trainer.cluster import ProcessLost
-from trainer.config import ModelConfig, PretrainConfig, RLConfig, RunConfig
+from trainer.config import ModelConfig, PretrainConfig, Record, RLConfig
 from trainer.estimate import budget_lines
 from trainer.run_dir import as_yaml
 from trainer.step import choose_dtype
 
 CONF = Path(__file__).parents[1] / "conf"
-Root = TypeVar("Root", bound=RunConfig)
+Root = TypeVar("Root", bound=Record)
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -82,7 +82,7 @@ def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
     return config
 
 
-def usage(root: type[RunConfig], config_name: str) -> str:
+def usage(root: type[Record], config_name: str) -> str:
     """A page: the groups with their choices, and the options at the top."""
     composed = _compose(config_name, {})
     groups = group_choices(root, config_name)
@@ -99,8 +99,8 @@ def usage(root: type[RunConfig], config_name: str) -> str:
             lines += [f"  {name}.{key}={written(value)}" for key, value in composed[name].items()]
         else:
             lines.append(f"  {name}={'(required)' if OmegaConf.is_missing(composed, name) else written(composed[name])}")
-    lines += ["", "Options of a group are written group.name=value; dry_run=true prints them all and what the run would need."]
-    return "\n".join(lines)
+    end = "; dry_run=true prints them all and what the run would need." if "dry_run" in root.model_fields else "."
+    return "\n".join([*lines, "", f"Options of a group are written group.name=value{end}"])
 
 
 def print_plan(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int) -> None:
@@ -113,10 +113,11 @@ def print_plan(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int
     print("dry run: nothing was started")
 
 
-def group_choices(root: type[RunConfig], config_name: str) -> dict[str, list[str]]:
-    """Each group that this command has and the files in its folder. Experiments lie in a folder per command."""
-    folders = {name: CONF / name for name in root.model_fields if (CONF / name).is_dir()}
+def group_choices(root: type[Record], config_name: str) -> dict[str, list[str]]:
+    """Each group that this command has and the files in its folder. Experiments lie in a folder per command, if it has any."""
+    folders = {name: CONF / name for name in root.model_fields}
     folders["experiment"] = CONF / "experiment" / config_name
+    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
     return {name: sorted(file.stem for file in folder.glob("*.yaml")) for name, folder in folders.items()}
 
 
@@ -253,7 +254,8 @@ def _merged(problems: list[Problem]) -> list[Problem]:
 
 def _apply(config: DictConfig, override: Override) -> None:
     if not override.is_delete():
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+        value = override.value()
+        OmegaConf.update(config, override.key_or_group, value, merge=value != {}, force_add=True)  # {} empties
         return
     parent, _, last = override.key_or_group.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config

@@ -11,7 +11,8 @@ from kernels.errors import UserError
 from launch.cli import main, print_plan
 from launch.report import write_report
 from rl.loop import Reinforcement
-from rl.rewards.tasks import make_task
+from rl.rewards.tasks import check_task, make_task
+from rl.rewards.workers import RewardWorkers
 from trainer import checkpoint
 from trainer.cluster import check_port, choose_ranks, run_attempts
 from trainer.config import ModelConfig, RLConfig
@@ -34,14 +35,16 @@ def reinforce(config: RLConfig) -> Path | None:
         print_plan(config, model, ranks)
         return None
     task = make_task(config.task, config.seed)
+    check_task(task, config.warmup.steps)
     tokenizer = Tokenizer.load(start_from / "tokenizer.json")
     run = RunDir.open(config, "rl")
     with Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
         dtype, reason = choose_dtype(config.loop.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
-        work = Reinforcement(config, model, tokenizer, task, start_from, ranks, dtype, run, tracker)
-        run_attempts(config.cluster, ranks, work.attempt, tracker.say)
+        with RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards:
+            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, ranks, dtype, run, tracker)
+            run_attempts(config.cluster, ranks, work.attempt, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path
 

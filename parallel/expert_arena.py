@@ -154,7 +154,7 @@ class ExpertArena:
         self.layers[layer], self.placements[layer] = found, placement
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._exposed:
-            new.gather(self._weights(found)).finish()
+            new.gather(found.slots).finish()
         self._moved_bytes += new.num_sends * self.expert_bytes
 
     def _layer(
@@ -188,9 +188,6 @@ class ExpertArena:
             movement=self.transport.movement(placement, self._row_LE[layer]),
         )
 
-    def _weights(self, layer: LayerExperts) -> Callable[[int], Parts]:
-        return lambda expert: tuple(part[layer.slots[expert]] for part in self.rows)
-
     # ------------------------------------------------------------ copies
 
     @contextmanager
@@ -209,7 +206,7 @@ class ExpertArena:
         """Starts the SparseAllGather of a layer's copies, unless they are here or on their way."""
         if layer not in self._present and layer not in self._gathers:
             found = self.layers[layer]
-            self._gathers[layer] = found.movement.gather(self._weights(found))
+            self._gathers[layer] = found.movement.gather(found.slots)
             self._moved_bytes += found.movement.num_sends * self.expert_bytes
 
     def materialised(self, layer: int) -> LayerExperts:
@@ -253,12 +250,8 @@ class ExpertArena:
         self._finish_gradients()
         found = self.layers[layer]
         self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
-        position = {expert: index for index, expert in enumerate(found.slots)}
-
-        def parts(expert: int) -> Parts:
-            return tuple(part[position[expert]] for part in gradients)
-
-        self._returning = layer, found.movement.reduce(parts)
+        places = {expert: place for place, expert in enumerate(found.slots)}
+        self._returning = layer, found.movement.reduce(gradients, places)
         self._moved_bytes += found.movement.num_receives * self.expert_bytes
 
     def _finish_gradients(self) -> None:

@@ -101,12 +101,19 @@ def pass_times(plan: Plan, loads_E: Floats, setting: Setting) -> tuple[float, fl
 
 
 def exchange_time(found: Flows, entries: float, setting: Setting) -> float:
-    """One exchange of tokens. A token's row goes to a device once, whatever number of its choices that device serves."""
+    """One exchange of tokens; both kinds of links work at the same time."""
+    within_bytes, across_bytes = exchanged_bytes(found, entries, setting)
+    return max(_travel(within_bytes, setting.costs.within), _travel(across_bytes, setting.costs.across))
+
+
+def exchanged_bytes(found: Flows, entries: float, setting: Setting) -> tuple[float, float]:
+    """(within nodes, between nodes): the most that a device gives or takes in one exchange of tokens. A token's row goes to a
+    device once, whatever number of its choices that device serves."""
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
     near, tokens = topology.devices_per_node - 1, entries / top_k / topology.devices
     within = _most_rows(found.within_in_D, found.within_out_D, near, tokens, top_k)
     across = _most_rows(found.across_in_D, found.across_out_D, topology.devices - near - 1, tokens, top_k)
-    return max(_travel(within * costs.row_bytes, costs.within), _travel(across * costs.row_bytes, costs.across))
+    return within * costs.row_bytes, across * costs.row_bytes
 
 
 def _most_rows(in_D: Floats, out_D: Floats, sources: int, tokens: float, top_k: int) -> float:
@@ -128,12 +135,18 @@ def _travel(sent_bytes: float, link: Link) -> float:
 
 def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float]:
     """(SparseAllGather, SparseReduceScatter) in seconds: hop by hop, the device with most to send or to take decides."""
+    gather_s, return_s, within_s = hop_times(placement, topology, costs)
+    return gather_s + within_s, return_s + within_s
+
+
+def hop_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float, float]:
+    """(copies between nodes, their gradients between nodes, either of them within nodes) in seconds."""
     found = routes(placement, topology)
     crossing = [_most_messages(hop, topology.devices) for hop in found.across]
     within_s = _travel(_most_messages(found.within, topology.devices) * costs.expert_bytes, costs.within)
     gather_s = sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing)
     return_s = sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing)
-    return gather_s + within_s, return_s + within_s
+    return gather_s, return_s, within_s
 
 
 def _most_messages(hop: Messages, devices: int) -> float:

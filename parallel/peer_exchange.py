@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.expert_order import cut, expert_order
-from kernels.peer_routing import PeerChoices, plan_rows
-from kernels.peer_rows import LANE_BYTES, PeerRows, pick_numbers, pull_rows, sum_rows
+from kernels.peer_routing import plan_rows
+from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
+from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
 from parallel.peer_memory import PeerMemory
 from parallel.token_exchange import Received
 from parallel.topology import World
@@ -76,7 +77,7 @@ class PeerTokens:
             most_tokens, entries, *rows_W = numbers()
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
-            # All ranks see the same numbers. The old blocks go when the new ones are made: slower ranks may read them until then.
+            # All ranks see the same numbers, and drop the old blocks once the new ones are made.
             more = min(max(rows_W) * (SPARE + 1) // SPARE, self.world.size * max(most_tokens, room.tokens))
             self._room = self._made(max(most_tokens, room.tokens), max(more, room.rows), top_k)
         rows = rows_W[rank]

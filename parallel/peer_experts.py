@@ -9,7 +9,7 @@ Letters: E experts of a layer, D devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +44,6 @@ class PeerRoom:
             tuple(view(block, start, (experts, *shape), dtype) for start, shape in places) for block in self.memory.of_rank
         ]
         self.experts = experts
-
-    def of(self, rank: int, row: int) -> Parts:
-        return tuple(part[row] for part in self.of_rank[rank])
 
 
 Copies = list[tuple[torch.Tensor, torch.Tensor]]  # (target, source)
@@ -144,20 +141,26 @@ class PeerExperts:
     def _barrier(self) -> None:
         self._rows.memory.barrier(CHANNEL)
 
-    def gather(self, placement: Placement, row_E: Ints, parts: Callable[[int], Parts]) -> Copied:
-        """Fetches this rank's copies. `row_E` says in which row of its owner's arena each expert lies."""
+    def gather(self, placement: Placement, row_E: Ints, slots: Mapping[int, int]) -> Copied:
+        """Fetches this rank's copies.
+
+        Args:
+            row_E: in which row of its owner's arena each expert lies.
+            slots: in which row of this rank's arena it shall.
+        """
         here = copies_beside_owner(placement)[:, self.world.rank].nonzero()[0].tolist()
+        moves = [(slots[expert], int(placement.owner_E[expert]), int(row_E[expert])) for expert in here]
         copies = [
-            pair
-            for expert in here
-            for pair in zip(parts(expert), self._rows.of(int(placement.owner_E[expert]), int(row_E[expert])), strict=True)
+            (own[to : to + count], part[row : row + count])
+            for to, owner, row, count in _runs(moves)
+            for own, part in zip(self.rows, self._rows.of_rank[owner], strict=True)
         ]
         news = bool(placement.extra_D.any()) and not self._fresh
         self._fresh |= news
         return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
 
-    def reduce(self, placement: Placement, parts: Callable[[int], Parts]) -> Returned:
-        """Returns the gradients of copies, which `parts` gives, to the owners. The one before must be finished."""
+    def reduce(self, placement: Placement, gradients: Parts, places: Mapping[int, int]) -> Returned:
+        """Returns the gradients of copies to the owners. The call before must be finished."""
         most = int(placement.extra_D.max())
         if most == 0:
             return Returned(lambda: None, [])
@@ -166,25 +169,36 @@ class PeerExperts:
         staging, rank = self._staging, self.world.rank
         beside_ED = copies_beside_owner(placement)
         place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy in the staging of its rank
-        for expert in beside_ED[:, rank].nonzero()[0].tolist():
-            for target, part in zip(staging.of(rank, int(place_ED[expert, rank])), parts(expert), strict=True):
-                target.copy_(part)
+        shown = [(int(place_ED[e, rank]), rank, places[e]) for e in beside_ED[:, rank].nonzero()[0].tolist()]
+        for to, _, place, count in _runs(shown):
+            for target, part in zip(staging.of_rank[rank], gradients, strict=True):
+                target[to : to + count].copy_(part[place : place + count])
         coming = [(e, d) for e, d in np.argwhere(beside_ED).tolist() if placement.owner_E[e] == rank]
-        arrived: list[tuple[int, Parts]] = [
-            (expert, tuple(torch.empty(shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes))
-            for expert, _ in coming
-        ]
-
+        room = [torch.empty(len(coming), *shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes]
         copies = [
-            pair
-            for (expert, device), (_, targets) in zip(coming, arrived, strict=True)
-            for pair in zip(targets, staging.of(device, int(place_ED[expert, device])), strict=True)
+            (target[to : to + count], part[place : place + count])
+            for to, device, place, count in _runs([(i, d, int(place_ED[e, d])) for i, (e, d) in enumerate(coming)])
+            for target, part in zip(room, staging.of_rank[device], strict=True)
         ]
+        arrived: list[tuple[int, Parts]] = [(e, tuple(part[i] for part in room)) for i, (e, _) in enumerate(coming)]
 
         def barrier() -> None:
             staging.memory.barrier(CHANNEL)  # the second time because it may be written anew
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
+
+
+def _runs(moves: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """(row here, owner, row there) of single experts -> the same with how many follow each other on both sides."""
+    runs: list[tuple[int, int, int, int]] = []
+    for to, owner, row in sorted(moves):
+        if runs:
+            first, last_owner, first_row, count = runs[-1]
+            if (to, owner, row) == (first + count, last_owner, first_row + count):
+                runs[-1] = first, owner, first_row, count + 1
+                continue
+        runs.append((to, owner, row, 1))
+    return runs
 
 
 def _nothing() -> None:

@@ -7,9 +7,13 @@ current stream, and the host goes on.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +38,8 @@ class PeerMemory:
     def _mapped(self) -> list[Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
 
+        # A process may be shown its own GPU alone, as number 0; PyTorch takes equal numbers on a host for one and the same GPU.
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         torch.cuda.synchronize()
         own = symmetric.empty(self.nbytes, dtype=torch.uint8, device=self.world.device)
         assert dist.group.WORLD is not None, "ranks have joined"
@@ -87,7 +93,7 @@ def _gpus_reach(world: World) -> bool:
 
 def _pages_reach(world: World) -> bool:
     """Host names may be alike on several hosts, so a file tells."""
-    with tempfile.NamedTemporaryFile(dir=_folder()) as file:
+    with _shared_file(1) as file:
         names: list[str] = [""] * world.size
         dist.all_gather_object(names, file.name)
         found = all(Path(name).exists() for name in names)
@@ -97,8 +103,7 @@ def _pages_reach(world: World) -> bool:
 
 def _shared_pages(world: World, nbytes: int) -> list[Tensor]:
     """Pages of files whose names are gone again before anybody uses them, so they vanish with the processes."""
-    with tempfile.NamedTemporaryFile(dir=_folder()) as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)  # an error now instead of a signal at the first write
+    with _shared_file(nbytes) as file:
         names: list[str] = [""] * world.size
         dist.all_gather_object(names, file.name)
         blocks = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
@@ -106,5 +111,25 @@ def _shared_pages(world: World, nbytes: int) -> list[Tensor]:
     return blocks
 
 
-def _folder() -> Path:
-    return SHARED_FOLDER if os.access(SHARED_FOLDER, os.W_OK) else Path(tempfile.gettempdir())
+@contextmanager
+def _shared_file(nbytes: int) -> Iterator[Any]:
+    """In memory where there is room, which containers often have little of; else in the folder for temporary files."""
+    if os.access(SHARED_FOLDER, os.W_OK):
+        with tempfile.NamedTemporaryFile(dir=SHARED_FOLDER) as file:
+            if _allocated(file.fileno(), nbytes):
+                yield file
+                return
+    with tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        yield file
+
+
+def _allocated(descriptor: int, nbytes: int) -> bool:
+    """Asks for the room now: at the first write it would be a signal."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True

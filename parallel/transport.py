@@ -6,7 +6,7 @@ node, and as shared pages by processes on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,8 +22,6 @@ from parallel.placement import Ints, Placement
 from parallel.sparse_collectives import GatherPlan, Parts, Pending, SparseAllGather, SparseReduceScatter, gather_plan
 from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
-
-PartsOf = Callable[[int], Parts]  # of an expert: its weights or its gradients on this rank
 
 
 class Gathering(Protocol):
@@ -46,9 +44,11 @@ class Movement(Protocol):
     @property
     def num_receives(self) -> int: ...
 
-    def gather(self, parts: PartsOf) -> Gathering: ...
+    def gather(self, slots: Mapping[int, int]) -> Gathering:
+        """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
 
-    def reduce(self, parts: PartsOf) -> Returning: ...
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        """`gradients` of this rank's experts, each at its place."""
 
 
 class Transport(Protocol):
@@ -99,6 +99,7 @@ def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch
 
 @dataclass(frozen=True)
 class MessageMovement:
+    transport: MessageTransport
     plan: GatherPlan
 
     @property
@@ -109,11 +110,11 @@ class MessageMovement:
     def num_receives(self) -> int:
         return self.plan.num_receives
 
-    def gather(self, parts: PartsOf) -> Gathering:
-        return SparseAllGather(self.plan, parts)
+    def gather(self, slots: Mapping[int, int]) -> Gathering:
+        return SparseAllGather(self.plan, lambda expert: tuple(part[slots[expert]] for part in self.transport.rows))
 
-    def reduce(self, parts: PartsOf) -> Returning:
-        return SparseReduceScatter(self.plan, parts)
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        return SparseReduceScatter(self.plan, lambda expert: tuple(part[places[expert]] for part in gradients))
 
 
 class MessageTransport:
@@ -140,7 +141,7 @@ class MessageTransport:
         """A message is a copy."""
 
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
-        return MessageMovement(gather_plan(placement, self._world.topology, self._world.rank))
+        return MessageMovement(self, gather_plan(placement, self._world.topology, self._world.rank))
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
@@ -167,11 +168,11 @@ class PeerMovement:
     def num_receives(self) -> int:
         return int(self.placement.extra_D[self.experts.world.rank])
 
-    def gather(self, parts: PartsOf) -> Gathering:
-        return self.experts.gather(self.placement, self.row_E, parts)
+    def gather(self, slots: Mapping[int, int]) -> Gathering:
+        return self.experts.gather(self.placement, self.row_E, slots)
 
-    def reduce(self, parts: PartsOf) -> Returning:
-        return self.experts.reduce(self.placement, parts)
+    def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
+        return self.experts.reduce(self.placement, gradients, places)
 
 
 class PeerTransport:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
+import ray
 import torch
 
-from rl.engine.engine import Engine, EngineSettings
+from rl.april import OverlappingPool
+from rl.engine.engine import Engine, EngineSettings, Receipt
+from rl.engine.pool import advancing
 from rl.trajectory import Sample
 from trainer.cluster import Placement, Processes, gather
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, SyncConfig
 from trainer.run_dir import RunDir
-from trainer.weights import PackedTensors, unpack
 from trainer.worker import log_to
 
 
@@ -24,8 +29,14 @@ class EngineActor(Engine):
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         super().__init__(config, settings, device, getattr(torch, dtype))
 
-    def receive(self, weights: PackedTensors, version: int) -> None:
-        self.load_weights(unpack(weights), version)
+
+class SyncedPool(OverlappingPool, Protocol):
+    """What generates with the weights of the ranks."""
+
+    busy_s: float  # in which it was generating, ever
+
+    def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
+        """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
 
 
 class RayPool:
@@ -33,6 +44,7 @@ class RayPool:
 
     def __init__(self, engines: Processes) -> None:
         self.engines = engines
+        self.busy_s = 0.0
 
     @classmethod
     def start(cls, placement: Placement, model: ModelConfig, settings: EngineSettings, dtype: str, run: RunDir) -> RayPool:
@@ -40,18 +52,45 @@ class RayPool:
         arguments = (model, settings, dtype)
         return cls(Processes({n: placement.actor(EngineActor, n, i, *arguments, run.log_file(n)) for i, n in enumerate(names)}))
 
-    def load_weights(self, ranks: Processes, version: int) -> None:
-        """Brings the ranks' weights to all engines: rank 0 puts them into Ray's object store, each engine reads them there."""
-        refs = {name: actor.weights.remote() for name, actor in ranks.actors.items()}
-        weights = next(iter(refs.values()))
-        loads = {name: actor.receive.remote(weights, version) for name, actor in self.engines.actors.items()}
-        gather({**{name: ref for name, ref in refs.items() if ref is not weights}, **loads})
+    def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
+        """Brings the ranks' weights to all engines: rank 0 puts them into Ray's object store, each engine reads them there.
+
+        An engine that holds another version than the changes build on gets all weights.
+        """
+        refs = {name: actor.weights.remote(version, config) for name, actor in ranks.actors.items()}
+        first, update = next(iter(refs.items()))
+        receipts = gather({**{name: ref for name, ref in refs.items() if name != first}, **self._send(update)})
+        behind = [name for name in self.engines.actors if receipts[name] is None]
+        if behind:
+            receipts |= gather(self._send(ranks.actors[first].anchor.remote(), behind))
+        return sync_metrics([receipts[name] for name in self.engines.actors]) | {"sync/version": version}
+
+    def _send(self, update: ray.ObjectRef, names: Iterable[str] | None = None) -> dict[str, ray.ObjectRef]:
+        return {name: self.engines.actors[name].receive.remote(update) for name in names or self.engines.actors}
 
     def submit(self, samples: Sequence[Sample]) -> None:
         self.engines.call_each("submit", [samples[i :: len(self.engines)] for i in range(len(self.engines))])
 
     def advance(self, tokens: int) -> list[Sample]:
-        return [sample for done in self.engines.call("advance", tokens) for sample in done]
+        started = time.perf_counter()
+        done = self.engines.call("advance", tokens)
+        self.busy_s += time.perf_counter() - started
+        return [sample for samples in done for sample in samples]
+
+    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
+        return advancing(self, tokens, samples)
 
     def drain(self) -> list[Sample]:
         return [sample for unfinished in self.engines.call("drain") for sample in unfinished]
+
+
+def sync_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Of the largest update and the slowest check, if there was one; no changed share where an engine needed all weights."""
+    metrics = {"sync/mib": max(receipt.nbytes for receipt in receipts) / 2**20}
+    shares = [receipt.changed_share for receipt in receipts if receipt.changed_share is not None]
+    if len(shares) == len(receipts):
+        metrics["sync/changed_share"] = shares[0]
+    checks = [receipt.check_s for receipt in receipts if receipt.check_s is not None]
+    if checks:
+        metrics["sync/check_s"] = max(checks)
+    return metrics

@@ -13,19 +13,27 @@ Two differences from the published code: groups that finish together with the N-
 group is regenerated when its oldest token is more than `max_staleness` rounds behind.
 
 Engines move in lockstep by a number of tokens, not by the clock, so a round is a pure function of its inputs.
+
+With overlap (rollout=async) the engines are not interrupted when the N-th group is finished but when new weights are there:
+while the ranks learn, they go on with N' groups, fresh ones in place of those being learned. Groups that wait finished count
+among the N', so neither the trainer nor the engines can run away from the other, and what is drawn is still trained once. How
+far the engines get meanwhile depends on the clock.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from kernels.errors import UserError
-from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
+from rl.length_bias import RoundLengths
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from trainer.config import RolloutConfig
 
 
@@ -39,11 +47,22 @@ class EnginePool(Protocol):
         """Decodes at most `tokens` tokens for every active sample, on all engines; returns those done, in any order."""
 
     def drain(self) -> list[Sample]:
-        """Stops: returns every submitted sample that is not done, with what it has, in any order."""
+        """Stops: returns every submitted sample that `advance` has not returned, with what it has, in any order."""
+
+
+class OverlappingPool(EnginePool, Protocol):
+    """One that can also generate by itself."""
+
+    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
+        """As if `advance(tokens)` was called all the time while the block runs, until the `samples` under way are done.
+
+        The list has those done when the block ends; nothing else may be called within it.
+        """
 
 
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids
-Score = Callable[[Sample], float | None]  # reward of a sample that is done; None: it could not be judged
+Learn = Callable[[Sequence[Group]], None]
+Score = Callable[[Sequence[Sample]], Sequence[float | None]]  # rewards of samples that are done; None: not to be judged
 
 
 @dataclass(frozen=True)
@@ -60,39 +79,57 @@ def submitted_groups(groups: int, config: RolloutConfig) -> int:
 
 
 def rollout_round(
-    pool: EnginePool, buffer: RolloutBuffer, prompts: Prompts, config: RolloutConfig, weight_version: int, score: Score
+    pool: OverlappingPool,
+    buffer: RolloutBuffer,
+    prompts: Prompts,
+    config: RolloutConfig,
+    weight_version: int,
+    score: Score,
+    meanwhile: Learn | None = None,
 ) -> RoundResult:
     """Runs one round under the weights `weight_version` (they count rounds) and leaves the rest of the work in `buffer`.
 
-    The engines must be empty and hold these weights. Raises UserError when not one sample of the round could be judged.
+    The engines must be empty and hold these weights. `meanwhile` gets the groups of the result as soon as they are there, and
+    the engines go on generating until it returns. Raises UserError when not one sample of the round could be judged.
     """
     dropped = buffer.restart_older_than(weight_version - config.max_staleness)
+    first_drawn = buffer.next_group
     judged: dict[int, Group] = {}
 
     def fresh(index: int) -> Group:
         return fresh_group(index, prompts(index), config.samples_per_group)
 
-    def informative(group: Group) -> bool:
+    def informative(groups: Sequence[Group]) -> list[bool]:
         if config.refills == 0:
-            return True
-        judged[group.id] = _judged(group, score)
-        return len(_distinct_rewards(judged[group.id])) > 1
+            return [True] * len(groups)
+        found = _judged(groups, score)
+        judged.update((group.id, group) for group in found)
+        return [len(_distinct_rewards(group)) > 1 for group in found]
 
     progress = _Progress(pool, informative)
     progress.enter(buffer.take(config.groups, submitted_groups(config.groups, config), fresh))
     _generate(progress, config, lambda missing: buffer.take_more(submitted_groups(missing, config), fresh))
     used = (progress.useful + progress.flat)[: config.groups]
-    surplus, unfinished = progress.useful[config.groups :], list(progress.running.values())
-    groups = tuple(judged.get(group.id) or _judged(group, score) for group in sorted(used, key=lambda group: group.id))
-    buffer.settle(recycled=unfinished, surplus=surplus)
-    finished = [*progress.useful, *progress.flat]
+    judged.update((group.id, group) for group in _judged([group for group in used if group.id not in judged], score))
+    groups = tuple(judged[group.id] for group in sorted(used, key=lambda group: group.id))
     metrics = _metrics(groups, weight_version)
+    if meanwhile is not None:
+        _overlap(progress, config, lambda missing: buffer.take_more(missing, fresh), partial(meanwhile, groups))
+    if progress.running:
+        progress.update(pool.drain())
+    ids = {group.id for group in used}
+    surplus = [group for group in progress.useful if group.id not in ids]
+    replaced = [group for group in progress.flat if group.id not in ids]
+    unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
+    buffer.settle(recycled=unfinished, surplus=surplus)
+    buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
     metrics["rollout/finished_groups"] = len(finished)
-    metrics["rollout/replaced_groups"] = len(finished) - len(used) - len(surplus)
+    metrics["rollout/replaced_groups"] = len(replaced)
     metrics["rollout/recycled_samples"] = _count_partial(unfinished)
     metrics["rollout/resumed_samples"] = _count_partial(progress.taken)
     metrics["rollout/new_tokens"] = _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken)
     metrics["rollout/dropped_groups"] = dropped
+    metrics["rollout/length_bias"] = buffer.lengths.bias(lengths_of((*buffer.recycled, *buffer.surplus)))
     return RoundResult(groups, metrics)
 
 
@@ -109,8 +146,8 @@ def complete(pool: EnginePool, samples: Sequence[Sample], advance_tokens: int) -
 class _Progress:
     """The groups of a round: `taken` as they came, and where each is now, in order of completion and FIFO."""
 
-    pool: EnginePool
-    informative: Callable[[Group], bool]
+    pool: OverlappingPool
+    informative: Callable[[Sequence[Group]], Sequence[bool]]
     taken: list[Group] = field(default_factory=list)
     useful: list[Group] = field(default_factory=list)
     flat: list[Group] = field(default_factory=list)  # finished, and not informative
@@ -124,14 +161,20 @@ class _Progress:
             self.pool.submit(waiting)
         self.update([])
 
+    @property
+    def waiting(self) -> int:
+        """Samples that are not done."""
+        return sum(not sample.done for group in self.running.values() for sample in group.samples)
+
     def update(self, samples: Sequence[Sample]) -> None:
         """Takes samples in their new state, and moves the groups that are finished with them."""
         latest = {sample.uid: sample for sample in samples}
         for group in [_refreshed(group, latest) for group in self.running.values()]:
             self.running[group.id] = group
-            if group.done:
-                del self.running[group.id]
-                (self.useful if self.informative(group) else self.flat).append(group)
+        done = [group for group in self.running.values() if group.done]
+        for group, useful in zip(done, self.informative(done), strict=True):
+            del self.running[group.id]
+            (self.useful if useful else self.flat).append(group)
 
 
 def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
@@ -144,16 +187,27 @@ def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], 
             refills -= 1
         else:
             progress.update(progress.pool.advance(config.advance_tokens))
-    if progress.running:
-        progress.update(progress.pool.drain())
+
+
+def _overlap(
+    progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]], meanwhile: Callable[[], None]
+) -> None:
+    """Runs `meanwhile` while the engines have as many groups as they had at first; those that wait finished count as theirs."""
+    under_way = len(progress.running) + max(0, len(progress.useful) - config.groups)
+    progress.enter(more(max(0, submitted_groups(config.groups, config) - under_way)))
+    with progress.pool.going_on(config.advance_tokens, progress.waiting) as done:
+        meanwhile()
+    progress.update(done)
 
 
 def _refreshed(group: Group, latest: dict[int, Sample]) -> Group:
     return Group(group.id, tuple(latest.get(sample.uid, sample) for sample in group.samples))
 
 
-def _judged(group: Group, score: Score) -> Group:
-    return Group(group.id, tuple(replace(sample, reward=score(sample)) for sample in group.samples))
+def _judged(groups: Sequence[Group], score: Score) -> list[Group]:
+    """The groups with the rewards of their samples, all asked for at once."""
+    rewards = iter(score([sample for group in groups for sample in group.samples]))
+    return [Group(group.id, tuple(replace(sample, reward=next(rewards)) for sample in group.samples)) for group in groups]
 
 
 def _distinct_rewards(group: Group) -> set[float]:
@@ -161,7 +215,8 @@ def _distinct_rewards(group: Group) -> set[float]:
 
 
 def _tokens(groups: Sequence[Group]) -> int:
-    return sum(sample.length for group in groups for sample in group.samples)
+    segments = (segment for group in groups for sample in group.samples for segment in sample.segments)
+    return sum(len(segment.token_ids) for segment in segments if segment.sampled)
 
 
 def _count_partial(groups: Sequence[Group]) -> int:
@@ -171,8 +226,8 @@ def _count_partial(groups: Sequence[Group]) -> int:
 def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """What the finished groups look like.
 
-    rollout/length_mean, length_max   response tokens of a sample
-    rollout/stale_token_share         response tokens sampled under older weights than `weight_version`
+    rollout/length_mean, length_max   response tokens of a sample, answers of the environment included
+    rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
     rollout/staleness_max             rounds that the oldest token is behind
     rollout/truncated_share           samples that ran into max_new_tokens
     reward/mean, reward/std           over all judged samples of the round
@@ -187,7 +242,7 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
             "check the task's score method and the service it may ask"
         )
     lengths = np.array([sample.length for sample in samples])
-    ages = weight_version - np.array([version for sample in samples for version in sample.versions])
+    ages = weight_version - np.array([v for s in samples for v, sampled in zip(s.versions, s.sampled, strict=True) if sampled])
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

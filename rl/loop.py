@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from rl.actors import RayPool
+from kernels.errors import UserError
+from rl.actors import RayPool, SyncedPool
 from rl.algorithms import PROXIMAL, PolicyObjective
-from rl.april import complete, rollout_round
+from rl.april import OverlappingPool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
+from rl.engine.server import ServerPool
 from rl.packing import documents_of, pack_demonstrations, policy_batches
-from rl.rewards.task import Prompt, Task
-from rl.trajectory import RolloutBuffer, Sample, fresh_group
+from rl.rewards.task import Conversation, Prompt, Task
+from rl.rewards.workers import Reply, Response, RewardWorkers
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
+from rl.turns import TurnPool, with_answer
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
+from trainer.estimate import vocab_size
 from trainer.loop import checkpoint_meta, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
@@ -41,6 +49,7 @@ class Reinforcement:
     model: ModelConfig
     tokenizer: Tokenizer
     task: Task
+    rewards: RewardWorkers
     start_from: Path  # a checkpoint of ours or a folder in the Hugging Face layout
     ranks: int
     dtype: str
@@ -50,44 +59,76 @@ class Reinforcement:
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
         cluster, rollout = self.config.cluster, self.config.rollout
-        with Placement(cluster, self.ranks, rollout.engines, self.tracker.say) as placement:
-            pool = RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+        engines = rollout.engines if rollout.server is None else 0
+        with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
-            pool.load_weights(ranks, start)
+            pool.load_weights(ranks, start, self.config.sync)
             self.loop(ranks, pool, buffer, start)
 
-    def loop(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, start: int) -> None:
-        """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
-        config, algorithm = self.config, self.config.algorithm
-        if start == 0:
-            self.tracker.log(0, self.evaluate(pool))
-        for version in range(start, config.loop.rounds):
-            clock = time.perf_counter()
-            result = rollout_round(pool, buffer, self.prompt_ids, config.rollout, version, self.score)
-            rollout_s = time.perf_counter() - clock
-            batches = policy_batches(
-                documents_of(result.groups, algorithm, version, config.rollout.max_new_tokens),
-                algorithm,
-                config.rollout.max_new_tokens,
-                sequence_length=config.loop.sequence_length,
-                rows_multiple_of=self.ranks,
-                pad_id=self.tokenizer.pad,
+    @contextmanager
+    def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
+        rollout = self.config.rollout
+        if rollout.server is None:
+            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            return
+        self.tracker.say(f"generating at {rollout.server}")
+        if rollout.server_reload is None:
+            self.tracker.say(
+                "without rollout.server_reload it keeps the weights that it has, and their tokens grow older every round"
             )
-            lr = learning_rate(version, config.loop.rounds, config.optimizer)
-            metrics = {**result.metrics, **learn(ranks, batches, PolicyObjective(algorithm), lr), "time/rollout_s": rollout_s}
+        folder, tokenizer = self.run.path / "server_weights", self.start_from / "tokenizer.json"
+        with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, tokenizer) as pool:
+            prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
+            pool.require_exact_distribution([ids[: len(ids) // 2 + 1] for ids in prompts[:8]])  # where more is open
+            yield pool
+
+    def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
+        """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
+        config = self.config
+        if start == 0:
+            self.tracker.log(0, {**self.evaluate(pool), **self.rewards.counts()})
+        for version in range(start, config.loop.rounds):
+            began, busy_before = time.perf_counter(), pool.busy_s
+            metrics: dict[str, Value] = {}
+            update = partial(self._update, ranks, version, began, metrics)
+            overlapped = update if config.rollout.overlap else None
+            result = rollout_round(self.turns(pool), buffer, self.prompt_ids, config.rollout, version, self.score, overlapped)
+            if overlapped is None:
+                update(result.groups)
+            metrics |= result.metrics
             clock = time.perf_counter()
-            pool.load_weights(ranks, version + 1)
-            metrics |= {"sync/weights_s": time.perf_counter() - clock, "sync/version": version + 1}
+            metrics |= pool.load_weights(ranks, version + 1, config.sync)
+            metrics["sync/weights_s"] = time.perf_counter() - clock
+            busy = pool.busy_s - busy_before
+            metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
+            metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
-    def _close_round(self, ranks: Processes, pool: RayPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
+    def _update(
+        self, ranks: Processes, version: int, started: float, metrics: dict[str, Value], groups: Sequence[Group]
+    ) -> None:
+        """Learns the groups of a round that began at `started`; adds to `metrics`."""
+        config, algorithm = self.config, self.config.algorithm
+        metrics["time/rollout_s"] = time.perf_counter() - started
+        batches = policy_batches(
+            documents_of(groups, algorithm, version, config.rollout.max_new_tokens),
+            algorithm,
+            config.rollout.max_new_tokens,
+            sequence_length=config.loop.sequence_length,
+            rows_multiple_of=self.ranks,
+            pad_id=self.tokenizer.pad,
+        )
+        lr = learning_rate(version, config.loop.rounds, config.optimizer)
+        metrics |= learn(ranks, batches, PolicyObjective(algorithm), lr)
+
+    def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
         loop = self.config.loop
         if done % loop.eval_every == 0 or done == loop.rounds:
             metrics |= self.evaluate(pool)
         if done % loop.checkpoint_every == 0 or done == loop.rounds:
             metrics |= self._save(ranks, buffer, done)
-        metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / metrics["time/rollout_s"]
+        metrics |= self.rewards.counts()
         self.tracker.log(done, metrics)
 
     # ------------------------------------------------------------ the task, in tokens
@@ -98,20 +139,48 @@ class Reinforcement:
     def _ids(self, prompt: Prompt) -> list[int]:
         return [self.tokenizer.bos, *self.tokenizer.encode(prompt.text)]
 
-    def score(self, sample: Sample) -> float | None:
-        """The reward of a sample that is done."""
-        prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
-        ended = sample.status == "finished"
-        text_ids = sample.response_ids[:-1] if ended else sample.response_ids  # without <eos>
-        return self.task.score(prompt, self.tokenizer.decode(text_ids), ended)
+    def turns(self, pool: OverlappingPool) -> OverlappingPool:
+        """The pool, in conversation with the task where the task is one."""
+        return TurnPool(pool, self.answers) if isinstance(self.task, Conversation) else pool
 
-    def evaluate(self, pool: RayPool) -> dict[str, float]:
+    def answers(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Finished samples after the task had its say, at most so often that the model has `rollout.max_turns` turns."""
+        rollout, replies = self.config.rollout, dict[int, Reply]()
+        asked = [sample for sample in samples if len(sample.turns) // 2 + 1 < rollout.max_turns]
+        for sample, reply in zip(asked, self.rewards.reply([self._response(sample) for sample in asked]), strict=True):
+            replies[sample.uid] = reply
+        return [self._answered(sample, replies.get(sample.uid, Reply(None))) for sample in samples]
+
+    def _answered(self, sample: Sample, reply: Reply) -> Sample:
+        if reply.failed:
+            return replace(sample, status="abandoned")
+        if not reply.text:
+            return sample
+        return with_answer(sample, self.tokenizer.encode(reply.text), self.config.rollout.max_new_tokens)
+
+    def score(self, samples: Sequence[Sample]) -> list[float | None]:
+        """The rewards of samples that are done."""
+        judged = [sample for sample in samples if sample.status != "abandoned"]
+        rewards = iter(self.rewards.score([self._response(sample) for sample in judged]))
+        return [None if sample.status == "abandoned" else next(rewards) for sample in samples]
+
+    def _response(self, sample: Sample) -> Response:
+        prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
+        turns = (turn[:-1] if turn[-1] == self.tokenizer.eos else turn for turn in sample.turns)
+        return Response(prompt, tuple(map(self.tokenizer.decode, turns)), sample.status == "finished")
+
+    def evaluate(self, pool: OverlappingPool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
         clock = time.perf_counter()
         prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
         samples = [s for index, ids in enumerate(prompts) for s in fresh_group(EVAL_GROUP + index, ids, 1).samples]
-        done = complete(pool, samples, self.config.rollout.advance_tokens)
-        rewards = [reward for reward in map(self.score, done) if reward is not None]
+        done = complete(self.turns(pool), samples, self.config.rollout.advance_tokens)
+        rewards = [reward for reward in self.score(done) if reward is not None]
+        if not rewards:
+            raise UserError(
+                f"none of the answers to {len(done)} held-out prompts could be judged (every score was None); "
+                "check the task's score method and the service it may ask"
+            )
         return {"reward/eval_mean": sum(rewards) / len(rewards), "time/eval_s": time.perf_counter() - clock}
 
     def warm_up(self, ranks: Processes) -> None:
@@ -119,17 +188,30 @@ class Reinforcement:
         warmup, length = self.config.warmup, self.config.loop.sequence_length
         index = 0
         for step in range(warmup.steps):
-            pairs, used = [], 0
+            examples, used = [], 0
             while used < warmup.batch_rows * length:
-                prompt, answer = self.task.demonstration(index)
-                pairs.append((self._ids(prompt), [*self.tokenizer.encode(answer), self.tokenizer.eos]))
-                used += sum(map(len, pairs[-1]))
+                prompt, shown = self.task.demonstration(index)
+                ids = self._ids(prompt)
+                examples.append((ids, *self._demonstrated((shown,) if isinstance(shown, str) else shown)))
+                used += len(ids) + len(examples[-1][1])
                 index += 1
-            batch = pack_demonstrations(pairs, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
+            batch = pack_demonstrations(
+                examples, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad
+            )
             loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
         ranks.call("new_optimizer")
+
+    def _demonstrated(self, turns: Sequence[str]) -> tuple[list[int], list[bool]]:
+        """The tokens of a conversation, and which are learned: the model's, each turn with its <eos>."""
+        ids, learned = list[int](), list[bool]()
+        for number, turn in enumerate(turns):
+            own = number % 2 == 0
+            said = [*self.tokenizer.encode(turn), *([self.tokenizer.eos] if own else [])]
+            ids += said
+            learned += [own] * len(said)
+        return ids, learned
 
     # ------------------------------------------------------------ processes and checkpoints
 

@@ -40,15 +40,16 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
     """The judged samples of finished groups with their advantages, from rewards less the overlong penalty.
 
     A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass. So is, under
-    off_policy=mask, a sample that weights before `weight_version` generated to the end.
+    off_policy=mask, a sample that weights before `weight_version` generated to the end. No token of the environment is learned.
     """
     rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
-    lengths = [[sample.length for sample in group.samples] for group in groups]
+    lengths = [[sum(sample.sampled) for sample in group.samples] for group in groups]
     documents = []
     for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
         weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
         for sample, advantage in zip(group.samples, found, strict=True):
-            learned = tuple(config.off_policy != "mask" or version == weight_version for version in sample.versions)
+            newest = (config.off_policy != "mask" or version == weight_version for version in sample.versions)
+            learned = tuple(fresh and sampled for fresh, sampled in zip(newest, sample.sampled, strict=True))
             if advantage is not None and any(learned):
                 ids = sample.prompt_ids, sample.response_ids
                 documents.append(Document(*ids, sample.logprobs, weight * advantage, learned))
@@ -136,11 +137,16 @@ def pack(
 
 
 def pack_demonstrations(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, sequence_length: int, rows_multiple_of: int, pad_id: int
+    demonstrations: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]],
+    *,
+    sequence_length: int,
+    rows_multiple_of: int,
+    pad_id: int,
 ) -> TrainBatch:
-    """Packs (prompt ids, answer ids ending with <eos>) for supervised learning of the answers; every answer token counts 1."""
+    """Packs (prompt ids, answer ids, which of them are learned) for supervised learning; every learned token counts 1."""
     documents = [
-        Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, (True,) * len(answer)) for prompt, answer in pairs
+        Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, tuple(learned))
+        for prompt, answer, learned in demonstrations
     ]
     return pack(
         documents,

@@ -1,8 +1,9 @@
 """What a rollout leaves behind: segments, samples, groups, and the buffer that carries unfinished work to the next round.
 
 A sample is a prompt and the segments that it got so far. A segment holds the tokens sampled under one weight version, with
-the log-probabilities they were sampled at. A group is the n samples of one prompt; advantages are relative to it, so it is
-used whole or not at all. Token ids are kept, never text: a continued sample is continued from the very tokens it stopped at.
+the log-probabilities they were sampled at, or what the environment of the task answered. A group is the n samples of one
+prompt; advantages are relative to it, so it is used whole or not at all. Token ids are kept, never text: a continued sample is
+continued from the very tokens it stopped at.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, get_args
 
-# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens
-Status = Literal["pending", "partial", "finished", "truncated"]
+from rl.length_bias import GroupLength, LengthWindow
+
+# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens;
+# abandoned: its environment failed to answer, so it cannot be judged
+Status = Literal["pending", "partial", "finished", "truncated", "abandoned"]
 
 # A sample's uid is group * UIDS_PER_GROUP + its place in the group, so it stays unique when samples_per_group changes.
 UIDS_PER_GROUP = 1 << 16
@@ -21,19 +26,27 @@ UIDS_PER_GROUP = 1 << 16
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature."""
+    """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
+
+    Those of the environment were not `sampled`: they have no log-probability and are never learned.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    weight_version: int
+    weight_version: int  # of an answer: that of the turn before it
+    sampled: bool = True
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+        expected = len(self.token_ids) if self.sampled else 0
+        assert len(self.logprobs) == expected, (len(self.logprobs), expected)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt, at any stage. The <eos> of a finished sample is its last response token."""
+    """One completion of one prompt, at any stage. The <eos> of a finished sample is its last response token.
+
+    In a conversation the response has several turns, each of the model's with its <eos>, and the environment's answers between.
+    """
 
     uid: int
     group: int
@@ -44,7 +57,7 @@ class Sample:
 
     @property
     def done(self) -> bool:
-        return self.status in ("finished", "truncated")
+        return self.status in ("finished", "truncated", "abandoned")
 
     @property
     def response_ids(self) -> tuple[int, ...]:
@@ -52,8 +65,19 @@ class Sample:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """One behaviour log-probability a response token."""
-        return tuple(value for segment in self.segments for value in segment.logprobs)
+        """One behaviour log-probability a response token; 0 for the environment's, which nobody may learn from."""
+        return tuple(v for s in self.segments for v in (s.logprobs if s.sampled else (0.0,) * len(s.token_ids)))
+
+    @property
+    def sampled(self) -> tuple[bool, ...]:
+        """Which response tokens are the model's."""
+        return tuple(segment.sampled for segment in self.segments for _ in segment.token_ids)
+
+    @property
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """The response tokens of the model and of the environment, alternately; the first turn is the model's."""
+        speakers = groupby(self.segments, key=lambda segment: segment.sampled)
+        return tuple(tuple(token for segment in said for token in segment.token_ids) for _, said in speakers)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -67,12 +91,18 @@ class Sample:
 
     @property
     def oldest_version(self) -> int | None:
-        return min((segment.weight_version for segment in self.segments), default=None)
+        return min((segment.weight_version for segment in self.segments if segment.sampled), default=None)
 
     def extended(self, segment: Segment, status: Status) -> Sample:
         """This sample with one more segment and the status it has after it."""
         assert not self.done, f"sample {self.uid} is {self.status} already"
         return replace(self, segments=(*self.segments, segment), status=status)
+
+    def answered(self, token_ids: Sequence[int]) -> Sample:
+        """A finished sample that goes on after the environment's answer, which has a token or more."""
+        assert self.status == "finished" and token_ids, (self.uid, self.status)
+        answer = Segment(tuple(token_ids), (), self.segments[-1].weight_version, sampled=False)
+        return replace(self, segments=(*self.segments, answer), status="partial")
 
     def restarted(self) -> Sample:
         """The same prompt and uid with nothing generated.
@@ -110,15 +140,27 @@ def fresh_group(group: int, prompt_ids: Sequence[int], samples: int) -> Group:
     return Group(group, tuple(Sample(uid=uid, group=group, prompt_ids=tuple(prompt_ids)) for uid in uids))
 
 
+def lengths_of(groups: Iterable[Group]) -> tuple[GroupLength, ...]:
+    return tuple(GroupLength(group.id, len(group.samples), sum(sample.length for sample in group.samples)) for group in groups)
+
+
 class RolloutBuffer:
     """Groups between rounds, and the cursor of the next fresh prompt.
 
-    `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full.
+    `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full;
+    `lengths` says how long the trained groups of the last rounds were, and those that were drawn.
     Groups handed out by `take` are in flight until `settle`; a state saved in between counts them as not yet started in this
     round, so a run that dies in the middle of a round loses the work of that round and no prompt.
     """
 
-    def __init__(self, recycled: Iterable[Group] = (), surplus: Iterable[Group] = (), next_group: int = 0) -> None:
+    def __init__(
+        self,
+        recycled: Iterable[Group] = (),
+        surplus: Iterable[Group] = (),
+        next_group: int = 0,
+        lengths: LengthWindow | None = None,
+    ) -> None:
+        self.lengths = lengths or LengthWindow()
         self._recycled = deque(recycled)
         self._surplus = deque(surplus)
         self._in_flight: tuple[Group, ...] = ()
@@ -185,6 +227,7 @@ class RolloutBuffer:
         unfinished = [group for group in self._in_flight if not group.done]
         return {
             "next_group": self._next_group,
+            "lengths": self.lengths.to_state(),
             "surplus": [_group_state(group) for group in (*surplus, *self._surplus)],
             "recycled": [_group_state(group) for group in (*unfinished, *self._recycled)],
         }
@@ -195,6 +238,7 @@ class RolloutBuffer:
             recycled=[_group_from(item) for item in state["recycled"]],
             surplus=[_group_from(item) for item in state["surplus"]],
             next_group=state["next_group"],
+            lengths=LengthWindow.from_state(state["lengths"]),
         )
 
 
@@ -213,7 +257,12 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
         "status": sample.status,
         "reward": sample.reward,
         "segments": [
-            {"token_ids": list(s.token_ids), "logprobs": list(s.logprobs), "weight_version": s.weight_version}
+            {
+                "token_ids": list(s.token_ids),
+                "logprobs": list(s.logprobs),
+                "weight_version": s.weight_version,
+                "sampled": s.sampled,
+            }
             for s in sample.segments
         ],
     }
@@ -221,7 +270,9 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:
     assert state["status"] in get_args(Status), state["status"]
-    segments = tuple(Segment(tuple(s["token_ids"]), tuple(s["logprobs"]), s["weight_version"]) for s in state["segments"])
+    segments = tuple(
+        Segment(tuple(s["token_ids"]), tuple(s["logprobs"]), s["weight_version"], s["sampled"]) for s in state["segments"]
+    )
     return Sample(
         uid=state["uid"],
         group=group,

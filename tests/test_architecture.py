@@ -9,11 +9,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import from itself and from those before it
+SCHEDULE = [f"schedule/{name}" for name in ("timeline", "cost", "pipeline", "closed_form", "gradients", "plan")]
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{
-        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "typing", "parallel", "__future__"}
-        for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies")
+        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "itertools", "typing", "parallel", "__future__"}
+        for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies", *SCHEDULE)
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
     "rl/algorithms.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},

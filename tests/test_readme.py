@@ -11,12 +11,14 @@ from launch.cli import group_choices, option_names
 from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
-from trainer.config import PretrainConfig, RLConfig, TaskConfig
+from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig, TaskConfig
 from trainer.metrics import METRICS, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-ROOTS = {"pretrain": PretrainConfig, "rl": RLConfig}
+MADE = ("map.md", "metrics.md")  # pages that tests compare with the code as a whole
+PAGES = "\n".join([README, *(f.read_text(encoding="utf-8") for f in (REPOSITORY / "docs").glob("*.md") if f.name not in MADE)])
+ROOTS: dict[str, type[Record]] = {"pretrain": PretrainConfig, "rl": RLConfig, "plan": PlanConfig}
 
 
 def test_the_readme_is_short() -> None:
@@ -25,7 +27,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_file_map_names_every_module_and_no_other() -> None:
     room, named = "", set()
-    for line in README.split("## Where things are")[1].split("```")[1].splitlines():
+    for line in (REPOSITORY / "docs" / "map.md").read_text(encoding="utf-8").split("```")[1].splitlines():
         if line and not line.startswith(" "):
             room = line.split("/")[0]
         named |= {f"{room}/{name}" for name in re.findall(r"[\w/]+\.py", line)}
@@ -38,8 +40,8 @@ def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
     assert page == f"# Metrics\n\nMade from `trainer/metrics.py`.\n\n{markdown_table()}\n"
 
 
-def test_metrics_and_options_in_the_readme_exist() -> None:
-    quoted = [word for code in re.findall(r"`([^`\n]+)`", README) for word in code.split()]
+def test_metrics_and_options_in_the_pages_exist() -> None:
+    quoted = [word for code in re.findall(r"`([^`\n]+)`", PAGES) for word in code.split()]
     options = {name for root in ROOTS.values() for name in option_names(root)}
     groups = {f"{g}={c}" for name, root in ROOTS.items() for g, cs in group_choices(root, name).items() for c in cs}
     checked = 0
@@ -56,14 +58,14 @@ def test_metrics_and_options_in_the_readme_exist() -> None:
     assert checked > 30
 
 
-def test_the_commands_in_the_readme_name_real_modules_and_options() -> None:
+def test_the_commands_in_the_pages_name_real_modules_and_options() -> None:
     options = {name for root in ROOTS.values() for name in option_names(root)} | {"experiment", "task.options"}
-    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", PAGES, re.MULTILINE)
     assert len(commands) >= 7
     for module, rest in commands:
         assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
         for argument in re.findall(r"'?([\w.]+)=", rest.partition("#")[0]):
-            assert argument in options, argument
+            assert argument in options or argument.startswith("task.options."), argument
 
 
 def test_the_task_in_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Every option of Tessera, typed, frozen and validated once.
 
-Hydra composes the files under conf/; `parse` turns the composed mapping into one of the two roots below, `PretrainConfig`
-or `RLConfig`. Nothing past the entry point sees a Hydra object. A field's unit is in its name or its comment.
+Hydra composes the files under conf/; `launch.cli.load` turns the composed mapping into one of the roots below:
+`PretrainConfig`, `RLConfig` or `PlanConfig`. Nothing past the entry point sees a Hydra object. A field's unit is in its name
+or its comment.
 """
 
 from __future__ import annotations
@@ -258,6 +259,14 @@ class TaskConfig(Record):
     eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
 
 
+class RewardConfig(Record):
+    """Where rewards are computed: in child processes of the driver, which may hang or die without harm to the run."""
+
+    workers: int = Field(gt=0)  # processes
+    timeout_s: float = Field(gt=0)  # of one score; a scorer that takes longer is killed, and its sample has no reward
+    memory_gib: float = Field(gt=0)  # that a process may have
+
+
 class WarmupConfig(Record):
     """A short supervised warm-up on the task's demonstrations, before the first rollout round."""
 
@@ -273,7 +282,8 @@ class RolloutConfig(Record):
     samples_per_group: int = Field(gt=1)  # n
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
-    max_new_tokens: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(gt=0)
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
@@ -283,6 +293,18 @@ class RolloutConfig(Record):
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
+    overlap: bool  # the engines go on generating while the ranks learn
+    server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
+    server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
+    server_timeout_s: float = Field(gt=0)  # without a byte of an answer
+    server_retries: int = Field(ge=0)  # requests in a row that bring no token
+
+
+class SyncConfig(Record):
+    """How new weights reach the engines; trainer/weight_sync.py."""
+
+    anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
+    check: bool  # each engine hashes what it holds and compares with the trainer's hash
 
 
 Band = tuple[float, float]  # lowest and highest ratio
@@ -336,8 +358,10 @@ class LoopConfig(Record):
 class RLConfig(RunConfig):
     checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
+    reward: RewardConfig
     warmup: WarmupConfig
     rollout: RolloutConfig
+    sync: SyncConfig
     algorithm: AlgorithmConfig
     loop: LoopConfig
 
@@ -353,4 +377,82 @@ class RLConfig(RunConfig):
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
                 f"({self.rollout.max_new_tokens}); lower it"
             )
+        if self.rollout.overlap and self.rollout.max_staleness == 0:
+            raise ValueError(
+                "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
+                "(0) throws all of them away; raise it, or choose rollout=april"
+            )
+        if self.rollout.server is not None:
+            self._consistent_with_server()
+        elif self.rollout.server_reload is not None:
+            raise ValueError("rollout.server_reload tells a server to load weights, but there is none; set rollout.server")
+        return self
+
+    def _consistent_with_server(self) -> None:
+        if self.algorithm.off_policy in ("recompute", "mask"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
+                "or bypass"
+            )
+        if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
+            raise ValueError(
+                "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
+                "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
+        if self.sync.anchor_every > 1 or self.sync.check:
+            raise ValueError(
+                "sync.anchor_every and sync.check are of our engines, and rollout.server is another; set sync=full"
+            )
+
+
+# ---------------------------------------------------------------- planning for a cluster
+
+
+class LinkConfig(Record):
+    latency_s: float = Field(ge=0)  # of a message
+    gbytes: float = Field(gt=0)  # GB/s that a GPU sends, and at the same time receives
+
+
+class MachineConfig(Record):
+    """What one GPU and its links reach: published, or better measured."""
+
+    gpus_per_node: int = Field(gt=0)
+    memory_gib: float = Field(gt=0)
+    product_tflops: float = Field(gt=0)  # TFLOP/s of grouped products in bfloat16
+    memory_tbytes: float = Field(gt=0)  # TB/s read
+    within: LinkConfig  # to the other GPUs of the node
+    across: LinkConfig  # to other nodes
+    host_gbytes: float = Field(gt=0)  # GB/s of the host's memory that the optimizer of one rank reaches
+    host_link_gbytes: float = Field(gt=0)  # GB/s each way between a GPU and its host
+
+
+class PlanConfig(Record):
+    """A pretraining that is predicted and not run."""
+
+    model: ModelConfig
+    machine: MachineConfig
+    gpus: int = Field(gt=1)
+    sequence_length: int = Field(gt=1)
+    batch_rows: int = Field(gt=0)  # of all ranks together, in one update
+    loads: Literal["even", "zipf", "drift", "burst", "settling"]  # of the experts; launch/benchmarks/traces.py
+    profile: Path | None  # a file of measured times that replace what the machine is said to reach
+    picture: Path | None  # an .svg or .png of one layer's timeline
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def consistent(self) -> PlanConfig:
+        if self.gpus > self.machine.gpus_per_node and self.gpus % self.machine.gpus_per_node:
+            raise ValueError(
+                f"gpus ({self.gpus}) do not fill nodes of {self.machine.gpus_per_node}; "
+                "give a multiple, or machine.gpus_per_node"
+            )
+        if self.batch_rows % self.gpus:
+            raise ValueError(f"batch_rows ({self.batch_rows}) does not divide over {self.gpus} gpus; change either")
+        if self.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"sequence_length ({self.sequence_length}) is larger than model.max_positions ({self.model.max_positions})"
+            )
+        if self.picture is not None and self.picture.suffix not in (".svg", ".png"):
+            raise ValueError(f"picture ({self.picture}) should end in .svg or .png")
         return self

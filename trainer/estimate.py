@@ -32,6 +32,7 @@ class Memory:
     gradients: int
     optimizer_state: int  # AdamW's two moments and float32 master weights
     activations: int  # of one micro-batch
+    exchange: int  # where ranks show each other tokens and results
     logits: int  # what exists at once of the logits and of what is made of them
     host: int  # beside a GPU
     disk: int
@@ -77,7 +78,8 @@ def memory_per_rank(
         copies=parallel.copies_kept(model.num_moe_layers, ranks) * counts.per_expert * size,
         gradients=dense_gradients + expert_gradients,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
-        activations=tokens * _activations_per_token(model, size, ranks, recompute),
+        activations=tokens * _activations_per_token(model, size, ranks, recompute, on_gpu and dtype == "bfloat16"),
+        exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport != "messages" else 0,
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
         host=host,
         disk=disk,
@@ -91,14 +93,23 @@ def _logits(tokens: int, vocabulary: int, hidden: int, dtype: str) -> int:
     return min(GRADIENT_BYTES, BYTES[dtype] * tokens * vocabulary) + 2 * FLOAT32 * tokens * hidden
 
 
-def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute: bool) -> int:
-    """Bytes that the backward pass keeps for one token."""
+def _exchanged_per_token(model: ModelConfig, size: int, ranks: int) -> int:
+    """Two blocks with a row for each rank that a token may go to (parallel/peer_exchange.py)."""
+    return 2 * min(ranks, model.top_k) * model.hidden_size * size if ranks > 1 else 0
+
+
+def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute: bool, fused: bool) -> int:
+    """Bytes that the backward pass keeps for one token. `fused`: of experts only what kernels/hopper keeps."""
     hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     qk = (heads + kv_heads) * (2 if model.qk_norm else 1)  # before and after the norms
     attention = 4 * hidden + qk + 2 * heads + kv_heads
     dense = attention + 4 * model.dense_hidden_size
-    exchanged = 2 * min(ranks, model.top_k) if ranks > 1 else 0  # a token's rows as received and as they go back
-    routed = model.top_k * (3 * hidden + 4 * model.expert_hidden_size) + exchanged * hidden
+    arrived = min(ranks, model.top_k)  # a token's rows, on all ranks together
+    if fused:
+        routed = arrived * hidden + model.top_k * 2 * model.expert_hidden_size
+    else:
+        exchanged = 2 * arrived if ranks > 1 else 0  # as received and as they go back
+        routed = model.top_k * (3 * hidden + 4 * model.expert_hidden_size) + exchanged * hidden
     shared = 4 * model.num_shared_experts * model.expert_hidden_size
     moe = attention + routed + shared + 3 * model.num_experts * FLOAT32 // size
     layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers

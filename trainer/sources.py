@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.errors import UserError
 from trainer.config import JsonlSource, ParquetSource, StdlibSource, TextSource
@@ -181,6 +182,17 @@ def _read_text(file: SourceFile, limit: int | None, left_out: list[Path]) -> Ite
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for where, record in json_records(path, wanted=f'data=jsonl wants lines such as {{{json.dumps(field)}: "some text"}}'):
+        if field not in record:
+            raise UserError(missing_field(where, field, list(record), "data.field"))
+        yield _text_of(record[field], field, where)
+
+
+def json_records(path: Path, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of each line that is not white space.
+
+    Raises UserError for a line that is no object, with what is `wanted`, and OSError if the file cannot be read.
+    """
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -190,15 +202,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError is one, too
-                raise UserError(f"{where} is not JSON: {error}; every line of data=jsonl is one JSON object") from error
+                raise UserError(f"{where} is not JSON: {error}; every line is one JSON object") from error
             if not isinstance(record, dict):
-                raise UserError(
-                    f"{where} is a JSON {_json_kind(record)}, not an object; data=jsonl wants lines "
-                    f'such as {{{json.dumps(field)}: "some text"}}'
-                )
-            if field not in record:
-                raise UserError(_missing_field(where, field, list(record)))
-            yield _text_of(record[field], field, where)
+                raise UserError(f"{where} is a JSON {_json_kind(record)}, not an object; {wanted}")
+            yield where, record
 
 
 def _text_of(value: object, field: str, where: str) -> str:
@@ -227,7 +234,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         with parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
             if field not in schema.names:
-                raise UserError(_missing_field(str(path), field, schema.names))
+                raise UserError(missing_field(str(path), field, schema.names, "data.field"))
             _require_string_column(schema.field(field).type, field, path)
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
@@ -250,12 +257,13 @@ def _require_string_column(kind: object, field: str, path: Path) -> None:
         raise UserError(f"{path}: column {field!r} has type {kind}, not string; set data.field to a column of text")
 
 
-def _missing_field(where: str, field: str, names: list[str]) -> str:
+def missing_field(where: str, field: str, names: list[str], option: str) -> str:
+    """What is wrong when a record without `field` has the fields `names`; `option` says which field to take."""
     if not names:
         return f"{where} has no field {field!r}; it has no fields at all"
     near = difflib.get_close_matches(field, names, n=1, cutoff=0.0)[0]
     shown = ", ".join(repr(name) for name in names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-    return f"{where} has no field {field!r}; its fields are {shown}. The nearest is {near!r}: set data.field={near}"
+    return f"{where} has no field {field!r}; its fields are {shown}. The nearest is {near!r}: set {option}={near}"
 
 
 def _json_kind(value: object) -> str:

@@ -24,12 +24,13 @@ from parallel.expert_shards import PARTS
 from parallel.topology import World, join, leave, serve_store
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
-from trainer.model.hf import load_pretrained
+from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
-from trainer.weights import PackedTensors, pack
+from trainer.weight_sync import WeightSource, WeightUpdate
+from trainer.weights import pack
 
 Metrics = dict[str, float | list[list[float]]]
 log = logging.getLogger("tessera")
@@ -47,6 +48,7 @@ class TrainWorker:
 
     def __init__(self, rank: int, log_file: Path | None = None) -> None:
         self.rank = rank
+        self.source = WeightSource()
         if log_file is not None:
             log_to(log_file)
 
@@ -136,15 +138,29 @@ class TrainWorker:
         model = load_pretrained(folder, torch.float32)
         self.trainer.load_state(dict(named_tensors(model)), with_moments=False, updates=0)
 
-    def weights(self) -> PackedTensors | None:
-        """`LanguageModel.state` in the dtype that the ranks compute with: from rank 0; None elsewhere."""
+    def weights(self, version: int, config: SyncConfig) -> WeightUpdate | None:
+        """`LanguageModel.state` in the dtype that the ranks compute with, or its changes: from rank 0; None elsewhere."""
+        model = self._whole_model()
+        return None if model is None else self.source.update(pack(model.state()), version, config)
+
+    def export(self, folder: Path, tokenizer: Path) -> None:
+        """Writes the same weights to `folder` in the Hugging Face layout."""
+        model = self._whole_model()
+        if model is not None:
+            save_pretrained(model, folder, tokenizer)
+
+    def _whole_model(self) -> LanguageModel | None:
+        """On rank 0, None elsewhere."""
         layers = [self.trainer.experts.gathered(layer) for layer in range(self.trainer.spec.model.num_moe_layers)]
         whole = [parts for parts in layers if parts is not None]
         if not whole:
             return None
         experts = ExpertWeights(*(torch.stack(parts) for parts in zip(*whole, strict=True)))
-        model = LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
-        return pack(model.state())
+        return LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
+
+    def anchor(self) -> WeightUpdate:
+        """Rank 0 only, not collective: what `weights` returned last, whole, for an engine that holds another version."""
+        return self.source.anchor()
 
 
 def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:

@@ -119,7 +119,7 @@ def _measured(world: World, options: CollectivesOptions, told: tuple[Shape, int]
         suffix = " in place" if peer_memory else ""
         ways = _gather_and_reduce(world, expert_shape, placement, dtype, peer_memory)
         calls |= dict(zip((f"gather{suffix}", f"reduce{suffix}"), ways, strict=True))
-    times = slowest(calls, world, options.repeats)
+    times = slowest(calls, world, options.repeats, together=True)
     others = (world.size - 1) * size
     bytes_of = {"all_gather": others, "all_to_all": others // world.size}
     return {name: Moved(timing, bytes_of.get(name, size)) for name, timing in times.items()}
@@ -140,10 +140,10 @@ def _gather_and_reduce(
 
     def gather(number: int) -> None:
         there.quiesce()
-        movement.gather(lambda expert: tuple(part[slot[expert]] for part in there.rows)).finish()
+        movement.gather(slot).finish()
 
     def reduce(number: int) -> None:
-        for expert, arrived in movement.reduce(lambda expert: tuple(part[slot[expert]] for part in gradients)).finish():
+        for expert, arrived in movement.reduce(gradients, slot).finish():
             for total, part in zip(sums, arrived, strict=True):
                 accumulate(total[slot[expert]], part)
 

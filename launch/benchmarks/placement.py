@@ -33,37 +33,16 @@ from rich.table import Table
 from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import DRAWN, draw, recorded
+from launch.machines import MachineName, layer_costs, read_machine
 from parallel.flows import Plan, device_loads, imbalance
-from parallel.layer_cost import LayerCosts, LayerTime, Link, Setting, copy_times, hidden_copies, layer_time, pass_times
+from parallel.layer_cost import LayerCosts, LayerTime, Setting, copy_times, hidden_copies, layer_time, pass_times
 from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
 from parallel.planning import predict
 from parallel.policies import POLICIES, calibrated
 
-BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
 SEQUENCE = 4096  # tokens of a row, for the attention's time
-PLANNING_S = 2e-3  # a layer; see tests/benchmarks/placement.md
 Trace = Literal["zipf", "drift", "burst", "settling"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Of one device: rates that a layer reaches, and bytes a second in each direction."""
-
-    products: float  # FLOP/s of grouped products
-    memory: float  # bytes/s read
-    within: Link
-    across: Link
-
-
-MACHINES: Mapping[str, Machine] = {
-    # Products and memory as measured (tests/benchmarks/kernels.md), NVLink as a peer copy reaches it; DGX H200: 400 Gb/s a GPU.
-    "h200": Machine(600e12, 4.2e12, Link(10e-6, 1 / 370e9), Link(20e-6, 1 / 50e9)),
-    # p4d.24xlarge, Hecate's cluster B: NVSwitch 300 GB/s each way, 400 Gb/s for eight A100; 60 % of 312 TFLOP/s.
-    "a100": Machine(187e12, 1.4e12, Link(10e-6, 1 / 240e9), Link(30e-6, 1 / 6.25e9)),
-    # p3dn.24xlarge, Hecate's cluster A: NVLink 150 GB/s each way, 100 Gb/s for eight V100; half of 125 TFLOP/s.
-    "v100": Machine(62e12, 0.8e12, Link(10e-6, 1 / 120e9), Link(40e-6, 1 / 1.56e9)),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,7 @@ class PlacementOptions(TokenOptions):
     expert_hidden: PositiveInt | None = None
     experts: PositiveInt | None = None
     top_k: PositiveInt | None = None
-    machine: OneOrMore[Literal["h200", "a100", "v100"]]
+    machine: OneOrMore[MachineName] = Field(description="of conf/machine")
     devices: OneOrMore[PositiveInt]
     per_node: PositiveInt = Field(8, description="devices of a node, where there are so many")
     memory: PositiveInt = Field(description="copies that a device has room for")
@@ -160,7 +139,7 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     if options.run is not None:
         traces |= recorded(options.run, entries)
     topology = Topology(devices, options.per_node if devices % options.per_node == 0 else 1)
-    costs = layer_costs(MACHINES[machine], shape, tokens)
+    costs = costs_of(machine, shape, tokens)
     budget = Budget(hidden_copies(costs, topology.nodes), options.memory)
     setting = Setting(topology, shape.top_k, budget, False, costs)
     replayed = {policy: {name: replay(policy, loads_SE, setting) for name, loads_SE in traces.items()} for policy in SYSTEMS}
@@ -170,21 +149,10 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     return PlacementCase(work, sizes, replayed, {}, [])
 
 
-def layer_costs(machine: Machine, shape: Shape, tokens: int) -> LayerCosts:
-    """What a layer of this shape costs there. The attention is taken to reach the rate of the products."""
-    expert = 3 * shape.hidden * shape.expert_hidden
+def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:
+    """What a layer of this shape costs there, with as many heads as fill the hidden size."""
     attention = 8 * shape.hidden**2 + 2 * SEQUENCE * shape.hidden
-    return LayerCosts(
-        entry_s=2 * expert / machine.products,
-        expert_s=BYTES * expert / machine.memory,
-        row_bytes=BYTES * shape.hidden,
-        expert_bytes=BYTES * expert,
-        sum_bytes=FLOAT32 * expert,
-        within=machine.within,
-        across=machine.across,
-        attention_s=tokens * attention / machine.products,
-        planning_s=PLANNING_S,
-    )
+    return layer_costs(read_machine(machine), shape.hidden, shape.expert_hidden, tokens * attention)
 
 
 def replay(name: str, loads_SE: Floats, setting: Setting) -> Replayed:

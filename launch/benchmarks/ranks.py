@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from kernels.errors import UserError
 from launch.benchmarks.timing import Call, Timing, interleaved
+from parallel.profiling import HEAD_START_CYCLES
 from parallel.topology import World, join, leave
 
 REPEATS = 20
@@ -43,10 +44,20 @@ def _rank(rank: int, work: Any, ranks: int, options: Any, cases: Any, kind: str,
     leave(world)
 
 
-def slowest(calls: dict[str, Call], world: World, repeats: int | None) -> dict[str, Timing]:
-    """The times of each call on the rank that takes longest; all ranks call each as often."""
+def slowest(calls: dict[str, Call], world: World, repeats: int | None, *, together: bool = False) -> dict[str, Timing]:
+    """The times of each call on the rank that takes longest; all ranks call each as often.
+
+    `together`: GPUs begin each call at the same time, when the host has started all of it, so what is timed is what they do.
+    """
+    one = torch.ones(1, device=world.device)
+
+    def meet() -> None:
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        dist.all_reduce(one)
+
+    before = meet if together and world.device.type == "cuda" else None
     found = {}
-    for name, timing in interleaved(calls, world.device, repeats or REPEATS).items():
+    for name, timing in interleaved(calls, world.device, repeats or REPEATS, before).items():
         all_ranks: list[Any] = [None] * world.size
         dist.all_gather_object(all_ranks, timing)
         found[name] = max(all_ranks, key=lambda one: one.median_ms)

@@ -53,27 +53,36 @@ class Ceilings:
     copy_tbytes: float  # TB/s, bytes read plus bytes written
 
 
-def interleaved(calls: Mapping[str, Call], device: torch.device, repeats: int | None) -> dict[str, Timing]:
-    """Times every call `repeats` times in turns; None: at least 20 rounds, and more until a second is full."""
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, repeats: int | None, before: Callable[[], None] | None = None
+) -> dict[str, Timing]:
+    """Times every call `repeats` times in turns; None: at least 20 rounds, and more until a second is full.
+
+    `before` is called ahead of every call, and not timed.
+    """
     for number in range(WARM_UP_ROUNDS if device.type == "cuda" else 1):
         for call in calls.values():
             call(number)
     started = time.perf_counter()
-    _round(calls, 0, device)
+    _round(calls, 0, device, before)
     _wait(device)
     round_seconds = time.perf_counter() - started
     rounds = repeats or min(MOST_ROUNDS, max(LEAST_ROUNDS, math.ceil(LEAST_SECONDS / round_seconds)))
-    taken = [_round(calls, number, device) for number in range(rounds)]
+    taken = [_round(calls, number, device, before) for number in range(rounds)]
     _wait(device)
     return {name: _summary([one[name]() for one in taken]) for name in calls}
 
 
-def _round(calls: Mapping[str, Call], number: int, device: torch.device) -> dict[str, Callable[[], float]]:
+def _round(
+    calls: Mapping[str, Call], number: int, device: torch.device, before: Callable[[], None] | None
+) -> dict[str, Callable[[], float]]:
     """One call of each, beginning with another in every round; returns how to read the milliseconds once all is done."""
     names = list(calls)
     first = number % len(names)
     taken: dict[str, Callable[[], float]] = {}
     for name in names[first:] + names[:first]:
+        if before is not None:
+            before()
         taken[name] = _timed(calls[name], number, device)
     return taken
 

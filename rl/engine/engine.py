@@ -10,8 +10,10 @@ batch and however often a sample was interrupted. They are those of the distribu
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +27,9 @@ from rl.engine.sampler import Sampling
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
+from trainer.weight_delta import WeightDelta, apply
+from trainer.weight_sync import WeightUpdate
+from trainer.weights import digests, unpack
 
 PREFILL_TOKENS = 8192  # of one forward pass
 IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the rows change seldom
@@ -40,6 +45,25 @@ class EngineSettings:
     cache_tokens: int | None  # that the cache holds; None: max_length for every slot
     sampling: Sampling
     eos_id: int
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises UserError when one may grow beyond `max_length`."""
+        for item in samples:
+            assert not item.done, f"sample {item.uid} is {item.status} already"
+            if len(item.prompt_ids) + self.max_new_tokens > self.max_length:
+                raise UserError(
+                    f"a prompt of {len(item.prompt_ids)} tokens and rollout.max_new_tokens = {self.max_new_tokens} "
+                    f"exceed loop.sequence_length = {self.max_length}; raise it or lower rollout.max_new_tokens"
+                )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an engine says of an update that it took."""
+
+    nbytes: int
+    changed_share: float | None  # None where all weights were sent
+    check_s: float | None  # of hashing, the trainer's part included; None where nothing was to be checked
 
 
 @dataclass(eq=False)
@@ -101,20 +125,47 @@ class Engine:
         Samples on their way go on under the new weights: what they have is a segment of the old ones, and its keys are
         computed anew, so that their log-probabilities stay exact.
         """
+        with self._between_versions(version):
+            self._model.load_state(state)
+
+    @contextmanager
+    def _between_versions(self, version: int) -> Iterator[None]:
         samples = self.drain()
-        self._model.load_state(state)
+        yield
         self._version = version
         self._waiting.extend(samples)
 
+    def receive(self, update: WeightUpdate) -> Receipt | None:
+        """Takes new weights as `load_weights` does, whole or changed from the version it has; None if it has another version.
+
+        Raises RuntimeError when the update comes with a hash and the weights that the engine then holds have another one.
+        """
+        if isinstance(update.weights, WeightDelta):
+            if update.weights.base != self._version:
+                return None
+            with self._between_versions(update.version):
+                apply(update.weights, self._model.state())
+        else:
+            self.load_weights(unpack(update.weights), update.version)
+        share = update.weights.changed_share if isinstance(update.weights, WeightDelta) else None
+        started = time.perf_counter()
+        if update.digests is None:
+            return Receipt(update.nbytes, share, None)
+        self._check(update.version, update.digests)
+        return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
+
+    def _check(self, version: int, expected: Mapping[str, str]) -> None:
+        own = digests(self._model.state())
+        if wrong := [name for name, digest in expected.items() if own[name] != digest]:
+            raise RuntimeError(
+                f"weights of version {version} arrived wrong: {len(wrong)} of {len(own)} tensors differ from the "
+                f"trainer's, {', '.join(wrong[:4])} among them. Nothing may be sampled from them; check the memory of this "
+                "machine and the network, and start again with resume=auto"
+            )
+
     def submit(self, samples: Sequence[Sample]) -> None:
         """Queues pending and partial samples. Raises UserError when one may grow beyond `max_length`."""
-        for item in samples:
-            assert not item.done, f"sample {item.uid} is {item.status} already"
-            if len(item.prompt_ids) + self._settings.max_new_tokens > self._settings.max_length:
-                raise UserError(
-                    f"a prompt of {len(item.prompt_ids)} tokens and rollout.max_new_tokens = {self._settings.max_new_tokens} "
-                    f"exceed loop.sequence_length = {self._settings.max_length}; raise it or lower rollout.max_new_tokens"
-                )
+        self._settings.check(samples)
         self._waiting.extend(samples)
 
     @torch.inference_mode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from rl.april import EnginePool
 from rl.trajectory import Sample
@@ -29,3 +31,32 @@ class LocalPool:
 
     def drain(self) -> list[Sample]:
         return [sample for engine in self._engines for sample in engine.drain()]
+
+    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
+        return advancing(self, tokens, samples)
+
+
+@contextmanager
+def advancing(pool: EnginePool, tokens: int, samples: int) -> Iterator[list[Sample]]:
+    """Advances a pool in a thread while the block runs, until its `samples` are done; the list has them when the block ends.
+
+    An error of the pool is raised at the end of the block.
+    """
+    done, errors, stop = list[Sample](), list[BaseException](), threading.Event()
+
+    def advance() -> None:
+        try:
+            while not stop.is_set() and len(done) < samples:
+                done.extend(pool.advance(tokens))
+        except BaseException as error:  # raised below, in the thread that can do something about it
+            errors.append(error)
+
+    thread = threading.Thread(target=advance, name="engines", daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join()
+    if errors:
+        raise errors[0]

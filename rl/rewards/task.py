@@ -36,26 +36,46 @@ class Task(Protocol):
     def held_out(self, index: int) -> Prompt:
         """Evaluation prompt `index`, never the text of a training prompt."""
 
-    def demonstration(self, index: int) -> tuple[Prompt, str]:
-        """Example `index` of the supervised warm-up: a training prompt and a completion to imitate; <eos> is added to it."""
+    def demonstration(self, index: int) -> tuple[Prompt, str | tuple[str, ...]]:
+        """Example `index` of the supervised warm-up: a training prompt and a completion to imitate; <eos> is added to it.
+
+        Of a `Conversation`: its turns, the model's and the environment's alternately, beginning with the model's.
+        """
 
     def score(self, prompt: Prompt, completion: str, ended: bool) -> float | None:
         """Reward in [0, 1] of `completion`, the text before <eos>; `ended` is False when it was cut off at max_new_tokens.
+
+        Of a `Conversation`, the completion is the model's last turn.
 
         None when it could not be judged (a service was down): then the sample is left out of the update.
         """
 
 
+@runtime_checkable
+class Conversation(Task, Protocol):
+    """A task whose environment answers: a tool, a game, a person in a play. The model goes on after the answer."""
+
+    def reply(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
+        """The answer to the last of `turns`, which alternate and begin with the model's; None or no text: it is over.
+
+        It is also over after rollout.max_turns turns of the model. The same arguments must give the same answer.
+        """
+
+
+def is_held_out(text: str) -> bool:
+    """Whether the prompt `text` is one of those for evaluation. Its hash decides, whatever the seed and its place."""
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
 def draw(make: Callable[[random.Random], Prompt], seed: int, index: int, held_out: bool) -> Prompt:
     """Prompt `index` of one side of the split: draws from a generator seeded with (seed, side, index) until the side fits.
 
-    A hash of the text decides the side of a prompt, so the two sides are disjoint whatever the seed and the indices.
+    `is_held_out` decides the side of a prompt, so the two sides are disjoint whatever the seed and the indices.
     """
     generator = random.Random(f"{seed}/{'held out' if held_out else 'training'}/{index}")
     for _ in range(MAX_DRAWS):
         prompt = make(generator)
-        digest = hashlib.sha256(prompt.text.encode()).digest()
-        if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
+        if is_held_out(prompt.text) == held_out:
             return prompt
     raise UserError(
         f"no {'held-out' if held_out else 'training'} prompt in {MAX_DRAWS} draws, the last was {prompt.text!r}; "

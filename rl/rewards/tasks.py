@@ -6,11 +6,19 @@ import importlib
 import inspect
 
 from kernels.errors import UserError
+from rl.rewards.calculator import Calculator
+from rl.rewards.dataset import Dataset
 from rl.rewards.lists import Brackets, Countdown, Sort
 from rl.rewards.task import Task
 from trainer.config import TaskConfig
 
-TASKS: dict[str, type[Task]] = {"countdown": Countdown, "sort": Sort, "brackets": Brackets}
+TASKS: dict[str, type[Task]] = {
+    "countdown": Countdown,
+    "sort": Sort,
+    "brackets": Brackets,
+    "calculator": Calculator,
+    "dataset": Dataset,
+}
 METHODS = ("prompt", "held_out", "demonstration", "score")
 
 
@@ -25,7 +33,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
             f"task.name is {config.name!r}; known tasks: {', '.join(sorted(TASKS))}. "
             'For a task of your own give its import path, "package.module:Class"'
         )
-    parameters = [name for name in inspect.signature(task_class).parameters if name != "seed"]
+    found = inspect.signature(task_class).parameters.values()
+    parameters = [one.name for one in found if one.name != "seed" and one.kind != one.VAR_KEYWORD]
     try:
         inspect.signature(task_class).bind(seed=seed, **config.options)
     except TypeError as problem:
@@ -34,6 +43,14 @@ def make_task(config: TaskConfig, seed: int) -> Task:
             f"it takes seed and: {', '.join(parameters) or 'no options'}"
         ) from problem
     return task_class(seed=seed, **config.options)
+
+
+def check_task(task: Task, warmup_steps: int) -> None:
+    """Draws what the run will draw first, so that a task that cannot give it says so before anything is started."""
+    task.prompt(0)
+    task.held_out(0)
+    if warmup_steps:
+        task.demonstration(0)
 
 
 def _imported(path: str) -> type:

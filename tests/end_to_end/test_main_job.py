@@ -15,8 +15,11 @@ import transformers
 
 from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
+from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
 from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.hf import load_pretrained
+from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
 STEPS, ROUNDS = 200, 24
@@ -85,14 +88,29 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs: Path, exported: Path) -> None:
+    with CompletionServer(load_pretrained(exported, torch.float32), Tokenizer.load(exported / "tokenizer.json").eos) as server:
+        run(
+            *("rl", f"checkpoint={exported}", "experiment=smoke", f"runs_dir={runs}", "run_name=rl-server", "rollout=sync"),
+            *(f"rollout.server={server.url}", f"rollout.server_reload={server.root}/update_weights_from_disk"),
+        )
+        assert [folder.name for folder in server.loaded] == ["version_000000", "version_000001", "version_000002"]
+    assert series(runs / "rl-server", "sync/version") == {1: 1, 2: 2}
+    assert series(runs / "rl-server", "rollout/staleness_max") == {1: 0, 2: 0}
+    assert max(series(runs / "rl-server", "policy/mismatch_abs").values()) < 1e-5, "it samples from the trainer's weights"
+    assert not list((runs / "rl-server" / "logs").glob("*/engine_*.log")), "no engine of ours was started"
+
+
 def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor and the optimizer are in the checkpoint. Starts from an export."""
     common = [
         *(f"checkpoint={exported}", "experiment=smoke", f"runs_dir={runs}", "loop.rounds=8", "loop.checkpoint_every=2"),
         *("warmup.steps=40", "warmup.batch_rows=8", "rollout.groups=4", "rollout.engine_slots=16", "rollout.max_new_tokens=24"),
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
+        *("loop.dtype=bfloat16", "optimizer.lr=1e-4"),  # so that an update leaves most bits of the weights as they are
     ]
     run("rl", *common, "run_name=rl-whole")
+    common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
     process = start("rl", *common, "run_name=rl-killed")
     wait_for_step(runs / "rl-killed", 3, process)
     process.send_signal(signal.SIGKILL)
@@ -101,5 +119,6 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
     whole, resumed = records(runs / "rl-whole"), records(runs / "rl-killed")
     assert [r["step"] for r in resumed] == [r["step"] for r in whole] == list(range(9))
     assert sum(r["rollout/resumed_samples"] for r in whole[1:]) > 0
+    assert len([r for r in resumed if "sync/changed_share" in r]) >= 3
     for expected, found in zip(whole[1:], resumed[1:], strict=True):
         assert {key: found[key] for key in EXACT} == {key: expected[key] for key in EXACT}, f"round {found['step']}"

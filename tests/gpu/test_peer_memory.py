@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from parallel.peer_memory import PeerMemory, view, within_reach
-from parallel.topology import World
+from parallel.topology import World, join, leave
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_moe_layer import CASES, case, close, one_device, spread
 
@@ -32,6 +37,22 @@ def test_ranks_see_what_others_wrote_before_a_barrier() -> None:
     for rank, (reachable, found) in enumerate(run_ranks(read_the_next, size, kind="cuda")):
         assert reachable, "the GPUs of this machine are not linked"
         assert found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
+
+
+def isolated(rank: int, size: int, folder: str) -> None:
+    """A rank that is shown its own GPU alone, as Ray does."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    world = join(dist.FileStore(f"{folder}/store", size), rank, size, torch.device("cuda", 0), timeout_s=120)
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(read_the_next(world)))
+    leave(world)
+
+
+def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    mp.start_processes(isolated, (size, str(tmp_path)), nprocs=size, start_method="spawn")
+    for rank in range(size):
+        reachable, found = pickle.loads((tmp_path / str(rank)).read_bytes())
+        assert reachable and found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
 
 
 def test_sharded_experts_equal_experts_on_one_device() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.destinations import destinations
+from kernels.destinations import JUST_BELOW_ONE, destinations
 from kernels.expert_order import ExpertOrder, expert_order
 from parallel.token_exchange import boundaries
 
@@ -29,5 +29,6 @@ def test_the_kernel_equals_the_reference(kernel_device: str, tokens: int, device
     order = expert_order(experts_TK, 20) if split else None
     wanted_TK = destinations(experts_TK, order, ends_ED, phase_E)
     there = None if order is None else moved(order, kernel_device)
-    found_TK = launch_destinations(*(experts_TK.to(kernel_device), there, ends_ED.to(kernel_device), phase_E.to(kernel_device)))
+    ends_ED, phase_E = ends_ED.to(kernel_device), phase_E.to(kernel_device)
+    found_TK = launch_destinations(experts_TK.to(kernel_device), there, ends_ED, phase_E, JUST_BELOW_ONE)
     assert torch.equal(found_TK.cpu(), wanted_TK)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.peer_routing import PeerChoices, RowPlan, plan_rows
+from kernels.peer_routing import plan_rows
+from kernels.peers import PeerChoices, RowPlan
 
 Laid = tuple[Tensor, Tensor, Tensor]  # rank_TK, experts_TK, weights_TK of one rank
 

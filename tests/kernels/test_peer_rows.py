@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import peer_rows
-from kernels.peer_rows import PeerRows, pick_numbers, pull_rows, sum_rows
+from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
+from kernels.peers import PeerRows
 
 START = 48  # bytes before the rows of a block
 
@@ -89,10 +89,9 @@ def test_kernels_equal_the_reference(kernel_device: str, width: int, top_k: int)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sums_on_a_gpu_are_rounded_once(dtype: torch.dtype) -> None:
-    rows, plain = blocks(4, 300, 2048, dtype, "cuda")
+    rows, _ = blocks(4, 300, 2048, dtype, "cuda")
     rank_TK, row_WT = routing(4, 500, 8, 300, 3)
     on_cpu = replace(rows, blocks=[block.cpu() for block in rows.blocks])
     found = sum_rows(rows, rank_TK.cuda(), row_WT.cuda())
     assert found.dtype == dtype
     assert torch.equal(found.cpu(), sum_rows(on_cpu, rank_TK, row_WT))
-    assert peer_rows.LANE_BYTES % plain[0].element_size() == 0

@@ -66,6 +66,11 @@ def test_a_deleted_option_falls_back_to_its_default() -> None:
     assert pretrain("~data.max_mib").data.max_mib is None
 
 
+def test_no_options_at_all_are_written_as_an_empty_mapping() -> None:
+    config = load(RLConfig, "rl", ["checkpoint=a", "task.name=module:Class", "task.options={}"])
+    assert config.task.options == {} and config.task.name == "module:Class"
+
+
 def test_a_task_takes_options_that_conf_does_not_list() -> None:
     config = load(RLConfig, "rl", ["checkpoint=a", "task.options.largest=12", "+task.options.note=x"])
     assert (config.task.options["largest"], config.task.options["note"]) == (12, "x")
@@ -180,7 +185,7 @@ def test_options_that_disagree_are_named_with_their_values(arguments: Sequence[s
 
 def test_required_values_are_in_the_same_list() -> None:
     assert problems("rollout=aprl", "task.nam=x", rl=True) == [
-        "rollout = aprl unknown choice; did you mean rollout=april? choices: april, dynamic, sync",
+        "rollout = aprl unknown choice; did you mean rollout=april? choices: april, async, dynamic, sync",
         "checkpoint required; give checkpoint=...",
         "task.nam = x unknown option; did you mean task.name?",
     ]

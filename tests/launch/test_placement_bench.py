@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.bench import main
 from launch.benchmarks.options import SHAPES
-from launch.benchmarks.placement import MACHINES, SYSTEMS, layer_costs, owners, replay
+from launch.benchmarks.placement import SYSTEMS, costs_of, owners, replay
 from launch.benchmarks.traces import DRAWN, capped, draw
 from parallel.layer_cost import Setting
 from parallel.placement import Budget, Topology
@@ -88,7 +88,7 @@ def test_only_those_who_plan_after_the_gate_know_the_step() -> None:
     """Two halves of a trace whose hot experts change: who plans ahead is surprised once, who plans behind the gate never."""
     loads_SE = np.ones((6, 16))
     loads_SE[:3, :2] = loads_SE[3:, 10:12] = 200.0
-    costs = layer_costs(MACHINES["h200"], replace(SHAPES["tiny"], hidden=2048, expert_hidden=768), tokens=1)
+    costs = costs_of("h200", replace(SHAPES["tiny"], hidden=2048, expert_hidden=768), tokens=1)
     setting = Setting(Topology(8, 8), 2, Budget(16, 4), False, costs)
     loads_SE *= 1000
     for name, surprised in (("cost", True), ("hecate", True), ("llep", False), ("cost+gate", False)):

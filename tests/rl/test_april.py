@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
-from rl.april import RoundResult, complete, rollout_round, submitted_groups
+from rl.april import RoundResult, Score, complete, rollout_round, submitted_groups
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Segment
 from trainer.config import RolloutConfig
 
@@ -23,6 +24,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         over_provision=2.0,
         refills=0,
         max_new_tokens=40,
+        max_turns=8,
         max_staleness=3,
         temperature=1.0,
         engines=1,
@@ -32,6 +34,11 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         top_p=1.0,
         min_p=0.0,
         cache_tokens=None,
+        overlap=False,
+        server=None,
+        server_reload=None,
+        server_timeout_s=300.0,
+        server_retries=4,
     )
     return RolloutConfig(**(options | changes))
 
@@ -49,6 +56,8 @@ def token(uid: int, place: int) -> int:
 class ScriptedPool:
     """Continues every sample up to `final_length`; those longer than `limit` are truncated there."""
 
+    ahead = 0
+
     def __init__(self, version: int, longest: int, limit: int, slots: int = 10**9) -> None:
         self.version, self.longest, self.limit, self.slots = version, longest, limit, slots
         self.queue: list[tuple[Sample, int]] = []  # with the tokens generated since submission
@@ -63,16 +72,28 @@ class ScriptedPool:
     def advance(self, tokens: int) -> list[Sample]:
         done, kept = [], []
         for place, (sample, fresh) in enumerate(self.queue):
-            target = min(final_length(sample.uid, self.longest), self.limit)
+            target = min(self.final(sample), self.limit)
             step = min(tokens, target - sample.length - fresh) if place < self.slots else 0
             self.generated += step
             if sample.length + fresh + step == target:
-                status = "truncated" if target < final_length(sample.uid, self.longest) else "finished"
+                status = "truncated" if target < self.final(sample) else "finished"
                 done.append(sample.extended(self._segment(sample, fresh + step), status))  # type: ignore[arg-type]
             else:
                 kept.append((sample, fresh + step))
         self.queue = kept
         return done[::-1]  # the order must not matter
+
+    def final(self, sample: Sample) -> int:
+        return final_length(sample.uid, self.longest)
+
+    @contextmanager
+    def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        """`ahead` times as far as one `advance`, when the block ends; by the clock no test could tell."""
+        done: list[Sample] = []
+        yield done
+        for _ in range(self.ahead):
+            if len(done) < samples:
+                done += self.advance(tokens)
 
     def drain(self) -> list[Sample]:
         unfinished = [s.extended(self._segment(s, fresh), "partial") if fresh else s for s, fresh in self.queue]
@@ -88,8 +109,15 @@ def prompts(index: int) -> tuple[int, ...]:
     return (1, index)
 
 
-def score(sample: Sample) -> float:
+def reward_of(sample: Sample) -> float:
     return (sample.length % 5) / 4
+
+
+def each(reward: Callable[[Sample], float | None]) -> Score:
+    return lambda samples: [reward(sample) for sample in samples]
+
+
+score = each(reward_of)
 
 
 def play(buffer: RolloutBuffer, config: RolloutConfig, rounds: range, longest: int = 64) -> list[RoundResult]:
@@ -132,7 +160,7 @@ def test_samples_are_continued_token_by_token_and_carry_the_versions_they_got(co
             length = min(final_length(sample.uid, 64), config.max_new_tokens)
             assert sample.response_ids == tuple(token(sample.uid, place) for place in range(length))
             assert list(sample.versions) == sorted(sample.versions)
-            assert sample.reward == score(sample)
+            assert sample.reward == reward_of(sample)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -245,13 +273,13 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     def shy(sample: Sample) -> float | None:
         return None if sample.uid % UIDS_PER_GROUP == 0 else float(sample.group == 1)
 
-    result = rollout_round(ScriptedPool(0, 64, 40), RolloutBuffer(), prompts, config, 0, shy)
+    result = rollout_round(ScriptedPool(0, 64, 40), RolloutBuffer(), prompts, config, 0, each(shy))
     assert [group.samples[0].reward for group in result.groups] == [None, None, None]
     assert result.metrics["reward/missing"] == 3
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
     names = "length_mean length_max finished_groups recycled_samples resumed_samples stale_token_share staleness_max"
-    names += " truncated_share new_tokens dropped_groups replaced_groups"
+    names += " truncated_share new_tokens dropped_groups replaced_groups length_bias"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }
@@ -260,12 +288,12 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
 
 def test_a_round_that_nobody_could_judge_is_an_error_with_numbers() -> None:
     with pytest.raises(UserError, match="none of the 6 samples"):
-        rollout_round(ScriptedPool(0, 64, 40), RolloutBuffer(), prompts, rollout_config(), 0, lambda sample: None)
+        rollout_round(ScriptedPool(0, 64, 40), RolloutBuffer(), prompts, rollout_config(), 0, each(lambda sample: None))
 
 
 def flat_often(sample: Sample) -> float | None:
     """Two of three prompts have one reward for all their samples."""
-    return score(sample) if sample.group % 3 == 2 and sample.uid % UIDS_PER_GROUP else float(sample.group % 3 == 1)
+    return reward_of(sample) if sample.group % 3 == 2 and sample.uid % UIDS_PER_GROUP else float(sample.group % 3 == 1)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -275,7 +303,7 @@ def test_refills_replace_groups_without_signal_and_lose_no_other(config: Rollout
     buffer, used, replaced = RolloutBuffer(), [], 0
     for version in range(5):
         pool = ScriptedPool(version, longest, config.max_new_tokens, slots=7)
-        result = rollout_round(pool, buffer, prompts, config, version, flat_often)
+        result = rollout_round(pool, buffer, prompts, config, version, each(flat_often))
         assert len(result.groups) == config.groups and all(group.done for group in result.groups)
         assert not pool.queue, "the engines are empty"
         assert result.metrics["rollout/new_tokens"] == pool.generated
@@ -297,7 +325,7 @@ def test_enough_refills_leave_no_group_without_signal_and_draw_no_more_than_they
         return float(sample.group % 3 == 0 and sample.uid % UIDS_PER_GROUP)
 
     buffer = RolloutBuffer()
-    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, third)
+    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, each(third))
     assert [group.id for group in result.groups] == [0, 3, 6]
     assert result.metrics["reward/zero_std_share"] == 0
     assert result.metrics["rollout/replaced_groups"] == buffer.next_group - 3 == 4, "0 1 2, then 3 4, then 5, then 6"
@@ -306,7 +334,7 @@ def test_enough_refills_leave_no_group_without_signal_and_draw_no_more_than_they
 def test_a_task_without_signal_ends_a_round_when_the_refills_are_used_up() -> None:
     buffer = RolloutBuffer()
     config = rollout_config(refills=2, over_provision=1.0)
-    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, lambda sample: 0.0)
+    result = rollout_round(ScriptedPool(0, 64, 40), buffer, prompts, config, 0, each(lambda sample: 0.0))
     assert result.metrics["reward/zero_std_share"] == 1
     assert result.metrics["rollout/finished_groups"] == buffer.next_group == 9
     assert result.metrics["rollout/replaced_groups"] == 6 and not buffer.recycled and not buffer.surplus

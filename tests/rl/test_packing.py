@@ -137,9 +137,10 @@ def test_long_answers_and_certain_groups_weigh_less_and_the_weight_sees_the_rewa
     assert [document.advantage for document in documents] == pytest.approx([weight * (reward - mean) for reward in shaped])
 
 
-def test_demonstrations_learn_the_answer_and_not_the_prompt() -> None:
-    batch = pack_demonstrations([([5, 6, 7], [8, 1]), ([5], [9, 1])], sequence_length=6, rows_multiple_of=2, pad_id=PAD)
+def test_demonstrations_learn_what_they_are_told_and_not_the_prompt() -> None:
+    shown = [([5, 6, 7], [8, 1], [True, True]), ([5], [9, 1], [False, True])]
+    batch = pack_demonstrations(shown, sequence_length=6, rows_multiple_of=2, pad_id=PAD)
     assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 5, 9], [PAD] * 6]
     assert batch.targets_BS.tolist() == [[6, 7, 8, 1, 9, 1], [PAD] * 6]
-    assert batch.weights_BS.tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
+    assert batch.weights_BS.tolist() == [[0, 0, 1, 1, 0, 1], [0] * 6]
     assert batch.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1], [-1] * 6]

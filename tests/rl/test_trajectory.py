@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ def segments(draw: st.DrawFn) -> Segment:
 
 
 @st.composite
-def groups(draw: st.DrawFn, done: bool) -> Group:
+def groups(draw: st.DrawFn, done: bool) -> Group:  # some samples are conversations
     group_id = draw(st.integers(0, 10**9))
     samples = []
     for sample in fresh_group(group_id, draw(st.lists(st.integers(0, 99), min_size=1, max_size=3)), 2).samples:
@@ -29,6 +30,8 @@ def groups(draw: st.DrawFn, done: bool) -> Group:
         statuses: tuple[Status, ...] = ("finished", "truncated") if done or sample.uid % 2 else ("partial",)
         last: Status = draw(st.sampled_from(statuses))
         for index, part in enumerate(parts):
+            answer = draw(st.lists(st.integers(0, 99), max_size=3)) if index else []
+            sample = replace(sample, status="finished").answered(answer) if answer else sample
             sample = sample.extended(part, last if index == len(parts) - 1 else "partial")
         samples.append(sample)
     return Group(group_id, tuple(samples))

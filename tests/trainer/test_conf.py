@@ -9,34 +9,38 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.cli import CONF, group_choices, load
+from rl.rewards.task import Task
 from rl.rewards.tasks import TASKS, make_task
-from trainer.config import PretrainConfig, RLConfig, RunConfig
+from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig
 
-ROOTS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "rl": RLConfig}
+ROOTS: dict[str, type[Record]] = {"pretrain": PretrainConfig, "rl": RLConfig, "plan": PlanConfig}
 REQUIRED = {  # what a choice leaves to the person
     ("data", "text"): ["data.paths=[a]"],
     ("data", "jsonl"): ["data.paths=[a]"],
     ("data", "parquet"): ["data.paths=[a]"],
     ("tokenizer", "file"): ["tokenizer.file=a"],
     ("cluster", "ray"): ["cluster.ranks=8"],
+    ("task", "dataset"): ["task.options.path=a.jsonl"],
     ("model", "qwen3_30b_a3b"): ["balance=frozen"],
     ("experiment", "qwen3_30b_a3b"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
     ("experiment", "glm4_5_air_like"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
 }
+REQUIRED_TO_PLAN = {("model", "demo"): ["sequence_length=1024"]}
 CHOICES = [
     (name, group, choice) for name, root in ROOTS.items() for group, cs in group_choices(root, name).items() for choice in cs
 ]
 FILES = sorted(CONF.rglob("*.yaml"))
 
 
-def composed(name: str, *arguments: str) -> RunConfig:
+def composed(name: str, *arguments: str) -> Record:
     needed = ["checkpoint=a"] if name == "rl" else []
     return load(ROOTS[name], name, [*needed, *arguments])
 
 
 @pytest.mark.parametrize(("name", "group", "choice"), CHOICES)
 def test_every_choice_composes_into_a_valid_configuration(name: str, group: str, choice: str) -> None:
-    config = composed(name, f"{group}={choice}", *REQUIRED.get((group, choice), []))
+    required = REQUIRED_TO_PLAN if name == "plan" else REQUIRED
+    config = composed(name, f"{group}={choice}", *required.get((group, choice), []))
     assert isinstance(config, ROOTS[name])
 
 
@@ -86,9 +90,9 @@ def test_an_experiment_holds_only_what_differs(name: str, choice: str) -> None:
 def test_the_tasks_of_conf_are_those_of_the_code() -> None:
     assert set(group_choices(RLConfig, "rl")["task"]) == set(TASKS)
     for name in TASKS:
-        config = composed("rl", f"task={name}")
+        config = composed("rl", f"task={name}", *REQUIRED.get(("task", name), []))
         assert isinstance(config, RLConfig)
-        assert make_task(config.task, seed=0).prompt(0).text
+        assert isinstance(make_task(config.task, seed=0), Task)
 
 
 def test_the_cache_follows_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ CONFIG = load(PretrainConfig, "pretrain", ["train.steps=160", "train.batch_rows=
 MODEL = CONFIG.model.model_copy(update={"vocab_size": 2048})
 
 
-def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Bytes of the distinct tensors, parameters aside, that autograd saves in a forward pass."""
     whole = LanguageModel.initialize(model, seed=0)
-    dense = whole.dense.to(dtype)
-    pairs = list(zip(whole.experts.gate_up_LECD.to(dtype), whole.experts.down_LEDF.to(dtype), strict=True))
+    dense = whole.dense.to(device, dtype)
+    gate_up_LECD, down_LEDF = (part.to(device, dtype) for part in (whole.experts.gate_up_LECD, whole.experts.down_LEDF))
+    pairs = list(zip(gate_up_LECD, down_LEDF, strict=True))
     for weight in (w for pair in pairs for w in pair):
         weight.requires_grad_()
     parameters = {p.untyped_storage().data_ptr() for p in [*dense.parameters(), *(w for pair in pairs for w in pair)]}
@@ -33,9 +34,9 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.d
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    documents_BS = torch.zeros(rows, length, dtype=torch.int32)
-    tokens_BS = torch.randint(model.vocab_size or 0, (rows, length), generator=torch.Generator().manual_seed(0))
-    bias_LE = torch.zeros(model.num_moe_layers, model.num_experts)
+    documents_BS = torch.zeros(rows, length, dtype=torch.int32, device=device)
+    tokens_BS = torch.randint(model.vocab_size or 0, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    bias_LE = torch.zeros(model.num_moe_layers, model.num_experts, device=device)
     experts = [LocalExperts(*pair) for pair in pairs]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         dense(tokens_BS, positions_of(documents_BS), documents_BS >= 0, PackedAttention(documents_BS), experts, bias_LE)
@@ -51,6 +52,26 @@ def test_activations_are_what_autograd_keeps_within_a_fifth(dtype: str, changes:
     measured = kept_for_backward(model, rows=4, length=256, dtype=getattr(torch, dtype))
     estimated = memory_per_rank(model, 1, 4, 256, dtype, parallel=CONFIG.parallel, recompute=False, on_gpu=False).activations
     assert estimated == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_keep_less_than_their_references() -> None:
+    measured = kept_for_backward(MODEL, rows=4, length=256, dtype=torch.bfloat16, device="cuda")
+    on_gpu, on_cpu = (
+        memory_per_rank(MODEL, 1, 4, 256, "bfloat16", parallel=CONFIG.parallel, recompute=False, on_gpu=on_gpu).activations
+        for on_gpu in (True, False)
+    )
+    assert on_gpu == pytest.approx(measured, rel=0.2) and on_gpu < 0.8 * on_cpu
+
+
+def test_blocks_for_the_exchange_are_there_unless_ranks_send_messages() -> None:
+    def exchange(ranks: int, transport: str) -> int:
+        parallel = CONFIG.parallel.model_copy(update={"transport": transport})
+        return memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", parallel, recompute=False, on_gpu=False).exchange
+
+    assert exchange(1, "auto") == exchange(2, "messages") == 0
+    assert exchange(2, "auto") == 2 * 2 * 8 * 256 * MODEL.hidden_size * 2
 
 
 def test_state_of_one_float32_rank_is_exact() -> None:
@@ -93,7 +114,7 @@ def test_offloading_moves_the_state_of_experts_from_a_gpu_to_its_host() -> None:
     assert without.host == 0 and offloaded.host == 16 * experts
     assert offloaded.optimizer_state == without.optimizer_state - 12 * experts == 12 * counts.dense // 2
     assert offloaded.gradients == without.gradients - 4 * experts + 2 * experts  # those on their way to the host
-    assert plan("cpu", on_gpu=False) == plan("none", on_gpu=False) == without, "on a CPU there is one memory"
+    assert plan("cpu", on_gpu=False) == plan("none", on_gpu=False), "on a CPU there is one memory"
     on_disk, three = plan("nvme", on_gpu=True), 3 * 12 * counts.per_expert
     assert on_disk.disk == 12 * experts and on_disk.host == 4 * experts + three
     assert on_disk.optimizer_state == offloaded.optimizer_state and on_disk.gradients == offloaded.gradients

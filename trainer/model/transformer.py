@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -340,6 +341,7 @@ class ParameterCounts:
     per_expert: int
 
 
+@cache
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Numbers of trained parameters, exact; the selection bias is not trained and not counted."""
     with torch.device("meta"):

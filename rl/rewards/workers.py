@@ -1,0 +1,261 @@
+"""Reward workers: scores are computed in child processes, because a scorer may hang, die or eat the memory.
+
+A sample whose scorer hangs, dies or raises gets None, never a silent 0, and is counted. A worker that hangs or dies is killed
+with everything it started and replaced. Scores come back in the order of the samples, whichever worker computed them.
+
+Workers are started as commands with a socket, not forked: the driver has threads of torch and Ray. Each makes the task anew
+from its name and options, so a task need not be picklable; what a scorer prints goes to the worker's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from kernels.errors import UserError
+from rl.rewards.task import Prompt
+from trainer.config import RewardConfig, TaskConfig
+
+START_TIMEOUT_S = 120.0  # importing and making the task
+PATIENCE_S = 2.0  # for a process that ends by itself
+SHOWN = 80  # characters of a completion in a message
+Self = TypeVar("Self", bound="RewardWorkers")
+Method = Literal["score", "reply"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a task scores or answers: the turns of the model and of its environment, one where there is no conversation."""
+
+    prompt: Prompt
+    turns: tuple[str, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the environment said; None ends the conversation. `failed`: its code raised, hung or died."""
+
+    text: str | None
+    failed: bool = False
+
+
+class RewardWorkers:
+    """`config.workers` processes that score; `with RewardWorkers(...) as rewards` ends them.
+
+    `log_file(name)` is where the process `name`, such as reward/0, writes; `say` gets the text of the first error.
+    """
+
+    def __init__(
+        self, task: TaskConfig, seed: int, config: RewardConfig, log_file: Callable[[str], Path], say: Callable[[str], None]
+    ) -> None:
+        self._task, self._seed, self._config, self._log_file, self._say = task, seed, config, log_file, say
+        self._workers: list[_Worker] = []
+        self._counts = {"reward/timeouts": 0, "reward/errors": 0, "reward/deaths": 0}
+        self._told: set[str] = set()
+
+    def __enter__(self: Self) -> Self:
+        """Starts the workers and waits until they are ready, so that a task they cannot make stops the run before it begins."""
+        self._workers = [self._start(number) for number in range(self._config.workers)]
+        try:
+            while not all(worker.ready for worker in self._workers):
+                self._wait_and_look([], [])
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def score(self, responses: Sequence[Response]) -> list[float | None]:
+        """The reward of each response, in order; None where the task said so, or where its scorer raised, hung or died.
+
+        Raises UserError when a worker cannot be started or cannot make the task.
+        """
+        return [None if answer is None else answer["found"] for answer in self._ask("score", responses)]
+
+    def reply(self, responses: Sequence[Response]) -> list[Reply]:
+        """What the environment answers to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
+        answers = self._ask("reply", responses)
+        return [Reply(None, failed=True) if answer is None else Reply(answer["found"]) for answer in answers]
+
+    def counts(self) -> dict[str, float]:
+        """Metrics since they were last asked for."""
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        return {key: float(count) for key, count in counts.items()}
+
+    def _ask(self, method: Method, responses: Sequence[Response]) -> list[dict[str, Any] | None]:
+        """What workers found for each response; None where `method` raised, hung or died."""
+        found: list[dict[str, Any] | None] = [None] * len(responses)
+        waiting = deque(range(len(responses)))
+        while waiting or any(worker.place is not None for worker in self._workers):
+            for worker in self._workers:
+                if waiting and worker.ready and worker.place is None:
+                    worker.ask(method, waiting[0], responses[waiting.popleft()], self._config.timeout_s)
+            self._wait_and_look(responses, found)
+        return found
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _wait_and_look(self, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
+        """Waits until a worker that starts or scores says something, ends, or is late."""
+        busy = [worker for worker in self._workers if worker.place is not None or not worker.ready]
+        wait([worker.socket for worker in busy], timeout=max(0.0, min(w.deadline for w in busy) - time.monotonic()))
+        for worker in busy:
+            self._look_at(worker, responses, found)
+
+    def _look_at(self, worker: _Worker, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
+        """Takes a worker's answer, if there is one; replaces the worker if it is dead or too late."""
+        answer = worker.answer()
+        if answer is None and not worker.ended and time.monotonic() < worker.deadline:
+            return
+        if not worker.ready:
+            if answer is None:
+                raise UserError(self._cannot_start(worker))
+            worker.ready = True
+            return
+        place, worker.place = worker.place, None
+        assert place is not None
+        if answer is None:
+            self._replace(worker, responses[place])
+        elif "error" in answer:
+            self._count("reward/errors", f"{worker.method} raised {answer['error']}")
+        else:
+            found[place] = answer
+
+    def _replace(self, worker: _Worker, response: Response) -> None:
+        worker.kill()
+        asked = f"on the completion {response.turns[-1][:SHOWN]!r}"
+        if worker.ended:
+            self._count("reward/deaths", f"the process of {worker.method} {worker.end} {asked}; its log is {worker.log}")
+        else:
+            limit = f"reward.timeout_s = {self._config.timeout_s:g} s"
+            self._count("reward/timeouts", f"{worker.method} took longer than {limit} {asked}")
+        self._workers[self._workers.index(worker)] = self._start(worker.number)
+
+    def _count(self, key: str, text: str) -> None:
+        """The first of a kind is told, all are counted."""
+        self._counts[key] += 1
+        if key not in self._told:
+            self._told.add(key)
+            self._say(f"task {self._task.name}: {text}; the sample has no reward, and more like it are only counted in {key}")
+
+    def _start(self, number: int) -> _Worker:
+        first = {
+            "task": self._task.model_dump(mode="json"),
+            "seed": self._seed,
+            "timeout_s": self._config.timeout_s,
+            "memory_gib": self._config.memory_gib,
+        }
+        return _Worker(number, self._log_file(f"reward/{number}"), first)
+
+    def _cannot_start(self, worker: _Worker) -> str:
+        worker.kill()
+        last = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        reason = worker.end if worker.ended else f"was not ready after {START_TIMEOUT_S:g} s"
+        return (
+            f"a reward worker could not make task {self._task.name}: its process {reason} ({' '.join(last) or 'no message'}); "
+            f"its log is {worker.log}"
+        )
+
+
+@dataclass
+class _Worker:
+    """A process, the sample it is at, and until when it may take."""
+
+    number: int
+    log: Path
+    first: dict[str, Any]  # what the process is told before anything else
+    ready: bool = False
+    ended: bool = False  # the process closed its end
+    place: int | None = None
+    method: Method = "score"  # that it is asked for
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.received = b""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # What the driver can import, a worker can.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        with theirs, open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rl.rewards.worker", str(theirs.fileno())],
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._send(self.first, START_TIMEOUT_S)
+
+    def ask(self, method: Method, place: int, response: Response, timeout_s: float) -> None:
+        self.method, self.place = method, place
+        prompt = response.prompt
+        request = {"text": prompt.text, "answer": prompt.answer, "turns": response.turns, "ended": response.ended}
+        self._send({"method": method, **request}, timeout_s)
+
+    def _send(self, message: dict[str, Any], timeout_s: float) -> None:
+        """Sends within the timeout, or leaves it to the deadline to find out that nothing comes back."""
+        self.deadline = time.monotonic() + timeout_s
+        self.socket.settimeout(timeout_s)
+        try:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except TimeoutError:
+            self.deadline = 0.0
+        except OSError:  # the process is gone, as `answer` will see
+            self.ended = True
+        self.socket.setblocking(False)
+
+    def answer(self) -> dict[str, Any] | None:
+        """The answer if it is complete; None so far. Sees whether the process is gone."""
+        try:
+            while more := self.socket.recv(1 << 16):
+                self.received += more
+            self.ended = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.ended = True
+        if not self.received.endswith(b"\n"):
+            return None
+        line, self.received = self.received, b""
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def kill(self) -> None:
+        """Ends the process and everything in its group; one that is ending by itself may finish, to tell why."""
+        self.socket.close()
+        if self.process.returncode is not None:
+            return
+        patience = time.monotonic() + (PATIENCE_S if self.ended else 0.0)
+        # WNOWAIT leaves a dead process in the table, so its number still means this group and no other.
+        while os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= patience:
+                break
+            time.sleep(0.01)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def end(self) -> str:
+        """How the process ended, once it is killed."""
+        code = self.process.wait()
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

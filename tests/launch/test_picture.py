@@ -1,0 +1,63 @@
+"""Pictures of timelines: a bar for each task, where and as long as it ran; the same file each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib.patches import Rectangle
+
+from kernels.errors import UserError
+from launch.picture import COLOURS, IDLE, Panel, draw, save
+from parallel.schedule.cost import Chunk
+from parallel.schedule.pipeline import Copies, backward_tasks, forward_tasks, layer_tasks
+from parallel.schedule.timeline import Task, simulate
+
+CHUNK = Chunk(expert_s=2e-3, across_s=1e-3, within_s=0.5e-3)
+TIMELINES = [
+    simulate(forward_tasks(CHUNK, 3, 2e-3, Copies(1e-3, 0.5e-3))),
+    simulate(backward_tasks(CHUNK, 1, 4e-3, Copies(1e-3, 0.5e-3))),
+    simulate(layer_tasks(Chunk(expert_s=2e-3, across_s=1e-3, gather_s=1e-3, scatter_s=2e-3), 4, gradients_s=3e-3)),
+]
+
+
+def bars(panels: list[Panel]) -> list[list[tuple[float, float]]]:
+    """(start, length) of every bar of a panel that is no background."""
+    figure = draw(panels, "heading", "note")
+    found = []
+    for axes in figure.axes:
+        patches = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        background = [patch for patch in patches if patch.get_zorder() == 0.5]
+        assert len(background) == len(axes.get_yticks())
+        found.append([(patch.get_x(), patch.get_width()) for patch in patches if patch not in background])
+    return found
+
+
+def test_every_task_has_its_bar() -> None:
+    panels = [Panel(f"panel {number}", timeline) for number, timeline in enumerate(TIMELINES)]
+    for timeline, found in zip(TIMELINES, bars(panels), strict=True):
+        wanted = [(span.start_s, span.task.seconds) for span in timeline.spans]
+        assert sorted(found) == [pytest.approx(one) for one in sorted(wanted)]
+
+
+def test_lanes_stand_in_one_order_and_the_unknown_below() -> None:
+    timeline = simulate([Task("x", "disk", 1.0), Task("dispatch 1", "between nodes", 1.0), Task("experts 1", "compute", 1.0)])
+    (axes,) = draw([Panel("", timeline)], "", "").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["compute", "between nodes", "disk"]
+
+
+def test_kinds_of_tasks_have_different_colours() -> None:
+    assert len({*COLOURS.values(), IDLE}) == len(COLOURS) + 1
+    assert {span.task.name.split()[0] for timeline in TIMELINES for span in timeline.spans} == set(COLOURS)
+
+
+def test_files_are_what_their_names_say_and_the_same_each_time(tmp_path: Path) -> None:
+    written = []
+    for name in ("a.svg", "b.svg", "a.png", "b.png"):
+        save(draw([Panel("one", TIMELINES[0])], "A heading", "a note"), tmp_path / name)
+        written.append((tmp_path / name).read_bytes())
+    svg, again, png, once_more = written
+    assert svg == again and png == once_more and png.startswith(b"\x89PNG")
+    assert ">A heading<" in svg.decode() and ">attention<" in svg.decode()
+    with pytest.raises(UserError, match="cannot be written"):
+        save(draw([Panel("one", TIMELINES[0])], "", ""), tmp_path / "no" / "a.svg")

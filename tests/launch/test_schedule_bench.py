@@ -1,0 +1,71 @@
+"""The table of schedules shows what the file holds, ours is never behind, and the grid is the paper's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.bench import main
+from launch.benchmarks.schedule import FIXED, MODELS, TESTBEDS, grid, one_link_tasks
+from parallel.schedule.cost import Chunk
+from parallel.schedule.pipeline import ACROSS, COMPUTE, layer_tasks
+from parallel.schedule.timeline import simulate
+from tests.parallel.schedule.chunks import esp_chunks
+
+SMALL = ["schedule", "every=60", "testbed=a,a_printed,b", "model=tiny", "devices=16", "tokens=256", "layers=3", "memory=1"]
+
+
+def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "schedule.json"
+    assert main([*SMALL, f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert len(cases) == 3 + 2 * len(MODELS) - 2 + 1
+    wanted = [(system, one) for case in cases for system, one in case["compared"].items()]
+    for (system, one), line in zip(wanted, lines, strict=True):
+        assert line[0] == system and line[1] == f"{one['geometric_mean']:.3f}x" and line[-1] == f"{1e3 * one['total_s']:,.1f}"
+        assert one["geometric_mean"] >= 1 - 1e-9 and one["worst"] >= one["geometric_mean"] * (1 - 1e-9)
+    for case in cases[:3]:
+        assert {f"degree {degree}" for degree in FIXED} | {"in sequence", "one link", "plan"} < set(case["compared"])
+        assert case["compared"]["plan"]["as_good"] == 1.0 and case["compared"]["in sequence"]["geometric_mean"] > 1.05
+        assert "of the layers (the paper: 912 of 1458" in case["notes"][0] and "experts 1.000" in case["notes"][1]
+    assert "planned in" in cases[-1]["notes"][0]
+
+
+@pytest.mark.parametrize("name", TESTBEDS)
+def test_the_grid_is_the_papers_without_heads(name: str) -> None:
+    found = list(grid(TESTBEDS[name]))
+    assert 3 * len(found) == 1458
+    least = min(work.gather for work, _ in found)
+    assert least == 2 * 1.0 * min(TESTBEDS[name].lengths) * 1024
+
+
+def test_what_is_probably_misprinted_is_corrected_in_one_testbed_only() -> None:
+    a, printed = TESTBEDS["a"].costs, TESTBEDS["a_printed"].costs
+    assert printed.gather.beta_s == pytest.approx(10 * a.gather.beta_s)
+    assert printed.reduce.beta_s == pytest.approx(10 * a.reduce.beta_s)
+    assert (a.exchange, a.scatter, a.product) == (printed.exchange, printed.scatter, printed.product)
+
+
+@given(esp_chunks, st.integers(1, 16), st.integers(0, 100).map(float))
+def test_on_one_link_messages_wait_for_each_other(chunk: Chunk, degree: int, gradients_s: float) -> None:
+    tasks = one_link_tasks(chunk, degree, gradients_s)
+    timeline, both = simulate(tasks), simulate(layer_tasks(chunk, degree, gradients_s))
+    assert sorted(task.name for task in tasks) == sorted(span.task.name for span in both.spans)
+    messages_s = degree * (2 * chunk.across_s + chunk.gather_s + chunk.scatter_s) + gradients_s
+    assert timeline.busy_s(ACROSS) == messages_s and {task.resource for task in tasks} <= {ACROSS, COMPUTE}
+    assert messages_s <= timeline.seconds <= messages_s + degree * chunk.expert_s
+    if degree == 1 and gradients_s == 0:
+        assert timeline.seconds == both.seconds
+
+
+def test_an_unknown_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "machine=h300"]) == 2
+    assert "is not in conf/machine; there are a100, h100, h200, v100" in capsys.readouterr().err
