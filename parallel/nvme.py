@@ -61,17 +61,20 @@ class StatesOnDisk(ExpertStates):
         self._buffers = _locked(handles[0], IN_FLIGHT, self._bytes)
         weakref.finalize(self, _free, handles[0], self._buffers)
         self._states = [_split(buffer, parts) for buffer in self._buffers]
+        self._visited = False
 
     def _visit(self, rows: Sequence[int], *, change: bool) -> Generator[ExpertState]:
         """
         Raises:
             UserError: the disk lost what had been written.
         """
+        assert not self._visited, "a visit ends before the next begins: they share buffers"
+        self._visited = True
         try:
+            if rows:
+                self._start_reading(rows[0], 0)
             for index, row in enumerate(rows):
                 slot = index % IN_FLIGHT
-                if index == 0:
-                    self._start_reading(row, slot)
                 self._finish_reading(row, slot)
                 if index + 1 < len(rows):
                     self._start_reading(rows[index + 1], (index + 1) % IN_FLIGHT)
@@ -82,6 +85,7 @@ class StatesOnDisk(ExpertStates):
         finally:  # also where the caller has left the loop: the threads must be done with buffers and handles
             self._reader.wait()
             self._writer.wait()
+            self._visited = False
 
     def reorder(self, order: Sequence[int]) -> None:
         """Nothing moves."""

@@ -166,6 +166,8 @@ class ParallelConfig(Record):
             )
         if self.offload == "nvme" and self.nvme_dir is None:
             raise ValueError("offload=nvme needs nvme_dir, a folder on a local disk: set parallel.nvme_dir=FOLDER")
+        if self.nvme_dir is not None and not self.nvme_dir.is_absolute():
+            raise ValueError(f"nvme_dir ({self.nvme_dir}) is looked for on every rank's node; write the whole path, from / on")
         return self
 
     def copies_kept(self, layers: int, ranks: int) -> int:
