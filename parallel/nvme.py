@@ -169,7 +169,7 @@ def _operator() -> Any:
     try:
         return AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # whatever DeepSpeed, torch's build or the linker raise
-        reason = str(error.__cause__ or error).partition("\n")[0].partition(": [")[0]  # without the compiler's command line
+        reason = str(error).partition("\n")[0].partition(": [")[0].rstrip(".")  # without the compiler's command line
         raise UserError(
             f"parallel.offload=nvme needs DeepSpeed's asynchronous I/O, which cannot be compiled here: {reason}. Install g++ "
             "and libaio with its headers (Debian and Ubuntu: libaio-dev, Fedora: libaio-devel), put g++ and ninja on the PATH, "
