@@ -27,19 +27,21 @@ from pydantic import BaseModel, ValidationError
 
 from kernels.errors import UserError
 from launch.problems import Problem, not_as_expected, report, unknown_option, written
-from parallel.dense import NonFiniteGradient
 from trainer.cluster import ProcessLost
 from trainer.config import ModelConfig, PretrainConfig, Record, RLConfig
 from trainer.estimate import budget_lines
+from trainer.guard import UpdateRefused
 from trainer.run_dir import as_yaml
 from trainer.step import choose_dtype
+from trainer.stopping import REQUEUE, Stopped
 
 CONF = Path(__file__).parents[1] / "conf"
 Root = TypeVar("Root", bound=Record)
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Does a command's work; returns the exit code: 2 for a person's mistake, 1 for a run that could not go on, 130 for Ctrl-C.
+    """Does a command's work; returns the exit code: 2 for a person's mistake, 1 for a run that could not go on, 130 for Ctrl-C,
+    75 for a run that should be started again with resume=auto.
 
     Those are said in words. Anything else that goes wrong is ours and keeps its stack trace.
     """
@@ -48,9 +50,12 @@ def guarded(work: Callable[[], object]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except (ProcessLost, NonFiniteGradient) as error:
+    except (ProcessLost, UpdateRefused) as error:
         print(error, file=sys.stderr)
         return 1
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; resume=auto goes on from the last checkpoint", file=sys.stderr)
         return 130

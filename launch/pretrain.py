@@ -9,13 +9,14 @@ import torch
 
 from launch.cli import main, print_plan
 from launch.report import write_report
-from trainer.cluster import check_port, choose_ranks, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, run_attempts
 from trainer.config import PretrainConfig
 from trainer.data import prepare
 from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
 from trainer.run_dir import RunDir
 from trainer.step import choose_dtype
+from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
 from trainer.worker import check_division
 
@@ -24,19 +25,19 @@ def pretrain(config: PretrainConfig) -> Path | None:
     """Runs a whole pretraining and returns its run folder; None after a dry run."""
     ranks = choose_ranks(config.cluster)
     check_division(config.model, config.train.batch_rows, ranks)
-    check_port(config.cluster)
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
+    check_cluster(config.cluster)
     corpus = prepare(config.data, config.tokenizer, say=print)  # a mistake in the data leaves no run folder behind
     run = RunDir.open(config, "pretrain")
-    with Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
+    with StopRequest() as stop, Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
         model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
-        training = Pretraining(config, model, corpus, ranks, dtype, run, tracker)
-        run_attempts(config.cluster, ranks, training.attempt, tracker.say)
+        training = Pretraining(config, model, corpus, ranks, dtype, run, tracker, stop)
+        run_attempts(config.cluster, ranks, training.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path
 

@@ -14,12 +14,13 @@ from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
 from trainer import checkpoint
-from trainer.cluster import check_port, choose_ranks, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, run_attempts
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import budget_lines
 from trainer.model.hf import read_config
 from trainer.run_dir import RunDir
 from trainer.step import choose_dtype
+from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 from trainer.worker import check_division
@@ -30,21 +31,21 @@ def reinforce(config: RLConfig) -> Path | None:
     start_from, model = starting_point(config.checkpoint)
     ranks = choose_ranks(config.cluster)
     check_division(model, ranks, ranks)
-    check_port(config.cluster)
     if config.dry_run:
         print_plan(config, model, ranks)
         return None
+    check_cluster(config.cluster)
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
     tokenizer = Tokenizer.load(start_from / "tokenizer.json")
     run = RunDir.open(config, "rl")
-    with Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
+    with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
         dtype, reason = choose_dtype(config.loop.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         with RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards:
-            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, ranks, dtype, run, tracker)
-            run_attempts(config.cluster, ranks, work.attempt, tracker.say)
+            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, ranks, dtype, run, tracker, stop)
+            run_attempts(config.cluster, ranks, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path
 

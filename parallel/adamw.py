@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,12 @@ class AdamWSettings:
     clip_norm: float  # of the one gradient norm over dense and expert parameters
 
 
-def adamw(parameters: list[Tensor], settings: AdamWSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only. The learning rate is given at every step; it starts at zero."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def adamw(parameters: list[Tensor], settings: AdamWSettings, frozen: Collection[Tensor] = ()) -> torch.optim.AdamW:
+    """AdamW with decay on matrices that are not `frozen`. The learning rate is given at every step; it starts at zero."""
+    still = {id(p) for p in frozen}
+    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in still]
+    others = [p for p in parameters if p.ndim <= 1 or id(p) in still]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, eps=settings.eps)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,37 @@ from parallel.expert_shards import ExpertShards
 from parallel.topology import World
 
 
-class NonFiniteGradient(RuntimeError):
-    """The gradient norm is NaN or infinite; no parameter has been changed."""
-
-
 class DenseZeRO:
     """A dense module under ZeRO stage 1 or 2. ZeRO averages gradients over the ranks, so a rank passes its part of the global
     loss times the world size."""
 
-    def __init__(self, module: nn.Module, world: World, dtype: torch.dtype, settings: AdamWSettings, stage: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        dtype: torch.dtype,
+        settings: AdamWSettings,
+        stage: int,
+        frozen: Sequence[Tensor] = (),
+    ) -> None:
+        """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
+
+        ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without.
+        """
         import deepspeed  # after RANK and WORLD_SIZE are set; it also takes a second
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # The shared-memory all-reduce of the CPU backend serves inference only, and would be compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        for parameter in frozen:
+            parameter.register_hook(torch.zeros_like)  # before ZeRO sees the gradient
         self.world = world
         self.clip_norm = settings.clip_norm
         self.module = module
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(list(module.parameters()), settings),
+            optimizer=adamw(list(module.parameters()), settings, frozen),
             config={
                 "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; rows are counted by the trainer
                 "gradient_accumulation_steps": 1,
@@ -53,23 +63,10 @@ class DenseZeRO:
         self._create_state()
 
     def _share_norm_with_experts(self) -> None:
-        """ZeRO clips by `scaled_global_norm`; from here on that norm spans dense and expert parameters."""
-        dense_norm = self.zero.scaled_global_norm
-        self._experts_squared_norm = 0.0
-        self._norm = 0.0
-
-        def joint_norm(*args: Any, **kwargs: Any) -> Tensor:
-            dense = float(dense_norm(*args, **kwargs))
-            self._norm = math.sqrt(dense**2 + self._experts_squared_norm) if math.isfinite(dense) else math.nan
-            # ZeRO reports an invalid norm of its own as -1.
-            if dense < 0 or not math.isfinite(self._norm):
-                raise NonFiniteGradient(
-                    f"the gradient norm is not finite (dense {dense}, experts squared {self._experts_squared_norm}); "
-                    "nothing was updated. Lower optimizer.lr, or train in float32 to see where it begins"
-                )
-            return torch.tensor(self._norm, device=self.world.device)
-
-        self.zero.scaled_global_norm = joint_norm
+        """ZeRO clips by `scaled_global_norm`; from here on that is what `norm` found, of dense and expert parameters."""
+        self._dense_norm = self.zero.scaled_global_norm
+        self._norm = math.nan
+        self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
 
     def _create_state(self) -> None:
         """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""
@@ -84,17 +81,30 @@ class DenseZeRO:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, experts: ExpertShards) -> float:
-        """Clips dense and expert gradients by their joint norm, updates both, and returns the norm before clipping.
+    def norm(self, experts: ExpertShards) -> float:
+        """The joint norm of dense and expert gradients, the same on all ranks; NaN if it is not finite. Collective."""
+        dense = float(self._dense_norm())  # ZeRO reports an invalid one as -1
+        squared = dense**2 + float(experts.squared_norm())
+        self._norm = math.sqrt(squared) if dense >= 0 and math.isfinite(squared) else math.nan
+        return self._norm
 
-        Raises:
-            NonFiniteGradient: before anything is changed; all ranks raise together, since the norm is the same on all.
-        """
-        self._experts_squared_norm = float(experts.squared_norm())
+    def step(self, lr: float, experts: ExpertShards) -> None:
+        """Clips dense and expert gradients by their `norm`, which was asked for and is finite, and updates both."""
+        assert math.isfinite(self._norm), "the norm of these gradients has not been looked at"
         set_lr(self.zero.optimizer, lr)
         self.engine.step()
         experts.step(lr, scale=min(1.0, self.clip_norm / (self._norm + 1e-6)))
-        return self._norm
+        self._norm = math.nan
+
+    def drop(self, experts: ExpertShards) -> None:
+        """Forgets all gradients; nothing is updated. Collective."""
+        self._norm = -1.0  # invalid to ZeRO, which then clears what it has gathered, if it looks
+        self.zero.check_grad_overflow = True
+        self.engine.step()
+        self.zero.check_grad_overflow = False
+        assert self.zero.overflow, "this DeepSpeed has made an update where it was told of an invalid norm"
+        self._norm = math.nan
+        experts.drop_gradients()
 
     # ------------------------------------------------------------ state, by parameter name, whole on every rank
 

@@ -39,6 +39,10 @@ class ExpertOptimizer(ABC):
         """One update with gradients multiplied by `scale`, which are gone afterwards, then `round_masters`."""
 
     @abstractmethod
+    def drop_gradients(self) -> None:
+        """Forgets what has been added since the last step."""
+
+    @abstractmethod
     def round_masters(self, weights: Parts) -> None:
         """Writes the masters into the first rows of `weights`, in their dtype. Between updates only."""
 
@@ -95,9 +99,12 @@ class DeviceAdamW(ExpertOptimizer):
             gradient.mul_(scale)
         set_lr(self._adamw, lr)
         self._adamw.step()
+        self.drop_gradients()
+        self.round_masters(weights)
+
+    def drop_gradients(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
         self._filled = [False] * len(self._filled)
-        self.round_masters(weights)
 
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:

@@ -81,6 +81,19 @@ class ExpertShards:
         with self.arena.changing():
             self.optimizer.step(lr, scale / self.world.size, self.arena.rows)
 
+    def drop_gradients(self) -> None:
+        """Forgets what has been added since the last step. Local."""
+        self.optimizer.drop_gradients()
+
+    def bad_gradient(self) -> str | None:
+        """The name of the first of this rank's experts whose gradient is not finite. Local; after the last backward."""
+        for part, gradient in zip(PARTS, self.optimizer.gradients() or (), strict=False):
+            bad = torch.nonzero(~torch.isfinite(gradient).flatten(1).all(dim=1)).flatten().tolist()
+            if bad:
+                layer, expert = self.own[bad[0]]
+                return f"experts.{layer}.{expert}.{part}"
+        return None
+
     def round_masters(self) -> None:
         """Brings the weights that the model computes with up to the masters."""
         with self.arena.changing():

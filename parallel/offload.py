@@ -99,6 +99,10 @@ class CPUAdamW(ExpertOptimizer):
             "weight_decay": self._settings.weight_decay * c1 / c2,
         }
 
+    def drop_gradients(self) -> None:
+        self._gradients.arrived()  # those under way must not come after
+        self._gradients.clear()
+
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:
         for row, state in enumerate(self.states.read(range(self.states.rows))):
@@ -190,6 +194,12 @@ def _pin(tensor: Tensor) -> None:
     runtime, address = torch.cuda.cudart(), tensor.data_ptr()
     torch.cuda.check_error(int(runtime.cudaHostRegister(address, tensor.nbytes, 0)))
     weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+
+
+def check_offload(offload: str, nvme_dir: Path | None) -> None:
+    """Raises UserError if this machine lacks what parallel.offload needs."""
+    settings = AdamWSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    expert_optimizer(offload, nvme_dir, 1, ((8, 8),), settings, torch.device("cpu"))
 
 
 def _cpu_adam(settings: AdamWSettings) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +56,22 @@ def serve_store(host: str, timeout_s: float) -> dist.TCPStore:
         timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
     )
+
+
+def use_interface_to(host: str, port: int) -> None:
+    """Collectives of this process take the network interface that leads to `host`, unless the environment names another."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing; it only looks up the way
+        address = probe.getsockname()[0]
+    loopback = ipaddress.ip_address(address).is_loopback  # lo answers to many addresses and lists one
+    name = next(
+        name
+        for name, found in psutil.net_if_addrs().items()
+        for one in found
+        if one.family == socket.AF_INET and (one.address == address or (loopback and one.address.startswith("127.")))
+    )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> World:

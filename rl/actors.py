@@ -59,10 +59,10 @@ class RayPool:
         """
         refs = {name: actor.weights.remote(version, config) for name, actor in ranks.actors.items()}
         first, update = next(iter(refs.items()))
-        receipts = gather({**{name: ref for name, ref in refs.items() if name != first}, **self._send(update)})
+        receipts = gather({**{name: ref for name, ref in refs.items() if name != first}, **self._send(update)}, ranks.logs)
         behind = [name for name in self.engines.actors if receipts[name] is None]
         if behind:
-            receipts |= gather(self._send(ranks.actors[first].anchor.remote(), behind))
+            receipts |= gather(self._send(ranks.actors[first].anchor.remote(), behind), ranks.logs)
         return sync_metrics([receipts[name] for name in self.engines.actors]) | {"sync/version": version}
 
     def _send(self, update: ray.ObjectRef, names: Iterable[str] | None = None) -> dict[str, ray.ObjectRef]:

@@ -1,7 +1,7 @@
 """Advantages: how much better a sample is than what the policy does on average. Plain numbers, no tensors.
 
-Rewards come as a list of groups, each the samples of one prompt. A sample that could not be judged (None) takes no part in any
-mean and gets None.
+Advantages of single tokens come from rl/returns.py and what a sample earned: its reward, less its group's mean or not. A group
+is the samples of one prompt. A sample that could not be judged (None) takes no part in any mean and gets None.
 """
 
 from __future__ import annotations
@@ -34,43 +34,26 @@ def rloo(rewards: Values) -> Values:
     return dr_grpo(rewards) * (rewards.size / (rewards.size - 1))
 
 
-def whitened(values: Values, lengths: Values) -> Values:
-    """(x - mean) / (std + 1e-6), mean and biased std over the tokens of all samples: each counts `lengths` times.
-
-    REINFORCE++ (2501.03262) does so with token returns. Without a discount and a penalty within the reward, the return of
-    every token is the reward of its sample.
-    """
-    mean = np.average(values, weights=lengths)
-    std = np.sqrt(np.average((values - mean) ** 2, weights=lengths))
-    return (values - mean) / (std + STD_EPS)
-
-
-# What a group does for itself, how many judged samples it needs for that, and whether all samples are whitened afterwards.
-_ESTIMATORS: dict[Estimator, tuple[Callable[[Values], Values], int, bool]] = {
-    "grpo": (grpo, 2, False),
-    "dr_grpo": (dr_grpo, 2, False),
-    "rloo": (rloo, 2, False),
-    "reinforce_pp": (np.copy, 1, True),
-    "reinforce_pp_baseline": (dr_grpo, 2, True),
+# What a group does for itself, and how many judged samples it needs for that.
+_ESTIMATORS: dict[Estimator, tuple[Callable[[Values], Values], int]] = {
+    "grpo": (grpo, 2),
+    "dr_grpo": (dr_grpo, 2),
+    "rloo": (rloo, 2),
+    "reinforce_pp": (np.copy, 1),
+    "reinforce_pp_baseline": (dr_grpo, 2),
+    "gae": (np.copy, 1),
 }
 
 
-def advantages(
-    rewards: Sequence[Sequence[float | None]], lengths: Sequence[Sequence[int]], estimator: Estimator
-) -> list[tuple[float | None, ...]]:
-    """The advantage of every sample of a round; `lengths` are response tokens.
+def advantages(rewards: Sequence[float | None], estimator: Estimator) -> tuple[float | None, ...]:
+    """The advantage of every sample of a group; of what compares tokens of all groups, what the sample earned.
 
-    A group with one judged sample has nothing to compare with: its advantage is 0, but for reinforce_pp, which compares all
-    samples of the round.
+    Where a group compares its own samples, one that has a single judged sample has nothing to compare with: it gets 0.
     """
-    estimate, least, whiten = _ESTIMATORS[estimator]
-    judged = [np.array([r for r in group if r is not None], dtype=np.float64) for group in rewards]
-    found = np.concatenate([estimate(group) if group.size >= least else np.zeros_like(group) for group in judged])
-    if whiten and found.size:
-        pairs = [pair for groups in zip(rewards, lengths, strict=True) for pair in zip(*groups, strict=True)]
-        found = whitened(found, np.array([length for reward, length in pairs if reward is not None], dtype=np.float64))
-    values = iter(found.tolist())
-    return [tuple(None if reward is None else next(values) for reward in group) for group in rewards]
+    estimate, least = _ESTIMATORS[estimator]
+    judged = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+    values = iter((estimate(judged) if judged.size >= least else np.zeros_like(judged)).tolist())
+    return tuple(None if reward is None else next(values) for reward in rewards)
 
 
 def uncertainty_weight(rewards: Sequence[float | None], focus: float) -> float:

@@ -7,27 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rl import kl
+from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, REFERENCE, RETURNS, VALUES
 from rl.losses import cispo, dppo, gspo, ppo, sapo
 from rl.off_policy import Ratios, bounded_exp, bypass, decoupled, in_band, not_unlikely, recompute, sequence_mean
-from trainer.batch import TokenLoss, TrainBatch
+from rl.returns import clipped_value_loss
+from trainer.batch import Predictions, TokenLoss, TrainBatch
 from trainer.config import AlgorithmConfig
-
-PROXIMAL = "proximal_logprobs"  # of batch.extras
 
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """The loss of every token: importance * loss - entropy_bonus * entropy.
+    """The loss of every token:
 
-    `batch.extras` holds "advantages" and "behaviour_logprobs", both (B, S), and "proximal_logprobs" where a round takes several
-    optimizer steps. With one step the proximal policy is the one being trained: its log-probabilities are those of this very
-    forward pass, detached. A ratio to it is 1 then, and no clip acts on it.
+        importance * loss - entropy_bonus * entropy + kl_coefficient * kl + value_coefficient * value_loss
+
+    `batch.extras` (rl/extras.py) holds PROXIMAL where a round takes several optimizer steps. With one step the proximal policy
+    is the one being trained: its log-probabilities are those of this very forward pass, detached. A ratio to it is 1 then, and
+    no clip acts on it. Under staged PROXIMAL is, token by token, the policy of the version that wrote it. k1 is not in the loss
+    but in the reward (rl/returns.py); the last term needs a value head.
     """
 
     config: AlgorithmConfig
 
-    def __call__(self, logprobs_BS: Tensor, entropy_BS: Tensor, batch: TrainBatch) -> TokenLoss:
-        behaviour_BS = batch.extras["behaviour_logprobs"]
+    def __call__(self, predicted: Predictions, batch: TrainBatch) -> TokenLoss:
+        logprobs_BS, behaviour_BS = predicted.logprobs_BS, batch.extras[BEHAVIOUR]
         proximal_BS = batch.extras.get(PROXIMAL, logprobs_BS.detach())
         ratios = self._ratios(logprobs_BS, proximal_BS, behaviour_BS)
         loss_BS, clipped_BS = self._loss(ratios.log_ratio, logprobs_BS, batch)
@@ -42,20 +46,41 @@ class PolicyObjective:
         }
         loss_BS = importance_BS * loss_BS
         if self.config.entropy_bonus > 0:
-            loss_BS = loss_BS - self.config.entropy_bonus * entropy_BS
+            loss_BS = loss_BS - self.config.entropy_bonus * predicted.entropy_BS
+        if self.config.kl_coefficient > 0:
+            gap_BS = logprobs_BS - batch.extras[REFERENCE]
+            metrics["policy/kl_reference"] = kl.k3(gap_BS.detach())
+            loss_BS = loss_BS + self.config.kl_coefficient * self._kl(gap_BS, ratios)
+        if predicted.values_BS is not None:
+            old_BS, returns_BS = batch.extras[VALUES], batch.extras[RETURNS]
+            value_loss_BS, held_BS = clipped_value_loss(predicted.values_BS, old_BS, returns_BS, self.config.value_clip)
+            metrics |= {"value/loss": value_loss_BS.detach(), "value/clip_share": held_BS.float()}
+            loss_BS = loss_BS + self.config.value_coefficient * value_loss_BS
         return TokenLoss(loss_BS=loss_BS, metrics=metrics)
 
     def _ratios(self, logprobs_BS: Tensor, proximal_BS: Tensor, behaviour_BS: Tensor) -> Ratios:
         match self.config.off_policy:
-            case "recompute" | "mask":
+            case "recompute" | "mask" | "staged":
                 return recompute(logprobs_BS, proximal_BS)
             case "bypass":
                 return bypass(logprobs_BS, behaviour_BS)
             case "decoupled":
                 return decoupled(logprobs_BS, proximal_BS, behaviour_BS, self.config.truncation)
 
+    def _kl(self, gap_BS: Tensor, ratios: Ratios) -> Tensor:
+        """The penalty of every token; the weight of `unbiased` is the one that off_policy gives the policy loss, unclipped."""
+        match self.config.kl_estimator:
+            case "k1":
+                return torch.zeros_like(gap_BS)
+            case "k2":
+                return kl.k2(gap_BS)
+            case "k3":
+                return kl.k3(gap_BS)
+            case "unbiased":
+                return kl.unbiased(gap_BS, bounded_exp(ratios.log_ratio) * ratios.importance)
+
     def _loss(self, log_ratio_BS: Tensor, logprobs_BS: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        config, advantages_BS = self.config, batch.extras["advantages"]
+        config, advantages_BS = self.config, batch.extras[ADVANTAGES]
         low, high = config.clip_low, config.clip_high
         match config.loss:
             case "ppo":
@@ -72,7 +97,7 @@ class PolicyObjective:
 
     def _kept(self, policy_BS: Tensor, proximal_BS: Tensor, batch: TrainBatch) -> Tensor:
         """What no mask drops; the log-probabilities carry no gradient."""
-        config, behaviour_BS = self.config, batch.extras["behaviour_logprobs"]
+        config, behaviour_BS = self.config, batch.extras[BEHAVIOUR]
         kept_BS = torch.ones_like(policy_BS, dtype=torch.bool)
         if config.token_band is not None:
             kept_BS = kept_BS & in_band(proximal_BS - behaviour_BS, config.token_band)
@@ -80,7 +105,7 @@ class PolicyObjective:
             kept_BS = kept_BS & in_band(_mean_of_response(proximal_BS - behaviour_BS, batch), config.sequence_band)
         if config.sequence_delta is not None:
             gap_BS = _mean_of_response(behaviour_BS - policy_BS, batch)
-            kept_BS = kept_BS & not_unlikely(gap_BS, batch.extras["advantages"], config.sequence_delta)
+            kept_BS = kept_BS & not_unlikely(gap_BS, batch.extras[ADVANTAGES], config.sequence_delta)
         return kept_BS
 
 

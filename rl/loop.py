@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,34 +11,33 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from kernels.errors import UserError
 from rl.actors import RayPool, SyncedPool
-from rl.algorithms import PROXIMAL, PolicyObjective
 from rl.april import OverlappingPool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
-from rl.packing import documents_of, pack_demonstrations, policy_batches
+from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
+from rl.staged import stage
 from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from rl.turns import TurnPool, with_answer
-from trainer import checkpoint
-from trainer.batch import TrainBatch, cross_entropy
+from rl.update import learn
+from trainer.batch import cross_entropy
 from trainer.cluster import Placement, Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
-from trainer.loop import checkpoint_meta, save, start_ranks
+from trainer.guard import Guard
+from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
+from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
-ADDED_UP = ("train/tokens", "time/train_s", "time/copies_exposed_s", "moe/moved_mib", "moe/owners_moved")  # over updates
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
@@ -55,6 +55,7 @@ class Reinforcement:
     dtype: str
     run: RunDir
     tracker: Tracker
+    stop: StopRequest
 
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
@@ -63,8 +64,11 @@ class Reinforcement:
         with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
             ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
             start, buffer = self._restore(ranks)
+            if self.config.algorithm.kl_coefficient > 0:
+                ranks.call("keep_reference", self.run.reference)
             pool.load_weights(ranks, start, self.config.sync)
-            self.loop(ranks, pool, buffer, start)
+            with self.stop.deferred():
+                self.loop(ranks, pool, buffer, start)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -94,6 +98,8 @@ class Reinforcement:
             update = partial(self._update, ranks, version, began, metrics)
             overlapped = update if config.rollout.overlap else None
             result = rollout_round(self.turns(pool), buffer, self.prompt_ids, config.rollout, version, self.score, overlapped)
+            if config.algorithm.off_policy == "staged":
+                result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:
                 update(result.groups)
             metrics |= result.metrics
@@ -111,25 +117,22 @@ class Reinforcement:
         """Learns the groups of a round that began at `started`; adds to `metrics`."""
         config, algorithm = self.config, self.config.algorithm
         metrics["time/rollout_s"] = time.perf_counter() - started
-        batches = policy_batches(
-            documents_of(groups, algorithm, version, config.rollout.max_new_tokens),
-            algorithm,
-            config.rollout.max_new_tokens,
-            sequence_length=config.loop.sequence_length,
-            rows_multiple_of=self.ranks,
-            pad_id=self.tokenizer.pad,
-        )
+        documents = documents_of(groups, algorithm, version, config.rollout.max_new_tokens)
+        batches = policy_batches(documents, algorithm, config.rollout.max_new_tokens, **self.rows)
         lr = learning_rate(version, config.loop.rounds, config.optimizer)
-        metrics |= learn(ranks, batches, PolicyObjective(algorithm), lr)
+        metrics |= learn(ranks, batches, algorithm, lr, version)
 
     def _close_round(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, done: int, metrics: dict) -> None:
-        loop = self.config.loop
-        if done % loop.eval_every == 0 or done == loop.rounds:
+        loop, last = self.config.loop, done == self.config.loop.rounds
+        if done % loop.eval_every == 0 or last:
             metrics |= self.evaluate(pool)
-        if done % loop.checkpoint_every == 0 or done == loop.rounds:
-            metrics |= self._save(ranks, buffer, done)
+        stopping = self.stop.signal is not None and not last
+        if done % loop.checkpoint_every == 0 or last or stopping:
+            metrics |= self._save(ranks, buffer, done, wait=last or stopping)
         metrics |= self.rewards.counts()
         self.tracker.log(done, metrics)
+        if stopping:
+            self.stop.obey(f"after round {done}")
 
     # ------------------------------------------------------------ the task, in tokens
 
@@ -185,20 +188,18 @@ class Reinforcement:
 
     def warm_up(self, ranks: Processes) -> None:
         """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""
-        warmup, length = self.config.warmup, self.config.loop.sequence_length
+        warmup, rows = self.config.warmup, self.rows
         index = 0
         for step in range(warmup.steps):
             examples, used = [], 0
-            while used < warmup.batch_rows * length:
+            while used < warmup.batch_rows * rows["sequence_length"]:
                 prompt, shown = self.task.demonstration(index)
                 ids = self._ids(prompt)
                 examples.append((ids, *self._demonstrated((shown,) if isinstance(shown, str) else shown)))
                 used += len(ids) + len(examples[-1][1])
                 index += 1
-            batch = pack_demonstrations(
-                examples, sequence_length=length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad
-            )
-            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0]["train/loss"]
+            batch = pack_demonstrations(examples, **rows)
+            loss = ranks.call("learn", batch, cross_entropy, warmup.lr)[0].get("train/loss", math.nan)
             if (step + 1) % 10 == 0 or step + 1 == warmup.steps:
                 self.tracker.say(f"supervised warm-up {step + 1}/{warmup.steps}: loss {loss:.3f}")
         ranks.call("new_optimizer")
@@ -228,8 +229,15 @@ class Reinforcement:
             micro_rows=config.loop.micro_rows,
             batch_invariant=True,
             temperature=config.rollout.temperature,
+            freeze_router=config.loop.freeze_router,
+            value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
+            guard=Guard(config.loop.skip_nonfinite, spike_zscore=None, spike_window=2, on_spike="stop"),
         )
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(sequence_length=self.config.loop.sequence_length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -243,19 +251,19 @@ class Reinforcement:
             eos_id=self.tokenizer.eos,
         )
 
-    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
+    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
         meta = checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
-        tokenizer = self.start_from / "tokenizer.json"
-        return save(ranks, self.run, meta, tokenizer, buffer.to_state(), self.config.loop.keep_checkpoints)
+        tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
+        return save(ranks, self.run, self.tracker, meta, tokenizer, buffer.to_state(), keep, wait)
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
         """(rounds done, buffer), after the ranks have their weights."""
-        found = checkpoint.available(self.run.checkpoints)
-        if found:
-            meta = ranks.call("load", found[-1], True)[0]
-            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        loaded = load_newest(ranks, self.run, self.tracker)
+        if loaded is not None:
+            folder, meta = loaded
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self.run.rewind(meta.step)
-            self.tracker.say(f"continuing after round {meta.step} from {found[-1]}")
+            self.tracker.say(f"continuing after round {meta.step} from {folder}")
             return meta.step, RolloutBuffer.from_state(state)
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")
@@ -264,25 +272,11 @@ class Reinforcement:
         else:
             ranks.call("load_model", self.start_from)
         self.warm_up(ranks)
+        if self.config.algorithm.kl_coefficient > 0:
+            self._write_reference(ranks)
         return 0, RolloutBuffer()
 
-
-def learn(ranks: Processes, batches: list[TrainBatch], objective: PolicyObjective, lr: float) -> dict[str, Value]:
-    """One optimizer step on each batch; their ratios are to the policy before the first. Returns the metrics of the round."""
-    if len(batches) == 1:
-        return ranks.call("learn", batches[0], objective, lr)[0]
-    clock = time.perf_counter()
-    proximal = [torch.cat(ranks.call("logprobs", batch)) for batch in batches]
-    waited = {"time/proximal_s": time.perf_counter() - clock}
-    batches = [replace(b, extras={**b.extras, PROXIMAL: logprobs}) for b, logprobs in zip(batches, proximal, strict=True)]
-    return waited | metrics_of_round([ranks.call("learn", batch, objective, lr)[0] for batch in batches])
-
-
-def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
-    """What counts work is added up, the expert loads are those of the last update, all else is a mean over updates."""
-    metrics: dict[str, Value] = {}
-    for key in {key: None for update in updates for key in update}:
-        values = [update[key] for update in updates if key in update]
-        numbers = [value for value in values if not isinstance(value, list)]
-        metrics[key] = (sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)) if numbers else values[-1]
-    return metrics
+    def _write_reference(self, ranks: Processes) -> None:
+        """The weights at the start of RL, once for all attempts: every one of them reads its reference policy there."""
+        files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
+        ranks.call("write_reference", self.run.reference, checkpoint_meta("rl", 0, self.model, self.run, {}), files)

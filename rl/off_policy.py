@@ -7,7 +7,8 @@ log-probabilities at the rollout temperature, (B, S) or any shape where nothing 
 A loss is made of two numbers a token, see `Ratios`; what `algorithm.off_policy` chooses is
 
     recompute   ratio policy / proximal, importance 1: as if the proximal policy had sampled everything (APRIL, slime)
-    mask        the same, and only tokens of the newest weights are learned; rl/packing.py leaves the others out
+    staged      ratio policy / trainer's policy of the version that generated the token, importance 1 (CoPRIS; rl/staged.py)
+    mask        the same as recompute, and only tokens of the newest weights are learned; rl/packing.py leaves the others out
     bypass      ratio policy / behaviour, importance 1: old tokens are held back by the clip alone
     decoupled   ratio policy / proximal, importance min(proximal / behaviour, truncation) (AReaL, 2505.24298)
 

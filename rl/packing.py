@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from kernels.errors import UserError
 from rl.advantages import advantages, overlong_penalty, uncertainty_weight
+from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, RESPONSES
 from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
 from trainer.config import AlgorithmConfig
 
 
+class Rows(TypedDict):
+    """What rows a batch has."""
+
+    sequence_length: int  # tokens of a row
+    rows_multiple_of: int  # the ranks, which share the rows evenly
+    pad_id: int
+
+
 @dataclass(frozen=True)
 class Document:
-    """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response."""
+    """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response.
+
+    So have `proximal_logprobs`, which all documents of a batch have or none: those of the trainer, known before the update.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     behaviour_logprobs: tuple[float, ...]
     advantage: float
     learned: tuple[bool, ...]
+    proximal_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and self.response_ids, "a prompt and a response need a token each"
@@ -42,17 +56,19 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
     A sample without a reward has no advantage; it is left out, which is weight 0 without the forward pass. So is, under
     off_policy=mask, a sample that weights before `weight_version` generated to the end. No token of the environment is learned.
     """
-    rewards = [[_shaped_reward(sample, config, max_new_tokens) for sample in group.samples] for group in groups]
-    lengths = [[sum(sample.sampled) for sample in group.samples] for group in groups]
     documents = []
-    for group, found in zip(groups, advantages(rewards, lengths, config.advantage), strict=True):
+    for group in groups:
+        rewards = [_shaped_reward(sample, config, max_new_tokens) for sample in group.samples]
+        found = advantages(rewards, config.advantage)
         weight = uncertainty_weight([sample.reward for sample in group.samples], config.uncertainty_focus)
         for sample, advantage in zip(group.samples, found, strict=True):
             newest = (config.off_policy != "mask" or version == weight_version for version in sample.versions)
             learned = tuple(fresh and sampled for fresh, sampled in zip(newest, sample.sampled, strict=True))
             if advantage is not None and any(learned):
-                ids = sample.prompt_ids, sample.response_ids
-                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned))
+                ids, proximal = (sample.prompt_ids, sample.response_ids), None
+                if config.off_policy == "staged":
+                    proximal = sample.trainer_logprobs
+                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned, proximal))
     if not documents:
         raise UserError(
             f"none of the samples of {len(groups)} groups can be learned from: algorithm.off_policy=mask takes tokens of the "
@@ -68,13 +84,7 @@ def _shaped_reward(sample: Sample, config: AlgorithmConfig, max_new_tokens: int)
 
 
 def policy_batches(
-    documents: Sequence[Document],
-    config: AlgorithmConfig,
-    max_new_tokens: int,
-    *,
-    sequence_length: int,
-    rows_multiple_of: int,
-    pad_id: int,
+    documents: Sequence[Document], config: AlgorithmConfig, max_new_tokens: int, **rows: Unpack[Rows]
 ) -> list[TrainBatch]:
     """A batch for each optimizer step of a round, equal shares of the documents in their order; never an empty one.
 
@@ -85,94 +95,102 @@ def policy_batches(
     batches = []
     for part in range(parts):
         share = documents[part * len(documents) // parts : (part + 1) * len(documents) // parts]
-        batch = pack(
-            share,
-            sequence_length=sequence_length,
-            rows_multiple_of=rows_multiple_of,
-            aggregation=config.aggregation,
-            pad_id=pad_id,
-        )
+        batch = pack(share, aggregation=config.aggregation, **rows)
         constant = config.aggregation == "constant"
         batches.append(replace(batch, denominator=float(len(share) * max_new_tokens) if constant else None))
     return batches
 
 
 def pack(
-    documents: Sequence[Document],
-    *,
-    sequence_length: int,
-    rows_multiple_of: int,
-    aggregation: Literal["token", "sequence", "constant"],
-    pad_id: int,
+    documents: Sequence[Document], *, aggregation: Literal["token", "sequence", "constant"], **rows: Unpack[Rows]
 ) -> TrainBatch:
     """Packs `documents` into rows of `sequence_length`, several a row; the number of rows is a multiple of `rows_multiple_of`.
 
     A document's tokens stand at consecutive positions of one row and share its number, which counts up within the row;
     padding has number -1. Only positions that predict a learned token have a weight: 1 / learned tokens of the document
-    for the mean over sequences, else 1. Extras `advantages` and `behaviour_logprobs` stand at all response tokens.
+    for the mean over sequences, else 1. The extras stand at all response tokens.
     Raises UserError when a document does not fit into a row.
     """
     assert documents, "nothing to pack"
-    rows = _first_fit_decreasing(documents, sequence_length)
-    shape = (-(-len(rows) // rows_multiple_of) * rows_multiple_of, sequence_length)
-    tokens_BS = torch.full(shape, pad_id, dtype=torch.int64)
-    targets_BS = torch.full(shape, pad_id, dtype=torch.int64)
+    length, multiple = rows["sequence_length"], rows["rows_multiple_of"]
+    places = _places(documents, length)
+    shape = (-(-(1 + max(place.row for place in places)) // multiple) * multiple, length)
+    tokens_BS = torch.full(shape, rows["pad_id"], dtype=torch.int64)
+    targets_BS = torch.full(shape, rows["pad_id"], dtype=torch.int64)
     documents_BS = torch.full(shape, -1, dtype=torch.int32)
-    weights_BS, advantages_BS, behaviour_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(3))
-    for row, members in enumerate(rows):
-        start = 0
-        for number, document in enumerate(members):
-            ids = torch.tensor(document.prompt_ids + document.response_ids)
-            end, length = start + document.positions, len(document.response_ids)
-            tokens_BS[row, start:end] = ids[:-1]
-            targets_BS[row, start:end] = ids[1:]
-            documents_BS[row, start:end] = number
-            share = 1.0 / sum(document.learned) if aggregation == "sequence" else 1.0
-            weights_BS[row, end - length : end] = torch.tensor(document.learned) * share
-            advantages_BS[row, end - length : end] = document.advantage
-            behaviour_BS[row, end - length : end] = torch.tensor(document.behaviour_logprobs)
-            start = end
-    extras = {"advantages": advantages_BS, "behaviour_logprobs": behaviour_BS}
+    responses_BS = torch.zeros(shape, dtype=torch.bool)
+    weights_BS, advantages_BS, behaviour_BS, proximal_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(4))
+    for document, place in zip(documents, places, strict=True):
+        ids = torch.tensor(document.prompt_ids + document.response_ids)
+        document_at, response_at = place.document, place.response
+        tokens_BS[document_at] = ids[:-1]
+        targets_BS[document_at] = ids[1:]
+        documents_BS[document_at] = place.number
+        share = 1.0 / sum(document.learned) if aggregation == "sequence" else 1.0
+        weights_BS[response_at] = torch.tensor(document.learned) * share
+        responses_BS[response_at] = True
+        advantages_BS[response_at] = document.advantage
+        behaviour_BS[response_at] = torch.tensor(document.behaviour_logprobs)
+        if document.proximal_logprobs is not None:
+            proximal_BS[response_at] = torch.tensor(document.proximal_logprobs)
+    extras = {RESPONSES: responses_BS, ADVANTAGES: advantages_BS, BEHAVIOUR: behaviour_BS}
+    if documents[0].proximal_logprobs is not None:
+        extras[PROXIMAL] = proximal_BS
     return TrainBatch(tokens_BS, targets_BS, documents_BS, weights_BS, extras)
 
 
+def response_values(values_BS: Tensor, documents: Sequence[Document], sequence_length: int) -> list[list[float]]:
+    """Of each document the values at its response tokens; `values_BS` belong to the rows that `pack` made of the documents."""
+    return [values_BS[place.response].tolist() for place in _places(documents, sequence_length)]
+
+
 def pack_demonstrations(
-    demonstrations: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]],
-    *,
-    sequence_length: int,
-    rows_multiple_of: int,
-    pad_id: int,
+    demonstrations: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]], **rows: Unpack[Rows]
 ) -> TrainBatch:
     """Packs (prompt ids, answer ids, which of them are learned) for supervised learning; every learned token counts 1."""
     documents = [
         Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, tuple(learned))
         for prompt, answer, learned in demonstrations
     ]
-    return pack(
-        documents,
-        sequence_length=sequence_length,
-        rows_multiple_of=rows_multiple_of,
-        aggregation="token",
-        pad_id=pad_id,
-    )
+    return pack(documents, aggregation="token", **rows)
 
 
-def _first_fit_decreasing(documents: Sequence[Document], sequence_length: int) -> list[list[Document]]:
-    """Longest first, each into the first row with room; equal lengths keep their order, so the result is deterministic."""
-    rows: list[list[Document]] = []
-    room: list[int] = []
-    for document in sorted(documents, key=lambda document: -document.positions):
+@dataclass(frozen=True)
+class Place:
+    """Of a document in the rows."""
+
+    row: int
+    number: int  # among the documents of the row
+    first: int
+    end: int
+    length: int  # of the response, which stands at the end
+
+    @property
+    def document(self) -> tuple[int, slice]:
+        return self.row, slice(self.first, self.end)
+
+    @property
+    def response(self) -> tuple[int, slice]:
+        return self.row, slice(self.end - self.length, self.end)
+
+
+def _places(documents: Sequence[Document], sequence_length: int) -> list[Place]:
+    """First fit, longest first: each goes into the first row with room; equal lengths keep their order."""
+    places: dict[int, Place] = {}
+    used: list[tuple[int, int]] = []  # of each row: documents and positions
+    for index, document in sorted(enumerate(documents), key=lambda pair: -pair[1].positions):
         if document.positions > sequence_length:
             raise UserError(
                 f"a sample with {len(document.prompt_ids)} prompt and {len(document.response_ids)} response tokens does not "
                 f"fit into a row of loop.sequence_length = {sequence_length}; raise it to the longest prompt + "
                 "rollout.max_new_tokens, or lower rollout.max_new_tokens"
             )
-        row = next((index for index, free in enumerate(room) if free >= document.positions), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(sequence_length)
-        rows[row].append(document)
-        room[row] -= document.positions
-    return rows
+        fits = (row for row, (_, filled) in enumerate(used) if filled + document.positions <= sequence_length)
+        row = next(fits, len(used))
+        if row == len(used):
+            used.append((0, 0))
+        number, first = used[row]
+        end = first + document.positions
+        places[index] = Place(row, number, first, end, len(document.response_ids))
+        used[row] = number + 1, end
+    return [places[index] for index in range(len(documents))]

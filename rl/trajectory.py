@@ -28,17 +28,20 @@ UIDS_PER_GROUP = 1 << 16
 class Segment:
     """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
 
-    Those of the environment were not `sampled`: they have no log-probability and are never learned.
+    Those of the environment were not `sampled`: they have no log-probability and are never learned. `trainer_logprobs` are
+    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: int  # of an answer: that of the turn before it
     sampled: bool = True
+    trainer_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         expected = len(self.token_ids) if self.sampled else 0
         assert len(self.logprobs) == expected, (len(self.logprobs), expected)
+        assert self.trainer_logprobs is None or len(self.trainer_logprobs) == len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,15 @@ class Sample:
         """The response tokens of the model and of the environment, alternately; the first turn is the model's."""
         speakers = groupby(self.segments, key=lambda segment: segment.sampled)
         return tuple(tuple(token for segment in said for token in segment.token_ids) for _, said in speakers)
+
+    @property
+    def trainer_logprobs(self) -> tuple[float, ...]:
+        """One a response token; every segment must have them."""
+        found: list[float] = []
+        for segment in self.segments:
+            assert segment.trainer_logprobs is not None, f"the trainer was not asked about all tokens of sample {self.uid}"
+            found += segment.trainer_logprobs
+        return tuple(found)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -221,6 +233,12 @@ class RolloutBuffer:
         self._surplus.extend(surplus)
         self._in_flight = ()
 
+    def change(self, changed: Callable[[Group], Group]) -> None:
+        """Replaces every group by `changed(group)`, between rounds."""
+        assert not self._in_flight, "groups change between rounds"
+        self._recycled = deque(map(changed, self._recycled))
+        self._surplus = deque(map(changed, self._surplus))
+
     def to_state(self) -> dict[str, Any]:
         """A JSON-able dict; `from_state` makes an equal buffer from it, floats bit by bit (JSON writes them by repr)."""
         surplus = [group for group in self._in_flight if group.done]
@@ -256,28 +274,34 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
         "prompt_ids": list(sample.prompt_ids),
         "status": sample.status,
         "reward": sample.reward,
-        "segments": [
-            {
-                "token_ids": list(s.token_ids),
-                "logprobs": list(s.logprobs),
-                "weight_version": s.weight_version,
-                "sampled": s.sampled,
-            }
-            for s in sample.segments
-        ],
+        "segments": [_segment_state(segment) for segment in sample.segments],
     }
+
+
+def _segment_state(segment: Segment) -> dict[str, Any]:
+    state = {
+        "token_ids": list(segment.token_ids),
+        "logprobs": list(segment.logprobs),
+        "weight_version": segment.weight_version,
+        "sampled": segment.sampled,
+    }
+    if segment.trainer_logprobs is not None:
+        state["trainer_logprobs"] = list(segment.trainer_logprobs)
+    return state
+
+
+def _segment_from(state: dict[str, Any]) -> Segment:
+    asked = tuple(state["trainer_logprobs"]) if "trainer_logprobs" in state else None
+    return Segment(tuple(state["token_ids"]), tuple(state["logprobs"]), state["weight_version"], state["sampled"], asked)
 
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:
     assert state["status"] in get_args(Status), state["status"]
-    segments = tuple(
-        Segment(tuple(s["token_ids"]), tuple(s["logprobs"]), s["weight_version"], s["sampled"]) for s in state["segments"]
-    )
     return Sample(
         uid=state["uid"],
         group=group,
         prompt_ids=tuple(state["prompt_ids"]),
-        segments=segments,
+        segments=tuple(map(_segment_from, state["segments"])),
         status=state["status"],
         reward=state["reward"],
     )

@@ -9,6 +9,7 @@ import torch
 from parallel.adamw import AdamWSettings
 from trainer.batch import TrainBatch
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.guard import Guard
 from trainer.step import TrainerSpec
 
 TINY: dict[str, Any] = {
@@ -61,7 +62,10 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "micro_rows": 1,
         "batch_invariant": False,
         "temperature": 1.0,
+        "freeze_router": False,
+        "value_lr": None,
         "seed": 3,
+        "guard": Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
     }
     return TrainerSpec(**{**values, **changes})
 

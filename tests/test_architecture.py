@@ -18,6 +18,8 @@ PURE = {  # mathematics that must be testable without any process group
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
     "rl/algorithms.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},
+    "rl/kl.py": {"torch", "rl", "__future__"},
+    "rl/returns.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},
     "rl/losses.py": {"torch", "rl", "__future__"},
     "rl/off_policy.py": {"torch", "dataclasses", "collections", "typing", "__future__"},
 }

@@ -48,6 +48,15 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a forward pass says of every position; all (B, S) float32."""
+
+    logprobs_BS: Tensor  # of the targets
+    entropy_BS: Tensor  # of the next-token distribution
+    values_BS: Tensor | None = None  # of the value head, where there is one
+
+
+@dataclass(frozen=True)
 class TokenLoss:
     """What an objective returns: a loss for each position, and what to report; all (B, S) float32."""
 
@@ -55,10 +64,10 @@ class TokenLoss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-# (log-probs of the targets (B, S), entropy (B, S), batch) -> TokenLoss. A pure function; it travels to the ranks by pickle.
-Objective = Callable[[Tensor, Tensor, TrainBatch], TokenLoss]
+# A pure function; it travels to the ranks by pickle.
+Objective = Callable[[Predictions, TrainBatch], TokenLoss]
 
 
-def cross_entropy(logprobs_BS: Tensor, entropy_BS: Tensor, batch: TrainBatch) -> TokenLoss:
+def cross_entropy(predicted: Predictions, batch: TrainBatch) -> TokenLoss:
     """The objective of pretraining and of the supervised warm-up: the negative log-probability of the next token."""
-    return TokenLoss(loss_BS=-logprobs_BS)
+    return TokenLoss(loss_BS=-predicted.logprobs_BS)

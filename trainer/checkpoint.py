@@ -1,14 +1,14 @@
-"""Checkpoints: sharded safetensors, beside a JSON record that makes them whole.
+"""Checkpoints: safetensors files of each rank, beside a JSON record that makes them whole.
 
     step_000120/
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors what all ranks have, split over them by torch.distributed.checkpoint; and own-RANK-*: its experts
+        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk
         ...                 what the stage adds, for example rollout.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
-Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.
+Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
-from safetensors.torch import save
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
 FORMAT = 3
-FILE_BYTES = 256 * 2**20  # of a rank's own tensors; twice as much is in memory while one is written
+FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
+T = TypeVar("T")
+log = logging.getLogger("tessera")
 
 
 @dataclass(frozen=True)
@@ -56,54 +60,147 @@ def folder_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def write(
-    folder: Path,
-    shared: Iterable[tuple[str, Tensor]],
-    own: Iterable[tuple[str, Tensor]],
-    meta: CheckpointMeta,
-    files: Mapping[str, str],
-    world: World,
-) -> None:
-    """Writes a checkpoint; all ranks call it together, and return when it can be seen.
+class Writer:
+    """Writes this rank's part of checkpoints behind the back of training, one checkpoint at a time.
 
-    Args:
-        folder: its final place; its parent exists.
-        shared: (name, tensor) pairs, the same on all ranks; each is written once.
-        own: (name, tensor) pairs that only this rank has. A tensor need not outlive the next one.
-        files: further text files, name -> content; rank 0's are written.
-
-    Raises:
-        UserError: the disk is full or not writable. The partial folder is removed; older checkpoints are untouched.
+    Training waits for a copy of its state into the host's memory, and for the checkpoint before if that is still being written.
+    State that lies on a disk (parallel.offload=nvme) has no such copy: training also stands still until that is in its files.
+    All ranks make their writers together, and call each method together.
     """
-    staging = folder.with_name(f".{folder.name}.partial")
-    if world.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        (staging / "state").mkdir(parents=True)
-    world.barrier()
-    state = {name: tensor.detach().contiguous() for name, tensor in shared}
-    try:
-        dcp.save(state, storage_writer=_Writer(staging / "state", world.rank, own), no_dist=world.size == 1)
-        if world.rank == 0:
-            _finish(staging, folder, meta, files)
-    except (CheckpointException, OSError) as error:
-        _give_up(staging, folder, error, world)
-    world.barrier()
 
+    def __init__(self, world: World) -> None:
+        self.world = world
+        # The ranks' threads agree over a group of their own, so that they never meet a collective of training.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._copies: dict[str, Tensor] = {}  # kept from one checkpoint to the next: new memory takes longer than the copy
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._crash: BaseException | None = None
 
-class _Writer(HuggingFaceStorageWriter):
-    """Writes a rank's own tensors beside its part of the shared ones; a failure of either is told to all ranks."""
+    def start(
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        meta: CheckpointMeta,
+        files: Mapping[str, str],
+        keep: int,
+        passing: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
+        """Begins a checkpoint, after `settle`; returns when the tensors may change again.
 
-    def __init__(self, folder: Path, rank: int, own: Iterable[tuple[str, Tensor]]) -> None:
-        super().__init__(str(folder), save_distributed=True)
-        self._folder, self._rank, self._own = folder, rank, own
+        Args:
+            folder: its final place; its parent exists.
+            tensors: (name, tensor) pairs; each name is given by one rank only.
+            files: further text files, name -> content; rank 0's are written.
+            keep: how many of the newest checkpoints stay, once this one is whole.
+            passing: further pairs that are written before this returns. A tensor need not outlive the next one.
+        """
+        assert self._thread is None, "settle() comes before the next checkpoint"
+        staging = folder.with_name(f".{folder.name}.partial")
+        if self.world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.world.barrier()
+        copies = {name: self._copied(name, tensor.detach()) for name, tensor in tensors}
+        self._copies = copies
+        failure = self._write_passing(staging, folder, passing)
+        work = partial(self._write, staging, folder, copies, failure, meta, files, keep)
+        self._thread = threading.Thread(target=self._guarded, args=(work,), name=folder.name, daemon=True)
+        self._thread.start()
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        for index, tensors in enumerate(_batches(self._own)):
-            with open(self._folder / f"own-{self._rank:05d}-{index:05d}.safetensors", "wb") as out:
-                out.write(save(tensors))
-                out.flush()
-                os.fsync(out.fileno())
-        return super().write_data(plan, planner)
+    def settle(self) -> str | None:
+        """Waits for the checkpoint under way; says why it could not be written, the same on all ranks, or None if all is well.
+
+        Older checkpoints are untouched by a failure, and nothing is left of the one that failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        if self._crash is not None:
+            raise self._crash
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor)
+
+    def _guarded(self, work: Callable[[], str | None]) -> None:
+        try:
+            self._failure = work()
+        except BaseException as error:  # raised again in the thread that waits
+            self._crash = error
+
+    def _write_passing(self, staging: Path, folder: Path, passing: Iterable[tuple[str, Tensor]]) -> str | None:
+        """Why it failed, if it did; the thread tells it to the other ranks."""
+        try:
+            for index, tensors in enumerate(_batches(passing)):
+                save_file(tensors, self._state_file(staging, f"_{index:05d}"))
+        except (OSError, SafetensorError) as error:
+            return _why_not_written(folder, error)
+        except UserError as error:  # where the tensors come from
+            return str(error)
+        return None
+
+    def _write(
+        self,
+        staging: Path,
+        folder: Path,
+        state: dict[str, Tensor],
+        failure: str | None,
+        meta: CheckpointMeta,
+        files: Mapping[str, str],
+        keep: int,
+    ) -> str | None:
+        """In the thread: the ranks' files, then on rank 0 all that makes them a checkpoint; why it failed, if it did.
+
+        `failure` is why this rank's part has failed already.
+        """
+        started = time.perf_counter()
+        sums, failure = self._write_state(staging, folder, state) if failure is None else ({}, failure)
+        outcomes = self._from_all((sums, failure))
+        failure = next((failure for _, failure in outcomes if failure is not None), None)
+        if failure is None and self.world.rank == 0:
+            try:
+                _finish(staging, folder, meta, files, {name: one for sums, _ in outcomes for name, one in sums.items()})
+                prune(folder.parent, keep)
+            except OSError as error:
+                failure = _why_not_written(folder, error)
+        failure = self._from_all(failure)[0]
+        if failure is None:
+            log.info("checkpoint %s is whole after %.1f s", folder.name, time.perf_counter() - started)
+        elif self.world.rank == 0:
+            log.error("%s", failure)
+            shutil.rmtree(staging, ignore_errors=True)
+        return failure
+
+    def _write_state(self, staging: Path, folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], str | None]:
+        """(checksums of this rank's files, why it failed)."""
+        try:
+            whole = self._state_file(staging)
+            save_file(state, whole)
+            sums = {}
+            for file in whole.parent.glob(f"{whole.stem}*"):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+                sums[str(file.relative_to(staging))] = _checksum(file)
+            return sums, None
+        except (OSError, SafetensorError) as error:
+            return {}, _why_not_written(folder, error)
+
+    def _state_file(self, staging: Path, number: str = "") -> Path:
+        """One of this rank's, in a folder that exists."""
+        folder = staging / "state"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"rank_{self.world.rank:05d}{number}.safetensors"
+
+    def _from_all(self, own: T) -> list[T]:
+        """Every rank's, in the order of the ranks."""
+        gathered: list[Any] = [own] * self.world.size
+        if self._group is not None:
+            dist.all_gather_object(gathered, own, group=self._group)
+        return gathered
 
 
 def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -118,39 +215,32 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
         yield batch
 
 
-def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str]) -> None:
+def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str], sums: dict[str, Any]) -> None:
     for name, content in files.items():
         (staging / name).write_text(content, encoding="utf-8")
-    sums = {str(p.relative_to(staging)): _checksum(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+    sums |= {name: _checksum(staging / name) for name in files}
     with open(staging / "meta.json", "w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, **asdict(meta), "files": sums}, out, indent=1)
+        json.dump({"format": FORMAT, **asdict(meta), "files": dict(sorted(sums.items()))}, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
-    if folder.exists():  # an attempt that was cut off after this very step
-        shutil.rmtree(folder)
+    old = folder.with_name(f".{folder.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # one of this very step that turned out to be damaged
+        folder.replace(old)
     staging.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _give_up(staging: Path, folder: Path, error: CheckpointException | OSError, world: World) -> None:
-    if world.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-    # The other ranks' failures arrive as (exception, traceback).
-    causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, UserError):
-            raise cause
-    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+def _why_not_written(folder: Path, error: OSError | SafetensorError) -> str:
+    found = re.search(r"os error (\d+)", str(error))  # so safetensors tells it
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     free_mib = shutil.disk_usage(folder.parent).free / 2**20
-    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or free_mib < 1:
-        raise UserError(
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free_mib < 1:
+        return (
             f"no space to write the checkpoint {folder}: {free_mib:.0f} MiB are free. Older checkpoints are intact. "
-            "Free some space, or set runs_dir to another disk, and start again with resume=auto"
-        ) from error
-    if numbers & {errno.EACCES, errno.EROFS, errno.EPERM}:
-        raise UserError(
-            f"the checkpoint {folder} cannot be written: {error}. Check the permissions of {folder.parent}"
-        ) from error
-    raise error
+            "Free some space; runs_dir=... puts runs on another disk"
+        )
+    return f"the checkpoint {folder} cannot be written: {error}. Check the permissions of {folder.parent}"
 
 
 def _checksum(path: Path) -> dict[str, int | str]:
@@ -161,43 +251,68 @@ def _checksum(path: Path) -> dict[str, int | str]:
 # ---------------------------------------------------------------- reading
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written; one beside it may be."""
+
+
 def read_meta(folder: Path, model: ModelConfig | None = None) -> CheckpointMeta:
-    """The record of a checkpoint, after checking every file against its checksum and, if given, the model.
+    """The record of a checkpoint, after comparing its model with `model`, if given. `verify` looks at the other files.
 
     Raises:
-        UserError: no checkpoint, a damaged or missing file, another format, or another model.
+        UserError: no checkpoint, another format, or another model. Damaged: the record is.
     """
-    try:
-        record = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        files, found_format = record.pop("files"), record.pop("format")
-        meta = CheckpointMeta(**record)
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged ({error}); use an older checkpoint beside it") from None
-    if found_format != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
-    for name, expected in files.items():
-        _check_file(folder, name, expected)
+    meta, _ = _read_record(folder)
     if model is not None:
         _check_model(folder, meta.model, model.model_dump(mode="json"))
     return meta
 
 
-def _check_file(folder: Path, name: str, expected: dict[str, int | str]) -> None:
+def verify(folder: Path, world: World | None = None) -> None:
+    """Checks every file against its checksum. With a world, its ranks share the files and all raise if one must.
+
+    Raises:
+        Damaged: names the file.
+    """
+    rank, size = (world.rank, world.size) if world is not None else (0, 1)
+    names = sorted(files := _read_record(folder)[1])
+    damage = next(filter(None, (_damage(folder, name, files[name]) for name in names[rank::size])), None)
+    found: list[str | None] = [damage]
+    if size > 1:
+        found = [None] * size
+        dist.all_gather_object(found, damage)
+    for damage in filter(None, found):
+        raise Damaged(f"the checkpoint {folder} is damaged: {damage}; one beside it may be whole")
+
+
+def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, dict[str, int | str]]]:
+    """meta.json: what it says, and the checksums of the other files."""
+    try:
+        record = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        files, found_format = record.pop("files"), record.pop("format")
+        if found_format != FORMAT:
+            raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
+        return CheckpointMeta(**record), files
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{folder / 'meta.json'} is damaged ({error}); a checkpoint beside it may be whole") from None
+
+
+def _damage(folder: Path, name: str, expected: dict[str, int | str]) -> str | None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / 'meta.json'} names a file outside its folder: {name}")
+        return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
-        raise UserError(f"the checkpoint {folder} is damaged: {name} is missing; use an older checkpoint beside it")
+        return f"{name} is missing"
     found = _checksum(path)
-    if found != expected:
-        raise UserError(
-            f"the checkpoint {folder} is damaged: {name} has {found['bytes']} bytes with sha256 {str(found['sha256'])[:12]}…, "
-            f"expected {expected['bytes']} bytes with {str(expected['sha256'])[:12]}…; use an older checkpoint beside it"
-        )
+    if found == expected:
+        return None
+    return (
+        f"{name} has {found['bytes']} bytes with sha256 {str(found['sha256'])[:12]}…, "
+        f"expected {expected['bytes']} bytes with {str(expected['sha256'])[:12]}…"
+    )
 
 
 def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -263,5 +378,5 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what cut-off writers left."""
     for old in available(checkpoints)[:-keep]:
         shutil.rmtree(old)
-    for partial in checkpoints.glob(".step_*.partial"):
-        shutil.rmtree(partial)
+    for leftover in checkpoints.glob(".step_*.partial"):
+        shutil.rmtree(leftover)

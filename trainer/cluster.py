@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,12 +20,15 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
-from parallel.dense import NonFiniteGradient
 from trainer.config import ClusterConfig
+from trainer.guard import UpdateRefused
+from trainer.hangs import NCCL_WAITS, TIMED_OUT, report, tail
+from trainer.ports import listens, why_taken
+from trainer.stopping import Stopped, StopRequest
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -34,6 +36,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_AUTO_RANKS = 2
 LOOPBACK = "127.0.0.1"
 NAMES_TIMEOUT_S = 30.0
+WAIT_S = 2.0  # between two looks at who is there
+ANSWER_S = 30.0  # in which a living node starts a process and answers
 
 
 class ProcessLost(RuntimeError):
@@ -54,13 +58,7 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is not None:
         say(f"joining the Ray cluster at {config.address}")
-        try:
-            ray.init(address=config.address, **common)
-        except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
-                "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
-            ) from None
+        _join(config, common, say)
         return
     if config.host == LOOPBACK:
         # Ray replaces a loopback address by the machine's own and then listens on all interfaces, unless it believes that
@@ -80,25 +78,86 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
     )
 
 
-def check_port(config: ClusterConfig) -> None:
-    """Raises UserError if the dashboard is wanted and its port is taken; before anything is written or started."""
+def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
+    started = time.monotonic()
+    while config.nodes and not listens(str(config.address)):  # they are being started; otherwise a cluster is there or not
+        _wait_a_little(started, config.start_timeout_s, f"Ray's head node at {config.address}", say)
+    try:
+        ray.init(address=config.address, **common)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
+            "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
+        ) from None
+    while missing := sorted(set(config.nodes or ()) - _alive().keys()):
+        there = f"{len(_alive())} of {len(config.nodes or ())} nodes are there"
+        _wait_a_little(started, config.start_timeout_s, f"{', '.join(missing)}; {there}", say)
+
+
+def _wait_a_little(started: float, timeout_s: float, what: str, say: Say) -> None:
+    """Says what is waited for; raises Stopped after `timeout_s`, because other machines may do better."""
+    waited = time.monotonic() - started
+    if waited > timeout_s:
+        raise Stopped(f"still waiting for {what} after {waited:.0f} s (cluster.start_timeout_s)")
+    say(f"waiting for {what} ({waited:.0f} s)")
+    time.sleep(WAIT_S)
+
+
+def _alive() -> dict[str, str]:
+    """Name -> address of the nodes that Ray believes to be alive."""
+    return {node["NodeName"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _answer() -> bool:
+    return True
+
+
+def require_nodes(names: Sequence[str]) -> list[str]:
+    """The addresses of these nodes, after a process on each has answered.
+
+    Raises:
+        Stopped: one is gone, named. Ray takes a while to find out; an actor that is placed there meanwhile waits for ever.
+    """
+    found = _alive()
+    where = {name: {"resources": {f"node:{found[name]}": 0.001}, "num_cpus": 0} for name in names if name in found}
+    calls = {ray.remote(_answer).options(**where[name]).remote(): name for name in where}
+    silent, deadline = list(calls), time.monotonic() + ANSWER_S
+    while silent and set(names) <= _alive().keys() and time.monotonic() < deadline:
+        _, silent = ray.wait(silent, num_returns=len(silent), timeout=WAIT_S)
+    lost = set(names) - (found.keys() & _alive().keys()) or {calls[call] for call in silent}
+    if lost:
+        raise Stopped(f"{', '.join(sorted(lost))} of the {len(names)} nodes {'do' if len(lost) > 1 else 'does'} not answer")
+    return [found[name] for name in names]
+
+
+def check_cluster(config: ClusterConfig) -> None:
+    """Raises UserError if no cluster can be had, or the dashboard's port is taken; before anything is written or started."""
+    if config.slurm is not None and config.address is None:
+        raise UserError("cluster=slurm is for `python -m launch.submit`, which starts this command inside a SLURM job")
     if not config.dashboard or config.address is not None:
         return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.dashboard_port))
-        except OSError as error:
-            raise UserError(
-                f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({error.strerror}); choose "
-                "another, or go without: cluster.dashboard=false"
-            ) from None
+    taken = why_taken(config.host, config.dashboard_port)
+    if taken is not None:
+        raise UserError(
+            f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({taken}); choose another, or go "
+            "without: cluster.dashboard=false"
+        )
 
 
 def choose_ranks(config: ClusterConfig) -> int:
-    """How many ranks train: as asked, or one for each GPU of this machine (at most 2), or 2 on CPUs."""
+    """How many ranks train: as asked, or one for each GPU of this machine (at most 2), or 2 on CPUs; in a SLURM job one for
+    each of its GPUs, or for each of its nodes.
+
+    Raises:
+        UserError: the ranks do not divide evenly over the nodes.
+    """
+    nodes = config.slurm.nodes if config.slurm is not None else len(config.nodes or ("here",))
     if config.ranks != "auto":
+        if config.ranks % nodes:
+            raise UserError(f"cluster.ranks ({config.ranks}) does not divide evenly over {nodes} nodes; change either")
         return config.ranks
+    if config.slurm is not None:
+        return nodes * max(1, config.slurm.gpus_per_node)
     gpus = torch.cuda.device_count()
     return min(gpus, MAX_AUTO_RANKS) if gpus else MAX_AUTO_RANKS
 
@@ -107,18 +166,29 @@ def choose_ranks(config: ClusterConfig) -> int:
 
 
 class Placement:
-    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block."""
+    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block.
+
+    Consecutive ranks share a node, and all of `cluster.nodes` get equally many.
+    """
 
     def __init__(self, config: ClusterConfig, ranks: int, engines: int, say: Say) -> None:
         self.config, self.ranks, self.engines = config, ranks, engines
         self.actors: dict[str, Any] = {}
         self.on_gpu = torch.cuda.is_available() if config.address is None else "GPU" in ray.cluster_resources()
-        self.group: PlacementGroup = placement_group([self._bundle(i) for i in range(ranks)], strategy="PACK")
+        nodes = require_nodes(config.nodes) if config.nodes else []
+        wanted = [self._bundle(nodes[index * len(nodes) // ranks] if nodes else None) for index in range(ranks)]
+        self.group: PlacementGroup = placement_group(wanted, strategy="PACK")
         self._wait(say)
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        node_of = placement_group_table(self.group)["bundles_to_node_id"]
+        self.bundles = sorted(range(ranks), key=lambda index: (list(node_of.values()).index(node_of[index]), index))  # of ranks
+        self.hosts = [addresses[node_of[bundle]] for bundle in self.bundles]  # of ranks
 
-    def _bundle(self, rank: int) -> dict[str, float]:
-        bundle = {"CPU": 1.0 + len(range(rank, self.engines, self.ranks)) * 0.01}
-        return {**bundle, "GPU": 1.0} if self.on_gpu else bundle
+    def _bundle(self, node: str | None) -> dict[str, float]:
+        bundle = {"CPU": 1.0 + -(-self.engines // self.ranks) * 0.01}
+        if self.on_gpu:
+            bundle["GPU"] = 1.0
+        return bundle if node is None else {**bundle, f"node:{node}": 0.001}
 
     def _wait(self, say: Say) -> None:
         started = time.monotonic()
@@ -135,12 +205,13 @@ class Placement:
                 )
 
     def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
-        """An actor of class `kind` named `name` in bundle `index` (modulo the ranks); trainers get the larger half of a GPU."""
+        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU."""
         is_engine = not name.startswith("trainer/")
         gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
         asked = self.config.threads_per_rank
         threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index % self.ranks)
+        bundle = self.bundles[index % self.ranks]
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
         self.actors[name] = (
             ray.remote(kind)
             .options(
@@ -159,8 +230,6 @@ class Placement:
         environment = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not self.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        if self.config.address is None:  # every rank is on this machine: its collectives stay on the loopback interface
-            environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         return environment
 
     def __enter__(self) -> Placement:
@@ -179,12 +248,12 @@ class Placement:
 # ---------------------------------------------------------------- calling processes
 
 
-def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
-    """The answers of named processes, in the order given.
+def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """The answers of named processes, in the order given. `logs` are those of processes that meet in collectives.
 
     Raises:
-        ProcessLost: one died, named, also when another only saw its connection break.
-        Exception: what a process raised itself; what is told in words (UserError, NonFiniteGradient) as it was raised.
+        ProcessLost: one died, named, also when another only saw its connection break; or a collective did not end in time.
+        Exception: what a process raised itself; what is told in words (UserError, UpdateRefused) as it was raised.
     """
     pending = {ref: name for name, ref in calls.items()}
     failures: dict[str, RayTaskError] = {}
@@ -198,11 +267,17 @@ def gather(calls: dict[str, ray.ObjectRef]) -> dict[str, Any]:
         try:
             answers[name] = ray.get(ready[0])
         except RayActorError as error:
+            # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
+            if logs and name in logs and NCCL_WAITS.search(tail(logs[name])):
+                raise ProcessLost(report(logs)) from error
             raise ProcessLost(f"{name} died ({_reason(error)})") from error
         except RayTaskError as error:
             failures[name] = error
     for failure in failures.values():
-        raise failure.cause if isinstance(failure.cause, UserError | NonFiniteGradient) else failure.as_instanceof_cause()
+        if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
+            raise ProcessLost(report(logs)) from failure
+    for failure in failures.values():
+        raise failure.cause if isinstance(failure.cause, UserError | UpdateRefused) else failure.as_instanceof_cause()
     return {name: answers[name] for name in calls}
 
 
@@ -213,10 +288,10 @@ def _reason(error: RayActorError) -> str:
 
 
 class Processes:
-    """Actors that are asked for the same thing together."""
+    """Actors that are asked for the same thing together. `logs` of those that meet in collectives tell who did not come."""
 
-    def __init__(self, actors: dict[str, Any]) -> None:
-        self.actors = actors
+    def __init__(self, actors: dict[str, Any], logs: Mapping[str, Path] | None = None) -> None:
+        self.actors, self.logs = actors, logs
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -224,7 +299,8 @@ class Processes:
     def call(self, method: str, *args: Any) -> list[Any]:
         """`method(*args)` on all of them at once; large arguments travel once."""
         refs = [ray.put(a) if _is_large(a) else a for a in args]
-        return list(gather({name: getattr(a, method).remote(*refs) for name, a in self.actors.items()}).values())
+        calls = {name: getattr(a, method).remote(*refs) for name, a in self.actors.items()}
+        return list(gather(calls, self.logs).values())
 
     def call_first(self, method: str, *args: Any) -> Any:
         """`method(*args)` on the first one only."""
@@ -244,11 +320,17 @@ def _is_large(value: Any) -> bool:
 # ---------------------------------------------------------------- surviving
 
 
-def run_attempts(config: ClusterConfig, ranks: int, attempt: Callable[[], None], say: Say) -> None:
+def run_attempts(config: ClusterConfig, ranks: int, attempt: Callable[[], None], stop: StopRequest, say: Say) -> None:
     """Starts Ray, runs `attempt` until it ends without a lost process, and stops Ray, however it went."""
-    start_ray(config, ranks, say)
+
+    def unless_stopped() -> None:
+        stop.obey("instead of another attempt")
+        attempt()
+
     try:
-        supervise(attempt, config.max_restarts, say)
+        start_ray(config, ranks, say)
+        stop.listen()
+        supervise(unless_stopped, config.max_restarts, say)
     finally:
         ray.shutdown()  # ends the cluster that was started here; of another one it only takes leave
 

@@ -189,12 +189,31 @@ class TrainConfig(Record):
     eval_rows: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
     keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
+    spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
+    spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
+    on_spike: Literal["skip", "stop"]
+
+
+class SlurmConfig(Record):
+    """What `launch.submit` asks SLURM for. Nodes are the run's own; a Ray node runs on each for as long as the job."""
+
+    nodes: int = Field(gt=0)
+    gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one a node
+    time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")  # as sbatch takes it
+    partition: str | None
+    account: str | None
+    stop_before_s: int = Field(gt=0)  # so long before the limit the run writes a checkpoint and queues again
+    max_requeues: int = Field(ge=0)
+    sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']
+    shell: tuple[str, ...]  # lines before Python starts: module load cuda
 
 
 class ClusterConfig(Record):
-    """Where the processes run. All servers bind to `host`."""
+    """Where the processes run. What this run starts on its own machine binds to `host`."""
 
     address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
+    nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
     max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint
@@ -204,6 +223,7 @@ class ClusterConfig(Record):
     host: str
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
+    slurm: SlurmConfig | None
 
 
 class LoggerConfig(Record):
@@ -310,7 +330,8 @@ class SyncConfig(Record):
 
 
 Band = tuple[float, float]  # lowest and highest ratio
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+PER_TOKEN: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline", "gae")  # a token has an advantage of its own
 
 
 class AlgorithmConfig(Record):
@@ -318,6 +339,12 @@ class AlgorithmConfig(Record):
 
     advantage: Estimator
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
+    gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
+    value_lr: float = Field(gt=0)  # gae: learning rate of the value head
+    value_coefficient: float = Field(gt=0)  # gae: weight of the value loss, which moves the policy's trunk too
+    value_clip: float | None = Field(gt=0)  # gae: an update trusts values that moved by at most so much
+    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
@@ -326,9 +353,11 @@ class AlgorithmConfig(Record):
     dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
     sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
     entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
+    kl_coefficient: float = Field(ge=0)  # weight of the divergence from the policy at the start of RL; 0: that is not kept
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
-    off_policy: Literal["recompute", "mask", "bypass", "decoupled"]
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
     truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
     sequence_band: Band | None  # the same for whole responses, of the geometric mean
@@ -339,11 +368,25 @@ class AlgorithmConfig(Record):
         for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
             if band is not None and not 0 <= band[0] <= 1 <= band[1]:
                 raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.kl_in_reward and self.advantage not in PER_TOKEN:
+            raise ValueError(
+                f"kl_estimator=k1 stands in the rewards of single tokens, and advantage={self.advantage} has one reward for a "
+                f"response; choose kl_estimator=k3, k2 or unbiased, or advantage={', '.join(PER_TOKEN)}"
+            )
+        if self.uncertainty_focus > 0 and self.advantage in PER_TOKEN:
+            raise ValueError(
+                f"uncertainty_focus ({self.uncertainty_focus}) weighs groups, and advantage={self.advantage} compares tokens "
+                "of all groups; set uncertainty_focus=0, or choose advantage=grpo"
+            )
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
         if min(self.sapo_temperatures) <= 0:
             raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
         return self
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coefficient > 0 and self.kl_estimator == "k1"
 
 
 class LoopConfig(Record):
@@ -352,9 +395,11 @@ class LoopConfig(Record):
     micro_rows: int = Field(gt=0)
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: bool
+    freeze_router: bool  # the gates keep their weights; the selection bias follows `balance`
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
 
 
 class RLConfig(RunConfig):
@@ -384,6 +429,11 @@ class RLConfig(RunConfig):
                 "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
                 "(0) throws all of them away; raise it, or choose rollout=april"
             )
+        if self.rollout.overlap and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
+                "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
+            )
         if self.rollout.server is not None:
             self._consistent_with_server()
         elif self.rollout.server_reload is not None:
@@ -396,6 +446,11 @@ class RLConfig(RunConfig):
                 f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
                 "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
                 "or bypass"
+            )
+        if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged needs engines with the trainer's weights, and rollout.server keeps its own "
+                "without rollout.server_reload; name it, or choose algorithm.off_policy=decoupled"
             )
         if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
             raise ValueError(

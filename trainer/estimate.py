@@ -29,6 +29,7 @@ class Memory:
 
     parameters: int  # what the model computes with
     copies: int  # of experts that other ranks own
+    reference: int  # the frozen policy of an RL run that is held to it
     gradients: int
     optimizer_state: int  # AdamW's two moments and float32 master weights
     activations: int  # of one micro-batch
@@ -55,12 +56,14 @@ def memory_per_rank(
     parallel: ParallelConfig,
     recompute: bool,
     on_gpu: bool,
+    reference: bool = False,
 ) -> Memory:
     """Memory of one of `ranks` ranks that takes `rows` rows through the model at once.
 
     Every rank owns equally many experts with all that belongs to them, and has room for `parallel.memory` copies a layer. ZeRO
     splits the optimizer state of the dense parameters, stage 2 their gradients too. A rank on a CPU has one memory, offload or
-    not. What offload=nvme has on the disk is in memory a few experts at a time.
+    not. What offload=nvme has on the disk is in memory a few experts at a time. A `reference` is a second set of weights, its
+    experts sharded alike, without gradients, optimizer or copies.
     """
     counts, size = parameter_counts(model), BYTES[dtype]
     experts = (counts.total - counts.dense) // ranks
@@ -76,6 +79,7 @@ def memory_per_rank(
     return Memory(
         parameters=counts.dense * size + experts * size,
         copies=parallel.copies_kept(model.num_moe_layers, ranks) * counts.per_expert * size,
+        reference=(counts.dense + experts) * size if reference else 0,
         gradients=dense_gradients + expert_gradients,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
         activations=tokens * _activations_per_token(model, size, ranks, recompute, on_gpu and dtype == "bfloat16"),
@@ -137,7 +141,8 @@ def budget_lines(
     """What is printed before a run. `reason` says why the dtype is what it is."""
     counts = parameter_counts(model)
     run, rows, length, recompute = _pretraining(config, model) if isinstance(config, PretrainConfig) else _rounds(config)
-    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu)
+    reference = isinstance(config, RLConfig) and config.algorithm.kl_coefficient > 0
+    memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu, reference)
     shares = {LABELS.get(name, name): size / memory.total for name, size in memory.on_device.items()}
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
     kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
@@ -168,12 +173,13 @@ def _pretraining(config: PretrainConfig, model: ModelConfig) -> tuple[list[str],
 
 
 def _rounds(config: RLConfig) -> tuple[list[str], int, int, bool]:
-    rollout, loop = config.rollout, config.loop
+    rollout, loop, updates = config.rollout, config.loop, config.algorithm.updates_per_round
     samples = rollout.groups * rollout.samples_per_group
+    each_round = f"{updates} update{'s' * (updates != 1)} a round"
     run = [
         f"round   {rollout.groups} groups x {rollout.samples_per_group} samples = {samples:,}, at most "
         f"{rollout.max_new_tokens} tokens each; {rollout.over_provision:g} times as many groups are submitted",
-        f"run     {loop.rounds:,} rounds x {samples:,} samples = {loop.rounds * samples:,}, one update a round",
+        f"run     {loop.rounds:,} rounds x {samples:,} samples = {loop.rounds * samples:,}, {each_round}",
     ]
     return run, loop.micro_rows, loop.sequence_length, loop.recompute
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Placement, Processes
 from trainer.config import ClusterConfig, ModelConfig, PretrainConfig
 from trainer.data import Corpus
+from trainer.guard import Guard
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
+from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
 from trainer.worker import TrainWorker
 
@@ -30,17 +33,21 @@ class Pretraining:
     dtype: str
     run: RunDir
     tracker: Tracker
+    stop: StopRequest
 
     def attempt(self) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the end.
 
         Raises:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
+            Stopped: a signal asked for it; the last step is in a checkpoint.
         """
         with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
             ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
             ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
-            self.loop(ranks, start=self._restore(ranks))
+            start = self._restore(ranks)
+            with self.stop.deferred():
+                self.loop(ranks, start)
 
     @property
     def spec(self) -> TrainerSpec:
@@ -54,7 +61,15 @@ class Pretraining:
             micro_rows=self.config.train.micro_rows,
             batch_invariant=False,
             temperature=1.0,
+            freeze_router=False,
+            value_lr=None,
             seed=self.config.seed,
+            guard=Guard(
+                self.config.train.skip_nonfinite,
+                self.config.train.spike_zscore,
+                self.config.train.spike_window,
+                self.config.train.on_spike,
+            ),
         )
 
     def loop(self, ranks: Processes, start: int) -> None:
@@ -68,24 +83,28 @@ class Pretraining:
             metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
-            if done % train.checkpoint_every == 0 or last:
-                metrics |= self._save(ranks, done)
+            stopping = self.stop.signal is not None and not last
+            if done % train.checkpoint_every == 0 or last or stopping:
+                metrics |= self._save(ranks, done, wait=last or stopping)
             self.tracker.log(done, metrics)
+            if stopping:
+                self.stop.obey(f"after step {done}")
 
-    def _save(self, ranks: Processes, step: int) -> dict[str, float]:
+    def _save(self, ranks: Processes, step: int, wait: bool) -> dict[str, float]:
         position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
         meta = checkpoint_meta("pretrain", step, self.model, self.run, position)
-        return save(ranks, self.run, meta, self.corpus.tokenizer_file, {}, self.config.train.keep_checkpoints)
+        keep = self.config.train.keep_checkpoints
+        return save(ranks, self.run, self.tracker, meta, self.corpus.tokenizer_file, {}, keep, wait)
 
     def _restore(self, ranks: Processes) -> int:
-        found = checkpoint.available(self.run.checkpoints)
-        if not found:
+        loaded = load_newest(ranks, self.run, self.tracker)
+        if loaded is None:
             self.run.rewind(-1)
             return 0
-        meta: CheckpointMeta = ranks.call("load", found[-1], True)[0]
-        self.corpus.require_same(meta.position["corpus"], found[-1])
+        folder, meta = loaded
+        self.corpus.require_same(meta.position["corpus"], folder)
         self.run.rewind(meta.step)
-        self.tracker.say(f"continuing after step {meta.step} from {found[-1]}")
+        self.tracker.say(f"continuing after step {meta.step} from {folder}")
         return meta.step
 
 
@@ -95,14 +114,15 @@ class Pretraining:
 def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
     engines = f" and {placement.engines} engines" if placement.engines else ""
-    tracker.say(f"starting {placement.ranks} trainer ranks{engines}")
+    hosts = dict.fromkeys(placement.hosts)
+    where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
+    tracker.say(f"starting {placement.ranks} trainer ranks{engines}{where}")
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
-    ranks = Processes(
-        {name: placement.actor(TrainWorker, name, rank, rank, run.log_file(name)) for rank, name in enumerate(names)}
-    )
-    host, port = ranks.call_first("serve", cluster.host if cluster.address is None else None, cluster.start_timeout_s)
+    logs = {name: run.log_file(name) for name in names}
+    ranks = Processes({n: placement.actor(TrainWorker, n, rank, rank, logs[n]) for rank, n in enumerate(names)}, logs)
+    host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
-    ranks.call("build", spec)
+    ranks.call("build", spec, run.path / "refused")
     return ranks
 
 
@@ -111,13 +131,49 @@ def checkpoint_meta(kind: str, step: int, model: ModelConfig, run: RunDir, posit
 
 
 def save(
-    ranks: Processes, run: RunDir, meta: CheckpointMeta, tokenizer: Path, state: dict[str, Any], keep: int
+    ranks: Processes,
+    run: RunDir,
+    tracker: Tracker,
+    meta: CheckpointMeta,
+    tokenizer: Path,
+    state: dict[str, Any],
+    keep: int,
+    wait: bool,
 ) -> dict[str, float]:
-    """Writes a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json)."""
+    """Begins a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json).
+
+    One that cannot be written is said, and the run goes on; with `wait` this one must be whole before it does.
+
+    Raises:
+        UserError: `wait`, and it cannot be written.
+    """
     files = {
         "config.yaml": run.config_text,
         "tokenizer.json": tokenizer.read_text(encoding="utf-8"),
         "state.json": json.dumps(state),
     }
     folder = run.checkpoints / checkpoint.folder_name(meta.step)
-    return {"time/checkpoint_s": max(ranks.call("save", folder, meta, files, keep))}
+    answers = ranks.call("save", folder, meta, files, keep)
+    _, failure = answers[0]
+    if failure is not None:
+        tracker.say(f"{failure}. The run goes on without it")
+    if wait and (failure := ranks.call("settle")[0]) is not None:
+        raise UserError(f"{failure}, then go on with resume=auto")
+    return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
+
+
+def load_newest(ranks: Processes, run: RunDir, tracker: Tracker) -> tuple[Path, CheckpointMeta] | None:
+    """Loads the run's newest checkpoint that is not damaged; None if the run has none yet.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    found = checkpoint.available(run.checkpoints)
+    for folder in reversed(found):
+        try:
+            return folder, ranks.call("load", folder, True)[0]
+        except checkpoint.Damaged as error:
+            tracker.say(f"{error}: trying the one before it")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; resume=never starts a new run")
+    return None

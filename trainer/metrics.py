@@ -17,6 +17,7 @@ Value = float | list[list[float]]  # the only table is moe/load: (L MoE layers, 
 Values = Mapping[str, Value]
 
 LOAD = "moe/load"
+ETA_STEPS = 20  # the time left is estimated from so many last steps
 COLUMNS = 112  # of a console line; the elapsed time before it takes the rest of 120
 AXES: dict[Stage, str] = {"pretrain": "train/step", "rl": "rollout/round"}  # what W&B draws the metrics of a run against
 STEP_WORDS: dict[Stage, str] = {"pretrain": "step", "rl": "round"}
@@ -40,6 +41,7 @@ _DECLARED = (
     Metric("train/lr", "", "learning rate", ".2e", "learning rate of the update"),
     Metric("train/entropy", "nats", "entropy", ".3f", "mean entropy of the next-token distribution on the learned tokens"),
     Metric("train/tokens", "tokens", "tokens", ",.0f", "tokens that the update learned from, all ranks"),
+    Metric("train/skipped", "updates", "skipped", ".0f", "updates that the guard left out, because they would have done harm"),
     Metric("eval/loss", "nats", "eval loss", ".4f", "mean cross entropy of held-out tokens"),
     Metric(
         "eval/bits_per_byte", "bits/byte", "bits/byte", ".3f", "cross entropy of held-out text per byte, whatever the tokenizer"
@@ -106,6 +108,16 @@ _DECLARED = (
     Metric(
         "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"
     ),
+    Metric(
+        "policy/kl_reference", "nats", "KL to reference", ".4f", "mean KL per token from the policy at the start of RL, by k3"
+    ),
+    Metric("value/loss", "", "value loss", ".4f", "mean of half the squared error of the value head, clipped"),
+    Metric(
+        "value/clip_share", "share", "values clipped", ".1%", "learned tokens whose value is held to that before the update"
+    ),
+    Metric(
+        "value/explained_variance", "", "explained variance", ".3f", "of the returns, by the values before the update; 1 is all"
+    ),
     Metric("policy/entropy", "nats", "policy entropy", ".3f", "mean entropy of the policy on the learned tokens"),
     Metric("sync/weights_s", "s", "weight sync", ".2f", "wall time to bring new weights to all engines"),
     Metric("sync/mib", "MiB", "weights sent", ".1f", "size of the update that each engine received"),
@@ -124,13 +136,20 @@ _DECLARED = (
         ".2f",
         "part of rollout, update and weight sync in which no engine generated",
     ),
-    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of the log-probabilities before the updates of a round"),
+    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of log-probabilities and values before the updates"),
+    Metric("time/staged_s", "s", "staging", ".2f", "wall time of the trainer's log-probabilities of the round's new tokens"),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
     ),
     Metric("time/eval_s", "s", "evaluation", ".2f", "wall time of the evaluation"),
-    Metric("time/checkpoint_s", "s", "checkpoint", ".2f", "wall time of writing a checkpoint"),
+    Metric(
+        "time/checkpoint_s",
+        "s",
+        "checkpoint",
+        ".2f",
+        "time that training stands still for a checkpoint, which is written while it goes on",
+    ),
     Metric("mem/peak_gib", "GiB", "peak memory", ".2f", "largest memory so far of the run's processes on the driver's machine"),
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _DECLARED}
@@ -199,6 +218,12 @@ def console_line(stage: Stage, step: int, total_steps: int, values: Values, eta_
             if len(line) + len(part) + len(end) <= COLUMNS:
                 line += part
     return line + end
+
+
+def seconds_left(durations: Sequence[float], step: int, total_steps: int) -> float | None:
+    """How long the steps after `step` take if they are like the last ETA_STEPS; None if there are none, or nothing to go by."""
+    recent = durations[-ETA_STEPS:]
+    return (total_steps - step) * sum(recent) / len(recent) if recent and step < total_steps else None
 
 
 def clock(seconds: float) -> str:

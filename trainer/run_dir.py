@@ -6,6 +6,7 @@
         metrics.jsonl           one record a step
         logs/attempt_N/*.log    one file a process
         checkpoints/            see trainer/checkpoint.py
+        refused/                batches of updates that the guard refused
         wandb/                  W&B's own files
         report.html             made at the end
 
@@ -32,7 +33,7 @@ from kernels.errors import UserError
 from trainer.config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-State = Literal["running", "finished", "failed"]
+State = Literal["running", "finished", "stopped", "failed"]
 # Options that may change when a run is resumed: they leave its numbers alone, up to rounding.
 HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.")
 HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
@@ -99,6 +100,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def reference(self) -> Path:
+        """The weights at the start of RL, a checkpoint without an optimizer, where a reference policy is kept."""
+        return self.path / "reference"
 
     @property
     def metrics_file(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,13 +27,22 @@ from parallel.policies import POLICIES
 from parallel.topology import World
 from parallel.transport import reads_peer_memory
 from trainer import checkpoint
-from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Attend, Transformer
+from trainer.reference import Weights, read_reference
+from trainer.value_head import ValueHead
 
+log = logging.getLogger("tessera")
+NOT_FINITE = "its gradient is not finite"
+WAY_OUT = {
+    True: "Lower optimizer.lr, or let training go on without such updates: skip_nonfinite of train or loop",
+    False: "Raise train.spike_zscore, or let training go on without such updates: train.on_spike=skip",
+}
 OWNERS, LOADS, MACHINE = "placement.owners", "placement.loads", "placement.machine"  # names in a checkpoint
 
 
@@ -49,13 +59,19 @@ class TrainerSpec:
     micro_rows: int
     batch_invariant: bool  # forward passes give a token the bits that an engine gives it (kernels/linear.py)
     temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
+    freeze_router: bool  # the gates' weights keep their values; the selection bias follows `balance`
+    value_lr: float | None  # learning rate of the value head; None: there is none
     seed: int
+    guard: Guard
 
 
 class Trainer:
-    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it."""
+    """Dense module under ZeRO, this rank's experts, and the selection bias. Every method is collective: all ranks call it.
 
-    def __init__(self, spec: TrainerSpec, world: World) -> None:
+    The rows of an update that the guard refuses are kept in the folder `refused`, if it is given.
+    """
+
+    def __init__(self, spec: TrainerSpec, world: World, refused: Path | None = None) -> None:
         config = spec.model
         dtype = getattr(torch, spec.dtype)
         self.spec, self.world = spec, world
@@ -69,9 +85,15 @@ class Trainer:
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
-        self.dense = DenseZeRO(self.model.to(world.device), world, dtype, spec.adamw, spec.parallel.zero_stage)
+        self.model.to(world.device)
+        frozen = self.model.gate_weights() if spec.freeze_router else []
+        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, frozen)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
+        lr = spec.value_lr
+        self.value_head = None if lr is None else ValueHead(config.hidden_size, world, spec.adamw, lr)
+        self.reference: Weights | None = None
         self.updates = 0
+        self.refused, self.refused_in_a_row, self.window = refused, 0, LossWindow(spec.guard)
 
     # ------------------------------------------------------------ one update
 
@@ -83,65 +105,174 @@ class Trainer:
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
-            entropy, gradient norm, learned tokens, balance.
+            entropy, gradient norm, learned tokens, balance. Of an update that the guard skips, only what is finite.
+
+        Raises:
+            UpdateRefused: the guard lets no such update pass; on all ranks, and nothing has been changed.
         """
         batch = batch.to(self.world.device)
+        weight, denominator = self._weight(batch)
+        totals, counts_LE = self._gradients(batch, objective, denominator)
+        means = self._means(totals, weight, batch)
+        norm = self.dense.norm(self.experts)
+        told = {**means, "train/grad_norm": norm, "train/lr": lr}
+        if (harm := self._harm(norm, means["train/loss"])) is not None:
+            self._refuse(harm, batch, objective, denominator)
+            return {**{name: value for name, value in told.items() if math.isfinite(value)}, "train/skipped": 1}
+        self.refused_in_a_row = 0
+        self.dense.step(lr, self.experts)
+        if self.value_head is not None:
+            self.value_head.step()
+        self.updates += 1
+        balance = self._balance(self.world.sum(counts_LE))
+        micros = -(-batch.num_rows // self.spec.micro_rows)
+        placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
+        return {**told, **balance, **placement}
+
+    def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
+        """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
+        assert self.value_head is not None, "this trainer has no value head"
+        batch = batch.to(self.world.device)
+        weight, denominator = self._weight(batch)
+        totals, _ = self._gradients(batch, objective, denominator, trunk=False)
+        self.value_head.step()
+        return self._means(totals, weight, batch)
+
+    def _weight(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """(sum of the weights of all ranks, what the sum of weighted losses is divided by)."""
         weight = self.world.sum(batch.weights_BS.double().sum())
-        denominator = weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
-        tokens = self.world.sum((batch.weights_BS > 0).sum())
+        return weight, weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
+
+    def _means(self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch) -> dict[str, float]:
+        """Metrics of the global batch from this rank's weighted sums."""
+        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
+        return {**means, "train/tokens": int(self.world.sum((batch.weights_BS > 0).sum()))}
+
+    def _gradients(
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward and backward over all micro-batches; (this rank's weighted sums of the metrics, tokens per expert).
+
+        Without `trunk` the value head alone gets a gradient.
+        """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
         starts = range(0, batch.num_rows, self.spec.micro_rows)
         for start in starts:
             micro = batch.rows(start, start + self.spec.micro_rows)
-            loss, sums, counts = self._micro_batch(micro, objective, denominator)
-            with self.experts.arena.backward_pass():
-                self.dense.backward(loss, last=start == starts[-1])
+            loss, sums, counts = self._micro_batch(micro, objective, denominator, trunk)
+            if trunk:
+                with self.experts.arena.backward_pass():
+                    self.dense.backward(loss, last=start == starts[-1])
+            else:
+                loss.backward()
             counts_LE += counts
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
-        norm = self.dense.step(lr, self.experts)
-        self.updates += 1
-        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
-        balance = self._balance(self.world.sum(counts_LE))
-        placement = self.materialisation.observe(counts_LE, len(starts), self.updates) if self.world.size > 1 else {}
-        return {**means, **balance, **placement, "train/grad_norm": norm, "train/lr": lr, "train/tokens": int(tokens)}
+        return totals, counts_LE
+
+    def _harm(self, norm: float, loss: float) -> str | None:
+        """Why an update must not be made; the same on every rank."""
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return NOT_FINITE
+        score = self.window.spike(loss)
+        if score is None:
+            return None
+        return f"the loss {loss:.4g} is {score:.1f} standard deviations above the last {self.spec.guard.spike_window}"
+
+    def _refuse(self, harm: str, batch: TrainBatch, objective: Objective, denominator: Tensor) -> None:
+        """Forgets the gradients and keeps the batch; raises UpdateRefused unless the guard goes on without this update."""
+        guard, update = self.spec.guard, self.updates + 1
+        self._drop()
+        fault = self._find_fault(batch, objective, denominator) if harm == NOT_FINITE else None
+        where = "" if harm != NOT_FINITE else f", beginning in {fault}" if fault else ", but not when the batch is taken again"
+        self.refused_in_a_row += 1
+        name = f"update_{update:06d}_refusal_{self.refused_in_a_row}"
+        kept = "" if self.refused is None else f"; {keep_batch(batch, self.refused, name, self.world.rank)}"
+        told = f"update {update} is refused: {harm}{where}; nothing was changed{kept}"
+        skips = self.refused_in_a_row <= guard.skip_nonfinite if harm == NOT_FINITE else guard.on_spike == "skip"
+        if not skips:
+            raise UpdateRefused(f"{told}. {WAY_OUT[harm == NOT_FINITE]}")
+        log.warning("%s", told)
+
+    def _find_fault(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> Fault | None:
+        """Takes the batch again, looking at every output and gradient. Leaves no gradients behind."""
+        finder = FaultFinder(self.model, self.world.rank)
+        with finder.watching():
+            self._gradients(batch, objective, denominator)
+        bad = self.experts.bad_gradient()
+        own = Fault(2, 0, self.world.rank, bad) if finder.fault is None and bad is not None else finder.fault
+        self._drop()
+        return first_fault(own, self.world)
+
+    def _drop(self) -> None:
+        """Forgets all gradients."""
+        self.dense.drop(self.experts)
+        if self.value_head is not None:
+            self.value_head.drop()
 
     def _micro_batch(
-        self, batch: TrainBatch, objective: Objective, denominator: Tensor
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
-        logprobs_BS, entropy_BS, counts_LE = self._forward(batch)
-        result = objective(logprobs_BS, entropy_BS, batch)
+        predicted, counts_LE = self._forward(batch, self.weights, trunk)
+        result = objective(predicted, batch)
         # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
         loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
-        metrics = {"train/loss": result.loss_BS, "train/entropy": entropy_BS, **result.metrics}
+        metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
         sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
         return loss, sums, counts_LE
 
-    @torch.no_grad()
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probabilities of the targets of this rank's rows under the weights as they are, (B, S), on the CPU."""
-        micros = [batch.rows(start, start + self.spec.micro_rows) for start in range(0, batch.num_rows, self.spec.micro_rows)]
-        return torch.cat([self._forward(micro.to(self.world.device))[0].cpu() for micro in micros])
+    @property
+    def weights(self) -> Weights:
+        """What the policy computes with at this moment."""
+        return Weights(self.model, self.experts.arena, self.bias_LE)
 
-    def _forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
-        calibrate = self.materialisation.calibrate if self.spec.parallel.calibrate and self.world.size > 1 else None
-        output = self.model(
-            batch.tokens_BS,
-            positions_of(batch.documents_BS),
-            batch.documents_BS >= 0,
-            self._attend(batch.documents_BS),
-            [ShardedExperts(layer, self.experts.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
-            self.bias_LE,
-            recompute=self.spec.recompute and torch.is_grad_enabled(),
-        )
-        hidden_TD = output.hidden_BSD.flatten(0, 1)
-        logprobs_T, entropy_T = token_logprobs(
-            hidden_TD, self.model.head_VD, batch.targets_BS.flatten(), temperature=self.spec.temperature
-        )
+    @torch.no_grad()
+    def predict(self, batch: TrainBatch, policy: bool, reference: bool) -> dict[str, Tensor]:
+        """What the weights as they are say of this rank's rows, (B, S) each, on the CPU.
+
+        "logprobs" of the targets and, of a value head, "values", if the `policy` is asked; "reference_logprobs" if the
+        `reference` is.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, batch.num_rows, self.spec.micro_rows):
+            micro = batch.rows(start, start + self.spec.micro_rows).to(self.world.device)
+            told: dict[str, Tensor | None] = {}
+            if policy:
+                predicted, _ = self._forward(micro, self.weights)
+                told |= {"logprobs": predicted.logprobs_BS, "values": predicted.values_BS}
+            if reference:
+                assert self.reference is not None, "no reference is kept"
+                told["reference_logprobs"] = self._forward(micro, self.reference)[0].logprobs_BS
+            for name, value_BS in told.items():
+                if value_BS is not None:
+                    found.setdefault(name, []).append(value_BS.cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _forward(self, batch: TrainBatch, weights: Weights, trunk: bool = True) -> tuple[Predictions, Tensor]:
+        """(predictions, tokens per expert); no gradient reaches below the value head without `trunk`."""
+        calibrates = self.spec.parallel.calibrate and self.world.size > 1 and weights is not self.reference
+        calibrate = self.materialisation.calibrate if calibrates else None
+        with torch.set_grad_enabled(trunk and torch.is_grad_enabled()):
+            output = weights.model(
+                batch.tokens_BS,
+                positions_of(batch.documents_BS),
+                batch.documents_BS >= 0,
+                self._attend(batch.documents_BS),
+                [ShardedExperts(layer, weights.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
+                weights.bias_LE,
+                recompute=self.spec.recompute and torch.is_grad_enabled(),
+            )
+            logprobs_T, entropy_T = token_logprobs(
+                output.hidden_BSD.flatten(0, 1),
+                weights.model.head_VD,
+                batch.targets_BS.flatten(),
+                temperature=self.spec.temperature,
+            )
+        values_BS = None if self.value_head is None else self.value_head(output.hidden_BSD)
         shape = batch.tokens_BS.shape
-        return logprobs_T.view(shape), entropy_T.view(shape), output.counts_LE
+        return Predictions(logprobs_T.view(shape), entropy_T.view(shape), values_BS), output.counts_LE
 
     def _attend(self, documents_BS: Tensor) -> Attend:
         if self.spec.batch_invariant:
@@ -170,8 +301,8 @@ class Trainer:
         nats = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, tokens, bytes
         for start in range(0, batch.num_rows, self.spec.micro_rows):
             micro = batch.rows(start, start + self.spec.micro_rows)
-            logprobs_BS, entropy_BS, counts = self._forward(micro)
-            loss_BS = cross_entropy(logprobs_BS, entropy_BS, micro).loss_BS
+            predicted, counts = self._forward(micro, self.weights)
+            loss_BS = cross_entropy(predicted, micro).loss_BS
             weights_BS = micro.weights_BS.double()
             bytes_BS = token_bytes_V.to(self.world.device)[micro.targets_BS]
             nats += torch.stack([(loss_BS * weights_BS).sum(), weights_BS.sum(), (bytes_BS * weights_BS).sum()])
@@ -195,20 +326,33 @@ class Trainer:
         yield from self.dense.named_masters()
         if with_moments:
             yield from self.dense.named_moments()
+            if self.value_head is not None:
+                yield from self.value_head.named_state()
 
-    def save(self, folder: Path, meta: CheckpointMeta, files: Mapping[str, str]) -> None:
-        """Writes a checkpoint: `shared_state`, and each rank the experts that it owns."""
-        own = self.experts.named_state(with_moments=True)
-        checkpoint.write(folder, self.shared_state(with_moments=True), own, meta, files, self.world)
+    def state_to_save(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn. Collective."""
+        for index, (name, tensor) in enumerate(self.shared_state(with_moments)):
+            if index % self.world.size == self.world.rank:
+                yield name, tensor
+        if self.spec.parallel.offload != "nvme":
+            yield from self.experts.named_state(with_moments)
+
+    def state_on_disk(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of this rank's experts if they lie on its disk; each is valid until the next is asked for."""
+        if self.spec.parallel.offload == "nvme":
+            yield from self.experts.named_state(with_moments)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], with_moments: bool, updates: int) -> None:
-        """Sets selection bias, dense parameters and experts, bit for bit; the owners must be these already.
+        """Sets selection bias, dense parameters, experts and, with moments, the value head, bit for bit.
 
-        `updates`: optimizer steps taken so far.
+        The owners must be these already. `updates`: optimizer steps taken so far.
         """
         self.bias_LE = tensors["bias"].to(self.world.device)
         self.experts.load_state(tensors, with_moments)
+        if with_moments and self.value_head is not None:
+            for name, tensor in self.value_head.named_state():
+                tensor.copy_(tensors[name])
         self.dense.load(tensors, with_moments, updates if with_moments else 0)
         self.experts.set_step_count(updates if with_moments else 0)
         self.updates = updates if with_moments else 0
@@ -218,7 +362,9 @@ class Trainer:
 
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
-        meta, tensors = checkpoint.read_meta(folder, self.spec.model), checkpoint.read(folder)
+        meta = checkpoint.read_meta(folder, self.spec.model)
+        checkpoint.verify(folder, self.world)
+        tensors = checkpoint.read(folder)
         same_ranks = True
         if with_moments:
             owner_LE = tensors[OWNERS]
@@ -231,6 +377,11 @@ class Trainer:
             machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
             self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
         return meta
+
+    def keep_reference(self, folder: Path) -> None:
+        """From here on `predict` also asks the policy of this checkpoint, which takes the room of another set of weights."""
+        dtype = getattr(torch, self.spec.dtype)
+        self.reference = read_reference(folder, self.spec.model, self.spec.batch_invariant, dtype, self.world)
 
     @torch.no_grad()
     def reset_optimizer(self) -> None:

@@ -20,11 +20,11 @@ from wandb.errors import CommError, UsageError
 from kernels.errors import UserError
 from trainer.config import LoggerConfig
 from trainer.memory import resident_gib
-from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, summary
+from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, seconds_left, summary
 from trainer.run_dir import RunDir, shown
+from trainer.stopping import Stopped
 
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
-ETA_STEPS = 20  # the time left is estimated from so many last steps
 Self = TypeVar("Self", bound="Tracker")
 
 
@@ -52,7 +52,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if error is None else 1)
-        self.run.close("finished" if error is None else "failed")
+        self.run.close("finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed")
         if error is None:
             changes = summary(self.stage, read_records(self.run.metrics_file))
             if changes:
@@ -85,7 +85,10 @@ class Tracker:
         if self.wandb is not None:
             scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
             self.wandb.log({AXES[self.stage]: step, **scalars})
-        self.say(console_line(self.stage, step, self.total_steps, complete, self._seconds_left(step)))
+        if values.get("train/skipped"):
+            self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
+        eta_s = seconds_left(self.durations, step, self.total_steps)
+        self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 
     def _measured(self, step: int, values: Values) -> dict[str, Value]:
         now = time.monotonic()
@@ -101,10 +104,6 @@ class Tracker:
             self.measured = now
             self.peak_gib = max(self.peak_gib, resident_gib())
         return {**measured, "mem/peak_gib": self.peak_gib}
-
-    def _seconds_left(self, step: int) -> float | None:
-        recent = self.durations[-ETA_STEPS:]
-        return (self.total_steps - step) * sum(recent) / len(recent) if recent and step < self.total_steps else None
 
     # ------------------------------------------------------------ W&B
 

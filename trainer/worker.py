@@ -5,14 +5,16 @@ Methods that the driver calls on all ranks at once are collective. Their results
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,12 @@ from torch import Tensor
 from kernels.errors import UserError
 from kernels.rows import LANE
 from parallel.expert_shards import PARTS
-from parallel.topology import World, join, leave, serve_store
+from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
 from trainer.config import ModelConfig, SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
+from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
@@ -36,11 +39,13 @@ Metrics = dict[str, float | list[list[float]]]
 log = logging.getLogger("tessera")
 
 
+@watched
 class TrainWorker:
     """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
 
     world: World
     trainer: Trainer
+    writer: checkpoint.Writer
     store: dist.TCPStore
     corpus: Corpus
     stream: TokenStream
@@ -49,27 +54,30 @@ class TrainWorker:
     def __init__(self, rank: int, log_file: Path | None = None) -> None:
         self.rank = rank
         self.source = WeightSource()
-        if log_file is not None:
-            log_to(log_file)
+        self.log = log_to(log_file) if log_file is not None else None
+        self.stack_watch: StackWatch | None = None
 
     def pid(self) -> int:
         return os.getpid()
 
-    def serve(self, host: str | None, timeout_s: float) -> tuple[str, int]:
-        """Rank 0 only: opens the store where the ranks meet, on `host` or this node's address; returns (host, port)."""
-        host = host or socket.gethostbyname(socket.gethostname())
+    def serve(self, host: str, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 only: opens the store where the ranks meet, on `host`, its node's address; returns (host, port)."""
         self.store = serve_store(host, timeout_s)
         return host, self.store.port
 
     def join(self, host: str, port: int, size: int, timeout_s: float) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        use_interface_to(host, port)
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
         self.world = join(self.store, self.rank, size, device, timeout_s)
+        if self.log is not None:
+            self.stack_watch = StackWatch(self.log, SHARE * timeout_s)
         log.info("rank %d of %d has joined on %s", self.rank, size, device)
 
-    def build(self, spec: TrainerSpec) -> None:
-        self.trainer = Trainer(spec, self.world)
+    def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
+        self.trainer = Trainer(spec, self.world, refused)
+        self.writer = checkpoint.Writer(self.world)
 
     def leave(self) -> None:
         leave(self.world)
@@ -94,9 +102,14 @@ class TrainWorker:
         """One update on a batch given whole to every rank; each takes its equal part of the rows."""
         return self._learn(self._own_rows(batch), objective, lr, time.perf_counter())
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probabilities of the targets of a batch given whole to every rank; each returns those of its equal part."""
-        return self.trainer.logprobs(self._own_rows(batch))
+    def learn_values(self, batch: TrainBatch, objective: Objective) -> Metrics:
+        """The same for the value head alone."""
+        started = time.perf_counter()
+        return {**self.trainer.learn_values(self._own_rows(batch), objective), "time/train_s": time.perf_counter() - started}
+
+    def predict(self, batch: TrainBatch, policy: bool, reference: bool) -> dict[str, Tensor]:
+        """`Trainer.predict` of a batch given whole to every rank; each returns that of its equal part."""
+        return self.trainer.predict(self._own_rows(batch), policy, reference)
 
     def _own_rows(self, batch: TrainBatch) -> TrainBatch:
         share = batch.num_rows // self.world.size
@@ -105,7 +118,7 @@ class TrainWorker:
     def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
         metrics = self.trainer.learn(batch, objective, lr)
         metrics["time/train_s"] = time.perf_counter() - started
-        log.info("update %d loss %.17g", self.trainer.updates, metrics["train/loss"])
+        log.info("update %d loss %.17g", self.trainer.updates, metrics.get("train/loss", math.nan))
         return metrics
 
     def evaluate(self, rows: int) -> Metrics:
@@ -121,17 +134,42 @@ class TrainWorker:
 
     # ------------------------------------------------------------ state
 
-    def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> float:
-        """Writes a checkpoint and removes all but the newest `keep`; returns the seconds that it took."""
+    def save(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int) -> tuple[float, str | None]:
+        """Begins a checkpoint, which is written while training goes on; all but the newest `keep` are then removed.
+
+        Returns:
+            (seconds that training stood still, why the checkpoint before this one could not be written).
+        """
         started = time.perf_counter()
-        self.trainer.save(folder, replace(meta, updates=self.trainer.updates), files)
-        if self.rank == 0:
-            checkpoint.prune(folder.parent, keep)
-        return time.perf_counter() - started
+        failure = self.writer.settle()
+        meta = replace(meta, updates=self.trainer.updates)
+        self._start(folder, meta, files, keep, with_moments=True)
+        return time.perf_counter() - started, failure
+
+    def settle(self) -> str | None:
+        """Waits until the last checkpoint is whole; why it could not be written, if so."""
+        return self.writer.settle()
 
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
         return self.trainer.load(folder, with_moments)
+
+    def write_reference(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> None:
+        """Writes the weights as they are, without anything of the optimizer. Raises UserError if they cannot be written."""
+        self._start(folder, meta, files, keep=1, with_moments=False)
+        failure = self.writer.settle()
+        if failure is not None:
+            raise UserError(failure)
+
+    def _start(
+        self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int, with_moments: bool
+    ) -> None:
+        held, passing = self.trainer.state_to_save(with_moments), self.trainer.state_on_disk(with_moments)
+        self.writer.start(folder, held, meta, files, keep, passing)
+
+    def keep_reference(self, folder: Path) -> None:
+        """The policy of this checkpoint is the reference from here on."""
+        self.trainer.keep_reference(folder)
 
     def load_model(self, folder: Path) -> None:
         """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""
@@ -176,6 +214,7 @@ def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def read_model(folder: Path) -> LanguageModel:
     """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
+    checkpoint.verify(folder)
     meta = checkpoint.read_meta(folder)
     model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
     tensors = checkpoint.read(folder)
@@ -200,13 +239,16 @@ def check_division(model: ModelConfig, rows: int, ranks: int) -> None:
         raise UserError(f"train.batch_rows ({rows}) is not divisible by the number of ranks ({ranks}); change either")
 
 
-def log_to(file: Path) -> None:
-    """This process's log, prints included, goes to `file`; every line says when."""
+def log_to(file: Path) -> IO[str]:
+    """This process's log, prints and the errors of its libraries included, goes to `file`; every line of ours says when."""
     file.parent.mkdir(parents=True, exist_ok=True)
     stream = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - it lives as long as the process
     sys.stdout = sys.stderr = stream
+    os.dup2(stream.fileno(), 2)  # NCCL's watchdog and fatal signals write there
+    faulthandler.enable(stream)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    return stream

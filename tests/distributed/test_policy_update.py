@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kernels.vocab_loss import token_logprobs
 from parallel.topology import World
-from rl.algorithms import PROXIMAL, PolicyObjective
+from rl.algorithms import PolicyObjective
+from rl.extras import PROXIMAL
 from rl.packing import Document, policy_batches
 from tests.distributed.ranks import run_ranks
 from tests.models import spec, tiny_model
@@ -134,7 +135,7 @@ def two_updates(world: World, told: TrainerSpec, batches: list[TrainBatch], conf
     """The log-probabilities before both updates, and what the updates tell."""
     trainer = Trainer(told, world)
     shares = [own_rows(batch, world) for batch in batches]
-    proximal = [trainer.logprobs(share) for share in shares]
+    proximal = [trainer.predict(share, policy=True, reference=False)["logprobs"] for share in shares]
     shares = [
         TrainBatch(s.tokens_BS, s.targets_BS, s.documents_BS, s.weights_BS, {**s.extras, PROXIMAL: logprobs}, s.denominator)
         for s, logprobs in zip(shares, proximal, strict=True)

@@ -7,7 +7,7 @@ count that is not all-reduced, each shows here. (The most frequent fault of MoE 
 
 from __future__ import annotations
 
-import itertools
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
 from parallel.topology import World
+from tests import checkpoints
+from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
+from trainer.checkpoint import Writer
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
@@ -75,8 +78,7 @@ def learn(trainer: Trainer, world: World, first: int, last: int) -> list[dict[st
 
 
 def own_state(trainer: Trainer, with_moments: bool = False) -> dict[str, Tensor]:
-    named = itertools.chain(trainer.shared_state(with_moments), trainer.experts.named_state(with_moments))
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoints.named_state(trainer, with_moments)}
 
 
 def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -129,7 +131,7 @@ def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     trainer = Trainer(told, world)
     learn(trainer, world, 0, 2)
     meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
-    trainer.save(Path(folder) / "step_000002", meta, {"note.txt": "two"})
+    checkpoints.save(trainer, Path(folder) / "step_000002", meta, {"note.txt": "two"})
     state = own_state(trainer, with_moments=True)
     losses = [m["train/loss"] for m in learn(trainer, world, 2, 4)]
     check_reset(trainer)
@@ -184,7 +186,7 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
     content[-5] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=rf"damaged: state/{damaged.name} has .* expected"):
-        checkpoint.read_meta(tmp_path / "step_000002")
+        checkpoint.verify(tmp_path / "step_000002")
     with pytest.raises(UserError, match=r"model.top_k: checkpoint 2, configuration 3"):
         damaged.write_bytes(bytes(content[:-5]) + bytes([content[-5] ^ 1]) + bytes(content[-4:]))
         checkpoint.read_meta(tmp_path / "step_000002", tiny_model(top_k=3))
@@ -225,3 +227,24 @@ def test_on_disk_a_run_has_the_bits_of_memory_and_checkpoints_go_both_ways(tmp_p
         loaded = run_ranks(load_and_go_on, 2, told[loading], str(tmp_path / offload))
         require_equal(whole([state for state, _ in loaded]), states[offload], same_ranks=True)
         assert loaded[0][1] == losses["cpu"], "a run does not go on bit for bit"
+
+
+def go_on_after_a_full_disk(world: World, told: TrainerSpec, folder: str) -> list[str | None]:
+    trainer, writer, found = Trainer(told, world), Writer(world), []
+    learn(trainer, world, 0, 1)
+    for size in (20_000, resource.RLIM_INFINITY):
+        meta = checkpoint.CheckpointMeta("pretrain", 1, 1, told.model.model_dump(mode="json"), "unknown", {})
+        held, passing = trainer.state_to_save(with_moments=True), trainer.state_on_disk(with_moments=True)
+        with file_size_limit(size):
+            writer.start(Path(folder) / "step_000001", held, meta, {}, 1, passing)
+        found.append(writer.settle())
+        learn(trainer, world, 1, 2)
+    return found
+
+
+@pytest.mark.aio
+def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) -> None:
+    told = spec(tiny_model(), micro_rows=2, parallel=parallel(offload="nvme", nvme_dir=DISK))
+    for full, free in run_ranks(go_on_after_a_full_disk, 2, told, str(tmp_path)):
+        assert full is not None and "no space to write" in full and free is None
+    checkpoint.verify(tmp_path / "step_000001")

@@ -11,6 +11,9 @@ import psutil
 import pytest
 
 from tests.end_to_end.commands import run, series, start, wait_for_step
+from trainer import checkpoint
+from trainer.run_dir import read_status
+from trainer.stopping import REQUEUE
 
 STEPS = 12
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
@@ -64,6 +67,39 @@ def test_sigkill_of_the_driver_and_resume_give_the_same_losses(workplace: Path, 
     output = run("pretrain", *arguments(workplace, "driver"), "resume=auto")
     assert "continuing after step" in output
     assert losses(workplace, "driver") == uninterrupted, f"killed after step {step}"
+
+
+def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_started_again(
+    workplace: Path, uninterrupted: dict[int, float]
+) -> None:
+    process = start("pretrain", *arguments(workplace, "asked"), "train.checkpoint_every=100")
+    wait_for_step(workplace / "runs" / "asked", 3, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, output
+    last = max(losses(workplace, "asked"))
+    assert f"stopped by SIGUSR1 after step {last}; resume=auto goes on" in output
+    assert [p.name for p in checkpoint.available(workplace / "runs" / "asked" / "checkpoints")] == [f"step_{last:06d}"]
+    assert read_status(workplace / "runs" / "asked")["state"] == "stopped"
+    output = run("pretrain", *arguments(workplace, "asked"), "resume=auto")
+    assert f"continuing after step {last}" in output
+    assert losses(workplace, "asked") == uninterrupted
+
+
+def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
+    workplace: Path, uninterrupted: dict[int, float]
+) -> None:
+    process = start("pretrain", *arguments(workplace, "still"), "cluster.collective_timeout_s=15")
+    wait_for_step(workplace / "runs" / "still", 3, process)
+    ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(c.cmdline())]
+    stopped = next(c for c in ranks if "trainer_1.log" in " ".join(f.path for f in c.open_files()))
+    stopped.suspend()
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
+    assert "restart 1 of" in output
+    assert not stopped.is_running(), "the rank that stood still is still there"
+    assert losses(workplace, "still") == uninterrupted
 
 
 def test_sigkill_of_a_rank_is_named_and_the_run_restarts_by_itself(workplace: Path, uninterrupted: dict[int, float]) -> None:

@@ -19,12 +19,14 @@ from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained
+from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
 STEPS, ROUNDS = 200, 24
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
+PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +103,19 @@ def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs:
     assert not list((runs / "rl-server" / "logs").glob("*/engine_*.log")), "no engine of ours was started"
 
 
-def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
-    """The buffer of unfinished samples, the prompt cursor and the optimizer are in the checkpoint. Starts from an export."""
+@pytest.mark.timeout(600)  # four starts of Ray
+def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
+    """The buffer of unfinished samples, the prompt cursor, the optimizers and the value head are in the checkpoint, and the
+    reference policy in the run. Starts from an export."""
     common = [
-        *(f"checkpoint={exported}", "experiment=smoke", f"runs_dir={runs}", "loop.rounds=8", "loop.checkpoint_every=2"),
+        *(
+            f"checkpoint={exported}",
+            "experiment=smoke",
+            "algorithm=ppo_gae",
+            f"runs_dir={runs}",
+            "loop.rounds=8",
+            "loop.checkpoint_every=2",
+        ),
         *("warmup.steps=40", "warmup.batch_rows=8", "rollout.groups=4", "rollout.engine_slots=16", "rollout.max_new_tokens=24"),
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
         *("loop.dtype=bfloat16", "optimizer.lr=1e-4"),  # so that an update leaves most bits of the weights as they are
@@ -112,7 +123,12 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
     run("rl", *common, "run_name=rl-whole")
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
     process = start("rl", *common, "run_name=rl-killed")
-    wait_for_step(runs / "rl-killed", 3, process)
+    wait_for_step(runs / "rl-killed", 1, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
+    process = start("rl", *common, "run_name=rl-killed", "resume=auto")
+    wait_for_step(runs / "rl-killed", 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert "continuing after round" in run("rl", *common, "run_name=rl-killed", "resume=auto")
@@ -121,4 +137,6 @@ def test_rl_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> No
     assert sum(r["rollout/resumed_samples"] for r in whole[1:]) > 0
     assert len([r for r in resumed if "sync/changed_share" in r]) >= 3
     for expected, found in zip(whole[1:], resumed[1:], strict=True):
-        assert {key: found[key] for key in EXACT} == {key: expected[key] for key in EXACT}, f"round {found['step']}"
+        told = [key for key in (*EXACT, *PPO) if key in expected]
+        assert {key: found[key] for key in told} == {key: expected[key] for key in told}, f"round {found['step']}"
+    assert set(PPO) <= whole[1].keys() and whole[-1]["policy/kl_reference"] > 0

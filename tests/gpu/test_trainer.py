@@ -22,6 +22,7 @@ from tests.distributed.test_trainer import (
     train,
     whole,
 )
+from tests.distributed.test_value_head import go_on, told, train_and_save
 from tests.models import parallel, spec, tiny_model
 from trainer.step import Trainer, TrainerSpec
 
@@ -88,3 +89,18 @@ def test_a_checkpoint_of_gpus_loads_bit_for_bit_on_gpus_and_on_cpus(
     for kind, ranks in (("cuda", size), ("cpu", 2)):
         loaded = whole([state for state, _ in run_ranks(load_and_go_on, ranks, told[1], str(tmp_path), kind=kind)])
         require_equal(loaded, written, same_ranks=ranks == size)
+
+
+@sizes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_value_head_and_a_reference_go_on_bit_for_bit(size: int, dtype: str, tmp_path: Path) -> None:
+    spec = told(model={"hidden_size": 64, "expert_hidden_size": 32}, dtype=dtype, batch_invariant=True)
+    written = run_ranks(train_and_save, size, spec, str(tmp_path), kind="cuda")
+    loaded = run_ranks(go_on, size, spec, str(tmp_path), kind="cuda")
+    for (history, state, (before, after)), (resumed, again) in zip(written, loaded, strict=True):
+        assert torch.equal(before["reference_logprobs"], after["reference_logprobs"])
+        if size == 1:
+            assert torch.equal(before["logprobs"], before["reference_logprobs"]), "masters round as the trainer rounds them"
+        assert all(torch.equal(state[name], again[name]) for name in state)
+        for key in ("train/loss", "value/loss", "policy/kl_reference"):
+            assert resumed[0][key] == pytest.approx(history[3][key], rel=1e-3), key

@@ -15,7 +15,7 @@ from torch import Tensor
 from rl.algorithms import PolicyObjective
 from rl.off_policy import bypass, decoupled, recompute
 from tests.rl.algorithm import algorithm_config
-from trainer.batch import TrainBatch
+from trainer.batch import Predictions, TrainBatch
 
 
 def batch_of(advantages_BS: Tensor, behaviour_BS: Tensor) -> TrainBatch:
@@ -37,7 +37,7 @@ def random_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
     logprobs, behaviour, advantages = random_inputs(seed)
     result = PolicyObjective(algorithm_config(off_policy="bypass"))(
-        logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour)
+        Predictions(logprobs, torch.zeros(3, 7)), batch_of(advantages, behaviour)
     )
     for row in range(3):
         for place in range(7):
@@ -54,7 +54,9 @@ def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
 @given(st.integers(0, 50))
 def test_decoupled_loss_and_gradient_equal_a_truncated_importance_sampled_policy_gradient(seed: int) -> None:
     logprobs, behaviour, advantages = random_inputs(seed)
-    result = PolicyObjective(algorithm_config(truncation=1.2))(logprobs, torch.zeros(3, 7), batch_of(advantages, behaviour))
+    result = PolicyObjective(algorithm_config(truncation=1.2))(
+        Predictions(logprobs, torch.zeros(3, 7)), batch_of(advantages, behaviour)
+    )
     weight = (logprobs.detach() - behaviour).exp().clamp(max=1.2)
     torch.testing.assert_close(result.loss_BS, -weight * advantages)
     (gradient,) = torch.autograd.grad(result.loss_BS.sum(), logprobs)
@@ -68,7 +70,7 @@ def test_decoupled_loss_and_gradient_equal_a_truncated_importance_sampled_policy
 def test_on_policy_gradient_is_that_of_reinforce_whatever_the_loss(off_policy: str, loss: str) -> None:
     logprobs, _, advantages = random_inputs(0)
     result = PolicyObjective(algorithm_config(off_policy=off_policy, loss=loss))(
-        logprobs, torch.zeros(3, 7), batch_of(advantages, logprobs.detach())
+        Predictions(logprobs, torch.zeros(3, 7)), batch_of(advantages, logprobs.detach())
     )
     (gradient,) = torch.autograd.grad(result.loss_BS.sum(), logprobs)
     (reinforce,) = torch.autograd.grad((-advantages * logprobs).sum(), logprobs)
@@ -83,7 +85,7 @@ def test_absurd_mismatch_gives_finite_losses_and_gradients(advantage: float, gap
     batch = batch_of(torch.tensor([[advantage]]), behaviour)
     for off_policy, loss in itertools.product(("decoupled", "bypass"), ("ppo", "gspo", "cispo", "sapo", "dppo")):
         config = algorithm_config(off_policy=off_policy, loss=loss, token_band=(0.5, 2.0), sequence_delta=1.0)
-        loss_BS = PolicyObjective(config)(logprobs, torch.zeros(1, 1), batch).loss_BS
+        loss_BS = PolicyObjective(config)(Predictions(logprobs, torch.zeros(1, 1)), batch).loss_BS
         (gradient,) = torch.autograd.grad(loss_BS.sum(), logprobs)
         assert loss_BS.isfinite().all() and gradient.isfinite().all()
 
@@ -101,8 +103,8 @@ def test_entropy_bonus_is_added_to_what_the_masks_leave() -> None:
     entropy = torch.rand(3, 7, requires_grad=True)
     config = algorithm_config(entropy_bonus=0.01, token_band=(0.9, 1.1))
     batch = batch_of(advantages, behaviour)
-    result = PolicyObjective(config)(logprobs, entropy, batch)
-    plain = PolicyObjective(algorithm_config(token_band=(0.9, 1.1)))(logprobs, entropy, batch)
+    result = PolicyObjective(config)(Predictions(logprobs, entropy), batch)
+    plain = PolicyObjective(algorithm_config(token_band=(0.9, 1.1)))(Predictions(logprobs, entropy), batch)
     torch.testing.assert_close(result.loss_BS, plain.loss_BS - 0.01 * entropy)
     (gradient,) = torch.autograd.grad(result.loss_BS.sum(), entropy)
     torch.testing.assert_close(gradient, torch.full_like(gradient, -0.01))

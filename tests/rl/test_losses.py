@@ -18,7 +18,7 @@ from rl.algorithms import PolicyObjective
 from rl.losses import gspo, ppo
 from rl.off_policy import sequence_mean
 from tests.rl.algorithm import algorithm_config
-from trainer.batch import TrainBatch
+from trainer.batch import Predictions, TrainBatch
 from trainer.config import AlgorithmConfig
 
 ROWS, LENGTH = 3, 24
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Callable[..., tuple[float, float]], dict[str, Any]]] = {
 def check(config: AlgorithmConfig, seed: int, token: Callable[[Response, int], tuple[float, float]]) -> tuple[float, float]:
     """Asserts loss and gradient at every learned token; returns the shares that are clipped and masked."""
     batch, policy, responses = rows_of_responses(seed, spread=0.5)
-    result = PolicyObjective(config)(policy, torch.zeros_like(policy), batch)
+    result = PolicyObjective(config)(Predictions(policy, torch.zeros_like(policy)), batch)
     (gradient,) = torch.autograd.grad((result.loss_BS * batch.weights_BS).sum(), policy)
     wanted, slopes = torch.zeros_like(gradient), torch.zeros_like(gradient)
     for response in responses:
@@ -146,7 +146,9 @@ def test_losses_equal_a_loop(case: str, seed: int) -> None:
 def test_the_random_inputs_reach_the_clip(case: str) -> None:
     _, changes = CASES[case]
     batch, policy, _ = rows_of_responses(0, spread=0.5)
-    result = PolicyObjective(algorithm_config(off_policy="bypass", **changes))(policy, torch.zeros_like(policy), batch)
+    result = PolicyObjective(algorithm_config(off_policy="bypass", **changes))(
+        Predictions(policy, torch.zeros_like(policy)), batch
+    )
     assert 0 < result.metrics["policy/clip_share"][batch.weights_BS > 0].mean() < 1
 
 
@@ -181,7 +183,7 @@ def test_masks_and_truncated_importance_equal_a_loop(changes: dict[str, Any], se
 @pytest.mark.parametrize("changes", [{"token_band": (0.8, 1.3)}, {"sequence_band": (0.9, 1.1)}, {"sequence_delta": 0.05}])
 def test_the_random_inputs_reach_the_masks(changes: dict[str, Any]) -> None:
     batch, policy, _ = rows_of_responses(0, spread=0.5)
-    result = PolicyObjective(algorithm_config(**changes))(policy, torch.zeros_like(policy), batch)
+    result = PolicyObjective(algorithm_config(**changes))(Predictions(policy, torch.zeros_like(policy)), batch)
     assert 0 < result.metrics["policy/masked_share"][batch.weights_BS > 0].mean() < 1
 
 
@@ -198,7 +200,7 @@ def test_gspo_has_the_gradient_of_the_sequence_form() -> None:
         total = total + torch.maximum(-s * a, -s.clamp(0.9, 1.1) * a) / len(responses)
     (wanted,) = torch.autograd.grad(total, policy)
     config = algorithm_config(loss="gspo", clip_low=0.1, clip_high=0.1, off_policy="bypass")
-    loss = (PolicyObjective(config)(policy, torch.zeros_like(policy), batch).loss_BS * shares).sum()
+    loss = (PolicyObjective(config)(Predictions(policy, torch.zeros_like(policy)), batch).loss_BS * shares).sum()
     (found,) = torch.autograd.grad(loss, policy)
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(found, wanted)

@@ -372,7 +372,9 @@ def test_without_a_way_to_give_it_weights_the_server_has_unknown_ones(model: Lan
         assert pool.load_weights(ranks, 7, FULL) == {"sync/version": UNKNOWN}
         assert complete(pool, requests(1), 1)[0].versions[0] == UNKNOWN
         config = rollout_config(groups=2, samples_per_group=2, max_new_tokens=MAX_NEW)
-        result = rollout_round(pool, RolloutBuffer(), lambda index: (2 + index % 9,), config, 7, lambda sample: 1.0)
+        result = rollout_round(
+            pool, RolloutBuffer(), lambda index: (2 + index % 9,), config, 7, lambda samples: [1.0] * len(samples)
+        )
     assert result.metrics["rollout/staleness_max"] == 8 and result.metrics["rollout/stale_token_share"] == 1
     assert len(result.groups) == 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,13 @@ import torch
 
 from kernels.errors import UserError
 from parallel.topology import World
+from tests import checkpoints
+from tests.checkpoints import file_size_limit
+from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint import CheckpointMeta, Damaged, Writer
+from trainer.loop import load_newest
 from trainer.model.transformer import LanguageModel
 from trainer.worker import named_tensors, read_model
 
@@ -28,10 +31,10 @@ def meta(step: int) -> CheckpointMeta:
     return CheckpointMeta("pretrain", step, step, MODEL.model_dump(mode="json"), "unknown", {"rows": 8 * step})
 
 
-def write(checkpoints: Path, step: int, seed: int = 0) -> Path:
-    folder = checkpoints / checkpoint.folder_name(step)
+def write(parent: Path, step: int, seed: int = 0) -> Path:
+    folder = parent / checkpoint.folder_name(step)
     model = LanguageModel.initialize(MODEL, seed)
-    checkpoint.write(folder, named_tensors(model), (), meta(step), {"tokenizer.json": "{}"}, ALONE)
+    checkpoints.write(folder, named_tensors(model), meta(step), {"tokenizer.json": "{}"}, ALONE)
     return folder
 
 
@@ -44,7 +47,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert (folder / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_ranks_own_tensors_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_pass_through_memory_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 1000)
     expected = {f"experts.{index}": torch.randn(10 + index, 7) for index in range(20)}
 
@@ -54,9 +57,10 @@ def test_a_ranks_own_tensors_are_written_as_they_come(tmp_path: Path, monkeypatc
             yield name, room[: len(tensor)].copy_(tensor)
 
     folder = tmp_path / checkpoint.folder_name(1)
-    checkpoint.write(folder, [("bias", torch.ones(3))], own(), meta(1), {}, ALONE)
-    assert len(list((folder / "state").glob("own-00000-*.safetensors"))) > 3
-    assert checkpoint.read_meta(folder) == meta(1)
+    checkpoints.write(folder, [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
+    files = {str(path.relative_to(folder)) for path in (folder / "state").glob("rank_00000_*.safetensors")}
+    assert len(files) > 3 and files < json.loads((folder / "meta.json").read_text())["files"].keys()
+    checkpoint.verify(folder)
     found = checkpoint.read(folder)
     assert found.keys() == expected.keys() | {"bias"}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -68,10 +72,10 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_noth
         raise UserError("the disk of parallel.nvme_dir lost something")
 
     with pytest.raises(UserError, match="lost something"):
-        checkpoint.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], own(), meta(1), {}, ALONE)
+        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
     with file_size_limit(20_000), pytest.raises(UserError, match=r"no space to write .*step_000001"):
         big = [("experts.0", torch.ones(10_000))]
-        checkpoint.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], big, meta(1), {}, ALONE)
+        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
     assert not list(tmp_path.iterdir())
 
 
@@ -86,22 +90,11 @@ def test_a_step_that_was_written_before_is_replaced(tmp_path: Path) -> None:
     assert torch.equal(read_model(folder).dense.head_VD, LanguageModel.initialize(MODEL, 2).dense.head_VD)
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writing more into one file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_older_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with (
         file_size_limit(20_000),
-        pytest.raises(UserError, match=r"no space to write .*step_000002.* MiB are free.*resume=auto"),
+        pytest.raises(UserError, match=r"no space to write .*step_000002.* MiB are free.*runs_dir"),
     ):
         write(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
@@ -117,18 +110,19 @@ def test_damage_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     sums = json.loads((folder / "meta.json").read_text())["files"]
     damage(folder, files={**sums, "../../secret": {"bytes": 1, "sha256": "0"}})
-    with pytest.raises(UserError, match=r"names a file outside its folder: \.\./\.\./secret"):
-        checkpoint.read_meta(folder)
+    with pytest.raises(Damaged, match=r"names a file outside its folder: \.\./\.\./secret"):
+        checkpoint.verify(folder)
     damage(folder, files=sums, format=9)
     with pytest.raises(UserError, match="has checkpoint format 9; this version reads format"):
         checkpoint.read_meta(folder)
     damage(folder, files=sums, format=checkpoint.FORMAT)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"is damaged: tokenizer\.json is missing; use an older"):
-        checkpoint.read_meta(folder)
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(UserError, match=r"meta\.json is damaged"):
-        checkpoint.read_meta(folder)
+    with pytest.raises(Damaged, match=r"is damaged: tokenizer\.json is missing; one beside it may be whole"):
+        checkpoint.verify(folder)
+    for content in ("{", "[]", "{}"):
+        (folder / "meta.json").write_text(content)
+        with pytest.raises(Damaged, match=r"meta\.json is damaged"):
+            checkpoint.read_meta(folder)
 
 
 def test_a_person_may_name_the_run_its_checkpoints_or_one_of_them(tmp_path: Path) -> None:
@@ -148,3 +142,89 @@ def test_old_ones_and_leftovers_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".step_000009.partial").mkdir()
     checkpoint.prune(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    model, writer = LanguageModel.initialize(MODEL, 5), Writer(ALONE)
+    for step in (1, 2):  # the second one reuses the memory of the first
+        expected = {name: tensor.clone() for name, tensor in named_tensors(model)}
+        writer.start(tmp_path / f"step_{step:06d}", named_tensors(model), meta(step), {"tokenizer.json": "{}"}, keep=1)
+        for _, tensor in named_tensors(model):
+            tensor.add_(1.0)
+        assert writer.settle() is None
+        found = dict(named_tensors(read_model(tmp_path / f"step_{step:06d}")))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert [p.name for p in tmp_path.iterdir()] == [f"step_{step:06d}"], "the older one goes when this one is whole"
+
+
+def test_a_run_survives_a_disk_that_was_full_for_a_while(tmp_path: Path) -> None:
+    model, writer = LanguageModel.initialize(MODEL, 0), Writer(ALONE)
+    arguments = (named_tensors, meta, {"tokenizer.json": "{}"})
+    failures = []
+    for step, size in ((1, resource.RLIM_INFINITY), (2, 20_000), (3, resource.RLIM_INFINITY)):
+        with file_size_limit(size):
+            writer.start(tmp_path / f"step_{step:06d}", arguments[0](model), arguments[1](step), arguments[2], keep=1)
+            failures.append(writer.settle())
+        assert [p.name for p in tmp_path.iterdir()] == [{1: "step_000001", 2: "step_000001", 3: "step_000003"}[step]]
+    assert failures[0] is failures[2] is None
+    assert failures[1] is not None and "Older checkpoints are intact" in failures[1]
+
+
+def full_on_one_rank(world: World, folder: str) -> list[str | None]:
+    writer, failures = Writer(world), []
+    tensors = [(f"part.{world.rank}", torch.full((50_000,), float(world.rank)))]
+    for step in (1, 2):
+        with file_size_limit(20_000 if (step, world.rank) == (1, 1) else resource.RLIM_INFINITY):
+            writer.start(Path(folder) / f"step_{step:06d}", tensors, meta(step), {"tokenizer.json": "{}"}, keep=1)
+            failures.append(writer.settle())
+    assert torch.equal(checkpoint.read(Path(folder) / "step_000002")["part.0"], torch.zeros(50_000))
+    return failures
+
+
+def test_all_ranks_hear_of_the_disk_of_one(tmp_path: Path) -> None:
+    first, second = run_ranks(full_on_one_rank, 2, str(tmp_path))
+    assert first == second and first[1] is None and "no space to write" in first[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000002"]
+    checkpoint.verify(tmp_path / "step_000002")
+
+
+class Ranks:
+    """Load checkpoints as a rank does, without a model."""
+
+    def call(self, method: str, folder: Path, with_moments: bool) -> list[CheckpointMeta]:
+        assert method == "load" and with_moments
+        checkpoint.verify(folder)
+        return [checkpoint.read_meta(folder)]
+
+
+class Run:
+    def __init__(self, folder: Path) -> None:
+        self.checkpoints, self.said = folder, []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
+    run: Any = Run(tmp_path)
+    assert load_newest(Ranks(), run, run) is None  # type: ignore[arg-type]
+    folders = [write(tmp_path, step) for step in (1, 2, 3)]
+    file = folders[2] / "state" / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (folders[1] / "meta.json").write_text("{}")
+    assert load_newest(Ranks(), run, run) == (folders[0], meta(1))  # type: ignore[arg-type]
+    assert len(run.said) == 2
+    assert "step_000003 is damaged: state/rank_00000.safetensors has" in run.said[0] and "trying the one before" in run.said[0]
+    (folders[0] / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole; resume=never"):
+        load_newest(Ranks(), run, run)  # type: ignore[arg-type]
+
+
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "tokenizer.json").unlink()
+    write(tmp_path, 1)
+    checkpoint.verify(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]

@@ -9,7 +9,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import ProcessLost, check_port, choose_ranks, supervise
+from trainer.cluster import ProcessLost, check_cluster, choose_ranks, supervise
 from trainer.config import ClusterConfig, PretrainConfig
 from trainer.worker import check_division
 
@@ -63,12 +63,35 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
-            check_port(cluster(dashboard=True, dashboard_port=port))
-        check_port(cluster(dashboard=False, dashboard_port=port))
+            check_cluster(cluster(dashboard=True, dashboard_port=port))
+        check_cluster(cluster(dashboard=False, dashboard_port=port))
 
 
 def test_ranks_are_as_asked() -> None:
     assert choose_ranks(cluster(ranks=5)) == 5
+
+
+def slurm(**changes: Any) -> ClusterConfig:
+    config = load(PretrainConfig, "pretrain", ["cluster=slurm"]).cluster
+    assert config.slurm is not None
+    return config.model_copy(update={"slurm": config.slurm.model_copy(update=changes)})
+
+
+def test_a_slurm_job_has_a_rank_for_each_gpu_or_node() -> None:
+    assert choose_ranks(slurm(nodes=3, gpus_per_node=4)) == 12
+    assert choose_ranks(slurm(nodes=3, gpus_per_node=0)) == 3
+
+
+def test_ranks_divide_evenly_over_nodes() -> None:
+    with pytest.raises(UserError, match=r"cluster.ranks \(3\) does not divide evenly over 2 nodes"):
+        choose_ranks(cluster(ranks=3, nodes=("a", "b")))
+    assert choose_ranks(cluster(ranks=4, nodes=("a", "b"))) == 4
+
+
+def test_a_slurm_cluster_outside_a_job_is_a_message() -> None:
+    with pytest.raises(UserError, match=r"cluster=slurm is for `python -m launch.submit`"):
+        check_cluster(slurm())
+    check_cluster(slurm().model_copy(update={"address": "10.0.0.1:20001"}))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,20 @@ def test_offloading_moves_the_state_of_experts_from_a_gpu_to_its_host() -> None:
     assert beside.optimizer_state == without.optimizer_state - 12 * experts + three
 
 
+def test_a_reference_takes_the_room_of_a_second_set_of_weights_whose_experts_are_sharded() -> None:
+    counts = parameter_counts(MODEL)
+    plans = [
+        memory_per_rank(MODEL, ranks, 8, 256, "bfloat16", CONFIG.parallel, recompute=False, on_gpu=True, reference=kept)
+        for ranks in (1, 2)
+        for kept in (False, True)
+    ]
+    assert [plan.reference for plan in plans] == [0, 2 * counts.total, 0, 2 * counts.dense + counts.total - counts.dense]
+    assert plans[3].total == plans[2].total + plans[3].reference
+    options = ["checkpoint=a", "algorithm.kl_coefficient=0.1", "algorithm.updates_per_round=2"]
+    text = "\n".join(budget_lines(load(RLConfig, "rl", options), MODEL, 1, "bfloat16", "asked", on_gpu=False))
+    assert ", reference " in text and "2 updates a round" in text
+
+
 def test_flops_count_products_once_whether_embeddings_are_tied_or_not() -> None:
     untied = MODEL.model_copy(update={"tie_embeddings": False})
     assert flops_per_token(MODEL, 256) == flops_per_token(untied, 256)

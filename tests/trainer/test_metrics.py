@@ -32,7 +32,7 @@ SCALARS = [key for key in METRICS if key != LOAD]
 def test_keys_are_grouped_snake_case_and_declared_once() -> None:
     for key, metric in METRICS.items():
         assert key == metric.key
-        assert re.fullmatch(r"(train|eval|moe|reward|rollout|policy|sync|perf|time|mem)/[a-z][a-z0-9_]*", key)
+        assert re.fullmatch(r"(train|eval|moe|reward|rollout|policy|value|sync|perf|time|mem)/[a-z][a-z0-9_]*", key)
         assert metric.meaning and metric.label and "|" not in metric.meaning
         assert metric.text(0.5)
 

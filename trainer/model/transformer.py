@@ -220,6 +220,10 @@ class Transformer(nn.Module):
         """What turns hidden states into logits: its own weight, or the embedding's when they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    def gate_weights(self) -> list[Tensor]:
+        """Of all MoE layers: what is trained of the router."""
+        return [block.mlp.gate.weight for block in self.blocks if isinstance(block.mlp, MoE)]
+
     def initialize(self, seed: int) -> None:
         """Norms one, biases zero, matrices normal(init_std) from (seed, parameter name): the same on every rank.
 

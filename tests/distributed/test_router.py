@@ -1,0 +1,81 @@
+"""The router in RL: gates that are frozen keep every bit, and a selection bias that moves reaches the engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.topology import World
+from rl.engine.engine import Engine, EngineSettings
+from rl.engine.sampler import Sampling
+from rl.trajectory import fresh_group
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_trainer import learn as learn_steps
+from tests.distributed.test_trainer import own_state
+from tests.models import parallel, random_batch, spec, tiny_model
+from trainer.batch import cross_entropy
+from trainer.step import Trainer, TrainerSpec
+from trainer.weights import unpack
+from trainer.worker import TrainWorker
+
+
+def changes(world: World, told: TrainerSpec) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    trainer = Trainer(told, world)
+    before = own_state(trainer, with_moments=True)
+    history = learn_steps(trainer, world, 0, 3)
+    after = own_state(trainer, with_moments=True)
+    return {name: after[name] - before[name] for name in before if name.startswith("dense.")}, history
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (1, {"dtype": "bfloat16"}),
+        (2, {"recompute": True}),
+        (2, {"parallel": parallel(zero_stage=2)}),
+    ],
+    ids=["bfloat16", "2-ranks-recompute", "2-ranks-zero2"],
+)
+def test_frozen_gates_keep_every_bit_and_all_else_learns(size: int, options: dict[str, Any]) -> None:
+    """With weight decay, which would shrink a matrix without a gradient, and a bias that moves."""
+    told = spec(tiny_model(), micro_rows=2, freeze_router=True, **options)
+    assert told.adamw.weight_decay > 0
+    free, free_history = run_ranks(changes, size, spec(tiny_model(), micro_rows=2, **options))[0]
+    frozen, history = run_ranks(changes, size, told)[0]
+    gates = {name for name in frozen if ".gate." in name}
+    assert len(gates) == 3 * told.model.num_moe_layers, "masters and two moments of every MoE layer"
+    for name, change in frozen.items():
+        assert change.any() == (name not in gates) and free[name].any(), name
+    assert history[0]["train/loss"] == free_history[0]["train/loss"]
+    assert history[0]["train/grad_norm"] < free_history[0]["train/grad_norm"], "the norm is of what learns"
+    assert history[-1]["moe/bias_range"] > 0
+
+
+def weights_of_an_update(world: World, told: TrainerSpec) -> tuple[dict[str, Tensor], Tensor]:
+    worker = TrainWorker(world.rank)
+    worker.world = world
+    worker.build(told)
+    batch = random_batch(0)
+    worker.learn(batch, cross_entropy, 1e-2)
+    packed = worker.weights()
+    return {} if packed is None else unpack(packed), worker.trainer.bias_LE.clone()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_that_moves_reaches_the_engines_and_changes_what_they_select(dtype: str) -> None:
+    told = spec(tiny_model(), micro_rows=4, dtype=dtype)
+    (state, bias_LE), (nothing, same_LE) = run_ranks(weights_of_an_update, 2, told)
+    assert not nothing and torch.equal(bias_LE, same_LE) and bias_LE.any()
+    answers = EngineSettings(8, 32, 16, None, Sampling(1.0, seed=5), eos_id=1)
+    logprobs = []
+    for bias in (state["bias"], torch.zeros_like(state["bias"])):
+        engine = Engine(told.model, answers, torch.device("cpu"), getattr(torch, dtype))
+        engine.load_weights({**state, "bias": bias}, 1)
+        engine.submit(fresh_group(0, (3, 4, 5), 8).samples)
+        done = engine.advance(16)
+        logprobs.append({sample.uid: sample.logprobs for sample in done})
+    assert state["bias"].dtype == torch.float32 and torch.equal(state["bias"], bias_LE)
+    assert logprobs[0] != logprobs[1]

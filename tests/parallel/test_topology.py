@@ -1,0 +1,42 @@
+"""Collectives take the way that leads to rank 0."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import psutil
+import pytest
+
+from parallel.topology import use_interface_to
+
+NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.3"])
+def test_ranks_of_one_machine_stay_on_loopback(host: str) -> None:
+    use_interface_to(host, 20_001)
+    assert {os.environ[name] for name in NAMES} == {"lo"}
+
+
+def test_an_address_of_this_machine_is_reached_through_its_interface() -> None:
+    found = psutil.net_if_addrs().items()
+    outside = [(n, a.address) for n, addresses in found for a in addresses if a.family == socket.AF_INET and n != "lo"]
+    for name, address in outside:
+        for variable in NAMES:
+            os.environ.pop(variable, None)
+        use_interface_to(address, 20_001)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == name
+
+
+def test_what_a_person_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    use_interface_to("127.0.0.1", 20_001)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0" and os.environ["NCCL_SOCKET_IFNAME"] == "lo"

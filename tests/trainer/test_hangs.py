@@ -1,0 +1,97 @@
+"""A collective that does not end names who did not come, from the stacks that the ranks wrote themselves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.models import random_batch
+from trainer.batch import TrainBatch
+from trainer.hangs import TIMED_OUT, Whereabouts, report, whereabouts
+from trainer.worker import TrainWorker
+
+TIMEOUT_S = 4.0
+
+
+class OneStaysAway:
+    """Stands for the trainer: rank 1 does not come to the sum."""
+
+    def __init__(self, worker: TrainWorker) -> None:
+        self.world = worker.world
+
+    def logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        if self.world.rank == 1:
+            time.sleep(2.5 * TIMEOUT_S)
+        return self.world.sum(torch.ones(4))
+
+
+def rank_main(rank: int, folder: str) -> None:
+    worker = TrainWorker(rank, Path(folder) / f"trainer_{rank}.log")
+    place = Path(folder) / "place"
+    if rank == 0:
+        host, port = worker.serve("127.0.0.1", 30)
+        place.with_suffix(".new").write_text(f"{host} {port}")
+        place.with_suffix(".new").rename(place)
+    while not place.exists():
+        time.sleep(0.05)
+    host, text = place.read_text().split()
+    worker.join(host, int(text), 2, TIMEOUT_S)
+    worker.trainer = OneStaysAway(worker)  # type: ignore[assignment]
+    try:
+        worker.logprobs(random_batch(0))
+    except RuntimeError as error:
+        (Path(folder) / f"raised_{rank}").write_text(str(error))
+
+
+def test_the_rank_that_did_not_come_and_the_operation_are_named(tmp_path: Path) -> None:
+    mp.start_processes(rank_main, (str(tmp_path),), nprocs=2, start_method="spawn")
+    assert TIMED_OUT.search((tmp_path / "raised_0").read_text()), "this is how the driver knows"
+    logs = {f"trainer/{rank}": tmp_path / f"trainer_{rank}.log" for rank in range(2)}
+    told = report(logs)
+    assert "a collective did not end in time: trainer/1 hangs (it wrote no stack); " not in told
+    assert "trainer/1 hangs (trainer/" in told, told
+    assert "trainer/0 waits in all_reduce (parallel/topology.py:" in told, told
+    assert str(tmp_path) in told
+
+
+NCCL = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLTOALL_BASE, NumelIn=8)"
+STACK = """Timeout (0:00:04)!
+Thread 0x00007f (most recent call first):
+  File "/usr/lib/python3/threading.py", line 324 in wait
+Thread 0x00007e (most recent call first):
+  File "/v/torch/distributed/distributed_c10d.py", line 3100 in _work
+  File "/v/torch/distributed/distributed_c10d.py", line 3087 in all_to_all_single
+  File "/v/torch/distributed/c10d_logger.py", line 81 in wrapper
+  File "/x/parallel/token_exchange.py", line 99 in dispatch
+  File "/x/trainer/step.py", line 12 in learn
+  File "/x/trainer/worker.py", line 104 in _learn
+  File "/x/ray/_private/worker.py", line 1 in main_loop
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("", Whereabouts(None, "it wrote no stack")),
+        ("update 3 loss 1.0", Whereabouts(None, "it wrote no stack")),
+        (STACK, Whereabouts("all_to_all_single", "parallel/token_exchange.py:99, dispatch")),
+        (STACK.replace("distributed_c10d", "other"), Whereabouts(None, "parallel/token_exchange.py:99, dispatch")),
+        (
+            f"{STACK.replace('distributed_c10d', 'other')}{NCCL}",
+            Whereabouts("alltoall_base", "parallel/token_exchange.py:99, dispatch"),
+        ),
+        (STACK + STACK.replace("distributed_c10d", "other"), Whereabouts(None, "parallel/token_exchange.py:99, dispatch")),
+    ],
+)
+def test_the_last_stacks_of_a_log_are_read(log: str, expected: Whereabouts) -> None:
+    assert whereabouts(log) == expected
+
+
+def test_who_cannot_write_hangs(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text(STACK)
+    told = report({"trainer/0": tmp_path / "a.log", "trainer/1": tmp_path / "none.log"})
+    assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in all_to_all_single" in told

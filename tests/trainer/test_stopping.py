@@ -1,0 +1,45 @@
+"""A request to stop waits for the step inside the loop and acts at once outside it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from launch.cli import guarded
+from trainer.stopping import REQUEUE, SIGNALS, Stopped, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_the_loop_is_kept_until_the_loop_asks(number: signal.Signals) -> None:
+    with StopRequest() as stop, stop.deferred():
+        stop.obey("after step 1")
+        signal.raise_signal(number)
+        assert stop.signal == number.name
+        with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; resume=auto goes on"):
+            stop.obey("after step 2")
+
+
+def test_a_signal_outside_the_loop_stops_at_once() -> None:
+    with StopRequest(), pytest.raises(Stopped, match="stopped by SIGTERM before a step was made"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_who_listened_before_listens_again() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with StopRequest():
+            pass
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
+
+
+def test_a_command_that_was_stopped_asks_to_be_started_again(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise Stopped("stopped by SIGTERM after step 3; resume=auto goes on")
+
+    assert guarded(work) == REQUEUE == 75
+    assert "after step 3" in capsys.readouterr().err
