@@ -3,7 +3,7 @@
 Source: Hecate, arXiv 2502.02581, section 4.4. Where a plan does not say otherwise a device's tokens go to itself if it holds
 their expert, else evenly to the holders on its node, else evenly to all.
 
-Letters: E experts of a layer, D devices, N nodes, G devices of a node, H experts with copies, K top-k.
+Letters: E experts of a layer, D devices, N nodes, G devices of a node, H pairs of an expert and a device that has it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.weight_ED is not None:
-            if (self.weight_ED[~self.placement.copies_ED] != 0).any():
+            if ((self.weight_ED != 0) & ~self.placement.copies_ED).any():
                 raise ValueError("tokens would go to a device without their expert")
             if not (self.weight_ED.sum(axis=1) > 0).all():
                 raise ValueError("nobody would serve the tokens of an expert")
@@ -64,43 +64,39 @@ def flows(plan: Plan, topology: Topology, loads_E: Floats) -> Flows:
     """What `shares` amounts to if every device has an equal part of each expert's entries."""
     experts, devices = plan.placement.copies_ED.shape
     nodes, per_node = topology.nodes, topology.devices_per_node
-    expert_H, device_H = np.nonzero(plan.placement.copies_ED)
+    expert_H, device_H = plan.placement.holders
     weight_H = np.ones(len(expert_H)) if plan.weight_ED is None else plan.weight_ED[expert_H, device_H]
-    part_E = loads_E / devices
+    part_E, weight_E = loads_E / devices, np.bincount(expert_H, weights=weight_H, minlength=experts)
+    part_H = part_E[expert_H]
 
     def on_devices(amount_H: Floats | Bools) -> Floats:
         return np.asarray(np.bincount(device_H, weights=amount_H, minlength=devices), dtype=np.float64)
 
-    def on_nodes(amount_H: Floats | None) -> Floats:
-        cell_H = expert_H * nodes + device_H // per_node
-        found = np.bincount(cell_H, weights=amount_H, minlength=experts * nodes).reshape(experts, nodes)
-        return np.asarray(found, dtype=np.float64)
-
-    weight_E = np.bincount(expert_H, weights=weight_H, minlength=experts)
     if not plan.nearest_first:  # from every device alike
         takes_D = on_devices((part_E / weight_E)[expert_H] * weight_H)
         node_D = np.repeat(takes_D.reshape(nodes, per_node).sum(axis=1), per_node)
         return Flows(
             entries_D=takes_D * devices,
-            experts_D=on_devices((weight_H > 0) & (loads_E > 0)[expert_H]),
+            experts_D=on_devices((weight_H > 0) & (part_H > 0)),
             within_in_D=takes_D * (per_node - 1),
             within_out_D=node_D - takes_D,
             across_in_D=takes_D * (devices - per_node),
             across_out_D=takes_D.sum() - node_D,
         )
-    weight_EN, node_H = on_nodes(weight_H), device_H // per_node
+    cell_H = expert_H * nodes + device_H // per_node  # of (E, N)
+    weight_EN = np.bincount(cell_H, weights=weight_H, minlength=experts * nodes).reshape(experts, nodes)
+    without_EN = per_node - np.bincount(cell_H, minlength=experts * nodes).reshape(experts, nodes)
     # Devices without the expert give to the holders on their node, in proportion to their weights; on bare nodes, to all.
     bare_EN = weight_EN == 0
-    lacking_EN = part_E[:, None] * (per_node - on_nodes(None))
-    near_EN = np.where(bare_EN, 0.0, lacking_EN) / np.where(bare_EN, 1.0, weight_EN)
-    far_E = (lacking_EN * bare_EN).sum(axis=1) / weight_E
-    own_D = on_devices(part_E[expert_H])
-    near_D = on_devices(near_EN[expert_H, node_H] * weight_H)
+    near_H = without_EN.ravel()[cell_H] * weight_H / np.where(weight_H > 0, weight_EN.ravel()[cell_H], 1.0)
+    far_E = part_E * (without_EN * bare_EN).sum(axis=1) / weight_E
+    own_D = on_devices(part_H)
+    near_D = on_devices(part_H * near_H)
     far_D = on_devices(far_E[expert_H] * weight_H)
-    gives_far_D = np.repeat(part_E @ bare_EN, per_node) - on_devices(part_E[expert_H] * bare_EN[expert_H, node_H])
+    gives_far_D = np.repeat(part_E @ bare_EN, per_node) - on_devices(part_H * bare_EN.ravel()[cell_H])
     return Flows(
         entries_D=own_D + near_D + far_D,
-        experts_D=on_devices((loads_E > 0)[expert_H]),
+        experts_D=on_devices(part_H > 0),
         within_in_D=near_D,
         within_out_D=part_E.sum() - own_D - gives_far_D,
         across_in_D=far_D,

@@ -4,7 +4,7 @@ The slowest device decides, phase by phase: tokens out, experts, tokens back; ba
 Copies travel while the attention before the layer computes, their gradients while its backward pass does, and only what is left
 counts. Sources: Hecate, arXiv 2502.02581, section 4.2; LAER-MoE, arXiv 2602.11686, section 4 (4 exchanges + 3 products).
 
-Letters: D devices, N nodes, G devices of a node, H experts with copies, K top-k.
+Letters: E experts of a layer, D devices, M messages, K top-k.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from parallel.flows import Flows, Plan, flows
 from parallel.placement import Budget, Floats, Placement, Topology, missing
-from parallel.routes import Messages, routes
+from parallel.routes import Routes, routes
 
 NUMBERS = 11  # in LayerCosts.numbers
 
@@ -82,35 +82,39 @@ class Setting:
 def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
     """Predicted for copies that are planned before the layer's attention begins; or behind it, where nothing hides the way of
     those that are not among the copies `present` then."""
-    gather_s, return_s = copy_times(plan.placement, setting.topology, setting.costs)
+    weights_s = weights_time(plan.placement, setting, present)
+    return LayerTime(*pass_times(flows(plan, setting.topology, loads_E), setting), weights_s)
+
+
+def weights_time(placement: Placement, setting: Setting, present: Placement | None) -> float:
+    """`LayerTime.weights_s`, which does not depend on loads."""
+    gather_s, return_s = copy_times(placement, setting.topology, setting.costs)
     hidden_s = setting.costs.attention_s
     backward_s = return_s + gather_s if setting.rematerialise else return_s
     if present is None:
         waited_s = max(gather_s - hidden_s, 0.0)
     else:
-        waited_s, _ = copy_times(missing(plan.placement, present), setting.topology, setting.costs)
-    waited_s += max(backward_s - 2 * hidden_s, 0.0)
-    return LayerTime(*pass_times(plan, loads_E, setting), waited_s)
+        waited_s, _ = copy_times(missing(placement, present), setting.topology, setting.costs)
+    return waited_s + max(backward_s - 2 * hidden_s, 0.0)
 
 
-def pass_times(plan: Plan, loads_E: Floats, setting: Setting) -> tuple[float, float]:
+def pass_times(found: Flows, setting: Setting) -> tuple[float, float]:
     """(seconds of products, seconds of tokens on their way), forward and backward."""
-    found, costs = flows(plan, setting.topology, loads_E), setting.costs
-    products_s = float((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max())
-    return 3 * products_s, 4 * exchange_time(found, float(loads_E.sum()), setting)
+    products_s = float((found.entries_D * setting.costs.entry_s + found.experts_D * setting.costs.expert_s).max())
+    return 3 * products_s, 4 * exchange_time(found, setting)
 
 
-def exchange_time(found: Flows, entries: float, setting: Setting) -> float:
+def exchange_time(found: Flows, setting: Setting) -> float:
     """One exchange of tokens; both kinds of links work at the same time."""
-    within_bytes, across_bytes = exchanged_bytes(found, entries, setting)
+    within_bytes, across_bytes = exchanged_bytes(found, setting)
     return max(_travel(within_bytes, setting.costs.within), _travel(across_bytes, setting.costs.across))
 
 
-def exchanged_bytes(found: Flows, entries: float, setting: Setting) -> tuple[float, float]:
+def exchanged_bytes(found: Flows, setting: Setting) -> tuple[float, float]:
     """(within nodes, between nodes): the most that a device gives or takes in one exchange of tokens. A token's row goes to a
     device once, whatever number of its choices that device serves."""
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
-    near, tokens = topology.devices_per_node - 1, entries / top_k / topology.devices
+    near, tokens = topology.devices_per_node - 1, float(found.entries_D.sum()) / top_k / topology.devices
     within = _most_rows(found.within_in_D, found.within_out_D, near, tokens, top_k)
     across = _most_rows(found.across_in_D, found.across_out_D, topology.devices - near - 1, tokens, top_k)
     return within * costs.row_bytes, across * costs.row_bytes
@@ -141,17 +145,24 @@ def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> t
 
 def hop_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float, float]:
     """(copies between nodes, their gradients between nodes, either of them within nodes) in seconds."""
+    if len(placement.holders[0]) == len(placement.owner_E):
+        return 0.0, 0.0, 0.0  # there are none
     found = routes(placement, topology)
-    crossing = [_most_messages(hop, topology.devices) for hop in found.across]
-    within_s = _travel(_most_messages(found.within, topology.devices) * costs.expert_bytes, costs.within)
+    *crossing, inside = _most_messages(found, topology.devices)
+    within_s = _travel(inside * costs.expert_bytes, costs.within)
     gather_s = sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing)
     return_s = sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing)
     return gather_s, return_s, within_s
 
 
-def _most_messages(hop: Messages, devices: int) -> float:
-    """That a device sends or receives."""
-    return float(max(np.bincount(side_M, minlength=devices).max() for side_M in (hop.source_M, hop.target_M)))
+def _most_messages(found: Routes, devices: int) -> list[int]:
+    """That a device sends or receives, of each hop."""
+    counts = [
+        np.bincount(found.hop_M * devices + side_M, minlength=(found.across + 1) * devices)
+        for side_M in (found.source_M, found.target_M)
+    ]
+    most: list[int] = np.maximum(*counts).reshape(-1, devices).max(axis=1).tolist()
+    return most
 
 
 def hidden_copies(costs: LayerCosts, nodes: int) -> int:

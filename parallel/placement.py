@@ -3,12 +3,13 @@
 Source: Hecate, arXiv 2502.02581, section 3.1. An owner keeps an expert's master weights and optimizer state; a copy is a
 replica of its weights on another device, for one step. Every rank plans alike from the same loads, so a plan never travels.
 
-Letters: E experts of one layer, D devices (a rank has one), L MoE layers.
+Letters: E experts of one layer, D devices (a rank has one), L MoE layers, H pairs of an expert and a device that has it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,12 @@ class Placement:
         if not self.copies_ED[np.arange(experts), self.owner_E].all():
             raise ValueError("an expert is missing on its owner")
 
+    @cached_property
+    def holders(self) -> tuple[Ints, Ints]:
+        """(experts, devices), (H,) each: who has which expert, by expert, then by device."""
+        expert_H, device_H = np.divmod(np.flatnonzero(self.copies_ED), self.copies_ED.shape[1])  # much faster than np.nonzero
+        return expert_H, device_H
+
     @property
     def extra_D(self) -> Ints:
         """Copies on each device beside what it owns."""
@@ -68,11 +75,14 @@ class Placement:
         return np.asarray(self.copies_ED.sum(axis=0) - owned_D, dtype=np.int64)
 
 
+def on_owners(owner_E: Ints, devices: int) -> Bools:
+    """(E, D): every expert on its owner alone."""
+    return np.asarray(owner_E[:, None] == np.arange(devices))
+
+
 def without_copies(owner_E: Ints, devices: int) -> Placement:
     """Plain expert parallelism: every expert on its owner alone."""
-    copies_ED = np.zeros((len(owner_E), devices), dtype=np.bool_)
-    copies_ED[np.arange(len(owner_E)), owner_E] = True
-    return Placement(owner_E, copies_ED)
+    return Placement(owner_E, on_owners(owner_E, devices))
 
 
 def even_owners(experts: int, devices: int) -> Ints:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from parallel.flows import Plan, device_loads
-from parallel.placement import Bools, Budget, Floats, Ints, Placement, Topology, without_copies
+from parallel.placement import Bools, Budget, Floats, Ints, Placement, Topology, on_owners, without_copies
 
 LESS = 0.99  # more copies must leave at most this share of the busiest device's load, or of the predicted time
 WORTH_MOVING = 0.95  # new owners must leave the busiest devices at most this share of what they have to do
@@ -62,7 +62,7 @@ def replicate(hot_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, m
     Where all of them fit they go everywhere. Else replicas are apportioned to experts by load (largest remainder), and go to
     nodes without one first, then to nodes and devices with more room.
     """
-    copies_ED = without_copies(owner_E, topology.devices).copies_ED
+    copies_ED = on_owners(owner_E, topology.devices)
     if len(hot_E) <= memory:
         copies_ED[hot_E] = True
         return Placement(owner_E, copies_ED)

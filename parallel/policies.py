@@ -9,15 +9,17 @@ Letters: E experts of a layer, D devices, N nodes, G devices of a node.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator, Mapping
-from heapq import heapify, heappop, heappush
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heapreplace
 from typing import Protocol
 
 import numpy as np
 
 from parallel.flows import Plan, flows, imbalance
-from parallel.layer_cost import Setting, exchange_time, layer_time, pass_times
-from parallel.placement import Bools, Floats, Ints, Placement, Topology, without_copies
+from parallel.layer_cost import Setting, exchange_time, pass_times, weights_time
+from parallel.placement import Bools, Floats, Ints, Placement, Topology, on_owners, without_copies
 from parallel.planning import LESS, hottest, materialise
 
 REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
@@ -51,7 +53,8 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     had better move and those whose weights had better; the predicted time decides where. Where load stays uneven, experts that
     others serve in their owner's place (`llep`) are weighed too. The time is never above that without copies.
     """
-    return _cheapest(plain(loads_E, owner_E, setting), loads_E, setting, present=None)
+    bare = plain(loads_E, owner_E, setting)
+    return _cheapest(_timed(bare, loads_E, setting, weights_s=0.0), loads_E, setting, present=None)
 
 
 def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
@@ -60,40 +63,64 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
     adds copies; here the room of copies that turned out useless may be used too.
     """
-    passing_s = sum(pass_times(plan, loads_E, setting))
-    gain_s = passing_s * (1 - 1 / imbalance(flows(plan, setting.topology, loads_E).entries_D))
-    if gain_s <= setting.costs.planning_s:
+    there = _timed(plan, loads_E, setting, weights_s=0.0)
+    if there.passing_s * (1 - 1 / imbalance(there.load_D)) <= setting.costs.planning_s:
         return plan
-    return _cheapest(plan, loads_E, setting, present=plan.placement)
+    there = replace(there, weights_s=weights_time(plan.placement, setting, plan.placement))
+    return _cheapest(there, loads_E, setting, present=plan.placement)
 
 
-def _cheapest(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
-    topology, memory, owner_E = setting.topology, setting.budget.memory, plan.placement.owner_E
+@dataclass(frozen=True)
+class _Timed:
+    """A plan, the entries that each device computes under it, and its predicted time."""
+
+    plan: Plan
+    load_D: Floats
+    passing_s: float
+    weights_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.passing_s + self.weights_s
+
+
+def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights_s: float) -> _Timed:
+    found = flows(plan, setting.topology, loads_E)
+    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights_s)
+
+
+def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
+    topology, memory, owner_E = setting.topology, setting.budget.memory, bare.plan.placement.owner_E
     if memory == 0 or topology.devices == 1 or not loads_E.any():
-        return plan
-    best, least_s = plan, layer_time(plan, loads_E, setting, present).total_s
+        return bare.plan
+    best = bare
     for placement in _candidates(loads_E, owner_E, topology, memory):
-        time = layer_time(found := Plan(placement), loads_E, setting, present)
-        if time.total_s < least_s * LESS:
-            best, least_s = found, time.total_s
-        elif best is not plan:
+        found = _timed(Plan(placement), loads_E, setting, weights_time(placement, setting, present))
+        if found.total_s < best.total_s * LESS:
+            best = found
+        elif best is not bare:
             break  # from here on there are too few
-        if time.weights_s == 0:
+        if found.weights_s == 0:
             break  # nothing waits for copies, so fewer of them gain nothing
+    best = _levelled(best, loads_E, setting)
+    if best.weights_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
+        fewest = llep(loads_E, owner_E, setting)  # copies, each of which serves all that it can
+        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, weights_s=0.0).passing_s
+        if spare_s > 0 and weights_time(fewest.placement, setting, present) < spare_s:
+            return fewest
+    return best.plan
+
+
+def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
+    """The same copies; holders that are busier than the mean give away what need not come to them."""
     for _ in range(LEVELLING_ROUNDS):
-        load_D = flows(best, topology, loads_E).entries_D
-        if imbalance(load_D) < EVEN_ENOUGH or not best.nearest_first:
+        if imbalance(best.load_D) < EVEN_ENOUGH or not best.plan.nearest_first:
             break
-        found = Plan(best.placement, best.weights_ED * np.minimum(load_D.mean() / np.maximum(load_D, 1.0), 4.0))
-        found_s = layer_time(found, loads_E, setting, present).total_s
-        if found_s >= least_s * LESS:
+        less_D = np.minimum(best.load_D.mean() / np.maximum(best.load_D, 1.0), 4.0)
+        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights_s)
+        if found.total_s >= best.total_s * LESS:
             break
-        best, least_s = found, found_s
-    waits = layer_time(best, loads_E, setting, present).weights_s > 0
-    if waits or imbalance(flows(best, topology, loads_E).entries_D) >= EVEN_ENOUGH:
-        found = llep(loads_E, owner_E, setting)  # fewest copies, each of which serves all that it can
-        if layer_time(found, loads_E, setting, present).total_s < least_s * LESS:
-            return found
+        best = found
     return best
 
 
@@ -101,12 +128,12 @@ def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int)
     """All room used; then fewer and fewer copies."""
     devices, seats = topology.devices, topology.devices * memory
     before_E = even_replicas(loads_E, seats, devices - 1)
-    yield Placement(owner_E, _pack(before_E, loads_E, owner_E, topology, memory))
+    yield Placement(owner_E, pack(before_E, loads_E, owner_E, topology, memory))
     mean = float(loads_E.sum()) / devices
     for part in REPLICA_PARTS:
         extra_E = np.ceil(loads_E / (part * mean)).astype(np.int64).clip(1, devices) - 1
         if 0 < extra_E.sum() < before_E.sum():
-            yield Placement(owner_E, _pack(extra_E, loads_E, owner_E, topology, memory))
+            yield Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))
             before_E = extra_E
 
 
@@ -120,72 +147,92 @@ def even_replicas(loads_E: Floats, seats: int, most: int) -> Ints:
     if high == 0:
         return np.zeros(len(loads_E), dtype=np.int64)
 
-    def extra(load: float) -> Ints:
-        return np.minimum(np.ceil(loads_E / load).astype(np.int64), most + 1).clip(min=1) - 1
+    def replicas(load: float) -> Floats:
+        return np.maximum(np.minimum(np.ceil(loads_E / load), most + 1), 1)
 
-    for _ in range(14):
+    for _ in range(14):  # not until it is exact: see tests/benchmarks/placement.md
         middle = (low + high) / 2
-        low, high = (low, middle) if extra(middle).sum() <= seats else (middle, high)
-    extra_E = extra(high)
-    open_E = np.flatnonzero((extra_E < most) & (loads_E > 0))
-    left = seats - int(extra_E.sum())
-    hot_E = open_E[np.argsort(-loads_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]
-    extra_E[hot_E] += 1
+        left = seats + len(loads_E) - replicas(middle).sum()
+        low, high = (low, middle) if left >= 0 else (middle, high)
+        if left == 0:
+            break
+    extra_E = replicas(high).astype(np.int64) - 1
+    if left := seats - int(extra_E.sum()):
+        open_E = np.flatnonzero((extra_E < most) & (loads_E > 0))
+        extra_E[open_E[np.argsort(-loads_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
     return extra_E
 
 
-def _pack(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Bools:
+def pack(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Bools:
     """Gives each expert its copies, those with most load per replica first; returns where experts then are, (E, D).
 
     Each goes to a node with fewest of its expert, to the one whose least loaded device has least, and there to that device.
-    Plain heaps: arrays would be slower than the few thousand steps that this takes.
     """
-    devices, per_node = topology.devices, topology.devices_per_node
-    copies_ED = without_copies(owner_E, devices).copies_ED
-    per_replica_E = loads_E / (extra_E + 1)
+    devices = topology.devices
+    copies_ED, per_replica_E = on_owners(owner_E, devices), loads_E / (extra_E + 1)
     order_E = np.argsort(-per_replica_E, kind="stable")
-    everywhere_E = order_E[extra_E[order_E] == devices - 1][:memory]
+    full_E = extra_E[order_E] == devices - 1
+    full_E &= full_E.cumsum() <= memory
+    everywhere_E, order_E = order_E[full_E], order_E[~full_E & (extra_E[order_E] > 0)]
     copies_ED[everywhere_E] = True
-    room = (memory - (copies_ED.sum(axis=0) - np.bincount(owner_E, minlength=devices))).tolist()
-    load = (per_replica_E @ copies_ED).tolist()
-    on_node = [
-        [(load[device], device) for device in range(first, first + per_node) if room[device]]
-        for first in range(0, devices, per_node)
-    ]
-    for heap in on_node:
-        heapify(heap)
-    placed: list[tuple[int, int]] = []
-    for expert in order_E[(extra_E[order_E] > 0) & ~np.isin(order_E, everywhere_E)].tolist():
-        for device in _spread(int(extra_E[expert]), int(owner_E[expert]), float(per_replica_E[expert]), on_node, room):
-            placed.append((expert, device))
-    if placed:
-        copies_ED[tuple(np.array(placed).T)] = True
+    own_E = per_replica_E.copy()
+    own_E[everywhere_E] = 0.0
+    load_D = np.bincount(owner_E, weights=own_E, minlength=devices) + per_replica_E[everywhere_E].sum()
+    room_D = memory - len(everywhere_E) + np.bincount(owner_E[everywhere_E], minlength=devices)
+    room = _Room(load_D, room_D, topology)
+    wanted = zip(extra_E[order_E].tolist(), owner_E[order_E].tolist(), per_replica_E[order_E].tolist(), strict=True)
+    takers = [room.take(*one) for one in wanted]
+    copies_ED[order_E.repeat([len(found) for found in takers]), [device for found in takers for device in found]] = True
     return copies_ED
 
 
-def _spread(copies: int, owner: int, load: float, on_node: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
-    """The devices that get copies of one expert. Updates `room`, and of each node a heap of (load, device) with room."""
-    per_node = len(room) // len(on_node)
-    nodes = [(int(node == owner // per_node), heap[0][0], node) for node, heap in enumerate(on_node) if heap]
-    heapify(nodes)
-    found: list[int] = []
-    taken = []
-    while nodes and len(found) < copies:
-        has, _, node = heappop(nodes)
-        before, device = heappop(on_node[node])
-        if device == owner:
-            taken.append((before, device))
+class _Room:
+    """The devices that have room for copies, as (load, device) in ascending order.
+
+    Plain lists: arrays would be slower than the few thousand steps that a layer takes.
+    """
+
+    def __init__(self, load_D: Floats, room_D: Ints, topology: Topology) -> None:
+        per_node, load, room = topology.devices_per_node, load_D.tolist(), room_D.tolist()
+        self.per_node, self.left = per_node, room
+        self.lines = [  # one a node
+            sorted((load[device], device) for device in range(first, first + per_node) if room[device])
+            for first in range(0, topology.devices, per_node)
+        ]
+        self.first = sorted(line[0] for line in self.lines if line)  # of each line
+
+    def take(self, copies: int, owner: int, load: float) -> list[int]:
+        """The devices that get copies of one expert, with so much load each; fewer where room runs out.
+
+        One of each node but the owner's, then a second, and one of that node, and so on, the least loaded first.
+        """
+        lines, per_node, home = self.lines, self.per_node, owner // self.per_node
+        if lines[home]:
+            self.first.remove(lines[home][0])
+        taken = self.first[:copies]
+        more = len(taken) < copies  # than nodes
+        if more:
+            others = [(0.0, owner), *(entry for entry in lines[home][: copies + 1] if entry[1] != owner)]
+            seen = [*lines[:home], others, *lines[home + 1 :]]
+            for place in range(1, per_node):
+                taken += sorted(line[place] for line in seen if len(line) > place)[: copies - len(taken)]
+                if len(taken) == copies:
+                    break
+        for before, device in taken:
+            line = lines[device // per_node]
+            line.remove((before, device))
+            self.left[device] -= 1
+            if self.left[device]:
+                insort(line, (before + load, device))
+        devices = [device for _, device in taken]
+        if more:
+            self.first = sorted(line[0] for line in lines if line)
         else:
-            has += 1
-            room[device] -= 1
-            found.append(device)
-            taken.append((before + load, device))
-        if on_node[node]:
-            heappush(nodes, (has, on_node[node][0][0], node))
-    for after, device in taken:
-        if room[device]:
-            heappush(on_node[device // per_node], (after, device))
-    return found
+            del self.first[:copies]
+            for device in (owner, *devices):
+                if line := lines[device // per_node]:
+                    insort(self.first, line[0])
+        return devices
 
 
 # ---------------------------------------------------------------- other systems
@@ -196,7 +243,7 @@ def eplb(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     each goes to the least loaded device; replicas serve equal parts. Owners stay, which EPLB would pack anew too."""
     topology, memory = setting.topology, setting.budget.memory
     extra_E = even_replicas(loads_E, topology.devices * memory, topology.devices - 1)
-    copies_ED = _pack(extra_E, loads_E, owner_E, Topology(topology.devices, topology.devices), memory)  # nodes do not matter
+    copies_ED = pack(extra_E, loads_E, owner_E, Topology(topology.devices, 1), memory)  # nodes do not matter
     return Plan(Placement(owner_E, copies_ED), nearest_first=False)
 
 
@@ -208,8 +255,8 @@ def laer(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     plans = []
     for weights_E in (loads_E, np.ones_like(loads_E)):
         extra_E = even_replicas(weights_E, seats, most)
-        plans.append(Plan(Placement(owner_E, _pack(extra_E, loads_E, owner_E, topology, memory))))
-    return min(plans, key=lambda plan: sum(pass_times(plan, loads_E, setting)))
+        plans.append(Plan(Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))))
+    return min(plans, key=lambda plan: sum(pass_times(flows(plan, topology, loads_E), setting)))
 
 
 def faster_moe(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
@@ -221,7 +268,7 @@ def faster_moe(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     def seconds(plan: Plan, shadows: int) -> float:
         found = flows(plan, topology, loads_E)
         passing = 3 * float(found.entries_D.max()) * costs.entry_s
-        exchanged = 4 * exchange_time(found, float(loads_E.sum()), setting)
+        exchanged = 4 * exchange_time(found, setting)
         return passing + exchanged + 2 * shadows * costs.expert_bytes * link.byte_s
 
     best = plain(loads_E, owner_E, setting)
@@ -240,31 +287,34 @@ def llep(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     """Least-loaded expert parallelism, arXiv 2601.17111: an owner serves what fits under a cap of little more than the mean,
     and what is over goes in pieces, with the expert's weights, to the least loaded devices."""
     devices = setting.topology.devices
-    load_D = np.bincount(owner_E, weights=loads_E, minlength=devices)  # assigned, and owners' experts still to come
+    load_D = np.bincount(owner_E, weights=loads_E, minlength=devices)
     cap = HEADROOM * float(loads_E.sum()) / devices
-    room_D = np.full(devices, setting.budget.memory)
+    room = [setting.budget.memory] * devices
     served_ED = np.zeros((len(loads_E), devices))
-    for expert in np.argsort(-loads_E, kind="stable").tolist():
+    served_ED[np.arange(len(owner_E)), owner_E] = loads_E
+    idle = [(load, device) for device, load in enumerate(load_D.tolist()) if load < cap and room[device]]
+    heapify(idle)  # those that may help; busier devices only ever give away
+    order_E = np.argsort(-loads_E, kind="stable")
+    for expert in order_E[load_D[owner_E[order_E]] > cap].tolist():
         owner, count = int(owner_E[expert]), float(loads_E[expert])
-        load_D[owner] -= count
-        left = count - min(max(cap - load_D[owner], 0.0), count)
-        served_ED[expert, owner] = count - left
-        load_D[owner] += count - left
-        while left > 0:
-            able_D = (room_D > 0) | (served_ED[expert] > 0)
-            able_D[owner] = False
-            helper = int(np.where(able_D, load_D, np.inf).argmin())
-            free = cap - load_D[helper]
-            if not able_D.any() or free < min(FEWEST_TOKENS, left):
-                helper, free = owner, left  # nobody has room for a piece that is worth its way: the owner serves it after all
-            piece = min(left, free)
-            room_D[helper] -= helper != owner and served_ED[expert, helper] == 0
+        left = over = min(max(float(load_D[owner]) - cap, 0.0), count)
+        while left > 0 and idle:
+            load, helper = idle[0]
+            piece = min(left, cap - load)
+            if piece < min(FEWEST_TOKENS, left):
+                break  # nobody has room for a piece that is worth its way: the owner serves it after all
             served_ED[expert, helper] += piece
-            load_D[helper] += piece
             left -= piece
+            room[helper] -= 1
+            if room[helper] and load + piece < cap:
+                heapreplace(idle, (load + piece, helper))
+            else:
+                heappop(idle)
+        load_D[owner] -= over - left
+        served_ED[expert, owner] = count - over + left
     copies_ED = served_ED > 0
     copies_ED[np.arange(len(owner_E)), owner_E] = True
-    served_ED[loads_E == 0] = np.eye(devices)[owner_E[loads_E == 0]]
+    served_ED[loads_E == 0, owner_E[loads_E == 0]] = 1.0
     return Plan(Placement(owner_E, copies_ED), served_ED, nearest_first=False)
 
 

@@ -4,7 +4,7 @@ Source: Hecate, arXiv 2502.02581, section 3.1 names the operation and leaves its
 whatever number of devices there wants it, and nodes pass it on in a binomial tree: n nodes take log2(n) hops, and no owner of a
 hot expert sends it to all of them.
 
-Letters: E experts of a layer, D devices, M messages of a hop, C pairs of an expert and a node that has it.
+Letters: E experts of a layer, D devices, M messages, H pairs of an expert and a device that has it, C of an expert and a node.
 """
 
 from __future__ import annotations
@@ -17,22 +17,14 @@ from parallel.placement import Ints, Placement, Topology
 
 
 @dataclass(frozen=True)
-class Messages:
-    """What travels in one hop, sorted by expert, then by target."""
+class Routes:
+    """What travels, and in which hop of those that follow each other: 0 .. `across` - 1 between nodes, `across` within them."""
 
+    across: int
+    hop_M: Ints
     expert_M: Ints
     source_M: Ints
     target_M: Ints
-
-
-@dataclass(frozen=True)
-class Routes:
-    across: tuple[Messages, ...]  # one hop after the other
-    within: Messages  # after all of them
-
-    @property
-    def hops(self) -> tuple[Messages, ...]:
-        return (*self.across, self.within)
 
 
 def routes(placement: Placement, topology: Topology) -> Routes:
@@ -41,30 +33,29 @@ def routes(placement: Placement, topology: Topology) -> Routes:
     In each hop between nodes every one that has an expert passes it on to one that has not: the owner's node comes first, the
     others in ascending order from there on, going round.
     """
-    expert_H, device_H = np.nonzero(placement.copies_ED)
-    several = np.bincount(expert_H, minlength=len(placement.owner_E))[expert_H] > 1
-    expert_H, device_H = expert_H[several], device_H[several]
-    owner_H, node_H = placement.owner_E[expert_H], device_H // topology.devices_per_node
-    turn_H = (node_H - owner_H // topology.devices_per_node) % topology.nodes
+    (expert_H, device_H), owner_E, devices = placement.holders, placement.owner_E, topology.devices
+    cell_H = expert_H * topology.nodes + device_H // topology.devices_per_node
+    first_H = np.ones(len(cell_H), dtype=np.bool_)  # where a C begins
+    first_H[1:] = cell_H[1:] != cell_H[:-1]
     late_H = (device_H - expert_H) % topology.devices_per_node
-    order_H = np.lexsort((late_H, device_H != owner_H, turn_H, expert_H))  # by expert, by node, the leader first
-    expert_H, device_H, turn_H = expert_H[order_H], device_H[order_H], turn_H[order_H]
-    leads_H = np.ones(len(expert_H), dtype=np.bool_)
-    leads_H[1:] = (np.diff(expert_H) != 0) | (np.diff(turn_H) != 0)
-    leader_H = device_H[leads_H][leads_H.cumsum() - 1]
-    within = _sorted(expert_H[~leads_H], leader_H[~leads_H], device_H[~leads_H])
+    late_H[device_H == owner_E[expert_H]] = -1
+    leader_C = np.minimum.reduceat(late_H * devices + device_H, np.flatnonzero(first_H)) % devices
+    leader_H = leader_C[first_H.cumsum() - 1]
+    led_H = leader_H != device_H
 
-    expert_C, leader_C = expert_H[leads_H], device_H[leads_H]
-    first_C = np.searchsorted(expert_C, expert_C)
-    place_C = np.arange(len(expert_C)) - first_C
-    across, have = [], 1
-    while have <= place_C.max(initial=0):
-        target = np.flatnonzero((place_C >= have) & (place_C < 2 * have))
-        across.append(_sorted(expert_C[target], leader_C[target - have], leader_C[target]))
-        have *= 2
-    return Routes(tuple(across), within)
-
-
-def _sorted(expert_M: Ints, source_M: Ints, target_M: Ints) -> Messages:
-    order_M = np.lexsort((target_M, expert_M))
-    return Messages(expert_M[order_M], source_M[order_M], target_M[order_M])
+    expert_C = expert_H[first_H]
+    nodes_E = np.bincount(expert_C)
+    start_C = (nodes_E.cumsum() - nodes_E)[expert_C]
+    place_C = np.arange(len(expert_C)) - start_C
+    home_C = np.flatnonzero(leader_C == owner_E[expert_C])[expert_C]
+    leader_C = leader_C[start_C + (home_C - start_C + place_C) % nodes_E[expert_C]]  # in the order in which nodes are reached
+    reached = np.flatnonzero(place_C)
+    hop_M = np.frexp(place_C[reached])[1].astype(np.int64) - 1  # 2^h nodes have the expert before hop h
+    across, source_M = int(hop_M.max(initial=-1)) + 1, leader_C[reached - (1 << hop_M)]
+    return Routes(
+        across=across,
+        hop_M=np.concatenate([hop_M, np.full(np.count_nonzero(led_H), across)]),
+        expert_M=np.concatenate([expert_C[reached], expert_H[led_H]]),
+        source_M=np.concatenate([source_M, leader_H[led_H]]),
+        target_M=np.concatenate([leader_C[reached], device_H[led_H]]),
+    )

@@ -60,16 +60,16 @@ class GatherPlan:
 def gather_plan(placement: Placement, topology: Topology, rank: int) -> GatherPlan:
     """This rank's messages of all that travel."""
 
-    def mine(expert_M: Ints, here_M: Ints, peer_M: Ints) -> tuple[Message, ...]:
-        found = np.flatnonzero(here_M == rank)
-        return tuple(Message(*pair) for pair in sorted(zip(expert_M[found].tolist(), peer_M[found].tolist(), strict=True)))
+    every = routes(placement, topology)
+
+    def mine(hop: int, here_M: Ints, peer_M: Ints) -> tuple[Message, ...]:
+        found = np.flatnonzero((every.hop_M == hop) & (here_M == rank))
+        pairs = zip(every.expert_M[found].tolist(), peer_M[found].tolist(), strict=True)
+        return tuple(Message(*pair) for pair in sorted(pairs))
 
     hops = [
-        Hop(
-            sends=mine(messages.expert_M, messages.source_M, messages.target_M),
-            receives=mine(messages.expert_M, messages.target_M, messages.source_M),
-        )
-        for messages in routes(placement, topology).hops
+        Hop(sends=mine(hop, every.source_M, every.target_M), receives=mine(hop, every.target_M, every.source_M))
+        for hop in range(every.across + 1)
     ]
     return GatherPlan(tuple(hops[:-1]), hops[-1])
 

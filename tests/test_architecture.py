@@ -13,7 +13,8 @@ SCHEDULE = [f"schedule/{name}" for name in ("timeline", "cost", "pipeline", "clo
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{
-        f"parallel/{name}.py": {"numpy", "dataclasses", "collections", "heapq", "itertools", "typing", "parallel", "__future__"}
+        f"parallel/{name}.py": {"numpy", "parallel", "__future__"}
+        | {"bisect", "collections", "dataclasses", "functools", "heapq", "itertools", "typing"}
         for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies", *SCHEDULE)
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},

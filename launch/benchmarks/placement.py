@@ -34,7 +34,7 @@ from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import DRAWN, draw, recorded
 from launch.machines import MachineName, layer_costs, read_machine
-from parallel.flows import Plan, device_loads, imbalance
+from parallel.flows import Plan, device_loads, flows, imbalance
 from parallel.layer_cost import LayerCosts, LayerTime, Setting, copy_times, hidden_copies, layer_time, pass_times
 from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
@@ -192,7 +192,7 @@ def _timed(system: System, plan: Plan, before: Placement, loads_E: Floats, setti
         across_s = costs.across.latency_s + far * restored * costs.across.byte_s if far else 0.0
         each_s = max(within_s, across_s)
         waited_s = max(each_s - costs.attention_s, 0.0) + max(each_s - 2 * costs.attention_s, 0.0)
-        return LayerTime(*pass_times(plan, loads_E, setting), waited_s)
+        return LayerTime(*pass_times(flows(plan, topology, loads_E), setting), waited_s)
     if system.window == 0:
         return layer_time(plan, loads_E, setting, present=without_copies(before.owner_E, topology.devices))
     if not system.calibrates:

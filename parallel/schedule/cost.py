@@ -132,7 +132,7 @@ class ShardedWorkload:
 def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWorkload:
     """Of one MoE layer under a plan and the entries of each expert on all devices."""
     found, costs = flows(plan, setting.topology, loads_E), setting.costs
-    within_bytes, across_bytes = exchanged_bytes(found, float(loads_E.sum()), setting)
+    within_bytes, across_bytes = exchanged_bytes(found, setting)
     busiest = int((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).argmax())
     return ShardedWorkload(
         within_bytes=within_bytes,

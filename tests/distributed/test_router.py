@@ -17,6 +17,7 @@ from tests.distributed.test_trainer import learn as learn_steps
 from tests.distributed.test_trainer import own_state
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
+from trainer.config import SyncConfig
 from trainer.step import Trainer, TrainerSpec
 from trainer.weights import unpack
 from trainer.worker import TrainWorker
@@ -60,8 +61,9 @@ def weights_of_an_update(world: World, told: TrainerSpec) -> tuple[dict[str, Ten
     worker.build(told)
     batch = random_batch(0)
     worker.learn(batch, cross_entropy, 1e-2)
-    packed = worker.weights()
-    return {} if packed is None else unpack(packed), worker.trainer.bias_LE.clone()
+    update = worker.weights(1, SyncConfig(anchor_every=1, check=False))
+    weights = {} if update is None else unpack(update.weights)  # type: ignore[arg-type]
+    return weights, worker.trainer.bias_LE.clone()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

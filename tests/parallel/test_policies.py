@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from parallel.flows import Plan, device_loads, flows, imbalance
 from parallel.layer_cost import LayerCosts, Link, Setting, copy_times, exchange_time, hidden_copies, layer_time
 from parallel.placement import Budget, Placement, Topology, without_copies
-from parallel.policies import POLICIES, by_cost, even_replicas, plain
+from parallel.policies import POLICIES, by_cost, even_replicas, pack, plain
 from tests.parallel.plans import loads, owners, settings, topologies
 
 H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
@@ -89,6 +90,31 @@ def test_replicas_leave_the_largest_load_per_replica_least(loads_: list[int], se
     assert found <= wanted * 1.001 + 1e-9
 
 
+@given(topologies(), st.integers(1, 16), st.integers(1, 4), st.integers(0, 9999))
+def test_copies_go_where_least_is_one_by_one(topology: Topology, experts: int, memory: int, seed: int) -> None:
+    """Against the rule itself: the node with fewest of the expert, its least loaded device, the least loaded of these."""
+    random, devices, per_node = np.random.default_rng(seed), topology.devices, topology.devices_per_node
+    owner_E, extra_E = owners(seed, topology, experts), random.integers(0, devices, experts)
+    loads_E = loads(seed, experts) * math.lcm(*range(1, devices + 1))  # so that sums are exact
+    each_E, wanted_ED, room_D = loads_E / (extra_E + 1), owner_E[:, None] == np.arange(devices), np.full(devices, memory)
+    order = np.argsort(-each_E, kind="stable").tolist()
+    for expert in [e for e in order if extra_E[e] == devices - 1][:memory]:
+        room_D -= ~wanted_ED[expert]
+        wanted_ED[expert] = True
+    load_D = each_E @ wanted_ED
+    for expert in [e for e in order if not wanted_ED[e].all()]:
+        before_D = load_D.copy()
+        for _ in range(extra_E[expert]):
+            has_N = wanted_ED[expert].reshape(topology.nodes, per_node).sum(axis=1)
+            able = [d for d in range(devices) if room_D[d] and not wanted_ED[expert, d]]
+            if able:
+                device = min(able, key=lambda d: (has_N[d // per_node], before_D[d], d))
+                wanted_ED[expert, device] = True
+                load_D[device] += each_E[expert]
+                room_D[device] -= 1
+    assert (pack(extra_E, loads_E, owner_E, topology, memory) == wanted_ED).all()
+
+
 def test_times_by_hand() -> None:
     """Two nodes of two; expert 0 lies on devices 0 and 2, expert 1 on device 3; 40 entries each."""
     topology = Topology(4, 2)
@@ -102,7 +128,7 @@ def test_times_by_hand() -> None:
     costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, Link(1.0, 0.1), Link(2.0, 0.5), attention_s=30.0, planning_s=0.0)
     setting = Setting(topology, 1, Budget(8, 8), False, costs)
     # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides.
-    assert exchange_time(found, 80.0, setting) == pytest.approx(2 + 20 * 2 * 0.5)
+    assert exchange_time(found, setting) == pytest.approx(2 + 20 * 2 * 0.5)
     gather_s, return_s = copy_times(plan.placement, topology, costs)  # one expert, once across
     assert (gather_s, return_s) == (pytest.approx(2 + 100 * 0.5), pytest.approx(2 + 200 * 0.5))
     time = layer_time(plan, loads_E, setting)
@@ -122,6 +148,5 @@ def test_a_token_goes_to_a_device_once_whatever_its_choices() -> None:
     plan = Plan(without_copies(np.array([0, 1]), 2))
     for top_k in (1, 2, 8):
         setting = replace(settings(0, topology, 0), top_k=top_k, costs=replace(H200, row_bytes=1.0, within=Link(0.0, 1.0)))
-        entries = 2 * tokens * top_k
-        time = exchange_time(flows(plan, topology, np.full(2, entries / 2)), entries, setting)
+        time = exchange_time(flows(plan, topology, np.full(2, tokens * top_k)), setting)
         assert time == pytest.approx(tokens * (1 - 0.5**top_k))

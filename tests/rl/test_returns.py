@@ -82,7 +82,8 @@ def test_advantages_of_a_round_equal_a_loop_over_tokens(advantage: str, kl_coeff
     for batch, spans in rounds:
         found = torch.zeros_like(batch.extras[VALUES])
         for row, first, end in spans:
-            gap = (batch.extras[PROXIMAL] - batch.extras[REFERENCE])[row, first:end].tolist()
+            learned_here = batch.weights_BS[row, first:end] > 0  # others cost nothing, as what the environment said
+            gap = ((batch.extras[PROXIMAL] - batch.extras[REFERENCE])[row, first:end] * learned_here).tolist()
             rewards = [-kl_coefficient * d for d in gap]
             rewards[-1] += batch.extras[ADVANTAGES][row, first].item()
             values, decay = (

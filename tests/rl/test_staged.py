@@ -24,7 +24,7 @@ from rl.trajectory import Group, RolloutBuffer, Sample, Segment
 from tests.distributed.ranks import run_ranks
 from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
-from tests.rl.test_april import rollout_config
+from tests.rl.test_april import each, rollout_config
 from trainer.batch import TrainBatch
 from trainer.config import BalanceConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel
@@ -129,7 +129,8 @@ def rounds_with_an_engine(world: World, rounds: int) -> tuple[list[Sample], list
     rollout = rollout_config(groups=2, samples_per_group=3, max_new_tokens=16, advance_tokens=2)
     for version in range(rounds):
         engine.load_weights(ranks.weights(), version)
-        result = rollout_round(engine, buffer, lambda index: (3, 4 + index % 7), rollout, version, lambda s: float(s.uid % 2))
+        score = each(lambda sample: float(sample.uid % 2))
+        result = rollout_round(engine, buffer, lambda index: (3, 4 + index % 7), rollout, version, score)  # type: ignore[arg-type]
         result = stage(ranks, result, buffer, version, **rows)  # type: ignore[arg-type]
         finished += [sample for group in result.groups for sample in group.samples]
         batches = policy_batches(documents_of(result.groups, config, version, 16), config, 16, **rows)

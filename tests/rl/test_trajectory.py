@@ -17,9 +17,10 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     tokens = draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4))
-    logprobs = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens)))
+    sampled = draw(st.booleans())
+    logprobs = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens))) if sampled else []
     asked = draw(st.one_of(st.none(), st.lists(finite, min_size=len(tokens), max_size=len(tokens)).map(tuple)))
-    return Segment(tuple(tokens), tuple(logprobs), draw(st.integers(0, 9)), asked)
+    return Segment(tuple(tokens), tuple(logprobs), draw(st.integers(0, 9)), sampled, asked)
 
 
 @st.composite

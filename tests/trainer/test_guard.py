@@ -18,7 +18,7 @@ from parallel.topology import World
 from tests.checkpoints import named_state
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
-from trainer.batch import TokenLoss, TrainBatch, cross_entropy
+from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
 from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch, zscore
 from trainer.step import Trainer, TrainerSpec
 
@@ -85,8 +85,8 @@ def test_the_first_bad_output_is_named_or_else_the_first_bad_gradient() -> None:
 # ---------------------------------------------------------------- on two ranks
 
 
-def poisoned(logprobs_BS: Tensor, entropy_BS: Tensor, batch: TrainBatch) -> TokenLoss:
-    return TokenLoss(loss_BS=-logprobs_BS * batch.extras["factor"])
+def poisoned(predicted: Predictions, batch: TrainBatch) -> TokenLoss:
+    return TokenLoss(loss_BS=-predicted.logprobs_BS * batch.extras["factor"])
 
 
 def batch_of(number: int, poison: float | None) -> TrainBatch:

@@ -23,10 +23,10 @@ class OneStaysAway:
     def __init__(self, worker: TrainWorker) -> None:
         self.world = worker.world
 
-    def logprobs(self, batch: TrainBatch) -> torch.Tensor:
+    def predict(self, batch: TrainBatch, policy: bool, reference: bool) -> dict[str, torch.Tensor]:
         if self.world.rank == 1:
             time.sleep(2.5 * TIMEOUT_S)
-        return self.world.sum(torch.ones(4))
+        return {"logprobs": self.world.sum(torch.ones(4))}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -42,7 +42,7 @@ def rank_main(rank: int, folder: str) -> None:
     worker.join(host, int(text), 2, TIMEOUT_S)
     worker.trainer = OneStaysAway(worker)  # type: ignore[assignment]
     try:
-        worker.logprobs(random_batch(0))
+        worker.predict(random_batch(0), True, False)
     except RuntimeError as error:
         (Path(folder) / f"raised_{rank}").write_text(str(error))
 

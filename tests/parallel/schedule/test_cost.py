@@ -82,7 +82,7 @@ def test_our_workload_is_what_the_model_of_placements_counts(nodes_of: tuple[int
     setting = Setting(topology, top_k, Budget(0, 0), False, COSTS)
     work = sharded_workload(plan, loads_E, setting)
     forward, backward = (sharded_chunk(COSTS, work, 1, backward=way) for way in (False, True))
-    products_s, tokens_s = pass_times(plan, loads_E, setting)
+    products_s, tokens_s = pass_times(flows(plan, setting.topology, loads_E), setting)
     assert forward.expert_s + backward.expert_s == pytest.approx(products_s)
     assert 4 * max(forward.across_s, forward.within_s) == pytest.approx(tokens_s)
     assert (forward.across_s > 0) == bool(flows(plan, topology, loads_E).across_in_D.any())
