@@ -32,7 +32,7 @@ from kernels.errors import UserError
 from kernels.limits import require_hopper
 from launch.benchmarks.ranks import on_ranks
 from launch.cli import guarded, load
-from parallel.offload import check_cpu_adam
+from parallel.offload import check_offload
 from parallel.topology import World
 from trainer.cluster import REPOSITORY, choose_ranks, start_ray
 from trainer.config import ClusterConfig, LoggerConfig, PretrainConfig
@@ -111,15 +111,16 @@ def check_triton(on_gpu: bool, dtype: str) -> Check:
     return Check("Triton", "ok", version if on_gpu else f"{version}; CPUs do not use it")
 
 
-def check_deepspeed(offload: bool) -> Check:
-    """Imports it, and compiles its AdamW for CPUs where the run would."""
+def check_deepspeed(offload: str, nvme_dir: Path | None) -> Check:
+    """Imports it, and compiles what the run would."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # as ranks do
     import deepspeed  # here, because it takes a second
 
-    if offload:
-        check_cpu_adam()
-    return Check("DeepSpeed", "ok", deepspeed.__version__ + ", with its AdamW for CPUs" * offload)
+    check_offload(offload, nvme_dir)
+    return Check(
+        "DeepSpeed", "ok", deepspeed.__version__ + f", with what parallel.offload={offload} needs" * (offload != "none")
+    )
 
 
 # ---------------------------------------------------------------- devices and how they meet
@@ -286,8 +287,8 @@ def examine(config: PretrainConfig) -> Iterator[Check]:
     yield check_disk(config.runs_dir)
     yield check_shared_memory(Path("/dev/shm"), config.cluster.object_store_mib)
     yield check_tracking(config.logger, os.environ)
-    offload = config.parallel.offload == "cpu"
-    yield attempted("DeepSpeed", "reinstall it; parallel.offload=cpu also needs g++", check_deepspeed, offload)
+    offload, nvme_dir = config.parallel.offload, config.parallel.nvme_dir
+    yield attempted("DeepSpeed", "reinstall it; parallel.offload also needs g++", check_deepspeed, offload, nvme_dir)
     yield attempted(
         "gloo", "let processes of this machine talk over loopback (firewall, container)", check_collectives, "cpu", 2
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class DenseZeRO:
         return self.world.sum(whole).view(parameter.shape)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], with_moments: bool, steps: int) -> None:
+    def load(self, tensors: Mapping[str, Tensor], with_moments: bool, steps: int) -> None:
         """Sets masters, rounded weights and, if asked, moments and step count, from whole tensors named as above."""
         for name, parameter in self.module.named_parameters():
             value = tensors[f"dense.{name}"]

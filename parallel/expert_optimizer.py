@@ -1,7 +1,7 @@
 """The AdamW of the experts that a rank owns: float32 masters, gradients and moments, on the rank's device.
 
-`ExpertOptimizer` is what the owner asks of it; offload.py keeps the same in the memory of the host. A row is one expert.
-Nothing here communicates.
+`ExpertOptimizer` is what the owner asks of it; offload.py does the same on the host. A row is one expert. Nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from kernels.accumulate import accumulate
-from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
+from parallel.adamw import AdamWSettings, adamw, set_lr
+from parallel.expert_states import ExpertStates, StatesInMemory
 from parallel.sparse_collectives import Parts
 
 NORM_EXPERTS = 16  # whose norms are taken at once
 
 
 class ExpertOptimizer(ABC):
-    masters: Parts  # gate_up (O, 2F, D) and down (O, D, F), float32
-    moments: tuple[dict[str, Tensor], ...]  # of each of the masters, by the names of MOMENTS
+    states: ExpertStates  # masters and moments
 
     @abstractmethod
     def add_gradients(self, row: int, gradients: Parts) -> None:
@@ -54,21 +54,20 @@ class ExpertOptimizer(ABC):
 class DeviceAdamW(ExpertOptimizer):
     """torch's AdamW, where the experts are computed."""
 
-    def __init__(self, masters: Parts, settings: AdamWSettings) -> None:
-        self.masters = masters
-        for master in masters:
+    def __init__(self, states: StatesInMemory, settings: AdamWSettings) -> None:
+        self.states, self._masters = states, states.masters
+        for master in self._masters:
             master.requires_grad_()
-        self._adamw = adamw(list(masters), settings)
-        for master in masters:
-            self._adamw.state[master].update(zero_state(master))
-        self._filled = [False] * masters[0].shape[0]  # rows that have got gradients since the last step
-        self.moments = tuple({key: self._adamw.state[master][key] for key in MOMENTS} for master in masters)
+        self._adamw = adamw(list(self._masters), settings)
+        for master, moments in zip(self._masters, states.moments, strict=True):
+            self._adamw.state[master].update({"step": torch.zeros((), dtype=torch.float32), **moments})
+        self._filled = [False] * states.rows  # rows that have got gradients since the last step
 
     def add_gradients(self, row: int, gradients: Parts) -> None:
         rows = slice(row, row + gradients[0].shape[0])
         first = not any(self._filled[rows])
         assert first or all(self._filled[rows]), "of a layer's own experts gradients come all at once, before those of copies"
-        for master, gradient in zip(self.masters, gradients, strict=True):
+        for master, gradient in zip(self._masters, gradients, strict=True):
             if master.grad is None:
                 master.grad = torch.empty_like(master)
             if first:
@@ -78,7 +77,7 @@ class DeviceAdamW(ExpertOptimizer):
         self._filled[rows] = [True] * len(self._filled[rows])
 
     def gradients(self) -> Parts | None:
-        found = tuple(master.grad for master in self.masters if master.grad is not None)
+        found = tuple(master.grad for master in self._masters if master.grad is not None)
         assert not found or all(self._filled), "every MoE layer gives gradients, zeros where no token came"
         return found or None
 
@@ -109,9 +108,9 @@ class DeviceAdamW(ExpertOptimizer):
 
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:
-        for rows, master in zip(weights, self.masters, strict=True):
+        for rows, master in zip(weights, self._masters, strict=True):
             rows[: master.shape[0]].copy_(master)
 
     def set_step_count(self, steps: int) -> None:
-        for master in self.masters:
+        for master in self._masters:
             self._adamw.state[master]["step"].fill_(steps)

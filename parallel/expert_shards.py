@@ -13,17 +13,18 @@ Letters: L MoE layers, E experts of a layer, O experts owned by a rank over all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.adamw import AdamWSettings
 from parallel.expert_arena import ExpertArena, ExpertShape
-from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
-from parallel.offload import CPUAdamW
+from parallel.expert_optimizer import ExpertOptimizer
+from parallel.expert_states import ExpertState
 from parallel.placement import Ints, without_copies
 from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
@@ -42,25 +43,26 @@ class ExpertShards:
         copies: int,
         world: World,
         dtype: torch.dtype,
-        settings: AdamWSettings,
-        offload: bool,
+        optimizer: ExpertOptimizer,
         peer_memory: bool,
     ) -> None:
         """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
 
-        `copies` is the arena's room for copies of other ranks' experts. With `offload` the optimizer lies on the host. With
-        `peer_memory` ranks read each other's memory.
+        `copies` is the arena's room for copies of other ranks' experts. `optimizer` is new and has as many rows as this rank
+        has experts. With `peer_memory` ranks read each other's memory.
         """
         self.world = world
         self.owner_LE = owner_LE
         self.own = _own(owner_LE, world)
-        masters = shape.matrices(len(self.own), torch.float32, torch.device("cpu") if offload else world.device)
-        for row, (layer, expert) in enumerate(self.own):
-            for master, value in zip(masters, initial(layer, expert), strict=True):
-                master[row].copy_(value)
-        self.optimizer: ExpertOptimizer
-        self.optimizer = CPUAdamW(masters, settings, world.device) if offload else DeviceAdamW(masters, settings)
-        add = self.optimizer.add_gradients
+        self.optimizer = optimizer
+        assert optimizer.states.rows == len(self.own), "a row for every own expert"
+
+        def begin(row: int, state: ExpertState) -> None:
+            for master, value in zip(state.masters, initial(*self.own[row]), strict=True):
+                master.copy_(value)
+
+        optimizer.states.change(range(len(self.own)), begin)
+        add = optimizer.add_gradients
         self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, peer_memory=peer_memory)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
@@ -99,9 +101,13 @@ class ExpertShards:
 
     def reset_optimizer(self) -> None:
         """Moments and step count become zero. Local."""
-        for moments in self.optimizer.moments:
-            for moment in moments.values():
-                moment.zero_()
+
+        def forget(row: int, state: ExpertState) -> None:
+            for moments in state.moments:
+                for moment in moments.values():
+                    moment.zero_()
+
+        self.optimizer.states.change(range(len(self.own)), forget)
         self.set_step_count(0)
 
     def set_step_count(self, steps: int) -> None:
@@ -113,30 +119,59 @@ class ExpertShards:
     def reshard(self, owner_LE: Ints) -> None:
         """Moves experts to new owners, masters and moments bit for bit. Placements start from the owners alone again.
 
-        One tensor after the other, so that memory rises by a third of what a rank owns at most. Between updates only.
+        Each expert that comes takes the place of one that goes, so that no room is needed for both. Between updates only.
         """
-        own = _own(owner_LE, self.world)
-        if len(own) != len(self.own):
-            raise ValueError(f"rank {self.world.rank} would own {len(own)} experts instead of {len(self.own)}")
+        counts = np.bincount(owner_LE.flatten(), minlength=self.world.size).tolist()
+        if set(counts) != {len(self.own)}:
+            raise ValueError(f"ranks would own {counts} experts instead of {len(self.own)} each")
         assert self.optimizer.gradients() is None, "experts move between updates, when there are no gradients"
-        for master, moments in zip(self.optimizer.masters, self.optimizer.moments, strict=True):
-            for tensor in (master, *moments.values()):
-                tensor.copy_(_resharded(tensor, self.owner_LE, owner_LE, self.world))
-        self.owner_LE, self.own = owner_LE, own
+        held = {name: row for row, name in enumerate(self.own)}
+        for moves in exchanges(self.owner_LE, owner_LE):
+            self._exchange(moves, held)
+        self.owner_LE, self.own = owner_LE, _own(owner_LE, self.world)
+        self.optimizer.states.reorder([held[name] for name in self.own])
         self.arena.place([without_copies(owner_E, self.world.size) for owner_E in owner_LE])
         self.round_masters()
+
+    def _exchange(self, moves: list[Move], held: dict[tuple[int, int], int]) -> None:
+        """This rank's part of a round of `exchanges`; `held` are the rows of its experts. From device to device."""
+        going = next((move for move in moves if move.source == self.world.rank), None)
+        coming = next((move for move in moves if move.target == self.world.rank), None)
+        if going is None or coming is None:
+            return
+
+        def swap(row: int, state: ExpertState) -> None:
+            sent = [tensor.to(self.world.device) for tensor in state.tensors()]
+            arriving = [torch.empty_like(tensor) for tensor in sent]
+            messages = [dist.P2POp(dist.isend, tensor, going.target, tag=tag) for tag, tensor in enumerate(sent)]
+            messages += [dist.P2POp(dist.irecv, tensor, coming.source, tag=tag) for tag, tensor in enumerate(arriving)]
+            Pending(messages).wait()
+            for tensor, arrived in zip(state.tensors(), arriving, strict=True):
+                tensor.copy_(arrived)
+
+        row = held.pop((going.layer, going.expert))
+        self.optimizer.states.change([row], swap)
+        held[coming.layer, coming.expert] = row
 
     # ------------------------------------------------------------ state
 
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Views. Local."""
-        for row, (layer, expert) in enumerate(self.own):
-            for part, master, moments in zip(PARTS, self.optimizer.masters, self.optimizer.moments, strict=True):
-                name = f"experts.{layer}.{expert}.{part}"
-                yield name, master.detach()[row]
-                if with_moments:
-                    for key, moment in moments.items():
-                        yield f"{name}.{key}", moment[row]
+        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Local.
+
+        A tensor is valid until those of the next expert are asked for, and must not be written to.
+        """
+        for (layer, expert), state in zip(self.own, self.optimizer.states.read(range(len(self.own))), strict=True):
+            yield from _named(layer, expert, state, with_moments)
+
+    def load_state(self, tensors: Mapping[str, Tensor], with_moments: bool) -> None:
+        """Sets what `named_state` names, and the weights that the model computes with."""
+
+        def load(row: int, state: ExpertState) -> None:
+            for name, tensor in _named(*self.own[row], state, with_moments):
+                tensor.copy_(tensors[name])
+
+        self.optimizer.states.change(range(len(self.own)), load)
+        self.round_masters()
 
     def gathered(self, layer: int) -> Parts | None:
         """All experts of a layer in the dtype of the model, (E, 2F, D) and (E, D, F), on rank 0; None elsewhere."""
@@ -161,28 +196,50 @@ def _own(owner_LE: Ints, world: World) -> list[tuple[int, int]]:
     return [(layer, expert) for layer, expert in np.argwhere(owner_LE == world.rank).tolist()]
 
 
-def _resharded(tensor: Tensor, old_LE: Ints, new_LE: Ints, world: World) -> Tensor:
-    """The rows of this rank's experts under new owners: those that stay are copied, those that move are sent.
+def _named(layer: int, expert: int, state: ExpertState, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+    for part, master, moments in zip(PARTS, state.masters, state.moments, strict=True):
+        name = f"experts.{layer}.{expert}.{part}"
+        yield name, master
+        if with_moments:
+            for key, moment in moments.items():
+                yield f"{name}.{key}", moment
 
-    They go from device to device, wherever `tensor` lies, a few at a time, so that what lies on a host needs little room there.
+
+class Move(NamedTuple):
+    layer: int
+    expert: int
+    source: int
+    target: int
+
+
+def exchanges(old_LE: Ints, new_LE: Ints) -> list[list[Move]]:
+    """All moves from old owners to new ones, in rounds. In a round a rank gives one expert and gets one, or does neither.
+
+    Every rank must own equally many before and after. Then whoever follows moves from rank to rank comes back to where they
+    have been: moves fall into cycles, and cycles of different ranks share a round.
     """
-    old = {name: row for row, name in enumerate(_own(old_LE, world))}
-    new = {name: row for row, name in enumerate(_own(new_LE, world))}
-    rows = torch.empty_like(tensor)
-    for name in old.keys() & new.keys():
-        rows[new[name]].copy_(tensor[old[name]])
-    moved = np.argwhere(old_LE != new_LE).tolist()
-    for first in range(0, len(moved), world.size):  # about one expert to send and one to receive for every rank
-        messages, arriving = [], []
-        for tag, (layer, expert) in enumerate(moved[first : first + world.size]):
-            source, target = int(old_LE[layer, expert]), int(new_LE[layer, expert])
-            if source == world.rank:
-                messages.append(dist.P2POp(dist.isend, tensor[old[layer, expert]].to(world.device), target, tag=tag))
-            elif target == world.rank:
-                row = rows[new[layer, expert]]
-                arriving.append((row, torch.empty_like(row, device=world.device)))
-                messages.append(dist.P2POp(dist.irecv, arriving[-1][1], source, tag=tag))
-        Pending(messages).wait()
-        for row, arrived in arriving:
-            row.copy_(arrived)
-    return rows
+    leaving: dict[int, deque[Move]] = {}
+    for layer, expert in np.argwhere(old_LE != new_LE).tolist():
+        source, target = int(old_LE[layer, expert]), int(new_LE[layer, expert])
+        leaving.setdefault(source, deque()).append(Move(layer, expert, source, target))
+    rounds: list[list[Move]] = []
+    for start in leaving:
+        path: list[Move] = []
+        while path or leaving[start]:
+            path.append(leaving[path[-1].target if path else start].popleft())
+            passed = [move.source for move in path]
+            if path[-1].target in passed:
+                first = passed.index(path[-1].target)
+                cycle, path = path[first:], path[:first]
+                _add_cycle(rounds, cycle)
+    return rounds
+
+
+def _add_cycle(rounds: list[list[Move]], cycle: list[Move]) -> None:
+    """Into the first round whose ranks are others."""
+    ranks = {move.source for move in cycle}
+    for moves in rounds:
+        if ranks.isdisjoint(move.source for move in moves):
+            moves.extend(cycle)
+            return
+    rounds.append(cycle)

@@ -1,6 +1,7 @@
-"""The owners' optimizer in the memory of the host: masters, moments and gradients there, stepped by DeepSpeed's CPU AdamW.
+"""The owners' optimizer on the host: masters, moments and gradients there, stepped by DeepSpeed's CPU AdamW.
 
-Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840. On the rank's device stay the weights that it computes with.
+Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840. On the rank's device stay the weights that it computes with. Masters and
+moments lie in the memory of the host or on its disk (nvme.py).
 
 Letters: O experts owned by a rank over all layers.
 """
@@ -10,33 +11,48 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from parallel.adamw import MOMENTS, AdamWSettings
-from parallel.expert_optimizer import ExpertOptimizer
+from parallel.adamw import AdamWSettings
+from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
+from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
+from parallel.nvme import StatesOnDisk
+from parallel.peer_experts import Shapes
 from parallel.sparse_collectives import Parts
 
 UNDER_WAY_BYTES = 512 * 2**20  # of gradients that may wait on the device for their way to the host, beside the newest
 
 
+def expert_optimizer(
+    offload: str, nvme_dir: Path | None, rows: int, parts: Shapes, settings: AdamWSettings, device: torch.device
+) -> ExpertOptimizer:
+    """For `rows` experts of `parts` that are computed on `device`; parallel.offload and parallel.nvme_dir say where it lies.
+
+    Raises:
+        UserError: the machine lacks what that needs.
+    """
+    if offload == "none":
+        return DeviceAdamW(StatesInMemory(rows, parts, device), settings)
+    if offload == "cpu":
+        return CPUAdamW(StatesInMemory(rows, parts, torch.device("cpu")), settings, device)
+    assert nvme_dir is not None, "trainer/config.py asks for it"
+    return CPUAdamW(StatesOnDisk(rows, parts, nvme_dir), settings, device)
+
+
 class CPUAdamW(ExpertOptimizer):
     """DeepSpeed's AdamW for CPUs on masters and moments of the host."""
 
-    def __init__(self, masters: Parts, settings: AdamWSettings, device: torch.device) -> None:
+    def __init__(self, states: ExpertStates, settings: AdamWSettings, device: torch.device) -> None:
         """`device` is where experts are computed and gradients come from."""
-        self.masters, self._settings = masters, settings
-        self.moments = tuple({key: torch.zeros_like(master) for key in MOMENTS} for master in masters)
-        self._gradients = HostGradients(masters, device)
-        self._experts = [tuple(master[row] for master in masters) for row in range(masters[0].shape[0])]
-        self._adamw = _cpu_adam([part for expert in self._experts for part in expert], settings)
-        for row, expert in enumerate(self._experts):
-            for part, gradient, moments in zip(expert, self._gradients.parts, self.moments, strict=True):
-                part.grad = gradient[row]
-                self._adamw.state[part].update({"step": 0, **{key: moment[row] for key, moment in moments.items()}})
+        self.states, self._settings = states, settings
+        self._gradients = HostGradients(states.rows, states.parts, device)
+        self._adamw = _cpu_adam(settings)
+        self._steps = 0
 
     def add_gradients(self, row: int, gradients: Parts) -> None:
         self._gradients.add(row, gradients)
@@ -49,16 +65,23 @@ class CPUAdamW(ExpertOptimizer):
 
     @torch.no_grad()
     def step(self, lr: float, scale: float, weights: Parts) -> None:
-        assert self._gradients.arrived() is not None, "every MoE layer gives gradients, zeros where no token came"
+        gradients = self._gradients.arrived()
+        assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
+        self._steps += 1
         group = self._adamw.param_groups[0]
-        # One expert after the other: the weights of each are on their way to the device while the next is stepped.
-        for row, expert in enumerate(self._experts):
-            for part in expert:
-                assert part.grad is not None
-                part.grad.mul_(scale)
-            group.update(self._constants(lr, self._adamw.state[expert[0]]["step"] + 1), params=list(expert))
+        group.update(self._constants(lr, self._steps))
+
+        def update(row: int, state: ExpertState) -> None:
+            for master, gradient, moments in zip(state.masters, gradients, state.moments, strict=True):
+                master.grad = gradient[row].mul_(scale)
+                self._adamw.state[master].update({"step": self._steps - 1, **moments})
+            group["params"] = list(state.masters)
             self._adamw.step()
-            self._round(row, weights)
+            self._adamw.state.clear()
+            self._round(row, state.masters, weights)
+
+        # One expert after the other: the weights of each are on their way to the device while the next is stepped.
+        self.states.change(range(self.states.rows), update)
         self._gradients.clear()
 
     def _constants(self, lr: float, step: int) -> dict[str, float]:
@@ -82,18 +105,17 @@ class CPUAdamW(ExpertOptimizer):
 
     @torch.no_grad()
     def round_masters(self, weights: Parts) -> None:
-        for row in range(len(self._experts)):
-            self._round(row, weights)
+        for row, state in enumerate(self.states.read(range(self.states.rows))):
+            self._round(row, state.masters, weights)
 
-    def _round(self, row: int, weights: Parts) -> None:
+    def _round(self, row: int, masters: Parts, weights: Parts) -> None:
         """Rounded here, where gradients were until now: pinned, and in bfloat16 half the bytes cross."""
-        for part, gradient, rows in zip(self._experts[row], self._gradients.parts, weights, strict=True):
+        for part, gradient, rows in zip(masters, self._gradients.parts, weights, strict=True):
             rounded = gradient[row].view(-1).view(rows.dtype)[: part.numel()].view(part.shape)
             rows[row].copy_(rounded.copy_(part), non_blocking=True)
 
     def set_step_count(self, steps: int) -> None:
-        for state in self._adamw.state.values():
-            state["step"] = steps
+        self._steps = steps
 
 
 class HostGradients:
@@ -106,10 +128,10 @@ class HostGradients:
     first contribution to a row in a step only goes out. Sums have the bits that they have without offload.
     """
 
-    def __init__(self, masters: Parts, device: torch.device) -> None:
-        rows = masters[0].shape[0]
-        self.parts = tuple(torch.empty_like(master) for master in masters)
-        self._squares = torch.zeros(len(masters), rows, dtype=torch.float64, device=device)  # of each row's norm
+    def __init__(self, rows: int, parts: Shapes, device: torch.device) -> None:
+        """Of `rows` experts whose tensors have the shapes `parts`."""
+        self.parts = tuple(torch.empty(rows, *part, dtype=torch.float32) for part in parts)
+        self._squares = torch.zeros(len(parts), rows, dtype=torch.float64, device=device)  # of each row's norm
         self._filled = [False] * rows  # rows with a contribution in this step
         self._device = device
         self._stream: torch.cuda.Stream | None = None
@@ -174,14 +196,14 @@ def _pin(tensor: Tensor) -> None:
     weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
-def check_cpu_adam() -> None:
-    """Raises UserError if DeepSpeed's operator cannot be compiled or loaded on this machine."""
+def check_offload(offload: str, nvme_dir: Path | None) -> None:
+    """Raises UserError if this machine lacks what parallel.offload needs."""
     settings = AdamWSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-    _cpu_adam([torch.zeros(8)], settings)
+    expert_optimizer(offload, nvme_dir, 1, ((8, 8),), settings, torch.device("cpu"))
 
 
-def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:
-    """DeepSpeed's operator, compiled by the first process that asks for it on a machine.
+def _cpu_adam(settings: AdamWSettings) -> Any:
+    """DeepSpeed's operator without parameters yet, compiled by the first process that asks for it on a machine.
 
     Raises:
         UserError: it cannot be compiled or loaded.
@@ -190,12 +212,12 @@ def _cpu_adam(parameters: list[Tensor], settings: AdamWSettings) -> Any:
 
     try:
         optimizer = DeepSpeedCPUAdam(
-            parameters, betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
+            [torch.empty(0)], betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
         )
     except RuntimeError as error:
         reason = str(error.__cause__ or error).partition("\n")[0].partition(": [")[0]  # without the compiler's command line
         raise UserError(
-            f"parallel.offload=cpu needs DeepSpeed's AdamW for CPUs, which cannot be compiled here: {reason}. "
+            f"parallel.offload=cpu and nvme need DeepSpeed's AdamW for CPUs, which cannot be compiled here: {reason}. "
             "Install g++ and put it and ninja on the PATH, or set parallel.offload=none"
         ) from error
     return optimizer

@@ -1,10 +1,10 @@
-"""Checkpoints: a safetensors file a rank, beside a JSON record that makes them whole.
+"""Checkpoints: safetensors files of each rank, beside a JSON record that makes them whole.
 
     step_000120/
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors one file a rank
+        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk
         ...                 what the stage adds, for example rollout.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,17 +30,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
 FORMAT = 3
+FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 T = TypeVar("T")
 log = logging.getLogger("tessera")
 
@@ -65,6 +64,7 @@ class Writer:
     """Writes this rank's part of checkpoints behind the back of training, one checkpoint at a time.
 
     Training waits for a copy of its state into the host's memory, and for the checkpoint before if that is still being written.
+    State that lies on a disk (parallel.offload=nvme) has no such copy: training also stands still until that is in its files.
     All ranks make their writers together, and call each method together.
     """
 
@@ -78,7 +78,13 @@ class Writer:
         self._crash: BaseException | None = None
 
     def start(
-        self, folder: Path, tensors: Iterable[tuple[str, Tensor]], meta: CheckpointMeta, files: Mapping[str, str], keep: int
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        meta: CheckpointMeta,
+        files: Mapping[str, str],
+        keep: int,
+        passing: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         """Begins a checkpoint, after `settle`; returns when the tensors may change again.
 
@@ -87,6 +93,7 @@ class Writer:
             tensors: (name, tensor) pairs; each name is given by one rank only.
             files: further text files, name -> content; rank 0's are written.
             keep: how many of the newest checkpoints stay, once this one is whole.
+            passing: further pairs that are written before this returns. A tensor need not outlive the next one.
         """
         assert self._thread is None, "settle() comes before the next checkpoint"
         staging = folder.with_name(f".{folder.name}.partial")
@@ -95,7 +102,8 @@ class Writer:
         self.world.barrier()
         copies = {name: self._copied(name, tensor.detach()) for name, tensor in tensors}
         self._copies = copies
-        work = partial(self._write, staging, folder, copies, meta, files, keep)
+        failure = self._write_passing(staging, folder, passing)
+        work = partial(self._write, staging, folder, copies, failure, meta, files, keep)
         self._thread = threading.Thread(target=self._guarded, args=(work,), name=folder.name, daemon=True)
         self._thread.start()
 
@@ -124,12 +132,33 @@ class Writer:
         except BaseException as error:  # raised again in the thread that waits
             self._crash = error
 
+    def _write_passing(self, staging: Path, folder: Path, passing: Iterable[tuple[str, Tensor]]) -> str | None:
+        """Why it failed, if it did; the thread tells it to the other ranks."""
+        try:
+            for index, tensors in enumerate(_batches(passing)):
+                save_file(tensors, self._state_file(staging, f"_{index:05d}"))
+        except (OSError, SafetensorError) as error:
+            return _why_not_written(folder, error)
+        except UserError as error:  # where the tensors come from
+            return str(error)
+        return None
+
     def _write(
-        self, staging: Path, folder: Path, state: dict[str, Tensor], meta: CheckpointMeta, files: Mapping[str, str], keep: int
+        self,
+        staging: Path,
+        folder: Path,
+        state: dict[str, Tensor],
+        failure: str | None,
+        meta: CheckpointMeta,
+        files: Mapping[str, str],
+        keep: int,
     ) -> str | None:
-        """In the thread: the ranks' files, then on rank 0 all that makes them a checkpoint; why it failed, if it did."""
+        """In the thread: the ranks' files, then on rank 0 all that makes them a checkpoint; why it failed, if it did.
+
+        `failure` is why this rank's part has failed already.
+        """
         started = time.perf_counter()
-        sums, failure = self._write_state(staging, folder, state)
+        sums, failure = self._write_state(staging, folder, state) if failure is None else ({}, failure)
         outcomes = self._from_all((sums, failure))
         failure = next((failure for _, failure in outcomes if failure is not None), None)
         if failure is None and self.world.rank == 0:
@@ -147,15 +176,24 @@ class Writer:
         return failure
 
     def _write_state(self, staging: Path, folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], str | None]:
-        file = staging / "state" / f"rank_{self.world.rank:05d}.safetensors"
+        """(checksums of this rank's files, why it failed)."""
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, file)
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-            return {str(file.relative_to(staging)): _checksum(file)}, None
+            whole = self._state_file(staging)
+            save_file(state, whole)
+            sums = {}
+            for file in whole.parent.glob(f"{whole.stem}*"):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+                sums[str(file.relative_to(staging))] = _checksum(file)
+            return sums, None
         except (OSError, SafetensorError) as error:
             return {}, _why_not_written(folder, error)
+
+    def _state_file(self, staging: Path, number: str = "") -> Path:
+        """One of this rank's, in a folder that exists."""
+        folder = staging / "state"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"rank_{self.world.rank:05d}{number}.safetensors"
 
     def _from_all(self, own: T) -> list[T]:
         """Every rank's, in the order of the ranks."""
@@ -163,6 +201,18 @@ class Writer:
         if self._group is not None:
             dist.all_gather_object(gathered, own, group=self._group)
         return gathered
+
+
+def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Copies of about FILE_BYTES together."""
+    batch: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        batch[name] = tensor.detach().to("cpu", copy=True)
+        if sum(held.nbytes for held in batch.values()) >= FILE_BYTES:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
 
 
 def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str], sums: dict[str, Any]) -> None:
@@ -276,15 +326,26 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def read(folder: Path, shapes: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that this rank asks for, of a checkpoint that any number of ranks wrote; all ranks call it together.
+class _Tensors(Mapping[str, Tensor]):
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted((folder / "state").glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
 
-    Args:
-        shapes: (name, tensor) as given to `Writer.start`; only shape, dtype and device are used.
-    """
-    state = {name: torch.empty_like(tensor) for name, tensor in shapes}
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / "state")), no_dist=not dist.is_initialized())
-    return state
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for."""
+    return _Tensors(folder)
 
 
 # ---------------------------------------------------------------- which ones there are

@@ -152,7 +152,10 @@ class ParallelConfig(Record):
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
     reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
     calibrate: bool  # plan a layer's copies again once its gate has decided, where the gain pays for the wait
-    offload: Literal["none", "cpu"]  # cpu: experts' masters, gradients and moments in the memory of the host, stepped there
+    # Experts' masters, gradients and moments. cpu: in the memory of the host, stepped there; nvme: gradients there, the rest on
+    # its disk.
+    offload: Literal["none", "cpu", "nvme"]
+    nvme_dir: Path | None  # of offload=nvme: a folder on a local disk of every node; its files go with the run
 
     @model_validator(mode="after")
     def consistent(self) -> ParallelConfig:
@@ -161,6 +164,10 @@ class ParallelConfig(Record):
                 f"policy=plain makes no copies, but memory ({self.memory}) keeps room for them; set memory=0, as parallel=ep "
                 "does, or choose another policy"
             )
+        if self.offload == "nvme" and self.nvme_dir is None:
+            raise ValueError("offload=nvme needs nvme_dir, a folder on a local disk: set parallel.nvme_dir=FOLDER")
+        if self.nvme_dir is not None and not self.nvme_dir.is_absolute():
+            raise ValueError(f"nvme_dir ({self.nvme_dir}) is looked for on every rank's node; write the whole path, from / on")
         return self
 
     def copies_kept(self, layers: int, ranks: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
+from parallel.expert_arena import ExpertShape
+from parallel.nvme import IN_FLIGHT, expert_bytes
 from parallel.offload import UNDER_WAY_BYTES
 from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig
 from trainer.model.transformer import parameter_counts
@@ -23,7 +25,7 @@ LABELS = {"optimizer_state": "optimizer"}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank: on its device, and of its host's memory what offloading puts there."""
+    """Bytes on one rank: on its device, and of its host's memory and disk what offloading puts there."""
 
     parameters: int  # what the model computes with
     copies: int  # of experts that other ranks own
@@ -34,10 +36,11 @@ class Memory:
     exchange: int  # where ranks show each other tokens and results
     logits: int  # what exists at once of the logits and of what is made of them
     host: int  # beside a GPU
+    disk: int
 
     @property
     def on_device(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("host", "disk")}
 
     @property
     def total(self) -> int:
@@ -59,13 +62,17 @@ def memory_per_rank(
 
     Every rank owns equally many experts with all that belongs to them, and has room for `parallel.memory` copies a layer. ZeRO
     splits the optimizer state of the dense parameters, stage 2 their gradients too. A rank on a CPU has one memory, offload or
-    not. A `reference` is a second set of weights, its experts sharded alike, without gradients, optimizer or copies.
+    not. What offload=nvme has on the disk is in memory a few experts at a time. A `reference` is a second set of weights, its
+    experts sharded alike, without gradients, optimizer or copies.
     """
     counts, size = parameter_counts(model), BYTES[dtype]
     experts = (counts.total - counts.dense) // ranks
     dense_gradients = counts.dense * size // (ranks if parallel.zero_stage == 2 else 1)
-    expert_gradients, expert_state, host = experts * FLOAT32, experts * 3 * FLOAT32, 0
-    if parallel.offload == "cpu" and on_gpu:
+    expert_gradients, expert_state, host, disk = experts * FLOAT32, experts * 3 * FLOAT32, 0, 0
+    if parallel.offload == "nvme":
+        one = expert_bytes(ExpertShape(1, 1, model.hidden_size, model.expert_hidden_size).parts)
+        expert_state, disk = IN_FLIGHT * one, experts // counts.per_expert * one
+    if parallel.offload != "none" and on_gpu:
         host = expert_gradients + expert_state
         expert_gradients, expert_state = min(experts * size, UNDER_WAY_BYTES), 0
     tokens = rows * sequence_length
@@ -79,6 +86,7 @@ def memory_per_rank(
         exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport != "messages" else 0,
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
         host=host,
+        disk=disk,
     )
 
 
@@ -137,14 +145,16 @@ def budget_lines(
     memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu, reference)
     shares = {LABELS.get(name, name): size / memory.total for name, size in memory.on_device.items()}
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
-    host = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and optimizer"] if memory.host else []
+    kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
+    beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
+    beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [
         f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
         *run,
         f"ranks   {ranks} x {model.num_experts // ranks} experts a layer, micro-batches of {rows} x {length:,} tokens",
         f"memory  {in_gib(memory.total)} a rank, without libraries: {parts}",
-        *host,
+        *beside,
         f"dtype   {dtype}: {reason}",
     ]
 

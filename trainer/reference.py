@@ -45,10 +45,8 @@ def read_reference(folder: Path, config: ModelConfig, batch_invariant: bool, dty
     arena.attention = None
     model = Transformer(config, batch_invariant=batch_invariant).to(world.device, dtype).requires_grad_(False)
     weights = Weights(model, arena, torch.zeros(shape.layers, shape.experts, device=world.device))
-    named = dict(_named_tensors(weights, own))
-    # The masters of a checkpoint are float32; they pass through the host, so that the device never holds both.
-    masters = checkpoint.read(folder, [(name, torch.empty(tensor.shape)) for name, tensor in named.items()])
-    for name, tensor in named.items():
+    masters = checkpoint.read(folder)
+    for name, tensor in _named_tensors(weights, own):
         tensor.copy_(masters[name])
     return weights
 

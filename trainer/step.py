@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from parallel.expert_arena import ExpertShape
 from parallel.expert_shards import ExpertShards
 from parallel.materialisation import UNKNOWN, Materialisation, MaterialisationSettings
 from parallel.moe_layer import ShardedExperts
+from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
 from parallel.topology import World
@@ -77,9 +77,11 @@ class Trainer:
         self.spec, self.world = spec, world
         shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
         owner_LE = np.tile(even_owners(config.num_experts, world.size), (config.num_moe_layers, 1))
-        initial, offload = partial(initial_expert, config, spec.seed), spec.parallel.offload == "cpu"
+        initial, owned = partial(initial_expert, config, spec.seed), owner_LE.size // world.size
+        offload, nvme_dir = spec.parallel.offload, spec.parallel.nvme_dir
+        optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
         peer_memory = reads_peer_memory(spec.parallel.transport, world)
-        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, spec.adamw, offload, peer_memory)
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, peer_memory)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
@@ -314,40 +316,42 @@ class Trainer:
 
     # ------------------------------------------------------------ state
 
-    def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor): dense ones on every rank, an expert's on its owner. Collective."""
+    def shared_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all but the experts, the same on every rank. Collective."""
         yield "bias", self.bias_LE
         if with_moments:
             yield OWNERS, torch.from_numpy(self.experts.owner_LE)
             yield LOADS, self.materialisation.state()
             yield MACHINE, self.materialisation.machine()
         yield from self.dense.named_masters()
-        yield from self.experts.named_state(with_moments)
         if with_moments:
             yield from self.dense.named_moments()
             if self.value_head is not None:
                 yield from self.value_head.named_state()
 
     def state_to_save(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """`named_state`; what all ranks hold comes from one of them only, in turn. Collective."""
-        shared = itertools.count()
-        for name, tensor in self.named_state(with_moments):
-            if name.startswith("experts.") or next(shared) % self.world.size == self.world.rank:
+        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn. Collective."""
+        for index, (name, tensor) in enumerate(self.shared_state(with_moments)):
+            if index % self.world.size == self.world.rank:
                 yield name, tensor
+        if self.spec.parallel.offload != "nvme":
+            yield from self.experts.named_state(with_moments)
+
+    def state_on_disk(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of this rank's experts if they lie on its disk; each is valid until the next is asked for."""
+        if self.spec.parallel.offload == "nvme":
+            yield from self.experts.named_state(with_moments)
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], with_moments: bool, updates: int) -> None:
-        """Sets everything that `named_state` names, bit for bit; the owners must be these already.
+    def load_state(self, tensors: Mapping[str, Tensor], with_moments: bool, updates: int) -> None:
+        """Sets selection bias, dense parameters, experts and, with moments, the value head, bit for bit.
 
-        `updates`: optimizer steps taken so far.
+        The owners must be these already. `updates`: optimizer steps taken so far.
         """
         self.bias_LE = tensors["bias"].to(self.world.device)
-        for name, tensor in self.experts.named_state(with_moments):
-            tensor.copy_(tensors[name])
-        self.experts.round_masters()
-        if with_moments:
-            self.materialisation.load_state(tensors[LOADS], tensors[MACHINE])
-            for name, tensor in self.value_head.named_state() if self.value_head is not None else ():
+        self.experts.load_state(tensors, with_moments)
+        if with_moments and self.value_head is not None:
+            for name, tensor in self.value_head.named_state():
                 tensor.copy_(tensors[name])
         self.dense.load(tensors, with_moments, updates if with_moments else 0)
         self.experts.set_step_count(updates if with_moments else 0)
@@ -360,17 +364,18 @@ class Trainer:
         """
         meta = checkpoint.read_meta(folder, self.spec.model)
         checkpoint.verify(folder, self.world)
+        tensors = checkpoint.read(folder)
         same_ranks = True
         if with_moments:
-            owner_LE = checkpoint.read(folder, [(OWNERS, torch.from_numpy(self.experts.owner_LE))])[OWNERS]
+            owner_LE = tensors[OWNERS]
             counts = torch.bincount(owner_LE.flatten(), minlength=self.world.size)
             same_ranks = len(counts) == self.world.size and bool(counts.min() == counts.max())
             if same_ranks:
                 self.experts.reshard(owner_LE.numpy())
-        tensors = checkpoint.read(folder, self.named_state(with_moments))
-        if not same_ranks:
-            tensors[MACHINE] = torch.full_like(tensors[MACHINE], UNKNOWN)  # other links, other room: to be measured anew
         self.load_state(tensors, with_moments, meta.updates)
+        if with_moments:
+            machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
+            self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
         return meta
 
     def keep_reference(self, folder: Path) -> None:

@@ -143,7 +143,7 @@ class TrainWorker:
         started = time.perf_counter()
         failure = self.writer.settle()
         meta = replace(meta, updates=self.trainer.updates)
-        self.writer.start(folder, self.trainer.state_to_save(with_moments=True), meta, files, keep)
+        self._start(folder, meta, files, keep, with_moments=True)
         return time.perf_counter() - started, failure
 
     def settle(self) -> str | None:
@@ -156,10 +156,16 @@ class TrainWorker:
 
     def write_reference(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> None:
         """Writes the weights as they are, without anything of the optimizer. Raises UserError if they cannot be written."""
-        self.writer.start(folder, self.trainer.state_to_save(with_moments=False), meta, files, keep=1)
+        self._start(folder, meta, files, keep=1, with_moments=False)
         failure = self.writer.settle()
         if failure is not None:
             raise UserError(failure)
+
+    def _start(
+        self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str], keep: int, with_moments: bool
+    ) -> None:
+        held, passing = self.trainer.state_to_save(with_moments), self.trainer.state_on_disk(with_moments)
+        self.writer.start(folder, held, meta, files, keep, passing)
 
     def keep_reference(self, folder: Path) -> None:
         """The policy of this checkpoint is the reference from here on."""
@@ -211,7 +217,7 @@ def read_model(folder: Path) -> LanguageModel:
     checkpoint.verify(folder)
     meta = checkpoint.read_meta(folder)
     model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
-    tensors = checkpoint.read(folder, named_tensors(model))
+    tensors = checkpoint.read(folder)
     for name, tensor in named_tensors(model):
         tensor.copy_(tensors[name])
     return model

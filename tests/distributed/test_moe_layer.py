@@ -9,8 +9,10 @@ micro-batches, and evaluation in between.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from parallel.adamw import AdamWSettings, adamw, set_lr
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
+from parallel.offload import expert_optimizer
 from parallel.placement import Floats, Ints, Placement
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
@@ -133,14 +136,16 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
 
-def spread(world: World, seeds: Sequence[int], offload: bool, peer_memory: bool) -> list[dict[str, Any]]:
+def spread(world: World, seeds: Sequence[int], offload: str, peer_memory: bool) -> list[dict[str, Any]]:
     return [spread_case(world, case(seed, world.size), offload, peer_memory) for seed in seeds]
 
 
-def spread_case(world: World, told: Case, offload: bool, peer_memory: bool) -> dict[str, Any]:
+def spread_case(world: World, told: Case, offload: str, peer_memory: bool) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
     copies = SHAPE.layers * SHAPE.experts
-    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, ADAMW, offload, peer_memory)
+    owned = told.owner_LE.size // world.size
+    optimizer = expert_optimizer(offload, Path(tempfile.gettempdir()), owned, SHAPE.parts, ADAMW, world.device)
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, optimizer, peer_memory)
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
@@ -200,7 +205,7 @@ def one_device(told: Case, size: int) -> dict[str, Any]:
 
 
 def test_memory_that_all_read_gives_the_bits_of_messages() -> None:
-    in_place, by_messages = (run_ranks(spread, 2, range(4), False, peer_memory) for peer_memory in (True, False))
+    in_place, by_messages = (run_ranks(spread, 2, range(4), "none", peer_memory) for peer_memory in (True, False))
     for one, other in zip(in_place, by_messages, strict=True):
         for found, wanted in zip(one, other, strict=True):
             assert found["norms"] == wanted["norms"]
@@ -217,18 +222,19 @@ def close(found: Tensor, expected: Tensor, where: str) -> None:
 @pytest.mark.parametrize(
     ("size", "offload", "peer_memory"),
     [
-        (1, False, False),
-        (2, False, False),
-        (4, False, False),
-        (8, False, False),
-        (1, True, False),
-        (2, True, False),
-        (2, False, True),
-        (4, False, True),
-        (8, True, True),
+        (1, "none", False),
+        (2, "none", False),
+        (4, "none", False),
+        (8, "none", False),
+        (1, "cpu", False),
+        (2, "cpu", False),
+        (2, "none", True),
+        (4, "none", True),
+        (8, "cpu", True),
+        pytest.param(2, "nvme", False, marks=pytest.mark.aio),
     ],
 )
-def test_sharded_experts_equal_experts_on_one_device(size: int, offload: bool, peer_memory: bool) -> None:
+def test_sharded_experts_equal_experts_on_one_device(size: int, offload: str, peer_memory: bool) -> None:
     by_rank = run_ranks(spread, size, range(CASES), offload, peer_memory)
     for seed in range(CASES):
         told, results = case(seed, size), [rank[seed] for rank in by_rank]

@@ -7,6 +7,8 @@ count that is not all-reduced, each shows here. (The most frequent fault of MoE 
 
 from __future__ import annotations
 
+import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
 from parallel.topology import World
 from tests import checkpoints
+from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
+from trainer.checkpoint import Writer
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
@@ -31,6 +35,7 @@ from trainer.worker import named_tensors
 
 STEPS = 3
 LR = 1e-2
+DISK = Path(tempfile.gettempdir())
 
 
 def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -73,7 +78,7 @@ def learn(trainer: Trainer, world: World, first: int, last: int) -> list[dict[st
 
 
 def own_state(trainer: Trainer, with_moments: bool = False) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.named_state(with_moments)}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoints.named_state(trainer, with_moments)}
 
 
 def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -94,10 +99,15 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
+        pytest.param(
+            *(4, {"micro_rows": 1, "parallel": parallel(offload="nvme", nvme_dir=DISK, overlap=5, memory=1, reshard_every=1)}),
+            marks=pytest.mark.aio,
+        ),
     ],
     ids=[
         *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
         *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep", "1-rank-offload", "2-ranks-offload-reshard"],
+        "4-ranks-nvme-reshard",
     ],
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
@@ -121,7 +131,7 @@ def save_and_go_on(world: World, told: TrainerSpec, folder: str) -> tuple[dict[s
     trainer = Trainer(told, world)
     learn(trainer, world, 0, 2)
     meta = checkpoint.CheckpointMeta("pretrain", 2, trainer.updates, told.model.model_dump(mode="json"), "unknown", {})
-    checkpoints.write(Path(folder) / "step_000002", trainer.state_to_save(with_moments=True), meta, {"note.txt": "two"}, world)
+    checkpoints.save(trainer, Path(folder) / "step_000002", meta, {"note.txt": "two"})
     state = own_state(trainer, with_moments=True)
     losses = [m["train/loss"] for m in learn(trainer, world, 2, 4)]
     check_reset(trainer)
@@ -197,3 +207,44 @@ def test_checkpoints_with_and_without_offload_load_each_other_bit_for_bit(tmp_pa
                 assert loaded[0][1] == written[0][1], "with offload a run does not go on bit for bit"
             assert loaded[0][1] == pytest.approx(written[0][1], rel=1e-5)
     assert losses["cpu"] == pytest.approx(losses["none"], rel=1e-5)
+
+
+@pytest.mark.aio
+def test_on_disk_a_run_has_the_bits_of_memory_and_checkpoints_go_both_ways(tmp_path: Path) -> None:
+    told = {
+        offload: spec(tiny_model(), micro_rows=2, parallel=parallel(offload=offload, nvme_dir=DISK, reshard_every=1))
+        for offload in ("cpu", "nvme")
+    }
+    states, losses = {}, {}
+    for offload in told:
+        (tmp_path / offload).mkdir()
+        written = run_ranks(save_and_go_on, 2, told[offload], str(tmp_path / offload))
+        states[offload], losses[offload] = whole([state for state, _ in written]), written[0][1]
+    assert torch.equal(states["nvme"][OWNERS], states["cpu"][OWNERS])
+    require_equal(states["nvme"], states["cpu"], same_ranks=False)  # each has measured the machine for itself
+    assert losses["nvme"] == losses["cpu"]
+    for offload, loading in (("cpu", "nvme"), ("nvme", "cpu")):
+        loaded = run_ranks(load_and_go_on, 2, told[loading], str(tmp_path / offload))
+        require_equal(whole([state for state, _ in loaded]), states[offload], same_ranks=True)
+        assert loaded[0][1] == losses["cpu"], "a run does not go on bit for bit"
+
+
+def go_on_after_a_full_disk(world: World, told: TrainerSpec, folder: str) -> list[str | None]:
+    trainer, writer, found = Trainer(told, world), Writer(world), []
+    learn(trainer, world, 0, 1)
+    for size in (20_000, resource.RLIM_INFINITY):
+        meta = checkpoint.CheckpointMeta("pretrain", 1, 1, told.model.model_dump(mode="json"), "unknown", {})
+        held, passing = trainer.state_to_save(with_moments=True), trainer.state_on_disk(with_moments=True)
+        with file_size_limit(size):
+            writer.start(Path(folder) / "step_000001", held, meta, {}, 1, passing)
+        found.append(writer.settle())
+        learn(trainer, world, 1, 2)
+    return found
+
+
+@pytest.mark.aio
+def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) -> None:
+    told = spec(tiny_model(), micro_rows=2, parallel=parallel(offload="nvme", nvme_dir=DISK))
+    for full, free in run_ranks(go_on_after_a_full_disk, 2, told, str(tmp_path)):
+        assert full is not None and "no space to write" in full and free is None
+    checkpoint.verify(tmp_path / "step_000001")

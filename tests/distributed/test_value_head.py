@@ -17,7 +17,7 @@ from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL, REFERENCE, RETURNS, VALUES
 from rl.packing import Document, pack
 from rl.returns import explained_variance, with_token_advantages
-from tests.checkpoints import write
+from tests.checkpoints import named_state, write
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
@@ -94,17 +94,17 @@ def rounds(trainer: Trainer, world: World, first: int, last: int, warm: int = 0)
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.named_state(with_moments=True)}
+    return {name: tensor.detach().cpu().clone() for name, tensor in named_state(trainer, with_moments=True)}
 
 
 def train_and_save(world: World, spec: TrainerSpec, folder: str) -> tuple[list[Any], dict[str, Tensor], list[Any]]:
     """(history of 4 rounds, state after 3 of them, predictions of the reference before and after)."""
     trainer = Trainer(spec, world)
-    write(Path(folder) / "reference", trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
+    write(Path(folder) / "reference", trainer.state_to_save(with_moments=False), meta_of(trainer, 0), {}, world)
     trainer.keep_reference(Path(folder) / "reference")
     before = gathered(trainer.predict(own(batch_of(9), world), policy=True, reference=True), world)
     history = rounds(trainer, world, 0, 3, warm=1)
-    write(Path(folder) / "step_000003", trainer.named_state(with_moments=True), meta_of(trainer, 3), {}, world)
+    write(Path(folder) / "step_000003", trainer.state_to_save(with_moments=True), meta_of(trainer, 3), {}, world)
     state = state_of(trainer)
     after = gathered(trainer.predict(own(batch_of(9), world), policy=True, reference=True), world)
     return history + rounds(trainer, world, 3, 4), state, [before, after]
@@ -202,7 +202,7 @@ def both(world: World, spec: TrainerSpec, folder: str) -> dict[str, Tensor]:
     """Predictions of the policy after an update, and of the reference that is read from a checkpoint of it."""
     trainer = Trainer(spec, world)
     trainer.learn(own(batch_of(0), world), cross_entropy, LR)
-    write(Path(folder), trainer.named_state(with_moments=False), meta_of(trainer, 0), {}, world)
+    write(Path(folder), trainer.state_to_save(with_moments=False), meta_of(trainer, 0), {}, world)
     trainer.keep_reference(Path(folder))
     return trainer.predict(own(batch_of(1), world), policy=True, reference=True)
 

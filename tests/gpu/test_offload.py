@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from parallel import offload
 from parallel.adamw import AdamWSettings
-from parallel.expert_optimizer import DeviceAdamW
-from parallel.offload import CPUAdamW, HostGradients
+from parallel.expert_optimizer import ExpertOptimizer
+from parallel.expert_states import ExpertState
+from parallel.offload import HostGradients, expert_optimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-SHAPES = ((6, 1024, 512), (6, 512, 512))
+PARTS = ((1024, 512), (512, 512))
+SHAPES = tuple((6, *part) for part in PARTS)
 LAYERS = [(3, 6), (1, 3), (0, 1)]  # rows of each layer, as backward comes by
 SETTINGS = AdamWSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip_norm=1.0)
 
@@ -21,13 +25,26 @@ def drawn(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.randn(rows, *shape[1:], device="cuda", dtype=dtype) * 0.02 for shape in SHAPES)
 
 
+def begun(offload: str, folder: Path, masters: tuple[Tensor, ...]) -> ExpertOptimizer:
+    optimizer = expert_optimizer(offload, folder, 6, PARTS, SETTINGS, torch.device("cuda", 0))
+
+    def begin(row: int, state: ExpertState) -> None:
+        for found, master in zip(state.masters, masters, strict=True):
+            found.copy_(master[row])
+
+    optimizer.states.change(range(6), begin)
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("nvme", marks=pytest.mark.aio)])
 @pytest.mark.parametrize("room", [0, 2**22, offload.UNDER_WAY_BYTES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_and_weights_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, room: int) -> None:
+def test_gradients_and_weights_are_those_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, room: int, kind: str
+) -> None:
     monkeypatch.setattr(offload, "UNDER_WAY_BYTES", room)
     masters = drawn(6, torch.float32)
-    device = DeviceAdamW(tuple(master.clone() for master in masters), SETTINGS)
-    host = CPUAdamW(tuple(master.cpu() for master in masters), SETTINGS, torch.device("cuda", 0))
+    device, host = begun("none", tmp_path, masters), begun(kind, tmp_path, masters)
     weights = tuple(torch.empty(8, *shape[1:], device="cuda", dtype=dtype) for shape in SHAPES)
     for _ in range(3):
         for _ in range(3):
@@ -46,13 +63,15 @@ def test_gradients_and_weights_are_those_of_the_device(monkeypatch: pytest.Monke
         assert host.squared_norm().item() == pytest.approx(device.squared_norm().item(), rel=1e-10)
         device.step(1e-3, 0.5, tuple(torch.empty_like(part) for part in weights))
         host.step(1e-3, 0.5, weights)
-        for rows, here, there in zip(weights, host.masters, device.masters, strict=True):
-            torch.testing.assert_close(here, there.detach().cpu(), rtol=1e-6, atol=1e-7)
-            assert torch.equal(rows[:6].cpu(), here.to(dtype))
+        pairs = zip(host.states.read(range(6)), device.states.read(range(6)), strict=True)
+        for row, (found_state, wanted_state) in enumerate(pairs):
+            for rows, here, there in zip(weights, found_state.masters, wanted_state.masters, strict=True):
+                torch.testing.assert_close(here, there.cpu(), rtol=1e-6, atol=1e-7)
+                assert torch.equal(rows[row].cpu(), here.to(dtype))
 
 
 def test_gradients_cross_while_the_device_computes() -> None:
-    host = HostGradients(tuple(torch.empty(shape) for shape in SHAPES), torch.device("cuda", 0))
+    host = HostGradients(6, PARTS, torch.device("cuda", 0))
     parts = drawn(6, torch.bfloat16)
     for _ in range(2):  # kernels are loaded at their first call, which waits for the device
         host.add(0, parts)
@@ -66,7 +85,7 @@ def test_gradients_cross_while_the_device_computes() -> None:
 
 
 def test_the_host_does_not_wait_for_the_device() -> None:
-    host = HostGradients(tuple(torch.empty(shape) for shape in SHAPES), torch.device("cuda", 0))
+    host = HostGradients(6, PARTS, torch.device("cuda", 0))
     parts = drawn(6, torch.bfloat16)
     for _ in range(2):
         host.add(0, parts)

@@ -175,6 +175,8 @@ def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> N
         (["optimizer.warmup_steps=161", "train.steps=160"], ["optimizer.warmup_steps (161)", "train.steps (160)"]),
         (["model.selection_bias=false", "balance.rate=0.5"], ["balance.rate (0.5)", "selection_bias=true", "balance=frozen"]),
         (["model.num_heads=3", "model.num_kv_heads=2"], ["num_heads (3)", "num_kv_heads (2)"]),
+        (["parallel.offload=nvme"], ["offload=nvme needs nvme_dir", "set parallel.nvme_dir=FOLDER"]),
+        (["parallel.nvme_dir=here"], ["nvme_dir (here)", "write the whole path"]),
     ],
 )
 def test_options_that_disagree_are_named_with_their_values(arguments: Sequence[str], parts: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -113,6 +115,12 @@ def test_offloading_moves_the_state_of_experts_from_a_gpu_to_its_host() -> None:
     assert offloaded.optimizer_state == without.optimizer_state - 12 * experts == 12 * counts.dense // 2
     assert offloaded.gradients == without.gradients - 4 * experts + 2 * experts  # those on their way to the host
     assert plan("cpu", on_gpu=False) == plan("none", on_gpu=False), "on a CPU there is one memory"
+    on_disk, three = plan("nvme", on_gpu=True), 3 * 12 * counts.per_expert
+    assert on_disk.disk == 12 * experts and on_disk.host == 4 * experts + three
+    assert on_disk.optimizer_state == offloaded.optimizer_state and on_disk.gradients == offloaded.gradients
+    beside = plan("nvme", on_gpu=False)
+    assert (beside.disk, beside.host) == (12 * experts, 0)
+    assert beside.optimizer_state == without.optimizer_state - 12 * experts + three
 
 
 def test_a_reference_takes_the_room_of_a_second_set_of_weights_whose_experts_are_sharded() -> None:
@@ -149,13 +157,16 @@ def test_the_plan_of_a_pretraining_spells_out_its_arithmetic() -> None:
     assert all(len(line) <= 128 for line in text.splitlines())
 
 
-def test_the_plan_names_the_memory_of_the_host() -> None:
-    config = CONFIG.model_copy(update={"parallel": CONFIG.parallel.model_copy(update={"offload": "cpu"})})
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_the_plan_names_the_memory_of_the_host_and_the_disk(offload: str) -> None:
+    changes = {"offload": offload, "nvme_dir": Path("/local")}
+    config = CONFIG.model_copy(update={"parallel": CONFIG.parallel.model_copy(update=changes)})
     train = config.train
     memory = memory_per_rank(MODEL, 2, train.micro_rows, 256, "bfloat16", config.parallel, train.recompute, on_gpu=True)
     text = "\n".join(budget_lines(config, MODEL, 2, "bfloat16", "a GPU", on_gpu=True))
     assert f"memory  {in_gib(memory.total)} a rank" in text and f"host    {in_gib(memory.host)} of its memory a rank" in text
     assert all(len(line) <= 128 for line in text.splitlines())
+    assert (f"disk    {in_gib(memory.disk)} in /local a rank" in text) == (offload == "nvme")
     assert "host" not in "\n".join(budget_lines(config, MODEL, 2, "float32", "no GPU", on_gpu=False))
 
 

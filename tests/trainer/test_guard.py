@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from parallel.topology import World
+from tests.checkpoints import named_state
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
@@ -110,7 +111,7 @@ def learn(world: World, told: TrainerSpec, poison: float | None, numbers: list[i
         except UpdateRefused as error:
             raised = str(error)
             break
-    state = {name: tensor.detach().cpu().clone() for name, tensor in trainer.named_state(with_moments=False)}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in named_state(trainer, with_moments=False)}
     return {"metrics": metrics, "raised": raised, "state": state}
 
 
