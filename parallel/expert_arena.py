@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.peer_experts import Shapes
 from parallel.placement import Floats, Ints, Placement, missing
-from parallel.sparse_collectives import Parts
+from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
@@ -46,7 +45,7 @@ class ExpertShape:
 
     def matrices(self, experts: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Uninitialised gate_up (experts, 2F, D) and down (experts, D, F)."""
-        return tuple(torch.empty(experts, *part, dtype=dtype, device=device) for part in self.parts)
+        return empty_parts(experts, self.parts, dtype, device)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.adamw import MOMENTS
-from parallel.peer_experts import Shapes
-from parallel.sparse_collectives import Parts
+from parallel.sparse_collectives import Parts, Shapes
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from parallel.adamw import MOMENTS
 from parallel.expert_states import ExpertState, ExpertStates
-from parallel.peer_experts import Shapes
+from parallel.sparse_collectives import Shapes
 
 IN_FLIGHT = 3  # experts that the host keeps: the one in use, the next and the one before
 ALIGNMENT = 4096  # bytes; direct transfers start and end at multiples of a disk's blocks

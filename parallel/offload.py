@@ -22,8 +22,7 @@ from parallel.adamw import AdamWSettings
 from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
 from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
 from parallel.nvme import StatesOnDisk
-from parallel.peer_experts import Shapes
-from parallel.sparse_collectives import Parts
+from parallel.sparse_collectives import Parts, Shapes
 
 UNDER_WAY_BYTES = 512 * 2**20  # of gradients that may wait on the device for their way to the host, beside the newest
 

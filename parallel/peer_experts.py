@@ -16,20 +16,11 @@ import numpy as np
 import torch
 
 from parallel.peer_memory import PeerMemory, view
-from parallel.placement import Bools, Ints, Placement
-from parallel.sparse_collectives import Parts
+from parallel.placement import Ints, Placement
+from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.topology import World
 
 CHANNEL = 1  # of barriers on the stream of the copies
-
-Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
-
-
-def copies_beside_owner(placement: Placement) -> Bools:
-    """(E, D): where experts are, their owners excepted."""
-    beside_ED = placement.copies_ED.copy()
-    beside_ED[range(len(placement.owner_E)), placement.owner_E] = False
-    return beside_ED
 
 
 class PeerRoom:
@@ -148,7 +139,7 @@ class PeerExperts:
             row_E: in which row of its owner's arena each expert lies.
             slots: in which row of this rank's arena it shall.
         """
-        here = copies_beside_owner(placement)[:, self.world.rank].nonzero()[0].tolist()
+        here = placement.beside_ED[:, self.world.rank].nonzero()[0].tolist()
         moves = [(slots[expert], int(placement.owner_E[expert]), int(row_E[expert])) for expert in here]
         copies = [
             (own[to : to + count], part[row : row + count])
@@ -167,14 +158,14 @@ class PeerExperts:
         if self._staging is None or self._staging.experts < most:
             self._staging = PeerRoom(self.world, most, self._shapes, self._dtype)
         staging, rank = self._staging, self.world.rank
-        beside_ED = copies_beside_owner(placement)
+        beside_ED = placement.beside_ED
         place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy in the staging of its rank
         shown = [(int(place_ED[e, rank]), rank, places[e]) for e in beside_ED[:, rank].nonzero()[0].tolist()]
         for to, _, place, count in _runs(shown):
             for target, part in zip(staging.of_rank[rank], gradients, strict=True):
                 target[to : to + count].copy_(part[place : place + count])
         coming = [(e, d) for e, d in np.argwhere(beside_ED).tolist() if placement.owner_E[e] == rank]
-        room = [torch.empty(len(coming), *shape, dtype=self._dtype, device=self.world.device) for shape in self._shapes]
+        room = empty_parts(len(coming), self._shapes, self._dtype, self.world.device)
         copies = [
             (target[to : to + count], part[place : place + count])
             for to, device, place, count in _runs([(i, d, int(place_ED[e, d])) for i, (e, d) in enumerate(coming)])

@@ -8,6 +8,7 @@ current stream, and the host goes on.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -62,10 +63,7 @@ class PeerMemory:
 
 def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A part of a block of bytes from byte `start` on, as a tensor."""
-    count = 1
-    for size in shape:
-        count *= size
-    return block[start : start + count * dtype.itemsize].view(dtype).view(shape)
+    return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def within_reach(world: World) -> bool:

@@ -68,11 +68,15 @@ class Placement:
         expert_H, device_H = np.divmod(np.flatnonzero(self.copies_ED), self.copies_ED.shape[1])  # much faster than np.nonzero
         return expert_H, device_H
 
+    @cached_property
+    def beside_ED(self) -> Bools:
+        """Where experts are, their owners excepted."""
+        return self.copies_ED & ~on_owners(self.owner_E, self.copies_ED.shape[1])
+
     @property
     def extra_D(self) -> Ints:
         """Copies on each device beside what it owns."""
-        owned_D = np.bincount(self.owner_E, minlength=self.copies_ED.shape[1])
-        return np.asarray(self.copies_ED.sum(axis=0) - owned_D, dtype=np.int64)
+        return np.asarray(self.beside_ED.sum(axis=0), dtype=np.int64)
 
 
 def on_owners(owner_E: Ints, devices: int) -> Bools:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +22,12 @@ from parallel.placement import Ints, Placement, Topology
 from parallel.routes import routes
 
 Parts = tuple[Tensor, ...]  # the tensors of one expert: gate_up_CD and down_DF, or their gradients
+Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
+
+
+def empty_parts(experts: int, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Parts:
+    """Room for the parts of so many experts, uninitialised."""
+    return tuple(torch.empty(experts, *shape, dtype=dtype, device=device) for shape in shapes)
 
 
 @dataclass(frozen=True)

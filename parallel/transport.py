@@ -16,10 +16,19 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.peer_exchange import PeerTokens
-from parallel.peer_experts import PeerExperts, Shapes, copies_beside_owner
+from parallel.peer_experts import PeerExperts
 from parallel.peer_memory import PeerMemory, within_reach
 from parallel.placement import Ints, Placement
-from parallel.sparse_collectives import GatherPlan, Parts, Pending, SparseAllGather, SparseReduceScatter, gather_plan
+from parallel.sparse_collectives import (
+    GatherPlan,
+    Parts,
+    Pending,
+    Shapes,
+    SparseAllGather,
+    SparseReduceScatter,
+    empty_parts,
+    gather_plan,
+)
 from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
 
@@ -126,7 +135,7 @@ class MessageTransport:
         self._rows = self._room(rows)
 
     def _room(self, rows: int) -> Parts:
-        return tuple(torch.empty(rows, *shape, dtype=self._dtype, device=self._world.device) for shape in self._shapes)
+        return empty_parts(rows, self._shapes, self._dtype, self._world.device)
 
     @property
     def rows(self) -> Parts:
@@ -161,8 +170,7 @@ class PeerMovement:
 
     @property
     def num_sends(self) -> int:
-        beside_ED = copies_beside_owner(self.placement)
-        return int(beside_ED[self.placement.owner_E == self.experts.world.rank].sum())
+        return int(self.placement.beside_ED[self.placement.owner_E == self.experts.world.rank].sum())
 
     @property
     def num_receives(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kernels.errors import UserError
-from rl.rewards.sandbox import Isolation, Limits, check_isolation, run_program
+from rl.rewards.sandbox import Isolation, Limits, Outcome, check_isolation, run_program
 
 Verifier = Callable[[str, str], float]  # completion, answer -> reward in [0, 1]; raises for an answer that is no answer
 Option = int | float | str | bool
@@ -90,7 +90,22 @@ class JsonSchema:
 
 
 @dataclass(frozen=True)
-class CodeTests:
+class RunsPrograms:
+    """What verifiers share that run programs of the model."""
+
+    timeout_s: float = 4.0
+    memory_mib: int = 1024
+    isolation: Isolation = "namespaces"
+
+    def __post_init__(self) -> None:
+        check_isolation(self.isolation)
+
+    def run(self, source: str, stdin: str, timeout_s: float) -> Outcome:
+        return run_program(source, stdin, Limits(timeout_s, self.memory_mib), self.isolation)
+
+
+@dataclass(frozen=True)
+class CodeTests(RunsPrograms):
     """1 if the Python code of the completion, its last fenced block, passes the answer: statements that run after it, such as
     asserts. `timeout_s` must be below reward.timeout_s, so that an endless loop is worth 0.
 
@@ -98,32 +113,18 @@ class CodeTests:
     learns to, take `code_io`.
     """
 
-    timeout_s: float = 4.0
-    memory_mib: int = 1024
-    isolation: Isolation = "namespaces"
-
-    def __post_init__(self) -> None:
-        check_isolation(self.isolation)
-
     def __call__(self, completion: str, answer: str) -> float:
         passed = secrets.token_hex(16)
         source = f"{last_block(completion)}\n\n{answer}\n\nprint({passed!r})\n"
-        outcome = run_program(source, "", Limits(self.timeout_s, self.memory_mib), self.isolation)
+        outcome = self.run(source, "", self.timeout_s)
         return float(outcome.exit_code == 0 and outcome.output.rstrip().endswith(passed))
 
 
 @dataclass(frozen=True)
-class CodeIO:
+class CodeIO(RunsPrograms):
     """1 if the Python program of the completion, its last fenced block, prints what is expected for every case of the answer, a
     JSON list of {"input": text, "output": text}; amounts of white space do not matter. `timeout_s` is for all cases together
     and must be below reward.timeout_s, so that an endless loop is worth 0."""
-
-    timeout_s: float = 4.0
-    memory_mib: int = 1024
-    isolation: Isolation = "namespaces"
-
-    def __post_init__(self) -> None:
-        check_isolation(self.isolation)
 
     def __call__(self, completion: str, answer: str) -> float:
         cases = [(case["input"], case["output"]) for case in json.loads(answer)]
@@ -134,7 +135,7 @@ class CodeIO:
             left = deadline - time.monotonic()
             if left <= 0:
                 return 0.0
-            outcome = run_program(source, given, Limits(left, self.memory_mib), self.isolation)
+            outcome = self.run(source, given, left)
             if outcome.exit_code != 0 or outcome.output.split() != expected.split():
                 return 0.0
         return 1.0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
 from parallel.nvme import IN_FLIGHT, StatesOnDisk, expert_bytes
-from parallel.peer_experts import Shapes
+from parallel.sparse_collectives import Shapes
 
 DISK = Path(tempfile.gettempdir())
 PARTS = ((6, 5), (5, 3))
