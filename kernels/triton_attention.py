@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import begin, early
 from kernels.ragged import Ragged
 
 BLOCK = 64  # keys of a step, and of a page
@@ -58,6 +59,7 @@ def launch_attention(q_THd: Tensor, keys: Tensor, values: Tensor, spans: Ragged)
         BLOCK_K=BLOCK,
         num_warps=4,
         num_stages=2,  # the third would cost programs that run at once
+        **early(q_THd.device),
     )
     return out_THd, log_sum_HT
 
@@ -77,6 +79,7 @@ def launch_put(k_TGd: Tensor, v_TGd: Tensor, places_T: Tensor, keys_PpGd: Tensor
             NUMBERS=groups * size,
             D=size,
             BLOCK=triton.next_power_of_2(groups * size),
+            **early(k_TGd.device),
         )
 
 
@@ -96,7 +99,9 @@ def _put_kernel(  # type: ignore[no-untyped-def]
     NUMBERS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token, number = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     place = tl.load(places + token) * NUMBERS + number
     there = number < NUMBERS
@@ -135,7 +140,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     sequence = tl.load(tile_sequence + tl.program_id(0))
     first_query = tl.load(tile_first + tl.program_id(0))
     group = tl.program_id(1)

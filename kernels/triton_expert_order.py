@@ -1,13 +1,14 @@
-"""The order of entries by expert, without a sort, in two Triton kernels; kernels/expert_order.py says what they compute.
+"""The order of entries by expert, without a sort, in Triton kernels; kernels/expert_order.py says what they compute.
 
-Shape letters: N entries, E experts, M tiles, P programs that place entries. Each of these takes a span of consecutive entries.
-The first kernel counts the experts of every span. In the second, each program adds up the counts of all spans (of those before
-its own, and of all), which tells where each expert's entries of its span begin, and places them in order; more programs of the
-same launch write the tiles and the experts by load. Only integers are added, so the order of adding does not matter.
+Shape letters: N entries, E experts, M tiles, P spans of consecutive entries. A program places the entries of one span: it knows
+how many entries each expert has in the spans before, and in all, so where those of its own span begin. More programs of the
+same launch write the tiles and the experts by load. Up to FEW entries every program counts all of them itself, in one launch;
+beyond, one kernel counts every span, and one adds the counts up over the spans. Only integers are added, so the order of adding
+does not matter.
 
-Bounds. Bytes: N * (8 read twice + 8 written), and P^2 * E * 4 read from the L2 cache by the second kernel, which is why P is
-limited: 1.6 MB and 34 MB at N=65536, E=128, some 7 us. Operations: a rank costs CHUNK comparisons an entry, 8 M in that case,
-whatever E is. What counts is latency: a program places its chunks one after the other, 2 us each.
+Bounds. Bytes: N * (8 read twice + 8 written) + 12 P E: 6 MB and 2 MB at N=262144, E=128, some 2 us. Operations: a rank costs
+CHUNK comparisons an entry, whatever E is. What counts is latency: three launches, and a program that walks through its chunks
+one after the other, 2 us each, so there are as many spans as the kernel that adds over them can bear.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import begin, early
+
 CHUNK = 128  # entries whose ranks are found at once
-MAX_SPANS = 256
+FEW = 4096  # entries
+MAX_SPANS = 1024
 SLOTS = 32  # tiles and experts of a program that does not place entries
-COUNTERS = 4096  # numbers of a tile of the spans' counts
+COLUMNS = 8  # experts of a program that adds over spans
+SPAN_ROWS = 256  # spans that it adds at once
+BLOCK = 1024  # entries that are counted at once
 
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -29,19 +35,24 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     """The fields of kernels.expert_order.ExpertOrder. A negative expert is an absent entry, too large a one the last expert."""
     experts_TK, device = experts_TK.contiguous(), experts_TK.device
     num_entries = experts_TK.numel()
-    span = CHUNK * triton.cdiv(num_entries, CHUNK * MAX_SPANS)
-    spans = triton.cdiv(num_entries, span) if num_entries else 0
+    span = CHUNK * max(1, triton.cdiv(num_entries, CHUNK * MAX_SPANS))
+    spans = triton.cdiv(num_entries, span)
+    counted = 0 if num_entries <= FEW else spans
     padded = max(16, triton.next_power_of_2(num_experts))
     # One allocation for all, since each would cost as much as a launch.
-    sizes = [spans * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
+    sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    counts_PE, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
+    before_PE, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
+    launch = early(device)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    if spans:
-        _count_kernel[(spans,)](experts_TK, counts_PE, num_entries, span, E=num_experts, E_PADDED=padded, BLOCK=1024)
+    if counted:
+        _count_kernel[(spans,)](experts_TK, before_PE, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
+        _before_kernel[(triton.cdiv(num_experts, COLUMNS),)](
+            before_PE, counts_E, spans, E=num_experts, COLUMNS=COLUMNS, ROWS=SPAN_ROWS, **launch
+        )
     _order_kernel[(spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),)](
         experts_TK,
-        counts_PE,
+        before_PE if counted else None,
         entry_N,
         place_N,
         counts_E,
@@ -60,8 +71,9 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
         TILE_ROWS=tile_rows,
         CHUNK=CHUNK,
         SLOTS=SLOTS,
-        BLOCK_P=max(1, COUNTERS // padded),
+        BLOCK=BLOCK,
         num_warps=8,
+        **launch,
     )
     return entry_N, place_N, counts_E, ends_E, tile_expert_M, tile_row_M, num_tiles, by_load_E
 
@@ -81,31 +93,42 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     span,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     first = tl.program_id(0).to(tl.int64) * span
-    end = tl.minimum(first + span, num_entries)
-    count = tl.zeros([E_PADDED], tl.int32)
-    for start in range(0, span, BLOCK):
-        entries = first + start + tl.arange(0, BLOCK)
-        expert, present = _experts_at(experts, entries, entries < end, E)
-        count += tl.histogram(expert, E_PADDED, mask=present)
+    count = _counted(experts, first, tl.minimum(first + span, num_entries), E, E_PADDED, CHUNK)
     column = tl.arange(0, E_PADDED)
     tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
 
 
 @triton.jit
-def _sums(counts, span_index, spans, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(entries of each expert in the spans before this one, in all spans)."""
-    column = tl.arange(0, E_PADDED)[None, :]
-    before = tl.zeros([BLOCK_P, E_PADDED], tl.int32)
-    total = tl.zeros([BLOCK_P, E_PADDED], tl.int32)
-    for start in range(0, spans, BLOCK_P):
-        row = start + tl.arange(0, BLOCK_P)[:, None]
-        count = tl.load(counts + row * E + column, mask=(row < spans) & (column < E), other=0)
-        total += count
-        before += tl.where(row < span_index, count, 0)
-    return tl.sum(before, axis=0), tl.sum(total, axis=0)
+def _counted(experts, first, end, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many of the entries first .. end each expert has."""
+    count = tl.zeros([E_PADDED], tl.int32)
+    for start in range(first, end, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        expert, present = _experts_at(experts, entries, entries < end, E)
+        count += tl.histogram(expert, E_PADDED, mask=present)
+    return count
+
+
+@triton.jit(do_not_specialize=["spans"])
+def _before_kernel(  # type: ignore[no-untyped-def]
+    counts, totals, spans, E: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr
+):
+    """In place: of the counts of every span the sums over the spans before it; `totals` (int64) gets those of all spans."""
+    begin(EARLY)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, spans, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        there = (row < spans) & (column < E)[None, :]
+        count = tl.load(counts + row * E + column[None, :], mask=there, other=0)
+        tl.store(counts + row * E + column[None, :], total[None, :] + tl.cumsum(count, axis=0) - count, mask=there)
+        total += tl.sum(count, axis=0)
+    tl.store(totals + column, total.to(tl.int64), mask=column < E)
 
 
 @triton.jit
@@ -194,20 +217,28 @@ def _order_kernel(  # type: ignore[no-untyped-def]
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     program = tl.program_id(0)
-    before, total = _sums(span_counts, program, spans, E, E_PADDED, BLOCK_P)
+    column = tl.arange(0, E_PADDED)
+    first = tl.minimum(program, spans).to(tl.int64) * span
+    if span_counts is None:
+        before = _counted(experts, 0, tl.minimum(first, num_entries), E, E_PADDED, BLOCK)
+        total = before + _counted(experts, tl.minimum(first, num_entries), num_entries, E, E_PADDED, BLOCK)
+    else:
+        before = tl.load(span_counts + program * E + column, mask=(column < E) & (program < spans), other=0)
+        total = tl.load(counts + column, mask=column < E, other=0).to(tl.int32)
     totals_end = tl.cumsum(total, axis=0)
     starts = totals_end - total
     if program < spans:
-        first = program.to(tl.int64) * span
         end = tl.minimum(first + span, num_entries)
         _place(experts, entry, place, starts + before, first, end, num_present, span, E, E_PADDED, CHUNK)
     else:
         if program == spans:
-            column = tl.arange(0, E_PADDED)
-            tl.store(counts + column, total.to(tl.int64), mask=column < E)
+            if span_counts is None:
+                tl.store(counts + column, total.to(tl.int64), mask=column < E)
             tl.store(ends + column, totals_end, mask=column < E)
         first_slot = (program - spans) * SLOTS
         _schedule(

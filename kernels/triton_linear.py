@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import begin, early
+
 FEW_ROWS = 256
 MOST_WEIGHTS = 3
 
@@ -50,6 +52,7 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
         GROUP=8,
         num_warps=warps,
         num_stages=stages,
+        **early(x_MK.device),
     )
     return results
 
@@ -80,7 +83,9 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     # GROUP tiles of rows before the next columns: what programs that run together read stays in the cache.
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_0, tiles_1 = tl.cdiv(outputs_0, BLOCK_N), tl.cdiv(outputs_1, BLOCK_N)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import begin, early
+
 NUMBERS = 4096  # of a program
 
 
@@ -32,6 +34,7 @@ def launch_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
             D=size,
             ROWS=rows,
             BLOCK_D=block,
+            **early(x.device),
         )
     return y
 
@@ -51,14 +54,26 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor
             D=size,
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_D=triton.next_power_of_2(size // 2),
+            **early(x_THd.device),
         )
     return y_THd
 
 
 @triton.jit(do_not_specialize=["count"])
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x, weight, y, count, row_stride, unit_stride, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    weight,
+    y,
+    count,
+    row_stride,
+    unit_stride,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     there = (row < count)[:, None] & (d < D)[None, :]
@@ -82,7 +97,9 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     half: tl.constexpr = D // 2

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels.launches import early
 from kernels.triton_router_kernels import add_kernel, route_backward_kernel, route_kernel
 
 TILE_NUMBERS = 2048  # of a program's tile, unless that means fewer than 16 tokens or more than 128
@@ -161,6 +162,7 @@ def launch_route(
             settings.smallest_sum,
             VECTOR=vector,
             **settings.forward_constants,
+            **early(device),
         )
     if partial_sums is None:
         return experts_TK, weights_TK, counts_E, None
@@ -197,5 +199,6 @@ def launch_route_backward(
         settings.smallest_sum,
         VECTOR=vector,
         **settings.backward_constants,
+        **early(logits_TE.device),
     )
     return grad_logits_TE

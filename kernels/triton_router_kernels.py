@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.launches import begin
+
 LOWEST = tl.constexpr(-(2**63))  # below every key
 HIGHEST = tl.constexpr(2**63 - 1)  # above every key
 INDEX_BITS = tl.constexpr(0xFFFF)  # of a key, the complement of the index
@@ -131,7 +133,9 @@ def route_kernel(  # type: ignore[no-untyped-def]
     RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     VECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert, real = _experts_of_columns(E, GROUPS, GROUPS_PADDED, GROUP_PADDED)
     inside = rows < num_tokens
@@ -269,7 +273,9 @@ def route_backward_kernel(  # type: ignore[no-untyped-def]
     RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     VECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, E_PADDED)
     inside = rows < num_tokens

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import begin, early
+
 BLOCK_D = 2048  # of a program
 SPREAD_NUMBERS = 4096  # of a program; 32 a thread, written K times
 
@@ -42,6 +44,7 @@ def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> 
         D=hidden,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
+        **early(x_TD.device),
     )
 
 
@@ -75,6 +78,7 @@ def launch_combine(
         D=hidden,
         BLOCK_D=block_d,
         num_warps=min(4, max(1, block_d // 512)),
+        **early(y_ND.device),
     )
     return out_TD, sums_TK
 
@@ -103,7 +107,9 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     inside = token < tokens
@@ -131,7 +137,9 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     K_PADDED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)

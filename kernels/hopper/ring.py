@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.errors import UserError
 
@@ -36,6 +37,14 @@ STAGES = gl.constexpr(4)  # all that shared memory holds beside the results on t
 BUFFERS = gl.constexpr(2)  # for results, of each consumer
 WARPS = gl.constexpr((4, 1))  # of the second consumer and the producer; the first consumer has the kernel's own 4
 REGISTERS = gl.constexpr((232, 40))  # of a thread; with the first consumer's 232 that is the whole register file
+
+
+@gluon.jit
+def begin(EARLY: gl.constexpr):
+    """As kernels/launches.py, before the warps part."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @gluon.jit

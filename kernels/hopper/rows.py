@@ -39,6 +39,7 @@ from kernels.hopper.ring import (
     acquire,
     allocate_ring,
     await_stage,
+    begin,
     beside,
     blocks,
     clippable,
@@ -54,6 +55,7 @@ from kernels.hopper.ring import (
     swizzled,
     write,
 )
+from kernels.launches import early
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 HALF_PIECE = gl.constexpr(32)
@@ -241,7 +243,9 @@ def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots
 
 @gluon.jit
 def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, weights, entries, dots, rows, tiles,
-           slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+           slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr,
+           EARLY: gl.constexpr):  # fmt: skip
+    begin(EARLY)
     loads = (left_desc, right_desc, gate_in_desc, up_in_desc)  # Triton does not launch with tuples of views
     stores = (out_desc, gate_desc, up_desc)
     right: gl.constexpr = (DEPTH, N) if KIND == "d_hidden" or KIND == "d_rows" else (N, DEPTH)
@@ -359,4 +363,5 @@ def _launch(
         N=width,
         LAYOUT=swizzled(2),
         num_warps=4,
+        **early(left.device),
     )

@@ -1,0 +1,30 @@
+"""Launches that overlap: a kernel begins while the last programs of the one before still run.
+
+Starting a kernel costs a microsecond or two, as much as many of decoding take. With programmatic dependent launch (Hopper and
+later) the next kernel's programs take their places as soon as all of this one's have, and wait there for its results. Every
+kernel launched with `early` begins with `begin`: whatever ran before it is then done, and what it wrote can be read.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """The options of such a launch."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
