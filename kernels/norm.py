@@ -20,6 +20,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return y
 
 
+def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + update, its rms_norm): a residual stream and what the next map sees of it, read and written once."""
+    total, y = _AddRMSNorm.apply(x, update, weight_D, eps)
+    return total, y
+
+
 def rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
     """Turns every head by its token's angles (Su et al., arXiv 2104.09864), in float32; the dtype of `x_THd`.
 
@@ -49,16 +55,49 @@ class _RMSNorm(torch.autograd.Function):
         if _takes_kernel(x):
             from kernels.triton_norm import launch_rms_norm  # here, because CPU machines may lack Triton
 
-            return launch_rms_norm(x, weight_D, eps)
+            return launch_rms_norm(x, None, weight_D, eps)[1]
         return rms_norm_reference(x, weight_D, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        with torch.enable_grad():
-            y = rms_norm_reference(x, weight_D, ctx.eps)
-        return (*torch.autograd.grad(y, (x, weight_D), d_y), None)
+        x, weight_D = ctx.saved_tensors
+        return (*_norm_backward(x, weight_D, ctx.eps, d_y, None), None)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if _takes_kernel(x):
+            from kernels.triton_norm import launch_rms_norm
+
+            total, y = launch_rms_norm(x, update, weight_D, eps)
+        else:
+            total = x + update
+            y = rms_norm_reference(total, weight_D, eps)
+        ctx.save_for_backward(total, weight_D)
+        ctx.eps = eps
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight_D = ctx.saved_tensors
+        d_x, d_weight_D = _norm_backward(total, weight_D, ctx.eps, d_y, d_total)
+        return d_x, d_x, d_weight_D, None
+
+
+def _norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tensor, d_x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with `d_x` that it has from elsewhere, and of the weight."""
+    if _takes_kernel(x):
+        from kernels.triton_norm import launch_rms_norm_backward
+
+        return launch_rms_norm_backward(x, weight_D, eps, d_y, d_x)
+    x, weight_D = x.detach().requires_grad_(), weight_D.detach().requires_grad_()
+    with torch.enable_grad():
+        y = rms_norm_reference(x, weight_D, eps)
+    found, d_weight_D = torch.autograd.grad(y, (x, weight_D), d_y)
+    return found if d_x is None else found + d_x, d_weight_D
 
 
 class _Rotate(torch.autograd.Function):

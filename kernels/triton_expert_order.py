@@ -22,10 +22,10 @@ from kernels.launches import begin, early
 
 CHUNK = 128  # entries whose ranks are found at once
 FEW = 4096  # entries
-MAX_SPANS = 1024
+MAX_SPANS = 2048
 SLOTS = 32  # tiles and experts of a program that does not place entries
 COLUMNS = 8  # experts of a program that adds over spans
-SPAN_ROWS = 256  # spans that it adds at once
+SPAN_ROWS = 512  # spans that it adds at once
 BLOCK = 1024  # entries that are counted at once
 
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -98,20 +98,14 @@ def _count_kernel(  # type: ignore[no-untyped-def]
 ):
     begin(EARLY)
     first = tl.program_id(0).to(tl.int64) * span
-    count = _counted(experts, first, tl.minimum(first + span, num_entries), E, E_PADDED, CHUNK)
-    column = tl.arange(0, E_PADDED)
-    tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
-
-
-@triton.jit
-def _counted(experts, first, end, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many of the entries first .. end each expert has."""
+    end = tl.minimum(first + span, num_entries)
     count = tl.zeros([E_PADDED], tl.int32)
-    for start in range(first, end, BLOCK):
-        entries = start + tl.arange(0, BLOCK)
+    for start in range(0, span, CHUNK):
+        entries = first + start + tl.arange(0, CHUNK)
         expert, present = _experts_at(experts, entries, entries < end, E)
         count += tl.histogram(expert, E_PADDED, mask=present)
-    return count
+    column = tl.arange(0, E_PADDED)
+    tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
 
 
 @triton.jit(do_not_specialize=["spans"])
@@ -157,7 +151,8 @@ def _place(  # type: ignore[no-untyped-def]
         placed = present & (at < num_present)  # so that no copy leaves its rows, whatever the caller said
         tl.store(place + entries, tl.where(placed, at, -1), mask=inside)
         tl.store(entry + at, entries.to(tl.int32), mask=placed)
-        next_place += tl.histogram(expert, E_PADDED, mask=present)
+        if start + CHUNK < span:
+            next_place += tl.histogram(expert, E_PADDED, mask=present)
 
 
 @triton.jit
@@ -225,8 +220,13 @@ def _order_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, E_PADDED)
     first = tl.minimum(program, spans).to(tl.int64) * span
     if span_counts is None:
-        before = _counted(experts, 0, tl.minimum(first, num_entries), E, E_PADDED, BLOCK)
-        total = before + _counted(experts, tl.minimum(first, num_entries), num_entries, E, E_PADDED, BLOCK)
+        before = tl.zeros([E_PADDED], tl.int32)
+        total = tl.zeros([E_PADDED], tl.int32)
+        for start in range(0, num_entries, BLOCK):
+            entries = start + tl.arange(0, BLOCK)
+            expert, present = _experts_at(experts, entries, entries < num_entries, E)
+            before += tl.histogram(expert, E_PADDED, mask=present & (entries < first))
+            total += tl.histogram(expert, E_PADDED, mask=present)
     else:
         before = tl.load(span_counts + program * E + column, mask=(column < E) & (program < spans), other=0)
         total = tl.load(counts + column, mask=column < E, other=0).to(tl.int32)

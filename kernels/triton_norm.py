@@ -13,30 +13,72 @@ from torch import Tensor
 from kernels.launches import begin, early
 
 NUMBERS = 4096  # of a program
+BACKWARD_PROGRAMS = 512  # at most; each has a sum of its own for the weight's gradient
 
 
-def launch_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """kernels.norm.rms_norm."""
-    size = x.shape[-1]
-    rows_RD = x.reshape(-1, size)
+def launch_rms_norm(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x, or x + update, and its norm): kernels.norm.rms_norm and add_rms_norm."""
+    rows_RD, size = _rows(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
-    rows = max(1, min(8, NUMBERS // block))  # of a program: rows may be as short as a head
+    total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    updates_RD = rows_RD if update is None else _rows(update)
+    block, rows = _tile(size)
     if y.numel():
         _rms_norm_kernel[(triton.cdiv(rows_RD.shape[0], rows),)](
             rows_RD,
+            None if update is None else updates_RD,
             weight_D,
+            total,
             y,
             rows_RD.shape[0],
-            rows_RD.stride(0),
-            rows_RD.stride(1),
+            *rows_RD.stride(),
+            *updates_RD.stride(),
             eps,
             D=size,
             ROWS=rows,
             BLOCK_D=block,
             **early(x.device),
         )
-    return y
+    return total, y
+
+
+def launch_rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tensor, d_x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gradient of x, with `d_x` that it has from elsewhere, gradient of the weight)."""
+    rows_RD, d_y_RD, size = _rows(x), _rows(d_y), x.shape[-1]
+    d_x_RD = d_y_RD if d_x is None else _rows(d_x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block, rows = _tile(size)
+    tiles = triton.cdiv(rows_RD.shape[0], rows) if out.numel() else 0
+    partial_PD = torch.empty(min(tiles, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x.device)
+    if tiles:
+        _rms_norm_backward_kernel[(partial_PD.shape[0],)](
+            rows_RD,
+            weight_D,
+            d_y_RD,
+            None if d_x is None else d_x_RD,
+            out,
+            partial_PD,
+            rows_RD.shape[0],
+            *rows_RD.stride(),
+            *d_y_RD.stride(),
+            *d_x_RD.stride(),
+            eps,
+            D=size,
+            ROWS=rows,
+            BLOCK_D=block,
+            **early(x.device),
+        )
+    return out, partial_PD.sum(0).to(weight_D.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _tile(size: int) -> tuple[int, int]:
+    """(columns, rows) of a program: rows may be as short as a head."""
+    block = int(triton.next_power_of_2(size))
+    return block, max(1, min(8, NUMBERS // block))
 
 
 def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
@@ -62,11 +104,15 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor
 @triton.jit(do_not_specialize=["count"])
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x,
+    update,
     weight,
+    total,
     y,
     count,
-    row_stride,
-    unit_stride,
+    x_row,
+    x_unit,
+    update_row,
+    update_unit,
     eps,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,11 +123,60 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     there = (row < count)[:, None] & (d < D)[None, :]
-    x_RD = tl.load(x + row[:, None] * row_stride + d[None, :] * unit_stride, mask=there, other=0.0).to(tl.float32)
+    x_RD = tl.load(x + row[:, None] * x_row + d[None, :] * x_unit, mask=there, other=0.0)
+    if update is not None:
+        update_RD = tl.load(update + row[:, None] * update_row + d[None, :] * update_unit, mask=there, other=0.0)
+        x_RD = (x_RD.to(tl.float32) + update_RD.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + row[:, None] * D + d[None, :], x_RD, mask=there)
+    x_RD = x_RD.to(tl.float32)
     scale_R = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / D + eps)
     weight_D = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     y_RD = x_RD * scale_R[:, None] * weight_D[None, :]
     tl.store(y + row[:, None] * D + d[None, :], y_RD.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    d_y,
+    d_x,
+    out,
+    partial,
+    count,
+    x_row,
+    x_unit,
+    d_y_row,
+    d_y_unit,
+    d_x_row,
+    d_x_unit,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """With s = 1 / rms(x) and g = d_y * weight: s * (g - x * s^2 * mean(g * x)); the weight's is the sum of d_y * x * s."""
+    begin(EARLY)
+    d = tl.arange(0, BLOCK_D)
+    weight_D = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    d_weight_D = tl.zeros((BLOCK_D,), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        there = (row < count)[:, None] & (d < D)[None, :]
+        x_RD = tl.load(x + row[:, None] * x_row + d[None, :] * x_unit, mask=there, other=0.0).to(tl.float32)
+        d_y_RD = tl.load(d_y + row[:, None] * d_y_row + d[None, :] * d_y_unit, mask=there, other=0.0).to(tl.float32)
+        scale_R = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / D + eps)
+        normed_RD = x_RD * scale_R[:, None]
+        through_RD = d_y_RD * weight_D[None, :]
+        along_R = tl.sum(through_RD * normed_RD, 1) / D
+        d_RD = (through_RD - normed_RD * along_R[:, None]) * scale_R[:, None]
+        if d_x is not None:
+            d_x_RD = tl.load(d_x + row[:, None] * d_x_row + d[None, :] * d_x_unit, mask=there, other=0.0)
+            d_RD += d_x_RD.to(tl.float32)
+        tl.store(out + row[:, None] * D + d[None, :], d_RD.to(out.dtype.element_ty), mask=there)
+        d_weight_D += tl.sum(d_y_RD * normed_RD, 0)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, d_weight_D, mask=d < D)
 
 
 @triton.jit

@@ -57,6 +57,7 @@ from kernels.hopper.ring import (
 )
 from kernels.launches import early
 
+NARROW_GAIN = 0.9  # narrow tiles read the rows twice as often, so they must share by a tenth better
 LOG2_E = gl.constexpr(1.4426950408889634)
 HALF_PIECE = gl.constexpr(32)
 
@@ -266,7 +267,7 @@ def up(x_RD: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertO
     rows, hidden = x_RD.shape[0], gate_up_SCD.shape[1] // 2
     h, _ = clippable(rows, 2 * hidden, x_RD)
     out, a_RF = clippable(rows, hidden, x_RD)
-    width = 256 if hidden > PIECE.value else 128
+    width = _even_width(2 * hidden, order, x_RD.device)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (width // 2, DEPTH.value))
     n_tiles = triton.cdiv(2 * hidden, width)
@@ -278,7 +279,7 @@ def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOr
     """y_RD."""
     columns = down_SDF.shape[1]
     out, y_RD = clippable(a_RF.shape[0], columns, a_RF)
-    width = _width(columns)
+    width = _even_width(columns, order, a_RF.device)
     weights, slot_rows = stacked_rows(down_SDF, "down")
     right = blocks(weights, (width, DEPTH.value))
     _launch("down", width, order, slots_E, slot_rows, a_RF, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
@@ -318,6 +319,18 @@ def d_rows(d_h_RC: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: E
 
 def _width(columns: int) -> int:
     return 256 if columns > 128 else 128
+
+
+def _even_width(columns: int, order: ExpertOrder, device: torch.device) -> int:
+    """With few tiles the narrower ones, where the multiprocessors then share the columns more evenly.
+
+    The sums over the depth are the same with either, bit for bit.
+    """
+    experts, entries = order.counts_E.shape[0], order.entry_N.shape[0]
+    # About how many tiles of rows there are; how many exactly only the GPU knows.
+    tiles = max(min(experts, entries), entries // ROWS.value + experts // 2)
+    turns = {n: triton.cdiv(tiles * triton.cdiv(columns, n), multiprocessors(device)) for n in (256, 128)}
+    return 128 if 128 * turns[128] < 256 * turns[256] * NARROW_GAIN else 256
 
 
 def gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:

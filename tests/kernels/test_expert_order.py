@@ -108,7 +108,9 @@ def test_what_the_caller_says_of_the_entries_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_equal_the_reference(name: str, kernel_device: str) -> None:
+@pytest.mark.parametrize("few", [0, 4096])
+def test_kernels_equal_the_reference(name: str, few: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.triton_expert_order.FEW", few)
     tokens, top_k, experts, used = CASES[name]
     chosen = choices(tokens, top_k, used)
     assert_equal(with_kernels(chosen.to(kernel_device), experts), expert_order(chosen, experts))
@@ -116,7 +118,11 @@ def test_kernels_equal_the_reference(name: str, kernel_device: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_kernels_leave_absent_entries_out(name: str, share: float, kernel_device: str) -> None:
+@pytest.mark.parametrize("few", [0, 4096])
+def test_kernels_leave_absent_entries_out(
+    name: str, few: int, share: float, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.triton_expert_order.FEW", few)
     tokens, top_k, experts, used = CASES[name]
     chosen, present = thinned(choices(tokens, top_k, used), share)
     expected = expert_order(chosen, experts, num_entries=present)
@@ -130,6 +136,14 @@ def test_kernels_leave_absent_entries_out_whatever_top_k(top_k: int, kernel_devi
     first = with_kernels(chosen.to(kernel_device), 9)
     assert_equal(first, expert_order(chosen, 9, num_entries=present))
     assert_equal(with_kernels(chosen.to(kernel_device), 9), first)
+
+
+def test_kernels_add_over_many_long_spans(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.triton_expert_order.FEW", 0)
+    monkeypatch.setattr("kernels.triton_expert_order.MAX_SPANS", 7)  # of two chunks
+    monkeypatch.setattr("kernels.triton_expert_order.SPAN_ROWS", 4)
+    chosen, present = thinned(choices(400, 4, 9), 0.2)
+    assert_equal(with_kernels(chosen.to(kernel_device), 9), expert_order(chosen, 9, num_entries=present))
 
 
 def test_kernels_place_no_entry_past_the_number_that_they_were_told(kernel_device: str) -> None:

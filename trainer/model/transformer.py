@@ -24,7 +24,7 @@ from kernels.errors import UserError
 from kernels.expert_mlp import swiglu
 from kernels.linear import linear as batch_invariant_linear
 from kernels.linear import linears
-from kernels.norm import rms_norm, rotate
+from kernels.norm import add_rms_norm, rms_norm, rotate
 from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig
@@ -95,6 +95,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def updated(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the residual stream `x` with its update, that normed), in one pass over memory."""
+        return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
+
 
 class SwiGLU(nn.Module):
     """The MLP of a dense layer, and the shared experts of an MoE layer; rows 0..F of `gate_up` are the gate."""
@@ -164,7 +168,10 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a dense MLP or an MoE layer, each behind a norm and on a residual stream."""
+    """Attention, then a dense MLP or an MoE layer, each behind a norm and on a residual stream.
+
+    What the MLP adds to the stream is returned beside it, since the next norm can add it on its way.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -178,20 +185,21 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
+        update_BSD: Tensor | None,
         angles: Angles,
         attend: Attend,
         valid_BS: Tensor,
         experts: LayerExperts | None,
         bias_E: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if experts is not None:
             experts.prepare()
-        x_BSD = x_BSD + self.attention(self.layer, self.attention_norm(x_BSD), angles, attend)
-        normed_BSD = self.mlp_norm(x_BSD)
+        x_BSD, normed_BSD = self.attention_norm.updated(x_BSD, update_BSD)
+        x_BSD, normed_BSD = self.mlp_norm.updated(x_BSD, self.attention(self.layer, normed_BSD, angles, attend))
         if experts is None:
-            return x_BSD + self.mlp(normed_BSD), None
+            return x_BSD, self.mlp(normed_BSD), None
         y_BSD, counts_E = self.mlp(normed_BSD, valid_BS, experts, bias_E)
-        return x_BSD + y_BSD, counts_E
+        return x_BSD, y_BSD, counts_E
 
 
 class Transformer(nn.Module):
@@ -253,19 +261,21 @@ class Transformer(nn.Module):
         float32. `recompute` keeps only the input of each block for the backward pass.
         """
         angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
-        x_BSD = self.embedding(tokens_BS)
+        x_BSD, update_BSD = self.embedding(tokens_BS), None
         counts: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             moe_layer = layer - self.config.num_dense_layers
             routed = (experts[moe_layer], bias_LE[moe_layer]) if moe_layer >= 0 else (None, None)
-            arguments = (x_BSD, angles, attend, valid_BS, *routed)
+            if recompute and update_BSD is not None:
+                x_BSD, update_BSD = x_BSD + update_BSD, None  # one tensor to keep instead of two
+            arguments = (x_BSD, update_BSD, angles, attend, valid_BS, *routed)
             if recompute:
-                x_BSD, counts_E = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x_BSD, update_BSD, counts_E = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BSD, counts_E = block(*arguments)
+                x_BSD, update_BSD, counts_E = block(*arguments)
             if counts_E is not None:
                 counts.append(counts_E)
-        return Output(self.norm(x_BSD), torch.stack(counts))
+        return Output(self.norm.updated(x_BSD, update_BSD)[1], torch.stack(counts))
 
 
 @dataclass(frozen=True)
