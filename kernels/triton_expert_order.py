@@ -21,11 +21,11 @@ from torch import Tensor
 from kernels.launches import begin, early
 
 CHUNK = 128  # entries whose ranks are found at once
+WARPS = 8
 FEW = 4096  # entries
 MAX_SPANS = 2048
+SPANS = 1024  # that a program adds at once
 SLOTS = 32  # tiles and experts of a program that does not place entries
-COLUMNS = 8  # experts of a program that adds over spans
-SPAN_ROWS = 512  # spans that it adds at once
 BLOCK = 1024  # entries that are counted at once
 
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,17 +42,15 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     # One allocation for all, since each would cost as much as a launch.
     sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    before_PE, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
+    before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
     launch = early(device)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     if counted:
-        _count_kernel[(spans,)](experts_TK, before_PE, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
-        _before_kernel[(triton.cdiv(num_experts, COLUMNS),)](
-            before_PE, counts_E, spans, E=num_experts, COLUMNS=COLUMNS, ROWS=SPAN_ROWS, **launch
-        )
+        _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
+        _before_kernel[(num_experts,)](before_EP, counts_E, spans, BLOCK=SPANS, **launch)
     _order_kernel[(spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),)](
         experts_TK,
-        before_PE if counted else None,
+        before_EP if counted else None,
         entry_N,
         place_N,
         counts_E,
@@ -72,7 +70,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
         CHUNK=CHUNK,
         SLOTS=SLOTS,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=WARPS,
         **launch,
     )
     return entry_N, place_N, counts_E, ends_E, tile_expert_M, tile_row_M, num_tiles, by_load_E
@@ -105,24 +103,21 @@ def _count_kernel(  # type: ignore[no-untyped-def]
         expert, present = _experts_at(experts, entries, entries < end, E)
         count += tl.histogram(expert, E_PADDED, mask=present)
     column = tl.arange(0, E_PADDED)
-    tl.store(counts + tl.program_id(0) * E + column, count, mask=column < E)
+    tl.store(counts + column * tl.num_programs(0) + tl.program_id(0), count, mask=column < E)
 
 
 @triton.jit(do_not_specialize=["spans"])
-def _before_kernel(  # type: ignore[no-untyped-def]
-    counts, totals, spans, E: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr
-):
-    """In place: of the counts of every span the sums over the spans before it; `totals` (int64) gets those of all spans."""
+def _before_kernel(counts, totals, spans, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In place: of an expert's counts in every span the sums over the spans before; `totals` (int64) gets that of all spans."""
     begin(EARLY)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.int32)
-    for start in range(0, spans, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        there = (row < spans) & (column < E)[None, :]
-        count = tl.load(counts + row * E + column[None, :], mask=there, other=0)
-        tl.store(counts + row * E + column[None, :], total[None, :] + tl.cumsum(count, axis=0) - count, mask=there)
+    expert = tl.program_id(0)
+    total = tl.zeros([], tl.int32)
+    for start in range(0, spans, BLOCK):
+        span = start + tl.arange(0, BLOCK)
+        count = tl.load(counts + expert * spans + span, mask=span < spans, other=0)
+        tl.store(counts + expert * spans + span, total + tl.cumsum(count, axis=0) - count, mask=span < spans)
         total += tl.sum(count, axis=0)
-    tl.store(totals + column, total.to(tl.int64), mask=column < E)
+    tl.store(totals + expert, total.to(tl.int64))
 
 
 @triton.jit
@@ -228,7 +223,7 @@ def _order_kernel(  # type: ignore[no-untyped-def]
             before += tl.histogram(expert, E_PADDED, mask=present & (entries < first))
             total += tl.histogram(expert, E_PADDED, mask=present)
     else:
-        before = tl.load(span_counts + program * E + column, mask=(column < E) & (program < spans), other=0)
+        before = tl.load(span_counts + column * spans + program, mask=(column < E) & (program < spans), other=0)
         total = tl.load(counts + column, mask=column < E, other=0).to(tl.int32)
     totals_end = tl.cumsum(total, axis=0)
     starts = totals_end - total

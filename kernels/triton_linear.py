@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, early, fetch
 
 FEW_ROWS = 256
+FEW_TILE = (64, 32, 128, 8, 4)  # rows, columns, depth, warps, stages
 MOST_WEIGHTS = 3
 
 
@@ -27,8 +28,9 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
     results = tuple(torch.empty(rows, weight.shape[0], dtype=dtype, device=x_MK.device) for weight in weights_NK)
     if not rows:
         return results
+    few = rows <= FEW_ROWS
     # 64 rows at least, so that the same instruction of the tensor cores is taken for any number of rows.
-    block_m, block_n, block_k, warps, stages = (64, 32, 128, 4, 4) if rows <= FEW_ROWS else (128, 128, 64, 8, 3)
+    block_m, block_n, block_k, warps, stages = FEW_TILE if few else (128, 128, 64, 8, 3)
     if x_MK.dtype == torch.float32:
         block_m, block_n, block_k, warps, stages = 64, 32, 64, 4, 2
     absent = MOST_WEIGHTS - len(weights_NK)
@@ -50,6 +52,7 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP=8,
+        FETCH=few and all(weight.stride(1) == 1 for weight in weights_NK),
         num_warps=warps,
         num_stages=stages,
         **early(x_MK.device),
@@ -83,9 +86,9 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    begin(EARLY)
     # GROUP tiles of rows before the next columns: what programs that run together read stays in the cache.
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_0, tiles_1 = tl.cdiv(outputs_0, BLOCK_N), tl.cdiv(outputs_1, BLOCK_N)
@@ -97,17 +100,65 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
     tile_n = program % (GROUP * tiles_n) // height
     if tile_n < tiles_0:
         _tile(
-            x, weight_0, out_0, tile_m, tile_n, rows, outputs_0, depth, x_row, x_unit, row_0, unit_0, BLOCK_M, BLOCK_N, BLOCK_K
+            x,
+            weight_0,
+            out_0,
+            tile_m,
+            tile_n,
+            rows,
+            outputs_0,
+            depth,
+            x_row,
+            x_unit,
+            row_0,
+            unit_0,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            FETCH,
+            EARLY,
         )
     elif tile_n < tiles_0 + tiles_1:
         tile_n -= tiles_0
         _tile(
-            x, weight_1, out_1, tile_m, tile_n, rows, outputs_1, depth, x_row, x_unit, row_1, unit_1, BLOCK_M, BLOCK_N, BLOCK_K
+            x,
+            weight_1,
+            out_1,
+            tile_m,
+            tile_n,
+            rows,
+            outputs_1,
+            depth,
+            x_row,
+            x_unit,
+            row_1,
+            unit_1,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            FETCH,
+            EARLY,
         )
     else:
         tile_n -= tiles_0 + tiles_1
         _tile(
-            x, weight_2, out_2, tile_m, tile_n, rows, outputs_2, depth, x_row, x_unit, row_2, unit_2, BLOCK_M, BLOCK_N, BLOCK_K
+            x,
+            weight_2,
+            out_2,
+            tile_m,
+            tile_n,
+            rows,
+            outputs_2,
+            depth,
+            x_row,
+            x_unit,
+            row_2,
+            unit_2,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            FETCH,
+            EARLY,
         )
 
 
@@ -128,7 +179,12 @@ def _tile(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FETCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if FETCH:
+        fetch(weight, tile_n * BLOCK_N, outputs, depth, weight_row, BLOCK_N, EARLY)
+    begin(EARLY)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

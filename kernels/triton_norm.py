@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.launches import begin, early
 
-NUMBERS = 4096  # of a program
+NUMBERS = 1024  # of a program, so that a few rows keep many programs busy
 BACKWARD_PROGRAMS = 512  # at most; each has a sum of its own for the weight's gradient
 
 
@@ -119,9 +119,10 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    d = tl.arange(0, BLOCK_D)
+    weight_D = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
     there = (row < count)[:, None] & (d < D)[None, :]
     x_RD = tl.load(x + row[:, None] * x_row + d[None, :] * x_unit, mask=there, other=0.0)
     if update is not None:
@@ -130,7 +131,6 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(total + row[:, None] * D + d[None, :], x_RD, mask=there)
     x_RD = x_RD.to(tl.float32)
     scale_R = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / D + eps)
-    weight_D = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     y_RD = x_RD * scale_R[:, None] * weight_D[None, :]
     tl.store(y + row[:, None] * D + d[None, :], y_RD.to(y.dtype.element_ty), mask=there)
 

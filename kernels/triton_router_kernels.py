@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.launches import begin
+from kernels.triton_log1p import log1p
 
 LOWEST = tl.constexpr(-(2**63))  # below every key
 HIGHEST = tl.constexpr(2**63 - 1)  # above every key
@@ -47,20 +48,13 @@ def _counted_rows(valid, rows, num_tokens):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _log1p(x):  # type: ignore[no-untyped-def]
-    """log(1 + x) for 0 <= x <= 1: the rounding of 1 + x cancels in log(u) / (u - 1) (Kahan; Higham, section 1.14.1)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
 def _score(x, top, total, SCORES: tl.constexpr):  # type: ignore[no-untyped-def]
     """The scores of logits x, of which `top` is the row's largest and `total` the row's sum of exp(x - top)."""
     if SCORES == "softmax":
         return tl.exp(x - top) / total
     if SCORES == "sigmoid":
         return tl.sigmoid(x)
-    softplus = tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+    softplus = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
     return tl.where(x < TAIL, tl.exp(x * 0.5), tl.sqrt(softplus))
 
 

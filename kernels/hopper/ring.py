@@ -70,11 +70,17 @@ def allocate_ring(LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr)
 
 
 @gluon.jit
-def acquire(ring, step, size: gl.constexpr):
-    """(stage of `step` once both consumers are done with it, the barrier that `size` bytes of loads must complete)."""
+def free_stage(ring, step):
+    """(stage of `step` once both consumers are done with it, the barrier of its loads)."""
     stage, parity = stage_of(step)
     mbarrier.wait(ring[3].index(stage), parity ^ 1)
-    ready = ring[2].index(stage)
+    return stage, ring[2].index(stage)
+
+
+@gluon.jit
+def acquire(ring, step, size: gl.constexpr):
+    """(stage of `step` once both consumers are done with it, the barrier that `size` bytes of loads must complete)."""
+    stage, ready = free_stage(ring, step)
     mbarrier.expect(ready, size)
     return stage, ready
 

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.expert_order import ExpertOrder
@@ -45,6 +45,7 @@ from kernels.hopper.ring import (
     clippable,
     clipped,
     drain,
+    free_stage,
     halves,
     multiply,
     multiprocessors,
@@ -104,12 +105,17 @@ def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND:
     total = gl.load(tiles[0]) * n_tiles
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, expert, row, _ = locate(tiles, tile, n_tiles)
+        n, expert, row, rows_left = locate(tiles, tile, n_tiles)
         slot = expert if slots is None else gl.load(slots + expert)
         slot_row = slot * slot_rows
         for k in range(0, depth, DEPTH):
-            stage, ready = acquire(ring, step, (ROWS + N) * DEPTH * 2)
-            load_left(ring, loads[0], stage, ready, row, k)
+            stage, ready = free_stage(ring, step)
+            if rows_left > HALF:
+                mbarrier.expect(ready, (ROWS + N) * DEPTH * 2)
+                tma.async_copy_global_to_shared(loads[0], [row + HALF, k], ready, ring[0].index(2 * stage + 1))
+            else:  # nobody multiplies the other half, and while decoding its way from the cache would count
+                mbarrier.expect(ready, (HALF + N) * DEPTH * 2)
+            tma.async_copy_global_to_shared(loads[0], [row, k], ready, ring[0].index(2 * stage))
             right = ring[1].index(stage)
             if KIND == "up":
                 gate_row = slot_row + n * (N // 2)

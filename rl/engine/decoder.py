@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import product
+from kernels.race import race
 from kernels.ragged import Ragged, tile_queries
 from kernels.vocab_loss import token_logprobs
 from rl.engine.kv_cache import PagedAttention, PagedCache
@@ -135,11 +136,11 @@ class Decoder:
     def _sample(self, hidden_BD: Tensor, uids_B: Tensor, generated_B: Tensor) -> tuple[Tensor, Tensor]:
         head_VD, sampling = self._model.dense.head_VD, self._sampling
         logits_BV = product(hidden_BD, head_VD, torch.float32)
-        tokens_B, logprobs_B = sample(logits_BV, uids_B, generated_B, sampling)
-        if hidden_BD.is_cuda and sampling.whole:
-            # By the trainer's kernel, whose sum over the vocabulary has an order of its own.
-            logprobs_B = token_logprobs(hidden_BD, head_VD, tokens_B, temperature=sampling.temperature)[0]
-        return tokens_B, logprobs_B
+        if not (hidden_BD.is_cuda and sampling.whole):
+            return sample(logits_BV, uids_B, generated_B, sampling)
+        tokens_B = race(logits_BV, uids_B, generated_B, sampling.seed, sampling.temperature)
+        # By the trainer's kernel, whose sum over the vocabulary has an order of its own.
+        return tokens_B, token_logprobs(hidden_BD, head_VD, tokens_B, temperature=sampling.temperature)[0]
 
 
 def padded(count: int) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.race import race
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,13 +34,10 @@ class Sampling:
 def sample(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draws one token each: (tokens int64, their log-probabilities float32 in the distribution drawn from), both (B,).
 
-    `logits_BV` is float32, `uids_B` and `positions_B` int64. The draw is a race of exponential clocks, the Gumbel-max trick
-    in another form: argmax of log p - log e with e exponential. Unlike an inverted cumulative sum it hardly ever changes its
-    winner when logits differ in their last bits, as they do between engines.
+    `logits_BV` is float32, `uids_B` and `positions_B` int64.
     """
     scaled_BV = kept(logits_BV / sampling.temperature, sampling)
-    race_BV = scaled_BV - exponential_noise(uids_B, positions_B, sampling.seed, logits_BV.shape[1]).log_()
-    tokens_B = race_BV.argmax(dim=-1)
+    tokens_B = race(scaled_BV, uids_B, positions_B, sampling.seed)
     chosen_B = scaled_BV.gather(1, tokens_B[:, None]).squeeze(1)
     return tokens_B, chosen_B - scaled_BV.logsumexp(dim=-1)
 
@@ -58,43 +57,3 @@ def kept(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         least_B1 = logits_BV.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
     return logits_BV
-
-
-def exponential_noise(uids_B: Tensor, positions_B: Tensor, seed: int, vocab_size: int) -> Tensor:
-    """(B, V) float32 draws from the exponential distribution of mean 1, a pure function of the arguments."""
-    bits_BV = random_bits(uids_B, positions_B, seed, vocab_size)
-    uniform_BV = bits_BV.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
-    # log1p: the small draws decide the race, and 1 - u would round them. The rare u = 1 gives infinity and loses every race.
-    return uniform_BV.neg_().log1p_().neg_()
-
-
-def random_bits(uids_B: Tensor, positions_B: Tensor, seed: int, vocab_size: int) -> Tensor:
-    """(B, V) int32, 32 random bits each: a 64-bit key of (seed, uid, position), and a 32-bit hash of key and token.
-
-    The key is mixed by the finaliser of splitmix64 (Steele et al. 2014), the token by one of the "lowbias32" kind
-    (C. Wellons' hash prospector); both words of the key go into the second. Integer products wrap around.
-    """
-    key_B = _mix64(torch.full_like(uids_B, seed))
-    key_B = _mix64(_mix64(key_B + uids_B) + positions_B)
-    low_B1, high_B1 = key_B.int()[:, None], (key_B >> 32).int()[:, None]
-    tokens_V = torch.arange(vocab_size, dtype=torch.int32, device=uids_B.device)
-    x_BV = tokens_V * _signed(0x9E3779B9, 32) + low_B1
-    x_BV ^= (x_BV >> 16).bitwise_and_(0xFFFF)  # shifts of signed integers drag the sign along; the mask removes it
-    x_BV *= _signed(0x21F0AAAD, 32)
-    x_BV ^= high_B1
-    x_BV ^= (x_BV >> 15).bitwise_and_(0x1FFFF)
-    x_BV *= _signed(0xD35A2D97, 32)
-    x_BV ^= (x_BV >> 15).bitwise_and_(0x1FFFF)
-    return x_BV
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15, 64)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB, 64)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int, bits: int) -> int:
-    """The two's complement reading of an unsigned constant."""
-    return value - (1 << bits) if value >> (bits - 1) else value

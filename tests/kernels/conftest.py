@@ -25,6 +25,7 @@ if not GPU:
     import kernels.triton_norm
     import kernels.triton_peer_routing
     import kernels.triton_peer_rows
+    import kernels.triton_race
     import kernels.triton_router
     import kernels.triton_rows  # noqa: F401
 

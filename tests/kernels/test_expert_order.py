@@ -141,7 +141,7 @@ def test_kernels_leave_absent_entries_out_whatever_top_k(top_k: int, kernel_devi
 def test_kernels_add_over_many_long_spans(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.triton_expert_order.FEW", 0)
     monkeypatch.setattr("kernels.triton_expert_order.MAX_SPANS", 7)  # of two chunks
-    monkeypatch.setattr("kernels.triton_expert_order.SPAN_ROWS", 4)
+    monkeypatch.setattr("kernels.triton_expert_order.SPANS", 4)
     chosen, present = thinned(choices(400, 4, 9), 0.2)
     assert_equal(with_kernels(chosen.to(kernel_device), 9), expert_order(chosen, 9, num_entries=present))
 
