@@ -20,10 +20,10 @@ from torch import Tensor
 
 from kernels.launches import begin, early
 
-CHUNK = 128  # entries whose ranks are found at once
-WARPS = 8
+CHUNK = 64  # entries whose ranks are found at once
+WARPS_FEW, WARPS = 4, 2  # for latency; for many programs at once
 FEW = 4096  # entries
-MAX_SPANS = 2048
+MAX_SPANS = 4096
 SPANS = 1024  # that a program adds at once
 SLOTS = 32  # tiles and experts of a program that does not place entries
 BLOCK = 1024  # entries that are counted at once
@@ -70,7 +70,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
         CHUNK=CHUNK,
         SLOTS=SLOTS,
         BLOCK=BLOCK,
-        num_warps=WARPS,
+        num_warps=WARPS if counted else WARPS_FEW,
         **launch,
     )
     return entry_N, place_N, counts_E, ends_E, tile_expert_M, tile_row_M, num_tiles, by_load_E

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.launches import begin, early, fetch
 
 FEW_ROWS = 256
-FEW_TILE = (64, 32, 128, 8, 4)  # rows, columns, depth, warps, stages
+MANY_OUTPUTS = 16384  # as of a vocabulary: wide tiles are enough of them to keep every multiprocessor busy
 MOST_WEIGHTS = 3
 
 
@@ -28,14 +28,10 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
     results = tuple(torch.empty(rows, weight.shape[0], dtype=dtype, device=x_MK.device) for weight in weights_NK)
     if not rows:
         return results
-    few = rows <= FEW_ROWS
-    # 64 rows at least, so that the same instruction of the tensor cores is taken for any number of rows.
-    block_m, block_n, block_k, warps, stages = FEW_TILE if few else (128, 128, 64, 8, 3)
-    if x_MK.dtype == torch.float32:
-        block_m, block_n, block_k, warps, stages = 64, 32, 64, 4, 2
+    sizes = [weight.shape[0] for weight in weights_NK]
+    block_m, block_n, block_k, warps, stages = _tile_for(rows, sum(sizes), x_MK.dtype)
     absent = MOST_WEIGHTS - len(weights_NK)
     weights = [*weights_NK, *[weights_NK[0]] * absent]
-    sizes = [weight.shape[0] for weight in weights_NK]
     tiles = sum(triton.cdiv(size, block_n) for size in sizes)
     _linears_kernel[(triton.cdiv(rows, block_m) * tiles,)](
         x_MK,
@@ -52,12 +48,22 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP=8,
-        FETCH=few and all(weight.stride(1) == 1 for weight in weights_NK),
+        FETCH=rows <= FEW_ROWS and all(weight.stride(1) == 1 for weight in weights_NK),
         num_warps=warps,
         num_stages=stages,
         **early(x_MK.device),
     )
     return results
+
+
+def _tile_for(rows: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """(rows, columns, depth, warps, stages). 64 rows at least, so that any number of rows takes the same kind of instruction of
+    the tensor cores."""
+    if dtype == torch.float32:
+        return 64, 32, 64, 4, 2
+    if rows <= FEW_ROWS and outputs < MANY_OUTPUTS:
+        return 64, 32, 128, 8, 4
+    return (64, 128, 64, 8, 4) if rows <= 64 else (128, 128, 64, 8, 3)
 
 
 @triton.jit(do_not_specialize=["rows"])
