@@ -59,7 +59,7 @@ def launch_attention(q_THd: Tensor, keys: Tensor, values: Tensor, spans: Ragged)
         BLOCK_K=BLOCK,
         num_warps=4,
         num_stages=2,  # the third would cost programs that run at once
-        **early(q_THd.device),
+        **early(q_THd.device, tokens),
     )
     return out_THd, log_sum_HT
 
@@ -79,7 +79,7 @@ def launch_put(k_TGd: Tensor, v_TGd: Tensor, places_T: Tensor, keys_PpGd: Tensor
             NUMBERS=groups * size,
             D=size,
             BLOCK=triton.next_power_of_2(groups * size),
-            **early(k_TGd.device),
+            **early(k_TGd.device, tokens),
         )
 
 

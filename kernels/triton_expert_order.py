@@ -43,7 +43,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
-    launch = early(device)
+    launch = early(device, experts_TK.shape[0])
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     if counted:
         _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, fetch
+from kernels.launches import begin, early
 
 FEW_ROWS = 256
 MANY_OUTPUTS = 16384  # as of a vocabulary: wide tiles are enough of them to keep every multiprocessor busy
@@ -48,10 +48,9 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP=8,
-        FETCH=rows <= FEW_ROWS and all(weight.stride(1) == 1 for weight in weights_NK),
         num_warps=warps,
         num_stages=stages,
-        **early(x_MK.device),
+        **early(x_MK.device, rows),
     )
     return results
 
@@ -92,7 +91,6 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # GROUP tiles of rows before the next columns: what programs that run together read stays in the cache.
@@ -121,7 +119,6 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
-            FETCH,
             EARLY,
         )
     elif tile_n < tiles_0 + tiles_1:
@@ -142,7 +139,6 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
-            FETCH,
             EARLY,
         )
     else:
@@ -163,7 +159,6 @@ def _linears_kernel(  # type: ignore[no-untyped-def]
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
-            FETCH,
             EARLY,
         )
 
@@ -185,11 +180,8 @@ def _tile(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if FETCH:
-        fetch(weight, tile_n * BLOCK_N, outputs, depth, weight_row, BLOCK_N, EARLY)
     begin(EARLY)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -37,7 +37,7 @@ def launch_rms_norm(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: flo
             D=size,
             ROWS=rows,
             BLOCK_D=block,
-            **early(x.device),
+            **early(x.device, rows_RD.shape[0]),
         )
     return total, y
 
@@ -66,7 +66,7 @@ def launch_rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tenso
             D=size,
             ROWS=rows,
             BLOCK_D=block,
-            **early(x.device),
+            **early(x.device, rows_RD.shape[0]),
         )
     return out, partial_PD.sum(0).to(weight_D.dtype)
 
@@ -96,7 +96,7 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor
             D=size,
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_D=triton.next_power_of_2(size // 2),
-            **early(x_THd.device),
+            **early(x_THd.device, tokens),
         )
     return y_THd
 

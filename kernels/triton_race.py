@@ -48,9 +48,9 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
         temperature,
         BLOCK=BLOCK,
         num_warps=8,
-        **early(device),
+        **early(device, rows),
     )
-    _winner_kernel[(rows,)](best_BP, tokens_B, parts, PADDED=triton.next_power_of_2(parts), **early(device))
+    _winner_kernel[(rows,)](best_BP, tokens_B, parts, PADDED=triton.next_power_of_2(parts), **early(device, rows))
     return tokens_B
 
 

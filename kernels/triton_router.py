@@ -162,7 +162,7 @@ def launch_route(
             settings.smallest_sum,
             VECTOR=vector,
             **settings.forward_constants,
-            **early(device),
+            **early(device, tokens),
         )
     if partial_sums is None:
         return experts_TK, weights_TK, counts_E, None
@@ -199,6 +199,6 @@ def launch_route_backward(
         settings.smallest_sum,
         VECTOR=vector,
         **settings.backward_constants,
-        **early(logits_TE.device),
+        **early(logits_TE.device, logits_TE.shape[0]),
     )
     return grad_logits_TE

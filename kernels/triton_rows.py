@@ -44,7 +44,7 @@ def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> 
         D=hidden,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
-        **early(x_TD.device),
+        **early(x_TD.device, tokens),
     )
 
 
@@ -78,7 +78,7 @@ def launch_combine(
         D=hidden,
         BLOCK_D=block_d,
         num_warps=min(4, max(1, block_d // 512)),
-        **early(y_ND.device),
+        **early(y_ND.device, tokens),
     )
     return out_TD, sums_TK
 

@@ -382,5 +382,5 @@ def _launch(
         N=width,
         LAYOUT=swizzled(2),
         num_warps=4,
-        **early(left.device),
+        **early(left.device, left.shape[0]),
     )

@@ -51,7 +51,7 @@ def compiled(modules: list[ModuleType]) -> Iterator[list[Any]]:
         results.append(run(*args, **{**options, "warmup": True}))
 
     patches = [patch.object(m, "multiprocessors", lambda device: 132) for m in modules]
-    patches += [patch.object(rows, "early", lambda device: {"EARLY": True, "launch_pdl": True})]
+    patches += [patch.object(rows, "early", lambda device, rows: {"EARLY": True, "launch_pdl": True})]
     patches += [patch.object(m.kernel, "run", partial(compile_only, m.kernel.run)) for m in modules]
     for one in patches:
         one.start()
