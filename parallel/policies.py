@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from parallel.flows import Plan, flows, imbalance
-from parallel.layer_cost import Setting, exchange_time, pass_times, weights_time
+from parallel.layer_cost import Setting, WeightsTime, exchange_time, pass_times, weights_time
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, on_owners, without_copies
 from parallel.planning import LESS, hottest, materialise
 
@@ -27,6 +27,7 @@ LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
 FEWEST_TOKENS = 1024  # LLEP: fewer than these are not worth a product elsewhere
+NO_WEIGHTS = WeightsTime(0.0, 0.0)
 
 
 class Policy(Protocol):
@@ -54,7 +55,8 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     others serve in their owner's place (`llep`) are weighed too. The time is never above that without copies.
     """
     bare = plain(loads_E, owner_E, setting)
-    return _cheapest(_timed(bare, loads_E, setting, weights_s=0.0), loads_E, setting, present=None)
+    weights = weights_time(bare.placement, setting, present=None)
+    return _cheapest(_timed(bare, loads_E, setting, weights), loads_E, setting, present=None)
 
 
 def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
@@ -63,10 +65,10 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
     adds copies; here the room of copies that turned out useless may be used too.
     """
-    there = _timed(plan, loads_E, setting, weights_s=0.0)
+    there = _timed(plan, loads_E, setting, NO_WEIGHTS)
     if there.passing_s * (1 - 1 / imbalance(there.load_D)) <= setting.costs.planning_s:
         return plan
-    there = replace(there, weights_s=weights_time(plan.placement, setting, plan.placement))
+    there = replace(there, weights=weights_time(plan.placement, setting, plan.placement))
     return _cheapest(there, loads_E, setting, present=plan.placement)
 
 
@@ -77,16 +79,16 @@ class _Timed:
     plan: Plan
     load_D: Floats
     passing_s: float
-    weights_s: float
+    weights: WeightsTime
 
     @property
     def total_s(self) -> float:
-        return self.passing_s + self.weights_s
+        return self.passing_s + self.weights.total_s
 
 
-def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights_s: float) -> _Timed:
+def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights: WeightsTime) -> _Timed:
     found = flows(plan, setting.topology, loads_E)
-    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights_s)
+    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights)
 
 
 def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
@@ -100,13 +102,13 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
             best = found
         elif best is not bare:
             break  # from here on there are too few
-        if found.weights_s == 0:
-            break  # nothing waits for copies, so fewer of them gain nothing
+        if found.weights.waited_s == 0:
+            break  # nothing waits for copies, so fewer of them gain next to nothing
     best = _levelled(best, loads_E, setting)
-    if best.weights_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
+    if best.weights.waited_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
         fewest = llep(loads_E, owner_E, setting)  # copies, each of which serves all that it can
-        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, weights_s=0.0).passing_s
-        if spare_s > 0 and weights_time(fewest.placement, setting, present) < spare_s:
+        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, NO_WEIGHTS).passing_s
+        if spare_s > 0 and weights_time(fewest.placement, setting, present).total_s < spare_s:
             return fewest
     return best.plan
 
@@ -117,7 +119,7 @@ def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
         if imbalance(best.load_D) < EVEN_ENOUGH or not best.plan.nearest_first:
             break
         less_D = np.minimum(best.load_D.mean() / np.maximum(best.load_D, 1.0), 4.0)
-        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights_s)
+        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights)
         if found.total_s >= best.total_s * LESS:
             break
         best = found

@@ -192,13 +192,14 @@ def _timed(system: System, plan: Plan, before: Placement, loads_E: Floats, setti
         across_s = costs.across.latency_s + far * restored * costs.across.byte_s if far else 0.0
         each_s = max(within_s, across_s)
         waited_s = max(each_s - costs.attention_s, 0.0) + max(each_s - 2 * costs.attention_s, 0.0)
-        return LayerTime(*pass_times(flows(plan, topology, loads_E), setting), waited_s)
+        sums_s = restored / costs.expert_bytes * topology.devices * costs.sum_s
+        return LayerTime(*pass_times(flows(plan, topology, loads_E), setting), waited_s, sums_s)
     if system.window == 0:
         return layer_time(plan, loads_E, setting, present=without_copies(before.owner_E, topology.devices))
     if not system.calibrates:
         return layer_time(plan, loads_E, setting)
     # What was planned ahead has been fetched all the same, and what of that did not fit under the attention was waited for.
-    gather_s, _ = copy_times(before, topology, costs)
+    gather_s = copy_times(before, topology, costs).gather_s
     found = layer_time(plan, loads_E, setting, present=before)
     return replace(found, weights_s=found.weights_s + max(gather_s - costs.attention_s, 0.0))
 
@@ -209,14 +210,28 @@ def table(case: PlacementCase) -> Table:
     shown.add_column("policy")
     traces = list(next(iter(case.replayed.values())))
     listed = traces if len(traces) <= 6 else []
-    names = ["ms", "worst", "over plain", *listed, "products", "tokens", "weights", "imbalance", "copies", "planning ms"]
+    names = [
+        "ms",
+        "worst",
+        "over plain",
+        *listed,
+        "products",
+        "tokens",
+        "weights",
+        "sums",
+        "imbalance",
+        "copies",
+        "planning ms",
+    ]
     for name in names:
         shown.add_column(name, justify="right")
     baseline = _mean_ms(case.replayed[BASELINE].values())
     for policy, by_trace in case.replayed.items():
         every = [step for replayed in by_trace.values() for step in replayed.times]
         mean_ms = _mean_ms(by_trace.values())
-        parts = [statistics.mean(getattr(step, part) for step in every) for part in ("products_s", "tokens_s", "weights_s")]
+        parts = [
+            statistics.mean(getattr(step, part) for step in every) for part in ("products_s", "tokens_s", "weights_s", "sums_s")
+        ]
         shown.add_row(
             policy,
             f"{mean_ms:.2f}",
