@@ -23,6 +23,8 @@ from parallel.placement import Bools, Floats, Ints, Placement, Topology, on_owne
 from parallel.planning import LESS, hottest, materialise
 
 REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
+FLATTENED = 0.75  # the power of loads in proportion to which experts get replicas
+HALVINGS = 30
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
@@ -129,7 +131,10 @@ def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
 def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Iterator[Placement]:
     """All room used; then fewer and fewer copies."""
     devices, seats = topology.devices, topology.devices * memory
-    before_E = even_replicas(loads_E, seats, devices - 1)
+    # In proportion to loads the largest load per replica is least, to their square root the sum of them all (Cohen and Shenker,
+    # SIGCOMM 2002), to the power of p / (p + 1) their p-norm. In between, cold experts have copies nearer to tokens, and sooner
+    # those that are about to become hot.
+    before_E = even_replicas(loads_E**FLATTENED, seats, devices - 1)
     yield Placement(owner_E, pack(before_E, loads_E, owner_E, topology, memory))
     mean = float(loads_E.sum()) / devices
     for part in REPLICA_PARTS:
@@ -139,29 +144,34 @@ def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int)
             before_E = extra_E
 
 
-def even_replicas(loads_E: Floats, seats: int, most: int) -> Ints:
-    """How many copies beside the owner's each expert gets, at most `most`, so that the largest load per replica is least.
+def even_replicas(weights_E: Floats, seats: int, most: int) -> Ints:
+    """How many copies beside the owner's each expert gets, at most `most`, so that the largest weight per replica is least.
 
-    That is what adding one copy after the other to the largest load per replica arrives at (EPLB; LAER-MoE), found by bisection
-    of that load.
+    That is what adding one copy after the other to the largest weight per replica arrives at (EPLB; LAER-MoE; in apportionment
+    the method of Adams): bisection of that weight until it tells any two experts apart, then one copy each for as many as are
+    left.
     """
-    low, high = 0.0, float(loads_E.max())
-    if high == 0:
-        return np.zeros(len(loads_E), dtype=np.int64)
+    extra_E = np.zeros(len(weights_E), dtype=np.int64)
+    total, wanted = float(weights_E.sum()), seats + len(weights_E)
+    if total == 0 or seats == 0:
+        return extra_E
 
-    def replicas(load: float) -> Floats:
-        return np.maximum(np.minimum(np.ceil(loads_E / load), most + 1), 1)
+    def replicas(weight: float) -> Floats:
+        return np.maximum(np.minimum(np.ceil(weights_E / weight), most + 1), 1)
 
-    for _ in range(14):  # not until it is exact: see tests/benchmarks/placement.md
+    low, high = total / wanted, total / seats  # at `low` there are too many replicas, at `high` there are not
+    if replicas(low).sum() <= wanted:
+        low = 0.0  # some have as many as they may, so that others can get more
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
-        left = seats + len(loads_E) - replicas(middle).sum()
+        left = wanted - replicas(middle).sum()
         low, high = (low, middle) if left >= 0 else (middle, high)
         if left == 0:
             break
     extra_E = replicas(high).astype(np.int64) - 1
     if left := seats - int(extra_E.sum()):
-        open_E = np.flatnonzero((extra_E < most) & (loads_E > 0))
-        extra_E[open_E[np.argsort(-loads_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
+        open_E = np.flatnonzero((extra_E < most) & (weights_E > 0))
+        extra_E[open_E[np.argsort(-weights_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
     return extra_E
 
 
