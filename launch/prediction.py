@@ -277,7 +277,7 @@ class Cluster:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
         setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs)
-        replayed = replay(policy, self.loads(micro_rows, loads), setting)
+        replayed = replay(policy, self.loads(micro_rows, loads)[:, None], setting)
         return LayerPrediction(
             products_s=mean(time.products_s for time in replayed.times),
             tokens_s=mean(time.tokens_s for time in replayed.times),

@@ -200,5 +200,5 @@ def test_help_lists_machines_and_options(capsys: pytest.CaptureFixture[str]) -> 
 def test_layer_times_are_means_over_the_trace() -> None:
     of = cluster("gpus=16", "loads=drift", "batch_rows=16")
     layer = of.predict(Layout(EP, 1, False)).layer
-    replayed = replay("plain", of.loads(1, "drift"), layer.setting)
+    replayed = replay("plain", of.loads(1, "drift")[:, None], layer.setting)
     assert layer.tokens_s == pytest.approx(mean(time.tokens_s for time in replayed.times))
