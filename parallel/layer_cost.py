@@ -17,7 +17,7 @@ import numpy as np
 
 from parallel.flows import Flows, Plan, flows
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, missing
-from parallel.routes import Routes, routes
+from parallel.routes import WHOLE, Routes, routes
 
 NUMBERS = 14  # in LayerCosts.numbers
 
@@ -172,7 +172,8 @@ def _travel(sent_bytes: float, link: Link) -> float:
 
 @dataclass(frozen=True)
 class CopyTimes:
-    """Seconds of the copies of a layer and of their gradients. Hop by hop, the device with most to send or to take decides."""
+    """Seconds of the copies of a layer and of their gradients. A device begins a hop when it and those with whom it deals in it
+    are through with those before, and takes as long as what it sends or takes needs."""
 
     across_s: float  # copies between nodes
     back_across_s: float  # their gradients between nodes
@@ -195,20 +196,37 @@ def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> C
     if len(placement.holders[0]) == len(placement.owner_E):
         return CopyTimes(0.0, 0.0, 0.0, float(owned_D.max()) * costs.sum_s)  # there are no copies
     found = routes(placement, topology)
-    sent_HD, taken_HD = (_messages(found, side_M, topology.devices) for side_M in (found.source_M, found.target_M))
-    *crossing, inside = np.maximum(sent_HD, taken_HD).max(axis=1).tolist()
+    sent_HD, taken_HD = (_experts(found, side_M, topology.devices) for side_M in (found.source_M, found.target_M))
+    amount_HD = np.maximum(sent_HD, taken_HD)
+    crossing, inside = _longest(found, amount_HD), float(amount_HD[-1].max())
+    hops_s = found.across * costs.across.latency_s
     return CopyTimes(
-        across_s=sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing),
-        back_across_s=sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing),
+        across_s=hops_s + crossing * costs.expert_bytes * costs.across.byte_s,
+        back_across_s=hops_s + crossing * costs.sum_bytes * costs.across.byte_s,  # the same way back
         within_s=_travel(inside * costs.expert_bytes, costs.within),
         sums_s=float((owned_D + sent_HD.sum(axis=0)).max()) * costs.sum_s,  # who sent a copy adds what comes back
     )
 
 
-def _messages(found: Routes, side_M: Ints, devices: int) -> Ints:
-    """(hops, D): messages of each hop that a device sends, or takes."""
-    counts = np.bincount(found.hop_M * devices + side_M, minlength=(found.across + 1) * devices)
-    return np.asarray(counts.reshape(-1, devices), dtype=np.int64)
+def _longest(found: Routes, amount_HD: Floats) -> float:
+    """How many experts one after the other go between nodes until all are there."""
+    ready_D, first = np.zeros(amount_HD.shape[1]), 0
+    order_M = np.argsort(found.hop_M, kind="stable")
+    source_M, target_M = found.source_M[order_M], found.target_M[order_M]
+    for hop, last in enumerate(np.bincount(found.hop_M, minlength=found.across + 1).cumsum()[:-1].tolist()):
+        begin_M = np.maximum(ready_D[source_M[first:last]], ready_D[target_M[first:last]])
+        np.maximum.at(ready_D, source_M[first:last], begin_M)
+        np.maximum.at(ready_D, target_M[first:last], begin_M)
+        ready_D += amount_HD[hop]
+        first = last
+    return float(ready_D.max())
+
+
+def _experts(found: Routes, side_M: Ints, devices: int) -> Floats:
+    """(hops, D): how many experts a device sends in each hop, or takes; halves are counted as such."""
+    amount_M = np.where(found.half_M == WHOLE, 1.0, 0.5)
+    counts = np.bincount(found.hop_M * devices + side_M, weights=amount_M, minlength=(found.across + 1) * devices)
+    return np.asarray(counts.reshape(-1, devices))
 
 
 def hidden_copies(costs: LayerCosts, nodes: int) -> int:
