@@ -148,7 +148,7 @@ def budget_lines(
     reference = isinstance(config, RLConfig) and config.algorithm.kl_coefficient > 0
     memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu, reference)
     shares = {LABELS.get(name, name): size / memory.total for name, size in memory.on_device.items()}
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.015)
     kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
     beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
     beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []

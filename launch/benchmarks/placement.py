@@ -216,7 +216,7 @@ def replay(name: str, loads_SLE: Floats, setting: Setting, reshard_every: int = 
             ahead, before = time.process_time(), plan.placement
             if system.calibrates:
                 plan = calibrated(plan, loads_E, setting)
-            behind = time.process_time()
+            behind = time.process_time() if system.calibrates else ahead
             planning.append(behind - started)
             behind_s = behind - (ahead if system.window else started)
             time_there = _timed(system, plan, before, loads_E, setting)
