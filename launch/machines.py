@@ -17,7 +17,6 @@ from trainer.config import LinkConfig, MachineConfig, Record
 
 CONF = Path(__file__).parents[1] / "conf"
 BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
-PLANNING_S = 2e-3  # a layer; see tests/benchmarks/placement.md
 
 Options = TypeVar("Options", bound=Record)
 Samples = tuple[tuple[float, float], ...]  # amounts and seconds
@@ -115,16 +114,21 @@ def layer_costs(machine: MachineConfig, hidden: int, expert_hidden: int, attenti
     Args:
         attention_flops: of the attention before it, forward, for all tokens of a device. It is taken to reach the rate of the
             products.
+
+    What a plan takes on the host is left at nothing: it depends on the policy, and is measured by who asks.
     """
-    expert, products = 3 * hidden * expert_hidden, machine.product_tflops * 1e12
+    expert, products, memory = 3 * hidden * expert_hidden, machine.product_tflops * 1e12, machine.memory_tbytes * 1e12
     return LayerCosts(
         entry_s=2 * expert / products,
-        expert_s=BYTES * expert / (machine.memory_tbytes * 1e12),
+        expert_s=BYTES * expert / memory,
         row_bytes=BYTES * hidden,
         expert_bytes=BYTES * expert,
         sum_bytes=FLOAT32 * expert,
         within=link(machine.within),
         across=link(machine.across),
         attention_s=attention_flops / products,
-        planning_s=PLANNING_S,
+        planning_s=0.0,
+        row_s=2 * BYTES * hidden / memory,
+        exchange_s=machine.exchange_s,
+        sum_s=(BYTES + 2 * FLOAT32) * expert / memory,
     )

@@ -21,7 +21,7 @@ from launch.benchmarks.placement import owners, replay
 from launch.benchmarks.traces import draw
 from launch.machines import BYTES, layer_costs, read_group, topology_of
 from parallel.flows import Plan
-from parallel.layer_cost import LayerCosts, Setting, hidden_copies, hop_times
+from parallel.layer_cost import LayerCosts, Setting, copy_times, hidden_copies
 from parallel.placement import Budget, Floats, Topology
 from parallel.planning import predict
 from parallel.policies import POLICIES
@@ -83,6 +83,7 @@ class LayerPrediction:
     products_s: float
     tokens_s: float
     copies_s: float  # waited for
+    sums_s: float  # of gradients
     imbalance: float  # entries of the busiest rank over the mean
     setting: Setting
 
@@ -91,8 +92,8 @@ class LayerPrediction:
 class StepTime:
     """Seconds of one update."""
 
-    products_s: float  # of all matrix products, on the busiest rank of each layer
-    tokens_s: float
+    products_s: float  # of all matrix products, on the busiest rank of each layer, with the sums of their gradients
+    tokens_s: float  # their exchanges, on links and devices
     copies_s: float
     gradients_s: float  # dense ones, and ZeRO's new weights
     offload_s: float  # gradients of experts on their way to the host, as far as nothing hides it
@@ -192,6 +193,7 @@ class Cluster:
         tokens = layout.micro_rows * config.sequence_length
         passes = 4 if layout.recompute else 3  # forward, backward twice as much; forward again
         products_s = passes / 3 * (tokens * self._dense_flops() / self.flops_per_s + layers * layer.products_s)
+        products_s += layers * layer.sums_s
         exchanges_s = (3 if layout.recompute else 2) / 2 * layers * layer.tokens_s  # forward, backward; forward again
         reductions = micro_batches if layout.parallel.zero_stage == 2 else 1
         return StepTime(
@@ -275,11 +277,12 @@ class Cluster:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
         setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs)
-        replayed = replay(policy, self.loads(micro_rows, loads), setting)
+        replayed = replay(policy, self.loads(micro_rows, loads)[:, None], setting)
         return LayerPrediction(
             products_s=mean(time.products_s for time in replayed.times),
             tokens_s=mean(time.tokens_s for time in replayed.times),
             copies_s=mean(time.weights_s for time in replayed.times),
+            sums_s=mean(time.sums_s for time in replayed.times),
             imbalance=replayed.imbalance,
             setting=setting,
         )
@@ -296,12 +299,12 @@ def pipeline(cluster: Cluster, prediction: Prediction) -> Pipeline:
     plan, loads_E = cluster.last_step(prediction)
     layout, setting = prediction.layout, prediction.layer.setting
     costs, work = setting.costs, sharded_workload(plan, loads_E, setting)
-    gather_s, return_s, within_s = hop_times(plan.placement, setting.topology, costs)
-    again = layout.parallel.rematerialise
-    back = Copies(return_s + gather_s, 2 * within_s) if again else Copies(return_s, within_s)
+    times, again = copy_times(plan.placement, setting.topology, costs), layout.parallel.rematerialise
+    back_s = times.back_across_s + times.across_s if again else times.back_across_s
+    back = Copies(back_s, (2 if again else 1) * times.within_s)
     saved, degrees, panels = [], [], []
     for name, backward, tasks_of, attention_s, copies in (
-        ("forward", False, forward_tasks, costs.attention_s, Copies(gather_s, within_s)),
+        ("forward", False, forward_tasks, costs.attention_s, Copies(times.across_s, times.within_s)),
         ("backward", True, backward_tasks, 2 * costs.attention_s, back),
     ):
         found = [

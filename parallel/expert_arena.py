@@ -92,7 +92,7 @@ class ExpertArena:
         self._returning: tuple[int, Returning] | None = None
         self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
-        self._moved_bytes = 0
+        self._moved_bytes = 0.0
 
     @property
     def rows(self) -> Parts:
@@ -103,9 +103,9 @@ class ExpertArena:
     def expert_bytes(self) -> int:
         return sum(rows[0].nbytes for rows in self.rows)
 
-    def take_costs(self) -> tuple[int, float]:
+    def take_costs(self) -> tuple[float, float]:
         """(bytes of weights and gradients sent, seconds waited for copies) by this rank since the last call."""
-        moved, self._moved_bytes = self._moved_bytes, 0
+        moved, self._moved_bytes = self._moved_bytes, 0.0
         return moved, self._exposed.take()
 
     def make_room(self, copies: int) -> None:

@@ -1,6 +1,7 @@
 """How long one MoE layer takes under a plan: forward and backward, predicted from loads and measured speeds. Pure.
 
-The slowest device decides, phase by phase: tokens out, experts, tokens back; backward the same with twice the products.
+The slowest device decides, phase by phase: tokens out, experts, tokens back; backward the same with twice the products. On both
+ends of their way rows are laid out, put in place and summed; gradients of weights are added up in float32, those of copies too.
 Copies travel while the attention before the layer computes, their gradients while its backward pass does, and only what is left
 counts. Sources: Hecate, arXiv 2502.02581, section 4.2; LAER-MoE, arXiv 2602.11686, section 4 (4 exchanges + 3 products).
 
@@ -15,10 +16,10 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from parallel.flows import Flows, Plan, flows
-from parallel.placement import Budget, Floats, Placement, Topology, missing
-from parallel.routes import Routes, routes
+from parallel.placement import Budget, Floats, Ints, Placement, Topology, missing
+from parallel.routes import WHOLE, Routes, routes
 
-NUMBERS = 11  # in LayerCosts.numbers
+NUMBERS = 14  # in LayerCosts.numbers
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class LayerCosts:
     across: Link  # between nodes, for each device
     attention_s: float  # forward, of what lies before the layer
     planning_s: float  # on the host, for one layer
+    row_s: float  # a row beside its way, on either end and in one direction: laid out, put in place, summed; part of its plan
+    exchange_s: float  # what the exchanges of a layer cost beside their rows, forward and backward: the sizes, the plan's start
+    sum_s: float  # one expert's gradient, added in float32
 
     @property
     def numbers(self) -> list[float]:
@@ -50,9 +54,9 @@ class LayerCosts:
 
     @staticmethod
     def from_numbers(numbers: Sequence[float]) -> LayerCosts:
-        entry, expert, row, weights, total, latency, byte, far_latency, far_byte, attention, planning = numbers
+        entry, expert, row, weights, total, latency, byte, far_latency, far_byte, *others = numbers
         within, across = Link(latency, byte), Link(far_latency, far_byte)
-        return LayerCosts(entry, expert, row, weights, total, within, across, attention, planning)
+        return LayerCosts(entry, expert, row, weights, total, within, across, *others)
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class LayerTime:
     products_s: float
     tokens_s: float
     weights_s: float  # waited for copies and for the return of their gradients
+    sums_s: float  # of gradients of weights
 
     @property
     def total_s(self) -> float:
-        return self.products_s + self.tokens_s + self.weights_s
+        return self.products_s + self.tokens_s + self.weights_s + self.sums_s
 
 
 @dataclass(frozen=True)
@@ -82,87 +87,146 @@ class Setting:
 def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
     """Predicted for copies that are planned before the layer's attention begins; or behind it, where nothing hides the way of
     those that are not among the copies `present` then."""
-    weights_s = weights_time(plan.placement, setting, present)
-    return LayerTime(*pass_times(flows(plan, setting.topology, loads_E), setting), weights_s)
+    weights = weights_time(plan.placement, setting, present)
+    return LayerTime(*pass_times(flows(plan, setting.topology, loads_E), setting), weights.waited_s, weights.sums_s)
 
 
-def weights_time(placement: Placement, setting: Setting, present: Placement | None) -> float:
-    """`LayerTime.weights_s`, which does not depend on loads."""
-    gather_s, return_s = copy_times(placement, setting.topology, setting.costs)
+@dataclass(frozen=True)
+class WeightsTime:
+    """What of a `LayerTime` does not depend on loads."""
+
+    waited_s: float
+    sums_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.waited_s + self.sums_s
+
+
+def weights_time(placement: Placement, setting: Setting, present: Placement | None) -> WeightsTime:
+    times = copy_times(placement, setting.topology, setting.costs)
     hidden_s = setting.costs.attention_s
-    backward_s = return_s + gather_s if setting.rematerialise else return_s
+    backward_s = times.return_s + times.gather_s if setting.rematerialise else times.return_s
     if present is None:
-        waited_s = max(gather_s - hidden_s, 0.0)
+        waited_s = max(times.gather_s - hidden_s, 0.0)
     else:
-        waited_s, _ = copy_times(missing(placement, present), setting.topology, setting.costs)
-    return waited_s + max(backward_s - 2 * hidden_s, 0.0)
+        waited_s = copy_times(missing(placement, present), setting.topology, setting.costs).gather_s
+    return WeightsTime(waited_s + max(backward_s - 2 * hidden_s, 0.0), times.sums_s)
 
 
 def pass_times(found: Flows, setting: Setting) -> tuple[float, float]:
     """(seconds of products, seconds of tokens on their way), forward and backward."""
-    products_s = float((found.entries_D * setting.costs.entry_s + found.experts_D * setting.costs.expert_s).max())
-    return 3 * products_s, 4 * exchange_time(found, setting)
+    costs = setting.costs
+    products_s = float((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max())
+    return 3 * products_s, 4 * exchange_time(found, setting) + costs.exchange_s
 
 
 def exchange_time(found: Flows, setting: Setting) -> float:
-    """One exchange of tokens; both kinds of links work at the same time."""
-    within_bytes, across_bytes = exchanged_bytes(found, setting)
-    return max(_travel(within_bytes, setting.costs.within), _travel(across_bytes, setting.costs.across))
+    """One exchange of tokens in one direction; both kinds of links work at the same time."""
+    sent, costs = exchanged(found, setting), setting.costs
+    return max(_travel(sent.within_bytes, costs.within), _travel(sent.across_bytes, costs.across)) + sent.rows * costs.row_s
 
 
-def exchanged_bytes(found: Flows, setting: Setting) -> tuple[float, float]:
-    """(within nodes, between nodes): the most that a device gives or takes in one exchange of tokens. A token's row goes to a
-    device once, whatever number of its choices that device serves."""
+@dataclass(frozen=True)
+class Exchanged:
+    """In one exchange of tokens. A token's row goes to a device once, whatever number of its choices that device serves."""
+
+    within_bytes: float  # the most that a device gives to or takes from others of its node
+    across_bytes: float  # and other nodes
+    rows: float  # the most that a device has of its own tokens and of those that come to it, from itself too
+
+
+def exchanged(found: Flows, setting: Setting) -> Exchanged:
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
     near, tokens = topology.devices_per_node - 1, float(found.entries_D.sum()) / top_k / topology.devices
-    within = _most_rows(found.within_in_D, found.within_out_D, near, tokens, top_k)
-    across = _most_rows(found.across_in_D, found.across_out_D, topology.devices - near - 1, tokens, top_k)
-    return within * costs.row_bytes, across * costs.row_bytes
+    far = topology.devices - near - 1
+    own_D = found.entries_D - found.within_in_D - found.across_in_D
+    kinds = ((found.within_in_D, near), (found.across_in_D, far), (own_D, 1))
+    within_D, across_D, here_D = (_rows(in_D, sources, tokens, top_k) for in_D, sources in kinds)
+    return Exchanged(
+        _most(within_D, found.within_in_D, found.within_out_D) * costs.row_bytes,
+        _most(across_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
+        tokens + float((within_D + across_D + here_D).max()),
+    )
 
 
-def _most_rows(in_D: Floats, out_D: Floats, sources: int, tokens: float, top_k: int) -> float:
-    """The largest number of rows that a device takes or gives, for `sources` devices with `tokens` each on the other side.
+def _rows(in_D: Floats, sources: int, tokens: float, top_k: int) -> Floats:
+    """The rows that come to each device with so many entries from `sources` devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
     tokens go there.
     """
+    most = sources * tokens
+    return most * (1 - (1 - np.minimum(in_D / (most * top_k), 1.0)) ** top_k) if most else np.zeros_like(in_D)
+
+
+def _most(rows_D: Floats, in_D: Floats, out_D: Floats) -> float:
+    """The largest number of rows that a device takes or gives; it gives as many rows an entry as all do."""
     total = float(in_D.sum())
-    if total == 0:
-        return 0.0
-    rows_D = sources * tokens * (1 - (1 - np.minimum(in_D / (sources * tokens * top_k), 1.0)) ** top_k)
-    return max(float(rows_D.max()), float(out_D.max()) * float(rows_D.sum()) / total)
+    return max(float(rows_D.max()), float(out_D.max()) * float(rows_D.sum()) / total) if total else 0.0
 
 
 def _travel(sent_bytes: float, link: Link) -> float:
     return link.latency_s + sent_bytes * link.byte_s if sent_bytes else 0.0
 
 
-def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float]:
-    """(SparseAllGather, SparseReduceScatter) in seconds: hop by hop, the device with most to send or to take decides."""
-    gather_s, return_s, within_s = hop_times(placement, topology, costs)
-    return gather_s + within_s, return_s + within_s
+@dataclass(frozen=True)
+class CopyTimes:
+    """Seconds of the copies of a layer and of their gradients. A device begins a hop when it and those with whom it deals in it
+    are through with those before, and takes as long as what it sends or takes needs."""
+
+    across_s: float  # copies between nodes
+    back_across_s: float  # their gradients between nodes
+    within_s: float  # either of them within nodes
+    sums_s: float  # of gradients, those of the owners too
+
+    @property
+    def gather_s(self) -> float:
+        """SparseAllGather."""
+        return self.across_s + self.within_s
+
+    @property
+    def return_s(self) -> float:
+        """SparseReduceScatter, without its sums."""
+        return self.back_across_s + self.within_s
 
 
-def hop_times(placement: Placement, topology: Topology, costs: LayerCosts) -> tuple[float, float, float]:
-    """(copies between nodes, their gradients between nodes, either of them within nodes) in seconds."""
+def copy_times(placement: Placement, topology: Topology, costs: LayerCosts) -> CopyTimes:
+    owned_D = np.bincount(placement.owner_E, minlength=topology.devices)
     if len(placement.holders[0]) == len(placement.owner_E):
-        return 0.0, 0.0, 0.0  # there are none
+        return CopyTimes(0.0, 0.0, 0.0, float(owned_D.max()) * costs.sum_s)  # there are no copies
     found = routes(placement, topology)
-    *crossing, inside = _most_messages(found, topology.devices)
-    within_s = _travel(inside * costs.expert_bytes, costs.within)
-    gather_s = sum(_travel(most * costs.expert_bytes, costs.across) for most in crossing)
-    return_s = sum(_travel(most * costs.sum_bytes, costs.across) for most in crossing)
-    return gather_s, return_s, within_s
+    sent_HD, taken_HD = (_experts(found, side_M, topology.devices) for side_M in (found.source_M, found.target_M))
+    amount_HD = np.maximum(sent_HD, taken_HD)
+    crossing, inside = _longest(found, amount_HD), float(amount_HD[-1].max())
+    hops_s = found.across * costs.across.latency_s
+    return CopyTimes(
+        across_s=hops_s + crossing * costs.expert_bytes * costs.across.byte_s,
+        back_across_s=hops_s + crossing * costs.sum_bytes * costs.across.byte_s,  # the same way back
+        within_s=_travel(inside * costs.expert_bytes, costs.within),
+        sums_s=float((owned_D + sent_HD.sum(axis=0)).max()) * costs.sum_s,  # who sent a copy adds what comes back
+    )
 
 
-def _most_messages(found: Routes, devices: int) -> list[int]:
-    """That a device sends or receives, of each hop."""
-    counts = [
-        np.bincount(found.hop_M * devices + side_M, minlength=(found.across + 1) * devices)
-        for side_M in (found.source_M, found.target_M)
-    ]
-    most: list[int] = np.maximum(*counts).reshape(-1, devices).max(axis=1).tolist()
-    return most
+def _longest(found: Routes, amount_HD: Floats) -> float:
+    """How many experts one after the other go between nodes until all are there."""
+    ready_D, first = np.zeros(amount_HD.shape[1]), 0
+    order_M = np.argsort(found.hop_M, kind="stable")
+    source_M, target_M = found.source_M[order_M], found.target_M[order_M]
+    for hop, last in enumerate(np.bincount(found.hop_M, minlength=found.across + 1).cumsum()[:-1].tolist()):
+        begin_M = np.maximum(ready_D[source_M[first:last]], ready_D[target_M[first:last]])
+        np.maximum.at(ready_D, source_M[first:last], begin_M)
+        np.maximum.at(ready_D, target_M[first:last], begin_M)
+        ready_D += amount_HD[hop]
+        first = last
+    return float(ready_D.max())
+
+
+def _experts(found: Routes, side_M: Ints, devices: int) -> Floats:
+    """(hops, D): how many experts a device sends in each hop, or takes; halves are counted as such."""
+    amount_M = np.where(found.half_M == WHOLE, 1.0, 0.5)
+    counts = np.bincount(found.hop_M * devices + side_M, weights=amount_M, minlength=(found.across + 1) * devices)
+    return np.asarray(counts.reshape(-1, devices))
 
 
 def hidden_copies(costs: LayerCosts, nodes: int) -> int:

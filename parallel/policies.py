@@ -18,15 +18,18 @@ from typing import Protocol
 import numpy as np
 
 from parallel.flows import Plan, flows, imbalance
-from parallel.layer_cost import Setting, exchange_time, pass_times, weights_time
+from parallel.layer_cost import Setting, WeightsTime, exchange_time, pass_times, weights_time
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, on_owners, without_copies
 from parallel.planning import LESS, hottest, materialise
 
 REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
+FLATTENED = 0.75  # the power of loads in proportion to which experts get replicas
+HALVINGS = 30
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
 FEWEST_TOKENS = 1024  # LLEP: fewer than these are not worth a product elsewhere
+NO_WEIGHTS = WeightsTime(0.0, 0.0)
 
 
 class Policy(Protocol):
@@ -54,7 +57,8 @@ def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     others serve in their owner's place (`llep`) are weighed too. The time is never above that without copies.
     """
     bare = plain(loads_E, owner_E, setting)
-    return _cheapest(_timed(bare, loads_E, setting, weights_s=0.0), loads_E, setting, present=None)
+    weights = weights_time(bare.placement, setting, present=None)
+    return _cheapest(_timed(bare, loads_E, setting, weights), loads_E, setting, present=None)
 
 
 def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
@@ -63,10 +67,10 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
     adds copies; here the room of copies that turned out useless may be used too.
     """
-    there = _timed(plan, loads_E, setting, weights_s=0.0)
+    there = _timed(plan, loads_E, setting, NO_WEIGHTS)
     if there.passing_s * (1 - 1 / imbalance(there.load_D)) <= setting.costs.planning_s:
         return plan
-    there = replace(there, weights_s=weights_time(plan.placement, setting, plan.placement))
+    there = replace(there, weights=weights_time(plan.placement, setting, plan.placement))
     return _cheapest(there, loads_E, setting, present=plan.placement)
 
 
@@ -77,16 +81,16 @@ class _Timed:
     plan: Plan
     load_D: Floats
     passing_s: float
-    weights_s: float
+    weights: WeightsTime
 
     @property
     def total_s(self) -> float:
-        return self.passing_s + self.weights_s
+        return self.passing_s + self.weights.total_s
 
 
-def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights_s: float) -> _Timed:
+def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights: WeightsTime) -> _Timed:
     found = flows(plan, setting.topology, loads_E)
-    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights_s)
+    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights)
 
 
 def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
@@ -100,13 +104,13 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
             best = found
         elif best is not bare:
             break  # from here on there are too few
-        if found.weights_s == 0:
-            break  # nothing waits for copies, so fewer of them gain nothing
+        if found.weights.waited_s == 0:
+            break  # nothing waits for copies, so fewer of them gain next to nothing
     best = _levelled(best, loads_E, setting)
-    if best.weights_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
+    if best.weights.waited_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
         fewest = llep(loads_E, owner_E, setting)  # copies, each of which serves all that it can
-        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, weights_s=0.0).passing_s
-        if spare_s > 0 and weights_time(fewest.placement, setting, present) < spare_s:
+        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, NO_WEIGHTS).passing_s
+        if spare_s > 0 and weights_time(fewest.placement, setting, present).total_s < spare_s:
             return fewest
     return best.plan
 
@@ -117,7 +121,7 @@ def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
         if imbalance(best.load_D) < EVEN_ENOUGH or not best.plan.nearest_first:
             break
         less_D = np.minimum(best.load_D.mean() / np.maximum(best.load_D, 1.0), 4.0)
-        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights_s)
+        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights)
         if found.total_s >= best.total_s * LESS:
             break
         best = found
@@ -127,7 +131,10 @@ def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
 def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Iterator[Placement]:
     """All room used; then fewer and fewer copies."""
     devices, seats = topology.devices, topology.devices * memory
-    before_E = even_replicas(loads_E, seats, devices - 1)
+    # In proportion to loads the largest load per replica is least, to their square root the sum of them all (Cohen and Shenker,
+    # SIGCOMM 2002), to the power of p / (p + 1) their p-norm. In between, cold experts have copies nearer to tokens, and sooner
+    # those that are about to become hot.
+    before_E = even_replicas(loads_E**FLATTENED, seats, devices - 1)
     yield Placement(owner_E, pack(before_E, loads_E, owner_E, topology, memory))
     mean = float(loads_E.sum()) / devices
     for part in REPLICA_PARTS:
@@ -137,29 +144,34 @@ def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int)
             before_E = extra_E
 
 
-def even_replicas(loads_E: Floats, seats: int, most: int) -> Ints:
-    """How many copies beside the owner's each expert gets, at most `most`, so that the largest load per replica is least.
+def even_replicas(weights_E: Floats, seats: int, most: int) -> Ints:
+    """How many copies beside the owner's each expert gets, at most `most`, so that the largest weight per replica is least.
 
-    That is what adding one copy after the other to the largest load per replica arrives at (EPLB; LAER-MoE), found by bisection
-    of that load.
+    That is what adding one copy after the other to the largest weight per replica arrives at (EPLB; LAER-MoE; in apportionment
+    the method of Adams): bisection of that weight until it tells any two experts apart, then one copy each for as many as are
+    left.
     """
-    low, high = 0.0, float(loads_E.max())
-    if high == 0:
-        return np.zeros(len(loads_E), dtype=np.int64)
+    extra_E = np.zeros(len(weights_E), dtype=np.int64)
+    total, wanted = float(weights_E.sum()), seats + len(weights_E)
+    if total == 0 or seats == 0:
+        return extra_E
 
-    def replicas(load: float) -> Floats:
-        return np.maximum(np.minimum(np.ceil(loads_E / load), most + 1), 1)
+    def replicas(weight: float) -> Floats:
+        return np.maximum(np.minimum(np.ceil(weights_E / weight), most + 1), 1)
 
-    for _ in range(14):  # not until it is exact: see tests/benchmarks/placement.md
+    low, high = total / wanted, total / seats  # at `low` there are too many replicas, at `high` there are not
+    if replicas(low).sum() <= wanted:
+        low = 0.0  # some have as many as they may, so that others can get more
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
-        left = seats + len(loads_E) - replicas(middle).sum()
+        left = wanted - replicas(middle).sum()
         low, high = (low, middle) if left >= 0 else (middle, high)
         if left == 0:
             break
     extra_E = replicas(high).astype(np.int64) - 1
     if left := seats - int(extra_E.sum()):
-        open_E = np.flatnonzero((extra_E < most) & (loads_E > 0))
-        extra_E[open_E[np.argsort(-loads_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
+        open_E = np.flatnonzero((extra_E < most) & (weights_E > 0))
+        extra_E[open_E[np.argsort(-weights_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
     return extra_E
 
 

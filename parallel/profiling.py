@@ -1,4 +1,5 @@
-"""How fast this machine is: products of experts, messages within and between nodes; and its free memory. Measured, not guessed.
+"""How fast this machine is: products of experts, exchanges of tokens, messages within and between nodes, sums of gradients; and
+its free memory. Measured, not guessed.
 
 Every function here is collective and gives every rank the same numbers: the slowest rank's.
 """
@@ -10,14 +11,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.accumulate import accumulate
+from kernels.destinations import destinations
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import expert_order
 from parallel.expert_arena import ExpertArena
-from parallel.layer_cost import LayerCosts, Link
+from parallel.flows import Plan, flows
+from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchanged
+from parallel.placement import Budget, without_copies
+from parallel.token_exchange import boundaries
 
 FLOAT32 = 4
 REPEATS = 5
@@ -25,12 +32,14 @@ SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
 LARGE = {"cpu": 2**22, "cuda": 2**26}
 HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
 MOST_ENTRIES = 2**14  # in the products that are timed
+MOST_TOKENS = 2**14  # in the exchanges that are timed
+MOST_EXPERTS = 8  # in the products and sums that are timed
 SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 
 @torch.no_grad()
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
-    """The costs of a layer for a rank with so many tokens; takes well under a second.
+    """The costs of a layer for a rank with so many tokens; takes about a second.
 
     `planning` plans a layer as it will be planned, with the costs that it is given.
     """
@@ -49,7 +58,12 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
         across=across,
         attention_s=arena.attention.take_mean(),
         planning_s=0.0,
+        row_s=0.0,
+        exchange_s=0.0,
+        sum_s=_sum_cost(arena),
     )
+    row_s, exchange_s = _exchange_costs(arena, measured, min(max(tokens, 64), MOST_TOKENS), top_k)
+    measured = replace(measured, row_s=row_s, exchange_s=exchange_s)
     measured = replace(measured, planning_s=_seconds(lambda: planning(measured), torch.device("cpu")))
     slowest = torch.tensor(measured.numbers, dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -70,7 +84,7 @@ def copies_that_fit(arena: ExpertArena, layers: int) -> int:
 
 def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
     """(seconds of one entry, seconds of an expert beside its entries), forward."""
-    device, experts = arena.world.device, min(arena.owned, 8)
+    device, experts = arena.world.device, min(arena.owned, MOST_EXPERTS)
     slots_E = torch.arange(experts, dtype=torch.int32, device=device)
 
     def seconds(count: int, used: int) -> float:
@@ -87,6 +101,58 @@ def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
     _, entry_s = line(entries, few, 4 * entries, many)
     together = few - seconds(entries, 1) if experts > 1 else few - entries * entry_s
     return entry_s, max(together, 0.0) / max(experts - 1, 1)
+
+
+def _exchange_costs(arena: ExpertArena, costs: LayerCosts, tokens: int, top_k: int) -> tuple[float, float]:
+    """(seconds of a row on a device, seconds of an exchange beside its rows): what is left of the time of real exchanges, forth
+    and back, forward and backward, when the model's time on links has been taken off. Choices are even."""
+    topology = arena.world.topology
+    plan = Plan(without_copies(np.arange(arena.shape.experts) % topology.devices, topology.devices))
+    setting = Setting(topology, top_k, Budget(0, 0), False, costs)
+
+    def left(tokens: int) -> tuple[float, float]:
+        """(rows in one direction, seconds)"""
+        loads_E = np.full(arena.shape.experts, tokens * top_k * topology.devices / arena.shape.experts)
+        found = flows(plan, topology, loads_E)
+        both_s = _seconds(_exchange(arena, plan, tokens, top_k), arena.world.device)
+        return exchanged(found, setting).rows, max(both_s - 4 * exchange_time(found, setting), 0.0)
+
+    exchange_s, row_s = line(*(left(max(tokens // 4, 1))), *left(tokens))
+    return row_s / 4, exchange_s
+
+
+def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callable[[], object]:
+    """Tokens with random choices to the ranks of their experts and back, and their gradients. Collective."""
+    world, experts = arena.world, arena.shape.experts
+    generator = torch.Generator(world.device).manual_seed(world.rank)
+    x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype).requires_grad_()
+    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device).requires_grad_()
+    experts_TK = torch.rand(tokens, experts, device=world.device, generator=generator).topk(top_k).indices
+    ends_ED, phase_E = (torch.from_numpy(part).to(world.device) for part in boundaries(plan.weights_ED, world.rank))
+    here_E = torch.from_numpy(plan.placement.owner_E == world.rank).to(world.device)
+    index_E = torch.where(here_E, here_E.cumsum(0) - 1, -1).int()
+
+    @torch.enable_grad()
+    def exchange() -> object:
+        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        received, back = arena.transport.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, int(here_E.sum()))
+        return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
+
+    return exchange
+
+
+def _sum_cost(arena: ExpertArena) -> float:
+    """Seconds in which the gradient of one expert is added in float32; of no expert where this rank has none."""
+    experts = min(arena.owned, MOST_EXPERTS)
+    totals = arena.shape.matrices(experts, torch.float32, arena.world.device)
+    for total in totals:
+        total.zero_()
+
+    def add() -> None:
+        for total, rows in zip(totals, arena.rows, strict=True):
+            accumulate(total, rows[:experts])
+
+    return _seconds(add, arena.world.device) / max(experts, 1)
 
 
 def _links(arena: ExpertArena) -> tuple[Link, Link]:
@@ -117,7 +183,7 @@ def _link(arena: ExpertArena, target: int, source: int) -> Link:
     return Link(*line(SMALL, seconds(SMALL), large, seconds(large)))
 
 
-def line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float]:
+def line(few: float, few_s: float, many: float, many_s: float) -> tuple[float, float]:
     """(seconds whatever the amount, seconds of one more) of work that was timed for two amounts.
 
     At least half of the time of the larger amount is taken to be that of the amount itself: a disturbance while the smaller one

@@ -1,8 +1,9 @@
 """Which way copies go: from owners to a leader on each node, then to the other devices there. Pure.
 
 Source: Hecate, arXiv 2502.02581, section 3.1 names the operation and leaves its routes open. Here an expert enters a node once,
-whatever number of devices there wants it, and nodes pass it on in a binomial tree: n nodes take log2(n) hops, and no owner of a
-hot expert sends it to all of them.
+whatever number of devices there wants it, in two halves, each of which nodes pass on in a binary tree of its own. Who passes on
+in one tree is a leaf of the other (Sanders, Speck, Traeff, Parallel Computing 35, 2009), so nobody sends more of an expert than
+it takes, an owner sends it once, and n nodes take log2(n) hops.
 
 Letters: E experts of a layer, D devices, M messages, H pairs of an expert and a device that has it, C of an expert and a node.
 """
@@ -15,6 +16,8 @@ import numpy as np
 
 from parallel.placement import Ints, Placement, Topology
 
+WHOLE = 2
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -23,6 +26,7 @@ class Routes:
     across: int
     hop_M: Ints
     expert_M: Ints
+    half_M: Ints  # which half of the expert; WHOLE within nodes
     source_M: Ints
     target_M: Ints
 
@@ -30,8 +34,8 @@ class Routes:
 def routes(placement: Placement, topology: Topology) -> Routes:
     """A node's leader for an expert is its owner, or one of the node's devices that get a copy, another one for each expert.
 
-    In each hop between nodes every one that has an expert passes it on to one that has not: the owner's node comes first, the
-    others in ascending order from there on, going round.
+    The nodes that want an expert stand in ascending order from the owner's on, going round, and are numbered from 1. Number n
+    has half 0 from number n // 2, number 1 from the owner; half 1 goes the same way from the other end of the row.
     """
     (expert_H, device_H), owner_E, devices = placement.holders, placement.owner_E, topology.devices
     cell_H = expert_H * topology.nodes + device_H // topology.devices_per_node
@@ -48,14 +52,18 @@ def routes(placement: Placement, topology: Topology) -> Routes:
     start_C = (nodes_E.cumsum() - nodes_E)[expert_C]
     place_C = np.arange(len(expert_C)) - start_C
     home_C = np.flatnonzero(leader_C == owner_E[expert_C])[expert_C]
-    leader_C = leader_C[start_C + (home_C - start_C + place_C) % nodes_E[expert_C]]  # in the order in which nodes are reached
+    leader_C = leader_C[start_C + (home_C - start_C + place_C) % nodes_E[expert_C]]  # in that order, the owner's first
     reached = np.flatnonzero(place_C)
-    hop_M = np.frexp(place_C[reached])[1].astype(np.int64) - 1  # 2^h nodes have the expert before hop h
-    across, source_M = int(hop_M.max(initial=-1)) + 1, leader_C[reached - (1 << hop_M)]
+    forth_M, last_M, owner_M = place_C[reached], nodes_E[expert_C[reached]], start_C[reached]
+    back_M = last_M - forth_M
+    sources = [owner_M + forth_M // 2, owner_M + np.where(back_M == 1, 0, last_M - back_M // 2)]
+    hop_M = np.frexp(np.concatenate([forth_M, back_M]))[1].astype(np.int64) - 1
+    across, inside = int(hop_M.max(initial=-1)) + 1, np.count_nonzero(led_H)
     return Routes(
         across=across,
-        hop_M=np.concatenate([hop_M, np.full(np.count_nonzero(led_H), across)]),
-        expert_M=np.concatenate([expert_C[reached], expert_H[led_H]]),
-        source_M=np.concatenate([source_M, leader_H[led_H]]),
-        target_M=np.concatenate([leader_C[reached], device_H[led_H]]),
+        hop_M=np.concatenate([hop_M, np.full(inside, across)]),
+        expert_M=np.concatenate([np.tile(expert_C[reached], 2), expert_H[led_H]]),
+        half_M=np.concatenate([np.repeat([0, 1], len(reached)), np.full(inside, WHOLE)]),
+        source_M=np.concatenate([leader_C[np.concatenate(sources)], leader_H[led_H]]),
+        target_M=np.concatenate([np.tile(leader_C[reached], 2), device_H[led_H]]),
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.placement import Ints, Placement, Topology
-from parallel.routes import routes
+from parallel.routes import WHOLE, routes
 
 Parts = tuple[Tensor, ...]  # the tensors of one expert: gate_up_CD and down_DF, or their gradients
 Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
@@ -34,11 +34,22 @@ def empty_parts(experts: int, shapes: Shapes, dtype: torch.dtype, device: torch.
 class Message:
     expert: int
     peer: int
+    half: int  # or WHOLE
+
+    def of(self, parts: Parts) -> Parts:
+        """What it carries of an expert's tensors."""
+        if self.half == WHOLE:
+            return parts
+        return tuple(part[: len(part) // 2] if self.half == 0 else part[len(part) // 2 :] for part in parts)
+
+    @property
+    def experts(self) -> float:
+        return 1.0 if self.half == WHOLE else 0.5
 
 
 @dataclass(frozen=True)
 class Hop:
-    """What one rank sends and receives at once; both in ascending order of (expert, peer)."""
+    """What one rank sends and receives at once; both in ascending order of (expert, peer, half)."""
 
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
@@ -56,12 +67,13 @@ class GatherPlan:
         return (*self.across, self.within)
 
     @property
-    def num_sends(self) -> int:
-        return sum(len(hop.sends) for hop in self.hops)
+    def num_sends(self) -> float:
+        """Experts."""
+        return sum(message.experts for hop in self.hops for message in hop.sends)
 
     @property
-    def num_receives(self) -> int:
-        return sum(len(hop.receives) for hop in self.hops)
+    def num_receives(self) -> float:
+        return sum(message.experts for hop in self.hops for message in hop.receives)
 
 
 def gather_plan(placement: Placement, topology: Topology, rank: int) -> GatherPlan:
@@ -71,8 +83,8 @@ def gather_plan(placement: Placement, topology: Topology, rank: int) -> GatherPl
 
     def mine(hop: int, here_M: Ints, peer_M: Ints) -> tuple[Message, ...]:
         found = np.flatnonzero((every.hop_M == hop) & (here_M == rank))
-        pairs = zip(every.expert_M[found].tolist(), peer_M[found].tolist(), strict=True)
-        return tuple(Message(*pair) for pair in sorted(pairs))
+        columns = (numbers_M[found].tolist() for numbers_M in (every.expert_M, peer_M, every.half_M))
+        return tuple(Message(*one) for one in sorted(zip(*columns, strict=True)))
 
     hops = [
         Hop(sends=mine(hop, every.source_M, every.target_M), receives=mine(hop, every.target_M, every.source_M))
@@ -94,13 +106,14 @@ class Pending:
         self._works, self._kept = [], []
 
 
-def _operations(hop: Hop, send: Callable[[int], Parts], receive: Callable[[Message], Parts]) -> list[dist.P2POp]:
+def _operations(hop: Hop, send: Callable[[Message], Parts], receive: Callable[[Message], Parts]) -> list[dist.P2POp]:
     """Messages between the same two ranks match by their order, and by tag where the transport has tags (gloo)."""
     operations = []
-    for call, messages, parts in ((dist.isend, hop.sends, lambda m: send(m.expert)), (dist.irecv, hop.receives, receive)):
+    for call, messages, parts in ((dist.isend, hop.sends, send), (dist.irecv, hop.receives, receive)):
         for message in messages:
             for index, tensor in enumerate(parts(message)):
-                operations.append(dist.P2POp(call, tensor, message.peer, tag=2 * message.expert + index))
+                tag = 2 * (3 * message.expert + message.half) + index
+                operations.append(dist.P2POp(call, tensor, message.peer, tag=tag))
     return operations
 
 
@@ -120,11 +133,14 @@ class SparseAllGather:
         self._in_order = dist.get_backend() == "nccl"
         self._advance()
 
+    def _carried(self, message: Message) -> Parts:
+        return message.of(self._parts(message.expert))
+
     def _advance(self) -> None:
         """Starts hops up to the one that the next has to wait for."""
         while self._hops:
             hop = self._hops.pop(0)
-            self._pending.append(Pending(_operations(hop, self._parts, lambda message: self._parts(message.expert))))
+            self._pending.append(Pending(_operations(hop, self._carried, self._carried)))
             if hop.receives and not self._in_order:
                 return
 
@@ -143,7 +159,7 @@ class SparseReduceScatter:
     def __init__(self, plan: GatherPlan, parts: Callable[[int], Parts]) -> None:
         self._plan, self._parts = plan, parts
         self._arrived: dict[Message, Parts] = {}
-        self._within = Pending(_operations(_reverse(plan.within), parts, self._room))
+        self._within = Pending(_operations(_reverse(plan.within), lambda message: parts(message.expert), self._room))
 
     def _room(self, message: Message) -> Parts:
         self._arrived[message] = tuple(part.new_empty(part.shape) for part in self._parts(message.expert))
@@ -155,25 +171,34 @@ class SparseReduceScatter:
         home = _by_expert(self._plan.within.sends, self._arrived)
         leads = sorted({message.expert for hop in self._plan.across for message in hop.receives})
         sums = {expert: _sum(self._parts(expert), home.pop(expert, [])) for expert in leads}
+        own: dict[int, Parts] = {}  # what comes from other nodes for own experts, both halves together
         for hop in reversed(self._plan.across):
             arrived: dict[Message, Parts] = {}
 
             def room(message: Message, arrived: dict[Message, Parts] = arrived) -> Parts:
-                arrived[message] = tuple(part.float().new_empty(part.shape) for part in self._parts(message.expert))
-                return arrived[message]
+                if message.expert in sums:
+                    arrived[message] = tuple(torch.empty_like(part) for part in message.of(sums[message.expert]))
+                    return arrived[message]
+                if message.expert not in own:
+                    own[message.expert] = tuple(part.float().new_empty(part.shape) for part in self._parts(message.expert))
+                return message.of(own[message.expert])
 
-            Pending(_operations(_reverse(hop), lambda expert: sums[expert], room)).wait()
-            for expert, others in _by_expert(hop.sends, arrived).items():
-                if expert in sums:
-                    sums[expert] = _sum(sums[expert], others)
-                else:
-                    home.setdefault(expert, []).extend(others)
+            Pending(_operations(_reverse(hop), lambda message: message.of(sums[message.expert]), room)).wait()
+            for message, parts in arrived.items():
+                for total, part in zip(message.of(sums[message.expert]), parts, strict=True):
+                    total += part
+        for expert, parts in own.items():
+            home.setdefault(expert, []).append(parts)
         return [(expert, parts) for expert in sorted(home) for parts in home[expert]]
 
 
 def _sum(first: Parts, others: Sequence[Parts]) -> Parts:
-    """In float32, one after the other."""
-    return tuple(sum((part.float() for part in same[1:]), same[0].float()) for same in zip(first, *others, strict=True))
+    """In float32, one after the other, in tensors of their own."""
+    totals = tuple(part.to(torch.float32, copy=True) for part in first)
+    for parts in others:
+        for total, part in zip(totals, parts, strict=True):
+            total += part
+    return totals
 
 
 def _reverse(hop: Hop) -> Hop:

@@ -47,11 +47,11 @@ class Movement(Protocol):
     """The experts of a layer that move under one placement: SparseAllGather there, SparseReduceScatter back."""
 
     @property
-    def num_sends(self) -> int:
-        """Experts that leave this rank when copies are gathered."""
+    def num_sends(self) -> float:
+        """Experts that leave this rank when copies are gathered; halves count as such."""
 
     @property
-    def num_receives(self) -> int: ...
+    def num_receives(self) -> float: ...
 
     def gather(self, slots: Mapping[int, int]) -> Gathering:
         """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
@@ -112,11 +112,11 @@ class MessageMovement:
     plan: GatherPlan
 
     @property
-    def num_sends(self) -> int:
+    def num_sends(self) -> float:
         return self.plan.num_sends
 
     @property
-    def num_receives(self) -> int:
+    def num_receives(self) -> float:
         return self.plan.num_receives
 
     def gather(self, slots: Mapping[int, int]) -> Gathering:
@@ -169,11 +169,11 @@ class PeerMovement:
     row_E: Ints
 
     @property
-    def num_sends(self) -> int:
+    def num_sends(self) -> float:
         return int(self.placement.beside_ED[self.placement.owner_E == self.experts.world.rank].sum())
 
     @property
-    def num_receives(self) -> int:
+    def num_receives(self) -> float:
         return int(self.placement.extra_D[self.experts.world.rank])
 
     def gather(self, slots: Mapping[int, int]) -> Gathering:

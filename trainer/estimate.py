@@ -20,7 +20,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
 
 
-LABELS = {"optimizer_state": "optimizer"}
+LABELS = {"optimizer_state": "optimizer", "backward_weights": "backward"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Memory:
 
     parameters: int  # what the model computes with
     copies: int  # of experts that other ranks own
+    backward_weights: int  # the reference that CPUs compute experts with keeps theirs for the backward pass
     reference: int  # the frozen policy of an RL run that is held to it
     gradients: int
     optimizer_state: int  # AdamW's two moments and float32 master weights
@@ -75,14 +76,17 @@ def memory_per_rank(
     if parallel.offload != "none" and on_gpu:
         host = expert_gradients + expert_state
         expert_gradients, expert_state = min(experts * size, UNDER_WAY_BYTES), 0
-    tokens = rows * sequence_length
+    tokens, fused = rows * sequence_length, on_gpu and dtype == "bfloat16"
+    in_a_layer = model.num_experts // ranks + parallel.copies_kept(1, ranks)
+    layers_back = 1 if recompute else model.num_moe_layers
     return Memory(
         parameters=counts.dense * size + experts * size,
         copies=parallel.copies_kept(model.num_moe_layers, ranks) * counts.per_expert * size,
+        backward_weights=0 if fused else layers_back * in_a_layer * counts.per_expert * size,
         reference=(counts.dense + experts) * size if reference else 0,
         gradients=dense_gradients + expert_gradients,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
-        activations=tokens * _activations_per_token(model, size, ranks, recompute, on_gpu and dtype == "bfloat16"),
+        activations=tokens * _activations_per_token(model, size, ranks, recompute, fused),
         exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport != "messages" else 0,
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
         host=host,
@@ -144,7 +148,7 @@ def budget_lines(
     reference = isinstance(config, RLConfig) and config.algorithm.kl_coefficient > 0
     memory = memory_per_rank(model, ranks, rows, length, dtype, config.parallel, recompute, on_gpu, reference)
     shares = {LABELS.get(name, name): size / memory.total for name, size in memory.on_device.items()}
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.015)
     kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
     beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
     beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []

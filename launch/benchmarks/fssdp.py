@@ -12,7 +12,7 @@ Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from launch.benchmarks.ranks import on_ranks, slowest
 from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
-from parallel.layer_cost import Setting, layer_time
+from parallel.layer_cost import LayerCosts, LayerTime, Setting, layer_time
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.placement import Budget, even_owners, without_copies
 from parallel.policies import POLICIES
@@ -83,7 +83,8 @@ class Told:
 class Measured:
     times: dict[str, dict[Direction, Timing]]  # of each competitor
     errors: dict[str, dict[str, float]]
-    predicted_ms: dict[str, float]  # forward and backward
+    predicted: dict[str, tuple[LayerTime, LayerTime]]  # forward and backward, with the costs before and behind the timings
+    costs: tuple[LayerCosts, LayerCosts]
 
 
 def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings) -> Iterator[Case]:
@@ -117,13 +118,26 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         for name, side in by_name.items():
             rows.append(Row(told.work, direction, name, side, best, side.time.median_ms / best.time.median_ms, fraction))
     sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
-    notes = []
-    for name, predicted_ms in measured.predicted_ms.items():
-        found_ms = measured.times[name]["forward+backward"].median_ms
-        notes.append(
-            f"{name}: {found_ms:.3g} ms forward+backward, predicted {predicted_ms:.3g} ({predicted_ms / found_ms - 1:+.0%})"
-        )
+    notes = [_predicted(name, measured.times[name], *both) for name, both in measured.predicted.items()]
+    notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
     return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {}, notes)
+
+
+def _predicted(name: str, times: Mapping[Direction, Timing], before: LayerTime, behind: LayerTime) -> str:
+    """Costs are measured twice, because others may disturb a machine: where the two differ much, neither says anything."""
+    found_ms = times["forward+backward"].median_ms
+    errors = " and ".join(f"{1e3 * one.total_s:.3g} ({1e3 * one.total_s / found_ms - 1:+.0%})" for one in (before, behind))
+    names = ("products", "tokens", "weights", "sums")
+    parts = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in zip(names, astuple(before), strict=True))
+    return f"{name}: {found_ms:.3g} ms forward+backward, predicted {errors}: {parts}"
+
+
+def _in_words(costs: LayerCosts) -> str:
+    return (
+        f"an entry {1e9 * costs.entry_s:.3g} ns, an expert {1e6 * costs.expert_s:.3g} us and its sum "
+        f"{1e6 * costs.sum_s:.3g}, a row {1e9 * costs.row_s:.3g} ns, exchanges {1e6 * costs.exchange_s:.3g} us, the link "
+        f"{1e6 * costs.within.latency_s:.3g} us + {1e-9 / costs.within.byte_s:.3g} GB/s"
+    )
 
 
 # ---------------------------------------------------------------- on a rank
@@ -142,8 +156,8 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     bare = Plan(without_copies(owner_E, world.size))
     peer_memory = reads_peer_memory(options.transport, world)
     unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None, peer_memory)
-    costs = measure_costs(unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
-    budget = Budget(told.shape.experts, options.memory)
+    costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
+    budget, costs = Budget(told.shape.experts, options.memory), costs_of()
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
@@ -158,8 +172,12 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
         calls: dict[str, Call] = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
         for name, timing in slowest(calls, world, options.repeats).items():
             times[name][direction] = timing
-    predicted = {name: 1e3 * layer_time(one, loads_E, setting).total_s for name, one in ((OURS, plan), ("no_copies", bare))}
-    return Measured(times, errors, predicted)
+    again = replace(setting, costs=costs_of())
+    predicted = {
+        name: (layer_time(one, loads_E, setting), layer_time(one, loads_E, again))
+        for name, one in ((OURS, plan), ("no_copies", bare))
+    }
+    return Measured(times, errors, predicted, (costs, again.costs))
 
 
 def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:

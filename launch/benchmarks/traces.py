@@ -66,8 +66,8 @@ def capped(popularity_E: Floats, most: float) -> Floats:
     return np.asarray(share_E / share_E.sum())
 
 
-def recorded(run_dir: Path, entries: int) -> dict[str, Floats]:
-    """The traces of a run's MoE layers, from its metrics.jsonl, scaled to `entries` a step."""
+def recorded(run_dir: Path, entries: int) -> Floats:
+    """(S, L, E): the loads of a run's MoE layers, from its metrics.jsonl, scaled to `entries` a step."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run_dir} holds no metrics.jsonl; name the folder of a run")
@@ -77,4 +77,4 @@ def recorded(run_dir: Path, entries: int) -> dict[str, Floats]:
         raise UserError(f"{file} has no record of {LOAD}")
     shares_SLE = np.array(steps, dtype=np.float64)
     shares_SLE /= np.maximum(shares_SLE.sum(axis=2, keepdims=True), 1e-12)
-    return {f"layer {layer}": shares_SLE[:, layer] * entries for layer in range(shares_SLE.shape[1])}
+    return shares_SLE * entries

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.flows import Plan, flows
-from parallel.layer_cost import LayerCosts, Link, Setting, exchanged_bytes
+from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Floats
 
 BACKWARD_PRODUCTS = 2  # products of a backward pass for each of the forward pass: gradients of the rows and of the weights
@@ -61,7 +61,7 @@ def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Fit:
 class Chunk:
     """Seconds that each stage of one chunk of an MoE layer takes. Tokens travel as long back as forth."""
 
-    expert_s: float
+    expert_s: float  # with what the device does beside the products
     across_s: float = 0.0  # tokens between nodes
     within_s: float = 0.0  # tokens between devices of a node, at the same time
     gather_s: float = 0.0  # tokens to all devices that hold a part of their expert, once they are on its node
@@ -125,6 +125,7 @@ class ShardedWorkload:
 
     within_bytes: float  # tokens in one direction, to other devices of the node
     across_bytes: float  # and to other nodes
+    rows_s: float  # on the device, of one exchange in one direction
     product_s: float  # of all entries, forward
     weights_s: float  # of all experts that have entries, beside them, forward
 
@@ -132,21 +133,23 @@ class ShardedWorkload:
 def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWorkload:
     """Of one MoE layer under a plan and the entries of each expert on all devices."""
     found, costs = flows(plan, setting.topology, loads_E), setting.costs
-    within_bytes, across_bytes = exchanged_bytes(found, setting)
+    sent = exchanged(found, setting)
     busiest = int((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).argmax())
     return ShardedWorkload(
-        within_bytes=within_bytes,
-        across_bytes=across_bytes,
+        within_bytes=sent.within_bytes,
+        across_bytes=sent.across_bytes,
+        rows_s=sent.rows * costs.row_s,
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
     )
 
 
 def sharded_chunk(costs: LayerCosts, work: ShardedWorkload, degree: int, *, backward: bool) -> Chunk:
-    """Every chunk reads the weights of all experts anew, and fills as many last tiles."""
-    products = BACKWARD_PRODUCTS if backward else 1
+    """Every chunk reads the weights of all experts anew, fills as many last tiles, and plans an exchange of its own."""
+    products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, costs.exchange_s)
+    device_s = products * (work.product_s / degree + work.weights_s)
     return Chunk(
-        expert_s=products * (work.product_s / degree + work.weights_s),
+        expert_s=device_s + 2 * work.rows_s / degree + planned_s,
         across_s=_line(costs.across).seconds(work.across_bytes / degree),
         within_s=_line(costs.within).seconds(work.within_bytes / degree),
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.bench import main
 from launch.benchmarks.options import SHAPES
-from launch.benchmarks.placement import SYSTEMS, costs_of, owners, replay
+from launch.benchmarks.placement import SYSTEMS, costs_of, moving_time, owners, packed_owners, replay
 from launch.benchmarks.traces import DRAWN, capped, draw
 from parallel.layer_cost import Setting
 from parallel.placement import Budget, Topology
@@ -28,6 +28,8 @@ SMALL = [
     "per_node=4",
     "memory=2",
     "steps=4",
+    "layers=3",
+    "reshard_every=2",
     "machine=a100",
 ]
 
@@ -60,9 +62,9 @@ def test_a_run_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = tmp_path / "placement.json"
     assert main([*SMALL, "experts=4", "devices=4", "trace=", f"run={run}", f"out={out}"]) == 0
     replayed = json.loads(out.read_text(encoding="utf-8"))["cases"][0]["replayed"]
-    assert set(replayed["plain"]) == {"layer 0", "layer 1"}
-    assert replayed["plain"]["layer 0"]["imbalance"] == pytest.approx(2.8)
-    assert replayed["cost"]["layer 0"]["imbalance"] < 1.5 and replayed["plain"]["layer 1"]["imbalance"] == pytest.approx(1.0)
+    assert set(replayed["plain"]) == {"run"} and len(replayed["plain"]["run"]["times"]) == 2 * 2
+    assert replayed["plain"]["run"]["imbalance"] == pytest.approx((2.8 + 1.0) / 2)
+    assert replayed["cost"]["run"]["imbalance"] < 1.3
     assert main([*SMALL, f"run={tmp_path}", f"out={out}"]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
     assert main([*SMALL, "trace=", f"out={out}"]) == 2
@@ -92,9 +94,48 @@ def test_only_those_who_plan_after_the_gate_know_the_step() -> None:
     setting = Setting(Topology(8, 8), 2, Budget(16, 4), False, costs)
     loads_SE *= 1000
     for name, surprised in (("cost", True), ("hecate", True), ("llep", False), ("cost+gate", False)):
-        seconds = replay(name, loads_SE, setting).seconds
+        seconds = replay(name, loads_SE[:, None], setting).seconds
         jump, steady = seconds[-3], seconds[0] if surprised else seconds[-1]
         assert (jump > 1.5 * steady) == surprised, (name, seconds)
+
+
+def test_owners_move_where_that_spreads_loads_and_their_way_is_counted() -> None:
+    """Each layer's hot experts have one owner. New ones share them, after the way of what moved, once."""
+    loads_SLE = np.ones((7, 2, 16)) * 1000
+    loads_SLE[:, :, :4] = 50_000.0
+    costs = costs_of("h200", replace(SHAPES["tiny"], hidden=2048, expert_hidden=768), tokens=1)
+    setting = Setting(Topology(4, 2), 2, Budget(0, 0), False, costs)
+    for name in ("cost+gate+owners", "hecate", "eplb"):
+        found = replay(name, loads_SLE, setting, reshard_every=3)
+        moved, uneven = found.owners_moved, [step.owners_s > 0 for step in found.times]
+        assert moved > 0 and uneven == [False] * 4 + [True] * 2 + [False] * 6, name  # steps 1 and 2 of two layers, then 3
+        assert found.times[-1].products_s < 0.5 * found.times[0].products_s, name
+        moving_s, later_s = (step.total_s - step.planning_s for step in (found.times[4], found.times[-2]))
+        assert moving_s == pytest.approx(later_s + found.times[4].owners_s), name
+    kept = replay("cost", loads_SLE, setting, reshard_every=3)
+    assert kept.owners_moved == 0 and kept.times[-1].products_s == kept.times[0].products_s
+    free = replay("laer", loads_SLE, setting)
+    assert free.times[0].products_s < 0.5 * kept.times[0].products_s and free.owners_moved == 0
+
+
+def test_moving_an_expert_takes_as_long_as_its_state() -> None:
+    costs = costs_of("h200", SHAPES["tiny"], tokens=1)
+    setting = Setting(Topology(4, 2), 2, Budget(0, 0), False, costs)
+    old_LE = np.array([[0, 1, 2, 3]])
+    for new, link in (([1, 0, 2, 3], costs.within), ([2, 1, 0, 3], costs.across)):
+        assert moving_time(old_LE, np.array([new]), setting) == pytest.approx(
+            link.latency_s + 3 * costs.sum_bytes * link.byte_s
+        )
+    assert moving_time(old_LE, old_LE, setting) == 0
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.integers(0, 2**32 - 1))
+def test_packed_owners_are_even_and_the_hottest_are_apart(experts: int, devices: int, first: int, seed: int) -> None:
+    loads_E = np.random.default_rng(seed).permutation(np.arange(1.0, experts + 1))
+    owner_E = packed_owners(loads_E, devices, first)
+    assert np.bincount(owner_E, minlength=devices).max() <= -(-experts // devices)
+    hottest_E = np.argsort(-loads_E)[:devices]
+    assert len(np.unique(owner_E[hottest_E])) == len(hottest_E)
 
 
 @given(st.integers(1, 300), st.integers(1, 300))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.placement import Placement, Topology, even_owners, without_copies
-from parallel.routes import routes
+from parallel.routes import WHOLE, routes
 from parallel.sparse_collectives import gather_plan
 
 
@@ -29,48 +29,46 @@ def placements(draw: st.DrawFn) -> tuple[Placement, Topology]:
 def test_every_copy_arrives_once_and_messages_match(case: tuple[Placement, Topology]) -> None:
     placement, topology = case
     plans = [gather_plan(placement, topology, rank) for rank in range(topology.devices)]
-    arrived: Counter[tuple[int, int]] = Counter()
+    arrived: Counter[tuple[int, int, int]] = Counter()  # halves
     for hop in range(len(plans[0].hops)):
         hops = [plan.hops[hop] for plan in plans]
         within = hop == len(plans[0].across)
         before = arrived.copy()
-        sent = sorted((m.expert, rank, m.peer) for rank, h in enumerate(hops) for m in h.sends)
-        received = sorted((m.expert, m.peer, rank) for rank, h in enumerate(hops) for m in h.receives)
+        sent = sorted((m.expert, rank, m.peer, m.half) for rank, h in enumerate(hops) for m in h.sends)
+        received = sorted((m.expert, m.peer, rank, m.half) for rank, h in enumerate(hops) for m in h.receives)
         assert sent == received
-        for expert, source, target in sent:
+        for expert, source, target, half in sent:
             same_node = topology.node_of(source) == topology.node_of(target)
-            assert same_node == within
-            has_it = source == placement.owner_E[expert] or before[expert, source] == 1
-            assert has_it, "a rank sends an expert that it does not have yet"
-            arrived[expert, target] += 1
+            assert same_node == within == (half == WHOLE)
+            for one in (0, 1) if half == WHOLE else (half,):
+                has_it = source == placement.owner_E[expert] or before[expert, source, one] == 1
+                assert has_it, "a rank sends an expert that it does not have yet"
+                arrived[expert, target, one] += 1
         for h in hops:
-            assert list(h.sends) == sorted(h.sends, key=lambda m: (m.expert, m.peer))
-            assert list(h.receives) == sorted(h.receives, key=lambda m: (m.expert, m.peer))
-    wanted = {(e, d) for e, d in np.argwhere(placement.copies_ED).tolist() if placement.owner_E[e] != d}
-    assert arrived == Counter(wanted)
+            assert list(h.sends) == sorted(h.sends, key=lambda m: (m.expert, m.peer, m.half))
+            assert list(h.receives) == sorted(h.receives, key=lambda m: (m.expert, m.peer, m.half))
+    copies = [(e, d) for e, d in np.argwhere(placement.copies_ED).tolist() if placement.owner_E[e] != d]
+    assert arrived == Counter((*copy, half) for copy in copies for half in (0, 1))
+    assert sum(plan.num_sends for plan in plans) == sum(plan.num_receives for plan in plans) == len(copies)
 
 
 @given(placements())
-def test_an_expert_enters_a_node_once(case: tuple[Placement, Topology]) -> None:
-    placement, topology = case
-    entered = Counter(
-        (message.expert, topology.node_of(message.peer))
-        for rank in range(topology.devices)
-        for hop in gather_plan(placement, topology, rank).across
-        for message in hop.sends
-    )
-    assert not entered or max(entered.values()) == 1
-
-
-@given(placements())
-def test_nodes_are_reached_in_a_logarithm_of_hops_and_nobody_sends_to_all(case: tuple[Placement, Topology]) -> None:
+def test_an_expert_enters_a_node_once_and_nobody_sends_more_of_it_than_it_takes(case: tuple[Placement, Topology]) -> None:
     placement, topology = case
     found = routes(placement, topology)
     assert found.across <= math.ceil(math.log2(topology.nodes))
-    crossing = found.hop_M < found.across
-    for side_M in (found.source_M, found.target_M):
-        each = list(zip(*(numbers_M[crossing].tolist() for numbers_M in (found.hop_M, found.expert_M, side_M)), strict=True))
-        assert len(set(each)) == len(each), "a device sends or takes an expert twice in a hop"
+    crossing = np.flatnonzero(found.half_M != WHOLE)
+    assert (found.hop_M[crossing] < found.across).all()
+    halves = list(zip(found.expert_M[crossing].tolist(), found.half_M[crossing].tolist(), strict=True))
+    nodes = found.target_M[crossing] // topology.devices_per_node
+    assert len({(*half, node) for half, node in zip(halves, nodes.tolist(), strict=True)}) == len(halves)
+    sent, taken = (
+        Counter(zip(found.expert_M[crossing].tolist(), side_M[crossing].tolist(), strict=True))
+        for side_M in (found.source_M, found.target_M)
+    )
+    for (expert, device), count in sent.items():
+        assert count <= 2, "an owner sends it once, others as much as they took: two halves"
+        assert device == placement.owner_E[expert] or taken[expert, device] == 2
 
 
 def test_without_copies_nothing_moves() -> None:

@@ -79,7 +79,11 @@ def test_state_of_one_float32_rank_is_exact() -> None:
     memory = memory_per_rank(MODEL, 1, 1, 256, "float32", parallel=CONFIG.parallel, recompute=False, on_gpu=False)
     assert memory.parameters == memory.gradients == 4 * counts.total
     assert memory.optimizer_state == 12 * counts.total and memory.copies == 0
-    assert memory.total == memory.parameters * 2 + memory.optimizer_state + memory.activations + memory.logits
+    assert memory.backward_weights == 4 * (counts.total - counts.dense), "the reference keeps experts' weights for backward"
+    kept = memory.backward_weights + memory.activations + memory.logits
+    assert memory.total == memory.parameters * 2 + memory.optimizer_state + kept
+    fused = memory_per_rank(MODEL, 2, 1, 256, "bfloat16", parallel=CONFIG.parallel, recompute=False, on_gpu=True)
+    assert fused.backward_weights == 0
 
 
 def test_more_ranks_zero_2_and_recomputation_save_what_they_should() -> None:

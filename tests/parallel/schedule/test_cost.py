@@ -12,7 +12,7 @@ from parallel.layer_cost import LayerCosts, Link, Setting, pass_times
 from parallel.placement import Budget, Topology, even_owners, without_copies
 from parallel.schedule.cost import EspCosts, Line, esp_chunk, esp_workload, fit, sharded_chunk, sharded_workload
 
-COSTS = LayerCosts(1e-8, 1e-6, 4096.0, 1e7, 2e7, Link(1e-5, 1e-11), Link(2e-5, 1e-10), 1e-3, 0.0)
+COSTS = LayerCosts(1e-8, 1e-6, 4096.0, 1e7, 2e7, Link(1e-5, 1e-11), Link(2e-5, 1e-10), 1e-3, 0.0, 1e-9, 1e-5, 0.0)
 
 
 @given(st.floats(0, 1e-2), st.floats(1e-12, 1e-6), st.integers(2, 24))
@@ -74,7 +74,8 @@ def test_a_chunk_is_one_part_and_every_start(degree: int) -> None:
 
 @given(st.sampled_from([(1, 8), (2, 4), (4, 2), (8, 1), (1, 2)]), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_our_workload_is_what_the_model_of_placements_counts(nodes_of: tuple[int, int], top_k: int, seed: int) -> None:
-    """Whole, its chunk takes what `pass_times` predicts, but that both kinds of links are told apart."""
+    """Whole, its chunk takes what `pass_times` predicts, but that both kinds of links are told apart and that rows are with the
+    experts."""
     nodes, per_node = nodes_of
     topology = Topology(nodes * per_node, per_node)
     loads_E = np.random.default_rng(seed).integers(0, 1000, 16).astype(float)
@@ -83,8 +84,9 @@ def test_our_workload_is_what_the_model_of_placements_counts(nodes_of: tuple[int
     work = sharded_workload(plan, loads_E, setting)
     forward, backward = (sharded_chunk(COSTS, work, 1, backward=way) for way in (False, True))
     products_s, tokens_s = pass_times(flows(plan, setting.topology, loads_E), setting)
-    assert forward.expert_s + backward.expert_s == pytest.approx(products_s)
-    assert 4 * max(forward.across_s, forward.within_s) == pytest.approx(tokens_s)
+    links_s = 4 * max(forward.across_s, forward.within_s)
+    assert forward.expert_s + backward.expert_s == pytest.approx(products_s + tokens_s - links_s)
+    assert tokens_s - links_s == pytest.approx(4 * work.rows_s + COSTS.exchange_s) and work.rows_s > 0
     assert (forward.across_s > 0) == bool(flows(plan, topology, loads_E).across_in_D.any())
     half = sharded_chunk(COSTS, work, 2, backward=False)
-    assert half.expert_s == pytest.approx((forward.expert_s + work.weights_s) / 2)
+    assert half.expert_s == pytest.approx((forward.expert_s + work.weights_s + COSTS.exchange_s) / 2)
