@@ -32,6 +32,7 @@ from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
+from trainer.usage import Usage
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 
@@ -46,6 +47,7 @@ class TrainWorker:
     world: World
     trainer: Trainer
     writer: checkpoint.Writer
+    usage: Usage
     store: dist.TCPStore
     corpus: Corpus
     stream: TokenStream
@@ -78,6 +80,7 @@ class TrainWorker:
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
         self.writer = checkpoint.Writer(self.world)
+        self.usage = Usage(spec.model, spec.dtype, self.world)
 
     def leave(self) -> None:
         leave(self.world)
@@ -116,8 +119,10 @@ class TrainWorker:
         return batch.rows(self.rank * share, (self.rank + 1) * share)
 
     def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
+        self.usage.begin()
         metrics = self.trainer.learn(batch, objective, lr)
-        metrics["time/train_s"] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        metrics |= {"time/train_s": seconds, **self.usage.end(batch, seconds)}
         log.info("update %d loss %.17g", self.trainer.updates, metrics.get("train/loss", math.nan))
         return metrics
 
