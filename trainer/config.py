@@ -233,6 +233,20 @@ class LoggerConfig(Record):
     entity: str | None
 
 
+class TraceConfig(Record):
+    """Steps that the profiler watches; trainer/tracing.py. `python -m launch.trace` asks for others while a run goes on."""
+
+    range: tuple[int, int] | None  # the first and the last step or round; null: none
+    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
+    memory: bool  # also what the allocators of GPUs did
+
+    @model_validator(mode="after")
+    def consistent(self) -> TraceConfig:
+        if self.range is not None and not 1 <= self.range[0] <= self.range[1] < self.range[0] + 100:
+            raise ValueError(f"trace.range {list(self.range)} should be the first and the last of 1 to 100 steps")
+        return self
+
+
 class RunConfig(Record):
     """What the two roots share."""
 
@@ -246,6 +260,7 @@ class RunConfig(Record):
     parallel: ParallelConfig
     cluster: ClusterConfig
     logger: LoggerConfig
+    trace: TraceConfig
 
 
 class PretrainConfig(RunConfig):
