@@ -75,7 +75,7 @@ class Reinforcement:
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
         rollout = self.config.rollout
         if rollout.server is None:
-            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run, rollout.metrics_port)
             return
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:
