@@ -31,7 +31,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
     check_cluster(config.cluster)
     corpus = prepare(config.data, config.tokenizer, say=print)  # a mistake in the data leaves no run folder behind
     run = RunDir.open(config, "pretrain")
-    with StopRequest() as stop, Tracker(run, "pretrain", config.logger, config.train.steps) as tracker:
+    price = config.cluster.dollars_per_gpu_hour
+    with StopRequest() as stop, Tracker(run, "pretrain", config.logger, config.train.steps, ranks, price) as tracker:
         model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):

@@ -39,7 +39,8 @@ def reinforce(config: RLConfig) -> Path | None:
     check_task(task, config.warmup.steps)
     tokenizer = Tokenizer.load(start_from / "tokenizer.json")
     run = RunDir.open(config, "rl")
-    with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds) as tracker:
+    price = config.cluster.dollars_per_gpu_hour
+    with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds, ranks, price) as tracker:
         dtype, reason = choose_dtype(config.loop.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)

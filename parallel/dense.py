@@ -60,6 +60,7 @@ class DenseZeRO:
             },
         )
         self._share_norm_with_experts()
+        self._time_communication()
         self._create_state()
 
     def _share_norm_with_experts(self) -> None:
@@ -67,6 +68,23 @@ class DenseZeRO:
         self._dense_norm = self.zero.scaled_global_norm
         self._norm = math.nan
         self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
+
+    def _time_communication(self) -> None:
+        """Reductions of gradients and the gathering of updated weights are exposed: ZeRO does both between computations."""
+        from deepspeed.runtime.zero.stage_1_and_2 import OPTIMIZER_ALLGATHER_TIMER
+        from deepspeed.utils.timer import NoopTimer
+
+        exposed, reduce = self.world.exposed, self.zero.average_tensor
+
+        class Timers(NoopTimer):
+            def __call__(self, name: str) -> Any:
+                return exposed if name == OPTIMIZER_ALLGATHER_TIMER else super().__call__(name)
+
+        def timed(*arguments: Any) -> None:
+            with exposed:
+                reduce(*arguments)
+
+        self.zero.timers, self.zero.average_tensor = Timers(), timed
 
     def _create_state(self) -> None:
         """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""

@@ -108,6 +108,11 @@ class ExpertArena:
         moved, self._moved_bytes = self._moved_bytes, 0.0
         return moved, self._exposed.take()
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self.world.exposed, self._exposed:
+            yield
+
     def make_room(self, copies: int) -> None:
         """Room for so many copies from here on. Own rows keep their values; `place` has to follow."""
         if copies != self.copies:
@@ -152,7 +157,7 @@ class ExpertArena:
         found = self._layer(layer, placement, shares_ED, before.first_own, rows, kept)
         self.layers[layer], self.placements[layer] = found, placement
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
-        with self._exposed:
+        with self._waiting():
             new.gather(found.slots).finish()
         self._moved_bytes += new.num_sends * self.expert_bytes
 
@@ -192,7 +197,8 @@ class ExpertArena:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Surrounds changes of own rows: before, nobody reads them any more; behind, copies of them are of no use any more."""
-        self.transport.quiesce()
+        with self.world.exposed:
+            self.transport.quiesce()
         yield
         self.outdated()
 
@@ -212,7 +218,7 @@ class ExpertArena:
         """A layer, once its copies may be read."""
         self.fetch(layer)
         if layer in self._gathers:
-            with self._exposed:
+            with self._waiting():
                 self._gathers.pop(layer).finish()
             self._present.add(layer)
         return self.layers[layer]
@@ -256,7 +262,7 @@ class ExpertArena:
     def _finish_gradients(self) -> None:
         if self._returning is not None:
             (layer, reduce), self._returning = self._returning, None
-            with self._exposed:
+            with self._waiting():
                 arrived = reduce.finish()
             for expert, gradients in arrived:
                 row = self.layers[layer].slots[expert]

@@ -67,12 +67,14 @@ class PeerTokens:
             room, block = self._room, self.turn()
             if room.choices(block).lay_out(rank, rank_TK, experts_TK, weights_TK.detach()):
                 self._tokens_in(block).of_rank(rank)[:tokens].copy_(x_TD.detach())
-            block.barrier()
+            with self.world.exposed:
+                block.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
             plan = plan_rows(room.choices(block), index_E, rank)
             numbers = _on_host(plan.numbers)
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
-            pull_rows(self._tokens_in(block), plan.row_WV[rank], x_RD)
+            with self.world.exposed:
+                pull_rows(self._tokens_in(block), plan.row_WV[rank], x_RD)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
             most_tokens, entries, *rows_W = numbers()
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
@@ -101,7 +103,8 @@ class PeerTokens:
         """Lays out rows for tokens whose choices are known. Collective."""
         rows = self._tokens_in(block := self.turn())
         rows.of_rank(self.world.rank)[: x_TD.shape[0]].copy_(x_TD)
-        block.barrier()
+        with self.world.exposed:
+            block.barrier()
         return rows
 
     def show_results(self, y_RD: Tensor, numbers_RK: Tensor | None) -> tuple[PeerRows, PeerRows]:
@@ -113,7 +116,8 @@ class PeerTokens:
         rows.of_rank(rank)[: y_RD.shape[0]].copy_(y_RD)
         if numbers_RK is not None:
             numbers.of_rank(rank)[: y_RD.shape[0]].copy_(numbers_RK)
-        block.barrier()
+        with self.world.exposed:
+            block.barrier()
         return rows, numbers
 
 
@@ -129,8 +133,13 @@ class PeerExchange:
 
     def pulled(self, rows: PeerRows) -> Tensor:
         out_RD = torch.empty(self.rows, rows.width, dtype=rows.dtype, device=self.row_V.device)
-        pull_rows(rows, self.row_V, out_RD)
+        with self.peers.world.exposed:
+            pull_rows(rows, self.row_V, out_RD)
         return out_RD
+
+    def summed(self, rows: PeerRows) -> Tensor:
+        with self.peers.world.exposed:
+            return sum_rows(rows, self.rank_TK, self.row_WT)
 
     def collect(self, y_RD: Tensor) -> Tensor:
         """As token_exchange.Exchange.collect."""
@@ -180,8 +189,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, d_x_RD: Tensor, d_weights_RK: Tensor) -> tuple[Tensor | None, ...]:
         exchange: PeerExchange = ctx.exchange
         rows, numbers = exchange.peers.show_results(d_x_RD, d_weights_RK)
-        d_x_TD = sum_rows(rows, exchange.rank_TK, exchange.row_WT)
-        return d_x_TD, pick_numbers(numbers, exchange.rank_TK, exchange.row_WT), None, None
+        return exchange.summed(rows), pick_numbers(numbers, exchange.rank_TK, exchange.row_WT), None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -189,7 +197,7 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, exchange: PeerExchange) -> Tensor:
         ctx.exchange = exchange
         rows, _ = exchange.peers.show_results(y_RD, None)
-        return sum_rows(rows, exchange.rank_TK, exchange.row_WT)
+        return exchange.summed(rows)
 
     @staticmethod
     @once_differentiable

@@ -50,6 +50,10 @@ class Stopwatch:
         seconds, self._seconds, self._laps = self._seconds, 0.0, 0
         return seconds
 
+    def forget(self) -> None:
+        """What was measured so far is nobody's; waits for nothing."""
+        self._seconds, self._laps, self._events = 0.0, 0, []
+
     def take_mean(self) -> float:
         """Seconds of a block since the last call; 0 if there was none."""
         laps = max(self._laps, 1)

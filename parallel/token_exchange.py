@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from kernels.expert_order import ExpertOrder, expert_order
 from kernels.rows import combine_rows, spread_rows
 from parallel.placement import Floats
+from parallel.topology import World
 
 
 def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -62,6 +63,7 @@ class Exchange(Protocol):
 class MessageExchange:
     """Which row goes where. The way back, and backward, walk it in the other direction."""
 
+    world: World
     place_N: Tensor  # int32, (T * K,): the sent row of an entry, if it is its token's first for that rank; else -1
     row_TK: Tensor  # int64: the sent row that carries an entry
     entry_S: Tensor  # int32: the first entry of each sent row; rows are sorted by rank, then by token
@@ -76,7 +78,7 @@ class MessageExchange:
 
 
 def dispatch(
-    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
+    world: World, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
 ) -> tuple[Received, MessageExchange]:
     """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights.
 
@@ -85,35 +87,35 @@ def dispatch(
         index_E: int32; which of the `num_here` experts on this rank an expert is.
     """
     rank_TK = rank_TK.long()
-    exchange = _plan(rank_TK, dist.get_world_size())
+    exchange = _plan(rank_TK, world)
     token_S = exchange.entry_S.long() // max(experts_TK.shape[1], 1)
     here_SK = rank_TK[token_S] == exchange.rank_S.unsqueeze(1)
     experts_SK = torch.where(here_SK, experts_TK[token_S], -1).int()
-    experts_RK = _all_to_all(experts_SK, exchange.send_W, exchange.receive_W)
+    experts_RK = _all_to_all(world, experts_SK, exchange.send_W, exchange.receive_W)
     x_RD, weights_RK = _Dispatch.apply(x_TD, weights_TK.float(), token_S, here_SK, exchange)
     slots_RK = torch.where(experts_RK >= 0, index_E[experts_RK.long()], -1)
     return Received(x_RD, weights_RK, expert_order(slots_RK, num_here, num_entries=exchange.entries)), exchange
 
 
-def _plan(rank_TK: Tensor, ranks: int) -> MessageExchange:
+def _plan(rank_TK: Tensor, world: World) -> MessageExchange:
     """From the rank of each entry. One message of two numbers to every rank, and the one wait for the device of a layer."""
     tokens, top_k = rank_TK.shape
     same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same rank
     leads_TK = first_TK == torch.arange(top_k, device=rank_TK.device)
-    counts_W2 = torch.zeros(ranks, 2, dtype=torch.int64, device=rank_TK.device)
+    counts_W2 = torch.zeros(world.size, 2, dtype=torch.int64, device=rank_TK.device)
     flat_N = rank_TK.flatten()
     counts_W2[:, 0].scatter_add_(0, flat_N, leads_TK.flatten().long())
     counts_W2[:, 1].scatter_add_(0, flat_N, torch.ones_like(flat_N))
     received_W2 = torch.empty_like(counts_W2)
-    dist.all_to_all_single(received_W2, counts_W2)
+    with world.exposed:
+        dist.all_to_all_single(received_W2, counts_W2)
     send_W, receive_W, entries_W = torch.stack([counts_W2[:, 0], received_W2[:, 0], received_W2[:, 1]]).tolist()
     leaders_TK = torch.where(leads_TK, rank_TK, -1)
-    order = expert_order(leaders_TK, ranks, num_entries=sum(send_W))
+    order = expert_order(leaders_TK, world.size, num_entries=sum(send_W))
     row_TK = order.place_N.view(tokens, top_k).long().gather(1, first_TK)
-    return MessageExchange(
-        order.place_N, row_TK, order.entry_N, flat_N[order.entry_N.long()], send_W, receive_W, entries=sum(entries_W)
-    )
+    rank_S = flat_N[order.entry_N.long()]
+    return MessageExchange(world, order.place_N, row_TK, order.entry_N, rank_S, send_W, receive_W, entries=sum(entries_W))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -123,7 +125,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.top_k = exchange, weights_TK.shape[1]
         ctx.save_for_backward(here_SK)
-        weights_RK = _all_to_all(weights_TK[token_S] * here_SK, exchange.send_W, exchange.receive_W)
+        weights_RK = _all_to_all(exchange.world, weights_TK[token_S] * here_SK, exchange.send_W, exchange.receive_W)
         return _send_rows(x_TD, exchange, ctx.top_k), weights_RK
 
     @staticmethod
@@ -131,7 +133,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, d_x_RD: Tensor, d_weights_RK: Tensor) -> tuple[Tensor | None, ...]:
         exchange: MessageExchange = ctx.exchange
         (here_SK,) = ctx.saved_tensors
-        d_weights_SK = _all_to_all(d_weights_RK, exchange.receive_W, exchange.send_W) * here_SK
+        d_weights_SK = _all_to_all(exchange.world, d_weights_RK, exchange.receive_W, exchange.send_W) * here_SK
         columns_TK = torch.arange(ctx.top_k, device=d_weights_SK.device).expand_as(exchange.row_TK)
         d_weights_TK = d_weights_SK[exchange.row_TK, columns_TK]
         return _return_rows(d_x_RD, exchange, ctx.top_k), d_weights_TK, None, None, None
@@ -152,15 +154,17 @@ class _Collect(torch.autograd.Function):
 def _send_rows(x_TD: Tensor, exchange: MessageExchange, top_k: int) -> Tensor:
     rows_SD = x_TD.new_empty(sum(exchange.send_W), x_TD.shape[1])
     spread_rows(x_TD.contiguous(), exchange.place_N, top_k, rows_SD)
-    return _all_to_all(rows_SD, exchange.send_W, exchange.receive_W)
+    return _all_to_all(exchange.world, rows_SD, exchange.send_W, exchange.receive_W)
 
 
 def _return_rows(rows_RD: Tensor, exchange: MessageExchange, top_k: int) -> Tensor:
-    rows_SD = _all_to_all(rows_RD, exchange.receive_W, exchange.send_W)
+    rows_SD = _all_to_all(exchange.world, rows_RD, exchange.receive_W, exchange.send_W)
     return combine_rows(rows_SD, exchange.place_N, top_k)
 
 
-def _all_to_all(rows: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:
+def _all_to_all(world: World, rows: Tensor, send_W: list[int], receive_W: list[int]) -> Tensor:
     received = rows.new_empty(sum(receive_W), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive_W, send_W)
+    rows = rows.contiguous()
+    with world.exposed:
+        dist.all_to_all_single(received, rows, receive_W, send_W)
     return received

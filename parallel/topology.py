@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import psutil
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.placement import Topology
+from parallel.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class World:
     size: int
     device: torch.device
     ranks_per_node: int  # consecutive ranks share a node
+    exposed: Stopwatch = field(init=False, repr=False, compare=False)  # of communication that computation waits for
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exposed", Stopwatch(self.device))
 
     @property
     def topology(self) -> Topology:
@@ -32,7 +37,8 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.exposed:
+                dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:

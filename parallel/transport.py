@@ -159,7 +159,7 @@ class MessageTransport:
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
     ) -> tuple[Received, Exchange]:
-        return dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+        return dispatch(self._world, x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from rl.april import OverlappingPool
 from rl.engine.engine import Engine, EngineSettings, Receipt
+from rl.engine.metrics import serve_state
 from rl.engine.pool import advancing
 from rl.trajectory import Sample
 from trainer.cluster import Placement, Processes, gather
@@ -24,10 +25,15 @@ from trainer.worker import log_to
 class EngineActor(Engine):
     """An engine in a process of its own, on a share of a GPU where there are GPUs."""
 
-    def __init__(self, config: ModelConfig, settings: EngineSettings, dtype: str, log_file: Path) -> None:
+    def __init__(
+        self, config: ModelConfig, settings: EngineSettings, dtype: str, log_file: Path, metrics: tuple[str, int] | None = None
+    ) -> None:
+        """`metrics`: host and port where it answers Prometheus."""
         log_to(log_file)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         super().__init__(config, settings, device, getattr(torch, dtype))
+        if metrics is not None:
+            serve_state(log_file.stem, self.state, *metrics)
 
 
 class SyncedPool(OverlappingPool, Protocol):
@@ -47,10 +53,22 @@ class RayPool:
         self.busy_s = 0.0
 
     @classmethod
-    def start(cls, placement: Placement, model: ModelConfig, settings: EngineSettings, dtype: str, run: RunDir) -> RayPool:
-        names = [f"engine/{index}" for index in range(placement.engines)]
-        arguments = (model, settings, dtype)
-        return cls(Processes({n: placement.actor(EngineActor, n, i, *arguments, run.log_file(n)) for i, n in enumerate(names)}))
+    def start(
+        cls,
+        placement: Placement,
+        model: ModelConfig,
+        settings: EngineSettings,
+        dtype: str,
+        run: RunDir,
+        metrics_port: int = 0,
+    ) -> RayPool:
+        """Engine i answers Prometheus at `metrics_port` + i of `cluster.host`; 0: none does."""
+        actors = {}
+        for index in range(placement.engines):
+            name, metrics = f"engine/{index}", (placement.config.host, metrics_port + index) if metrics_port else None
+            arguments = (model, settings, dtype, run.log_file(name), metrics)
+            actors[name] = placement.actor(EngineActor, name, index, *arguments)
+        return cls(Processes(actors))
 
     def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
         """Brings the ranks' weights to all engines: rank 0 puts them into Ray's object store, each engine reads them there.

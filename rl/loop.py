@@ -36,6 +36,7 @@ from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
+from trainer.tracing import Traces
 from trainer.tracking import Tracker
 
 EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
@@ -74,7 +75,7 @@ class Reinforcement:
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
         rollout = self.config.rollout
         if rollout.server is None:
-            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run, rollout.metrics_port)
             return
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:
@@ -90,9 +91,11 @@ class Reinforcement:
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config = self.config
+        traces = Traces(config.trace, self.run, self.ranks, self.tracker.say)
         if start == 0:
             self.tracker.log(0, {**self.evaluate(pool), **self.rewards.counts()})
         for version in range(start, config.loop.rounds):
+            traces.before(ranks.call, version + 1)
             began, busy_before = time.perf_counter(), pool.busy_s
             metrics: dict[str, Value] = {}
             update = partial(self._update, ranks, version, began, metrics)
@@ -109,6 +112,7 @@ class Reinforcement:
             busy = pool.busy_s - busy_before
             metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
             metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
+            traces.behind(ranks.call, version + 1, last=version + 1 == config.loop.rounds)
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
     def _update(

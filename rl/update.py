@@ -17,9 +17,12 @@ from trainer.metrics import Value
 
 ADDED_UP = (
     "train/tokens",
+    "train/model_tflops",
     "train/skipped",
     "time/train_s",
     "time/copies_exposed_s",
+    "time/communication_exposed_s",
+    "time/gpu_idle_s",
     "moe/moved_mib",
     "moe/owners_moved",
 )  # over updates

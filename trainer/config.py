@@ -223,6 +223,7 @@ class ClusterConfig(Record):
     host: str
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
+    dollars_per_gpu_hour: float | None = Field(gt=0)  # of each rank's GPU; null: no metric tells costs
     slurm: SlurmConfig | None
 
 
@@ -230,6 +231,20 @@ class LoggerConfig(Record):
     wandb: Literal["auto", "online", "offline", "off"]  # auto: online when WANDB_API_KEY is set, else offline
     project: str
     entity: str | None
+
+
+class TraceConfig(Record):
+    """Steps that the profiler watches; trainer/tracing.py. `python -m launch.trace` asks for others while a run goes on."""
+
+    range: tuple[int, int] | None  # the first and the last step or round; null: none
+    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
+    memory: bool  # also what the allocators of GPUs did
+
+    @model_validator(mode="after")
+    def consistent(self) -> TraceConfig:
+        if self.range is not None and not 1 <= self.range[0] <= self.range[1] < self.range[0] + 100:
+            raise ValueError(f"trace.range {list(self.range)} should be the first and the last of 1 to 100 steps")
+        return self
 
 
 class RunConfig(Record):
@@ -245,6 +260,7 @@ class RunConfig(Record):
     parallel: ParallelConfig
     cluster: ClusterConfig
     logger: LoggerConfig
+    trace: TraceConfig
 
 
 class PretrainConfig(RunConfig):
@@ -316,6 +332,7 @@ class RolloutConfig(Record):
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
     overlap: bool  # the engines go on generating while the ranks learn
+    metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others behind it; 0: none does
     server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
     server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
@@ -438,9 +455,19 @@ class RLConfig(RunConfig):
             self._consistent_with_server()
         elif self.rollout.server_reload is not None:
             raise ValueError("rollout.server_reload tells a server to load weights, but there is none; set rollout.server")
+        elif self.rollout.metrics_port + self.rollout.engines > 65536:
+            raise ValueError(
+                f"rollout.metrics_port ({self.rollout.metrics_port}) leaves no ports for {self.rollout.engines} engines; "
+                "lower it"
+            )
         return self
 
     def _consistent_with_server(self) -> None:
+        if self.rollout.metrics_port:
+            raise ValueError(
+                "rollout.metrics_port is of our engines, and rollout.server is another, with an endpoint of its own; "
+                "set rollout.metrics_port=0"
+            )
         if self.algorithm.off_policy in ("recompute", "mask"):
             raise ValueError(
                 f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "

@@ -18,6 +18,7 @@ from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.stopping import StopRequest
+from trainer.tracing import Traces
 from trainer.tracking import Tracker
 from trainer.worker import TrainWorker
 
@@ -75,12 +76,15 @@ class Pretraining:
     def loop(self, ranks: Processes, start: int) -> None:
         """Steps start+1..steps; a step's rows are a pure function of its number."""
         train = self.config.train
+        traces = Traces(self.config.trace, self.run, self.ranks, self.tracker.say)
         if start == 0:
             self.tracker.log(0, ranks.call("evaluate", train.eval_rows)[0])
         for step in range(start, train.steps):
             done, last = step + 1, step + 1 == train.steps
             lr = learning_rate(step, train.steps, self.config.optimizer)
+            traces.before(ranks.call, done)
             metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
+            traces.behind(ranks.call, done, last)
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
             stopping = self.stop.signal is not None and not last

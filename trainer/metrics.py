@@ -41,6 +41,7 @@ _DECLARED = (
     Metric("train/lr", "", "learning rate", ".2e", "learning rate of the update"),
     Metric("train/entropy", "nats", "entropy", ".3f", "mean entropy of the next-token distribution on the learned tokens"),
     Metric("train/tokens", "tokens", "tokens", ",.0f", "tokens that the update learned from, all ranks"),
+    Metric("train/model_tflops", "TFLOP", "model TFLOPs", ",.1f", "FLOPs that the model needed for the update, all ranks"),
     Metric("train/skipped", "updates", "skipped", ".0f", "updates that the guard left out, because they would have done harm"),
     Metric("eval/loss", "nats", "eval loss", ".4f", "mean cross entropy of held-out tokens"),
     Metric(
@@ -127,6 +128,22 @@ _DECLARED = (
     ),
     Metric("sync/version", "", "weight version", ".0f", "rounds whose updates the engines have received"),
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
+    Metric("perf/tokens_per_s_per_device", "tokens/s", "tok/s a device", ",.0f", "the same for each rank's device"),
+    Metric(
+        "perf/mfu",
+        "share",
+        "MFU",
+        ".1%",
+        "model FLOPs of the update over the published peak of its GPUs; attention counts where the mask lets a token look",
+    ),
+    Metric("perf/gpu_idle_share", "share", "GPU idle", ".0%", "part of the step in which a GPU had no kernel; mean over ranks"),
+    Metric(
+        "perf/dollars_per_million_tokens",
+        "$",
+        "$ a million tokens",
+        ",.2f",
+        "price of the step's GPUs for a million learned tokens, by cluster.dollars_per_gpu_hour",
+    ),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
     Metric(
@@ -142,6 +159,14 @@ _DECLARED = (
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
     ),
+    Metric(
+        "time/communication_exposed_s",
+        "s",
+        "communication exposed",
+        ".3f",
+        "part of the update that waits for sums, tokens, gradients or weights, copies included; mean over ranks",
+    ),
+    Metric("time/gpu_idle_s", "s", "GPU idle time", ".3f", "time since the update before without a kernel, as NVML samples it"),
     Metric("time/eval_s", "s", "evaluation", ".2f", "wall time of the evaluation"),
     Metric(
         "time/checkpoint_s",
@@ -161,6 +186,7 @@ CONSOLE: dict[Stage, tuple[str, ...]] = {  # the console line, most important fi
         "train/grad_norm",
         "perf/tokens_per_s",
         "time/step_s",
+        "perf/mfu",
         "eval/bits_per_byte",
     ),
     "rl": (
@@ -171,6 +197,7 @@ CONSOLE: dict[Stage, tuple[str, ...]] = {  # the console line, most important fi
         "train/grad_norm",
         "time/step_s",
         "reward/eval_mean",
+        "perf/mfu",
     ),
 }
 SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at the end of a run

@@ -7,6 +7,7 @@
         logs/attempt_N/*.log    one file a process
         checkpoints/            see trainer/checkpoint.py
         refused/                batches of updates that the guard refused
+        traces/                 steps as the profiler saw them, see trainer/tracing.py
         wandb/                  W&B's own files
         report.html             made at the end
 
@@ -33,9 +34,10 @@ from kernels.errors import UserError
 from trainer.config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TRACES = "traces"
 State = Literal["running", "finished", "stopped", "failed"]
 # Options that may change when a run is resumed: they leave its numbers alone, up to rounding.
-HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.")
+HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.", "trace.")
 HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
 HARMLESS_ENDINGS = (".checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
 
@@ -107,6 +109,10 @@ class RunDir:
         return self.path / "reference"
 
     @property
+    def traces(self) -> Path:
+        return self.path / TRACES
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -140,6 +146,11 @@ def read_status(path: Path) -> dict[str, Any]:
         return json.loads((path / "status.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+
+
+def traces_of(path: Path) -> list[Path]:
+    """The complete traces of a run."""
+    return [folder for folder in (path / TRACES).glob("*") if not folder.name.startswith(".")]
 
 
 def shown(path: Path) -> str:

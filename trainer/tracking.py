@@ -32,11 +32,20 @@ class Tracker:
     """Tracks one run; `with Tracker(...) as tracker` also writes how the run ended and closes its folder.
 
     The console gets one line a step and what `say` is told, with the time since the start, and no control characters; the
-    same lines are in the attempt's log driver.log.
+    same lines are in the attempt's log driver.log. `devices` train, each for `dollars_per_hour` if that is known.
     """
 
-    def __init__(self, run: RunDir, stage: Stage, logger: LoggerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        stage: Stage,
+        logger: LoggerConfig,
+        total_steps: int,
+        devices: int,
+        dollars_per_hour: float | None = None,
+    ) -> None:
         self.run, self.stage, self.logger, self.total_steps = run, stage, logger, total_steps
+        self.devices, self.dollars_per_hour = devices, dollars_per_hour
         self.started = time.monotonic()
         self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
         self.durations: list[float] = []  # seconds of the steps of this attempt
@@ -69,7 +78,7 @@ class Tracker:
             log.write(line + "\n")
 
     def log(self, step: int, values: Values) -> None:
-        """Records a step. Adds the time since the last record, tokens per second and memory.
+        """Records a step. Adds the time since the last record, what follows from it, tokens per second and memory.
 
         Raises:
             KeyError: a key that trainer/metrics.py does not declare.
@@ -94,16 +103,29 @@ class Tracker:
         now = time.monotonic()
         measured: dict[str, Value] = {}
         if self.last is not None and self.last[0] == step - 1:
-            measured["time/step_s"] = now - self.last[1]
             self.durations.append(now - self.last[1])
+            measured |= self._of_step(now - self.last[1], values)
         self.last = (step, now)
         tokens, seconds = values.get("train/tokens"), values.get("time/train_s")
         if isinstance(tokens, int | float) and isinstance(seconds, int | float):
-            measured["perf/tokens_per_s"] = tokens / seconds
+            measured |= {
+                "perf/tokens_per_s": tokens / seconds,
+                "perf/tokens_per_s_per_device": tokens / seconds / self.devices,
+            }
         if now - self.measured >= MEMORY_EVERY_S:
             self.measured = now
             self.peak_gib = max(self.peak_gib, resident_gib())
         return {**measured, "mem/peak_gib": self.peak_gib}
+
+    def _of_step(self, step_s: float, values: Values) -> dict[str, Value]:
+        told: dict[str, Value] = {"time/step_s": step_s}
+        idle_s, tokens = values.get("time/gpu_idle_s"), values.get("train/tokens")
+        if isinstance(idle_s, int | float):
+            told["perf/gpu_idle_share"] = min(1.0, idle_s / step_s)  # the samples lag behind the step by a part of a second
+        if isinstance(tokens, int | float) and tokens and self.dollars_per_hour is not None:
+            dollars = self.dollars_per_hour * self.devices * step_s / 3600
+            told["perf/dollars_per_million_tokens"] = dollars / tokens * 1e6
+        return told
 
     # ------------------------------------------------------------ W&B
 

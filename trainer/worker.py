@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from kernels.errors import UserError
 from kernels.rows import LANE
@@ -32,6 +33,8 @@ from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
+from trainer.tracing import Traced, Tracing
+from trainer.usage import Usage
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 
@@ -46,6 +49,7 @@ class TrainWorker:
     world: World
     trainer: Trainer
     writer: checkpoint.Writer
+    usage: Usage
     store: dist.TCPStore
     corpus: Corpus
     stream: TokenStream
@@ -56,6 +60,7 @@ class TrainWorker:
         self.source = WeightSource()
         self.log = log_to(log_file) if log_file is not None else None
         self.stack_watch: StackWatch | None = None
+        self.tracing: Tracing | None = None
 
     def pid(self) -> int:
         return os.getpid()
@@ -78,6 +83,7 @@ class TrainWorker:
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
         self.writer = checkpoint.Writer(self.world)
+        self.usage = Usage(spec.model, spec.dtype, self.world)
 
     def leave(self) -> None:
         leave(self.world)
@@ -116,8 +122,11 @@ class TrainWorker:
         return batch.rows(self.rank * share, (self.rank + 1) * share)
 
     def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
-        metrics = self.trainer.learn(batch, objective, lr)
-        metrics["time/train_s"] = time.perf_counter() - started
+        self.usage.begin()
+        with record_function(f"update {self.trainer.updates + 1}"):  # a name in traces
+            metrics = self.trainer.learn(batch, objective, lr)
+        seconds = time.perf_counter() - started
+        metrics |= {"time/train_s": seconds, **self.usage.end(batch, seconds)}
         log.info("update %d loss %.17g", self.trainer.updates, metrics.get("train/loss", math.nan))
         return metrics
 
@@ -131,6 +140,21 @@ class TrainWorker:
     def new_optimizer(self) -> None:
         """Forgets moments and step count; weights stay."""
         self.trainer.reset_optimizer()
+
+    def start_trace(self, ranks: Literal["all"] | tuple[int, ...], memory: bool) -> None:
+        """From here on these ranks note what they do. Not collective, as `end_trace`."""
+        if ranks == "all" or self.rank in ranks:
+            self.tracing = Tracing(self.world.device, memory)
+
+    def end_trace(self, folder: Path) -> Traced | str | None:
+        """Writes it to the folder; why it cannot be, or None where nothing was traced."""
+        if self.tracing is None:
+            return None
+        tracing, self.tracing = self.tracing, None
+        try:
+            return tracing.end(folder, self.rank, self.rank // self.world.ranks_per_node)
+        except OSError as error:
+            return f"rank {self.rank}: {error}"
 
     # ------------------------------------------------------------ state
 

@@ -23,6 +23,7 @@ from kernels.errors import UserError
 from kernels.ragged import PAGE_TOKENS, ragged
 from rl.engine.decoder import Decoder, RowState, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
+from rl.engine.metrics import EngineState
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
@@ -116,6 +117,7 @@ class Engine:
         self._running: Step | None = None  # of exactly these rows, not looked at yet
         self._done: list[Sample] = []  # not returned yet
         self._version: int | None = None
+        self._generated = self._finished = self._interrupted = 0  # tokens, samples, samples
 
     # ------------------------------------------------------------ what a pool calls
 
@@ -130,7 +132,7 @@ class Engine:
 
     @contextmanager
     def _between_versions(self, version: int) -> Iterator[None]:
-        samples = self.drain()
+        samples = self._stop()
         yield
         self._version = version
         self._waiting.extend(samples)
@@ -185,10 +187,29 @@ class Engine:
         self._look(then=None)
         self._remove_done()
         done, self._done = self._done, []
+        self._finished += len(done)
         return done
 
     def drain(self) -> list[Sample]:
         """Stops, and returns every sample that is not done with the tokens it has; the slots and the queue are empty then."""
+        samples = self._stop()
+        self._interrupted += len(samples)
+        return samples
+
+    def state(self) -> EngineState:
+        """What it is doing, for whoever asks, from any thread."""
+        return EngineState(
+            generated_tokens=self._generated,
+            finished_samples=self._finished,
+            interrupted_samples=self._interrupted,
+            running_samples=len(self._rows) + len(self._filling),
+            waiting_samples=len(self._waiting),
+            pages=self._pages.total,
+            pages_used=self._pages.total - self._pages.free,
+            weight_version=self._version,
+        )
+
+    def _stop(self) -> list[Sample]:
         self._look(then=None)
         assert not self._done and all(row.status == "partial" for row in self._rows), "advance returns what is done"
         unfinished = [self._leave(row) for row in (*self._rows, *self._filling)]
@@ -248,6 +269,7 @@ class Engine:
                 row.ids.append(token)
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
+                self._generated += 1
                 if token == self._settings.eos_id:
                     row.status = "finished"
                 elif row.generated >= self._settings.max_new_tokens:

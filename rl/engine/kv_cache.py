@@ -49,7 +49,8 @@ class PageTable:
 
     def __init__(self, pages: int, page_tokens: int) -> None:
         self.page_tokens = page_tokens
-        self._free = list(range(pages - 1, 0, -1))
+        self.total = pages - 1  # page 0 is nobody's
+        self._free = list(range(self.total, 0, -1))
         self._holders = [0] * pages
         # A full page is found by the page before it and its tokens: who holds it holds that one too, so its number stays its.
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}

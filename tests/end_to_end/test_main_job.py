@@ -36,8 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(runs: Path) -> Path:
-    run("pretrain", f"runs_dir={runs}", "run_name=pretrained", f"train.steps={STEPS}")
+    run("pretrain", f"runs_dir={runs}", "run_name=pretrained", f"train.steps={STEPS}", "trace.range=[3,4]")
     return runs / "pretrained"
+
+
+def test_a_traced_step_is_in_the_run_folder(pretrained: Path) -> None:
+    (folder,) = (pretrained / "traces").iterdir()
+    assert folder.name == "steps_000003-000004" and (folder / "node_0.json.gz").stat().st_size > 10_000
 
 
 def test_pretraining_learns_and_balances(pretrained: Path) -> None:

@@ -22,7 +22,8 @@ from trainer.weights import pack
 CONFIG = tiny_model(max_positions=64, vocab_size=20)
 SETTINGS = EngineSettings(4, 40, 8, None, Sampling(1.0, 0), 1)
 CLUSTER = dict(address=None, ranks=1, threads_per_rank=1, max_restarts=0, start_timeout_s=60, collective_timeout_s=60)
-CLUSTER |= dict(object_store_mib=80, host="127.0.0.1", dashboard=False, dashboard_port=1, nodes=None, slurm=None)
+CLUSTER |= dict(object_store_mib=80, host="127.0.0.1", dashboard=False, dashboard_port=1, dollars_per_gpu_hour=None)
+CLUSTER |= dict(nodes=None, slurm=None)
 
 
 class ScriptedRank:

@@ -35,6 +35,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         min_p=0.0,
         cache_tokens=None,
         overlap=False,
+        metrics_port=0,
         server=None,
         server_reload=None,
         server_timeout_s=300.0,

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Iterator[RunDir]:
 
 
 def test_a_step_is_a_record_and_a_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+    with Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker:
         tracker.log(0, {"eval/loss": 4.0})
         tracker.log(1, {"train/loss": 3.0, "train/tokens": 100, "time/train_s": 0.5, "moe/load": [[0.5, 0.5]]})
         tracker.log(2, {"train/loss": 2.0})
@@ -47,22 +47,46 @@ def test_a_step_is_a_record_and_a_line(run: RunDir, capsys: pytest.CaptureFixtur
     assert "step 2/2" in log and run.note in log
 
 
+def test_a_step_tells_its_price_and_how_long_gpus_had_nothing_to_do(run: RunDir) -> None:
+    update = {"train/tokens": 100, "time/train_s": 0.5, "time/gpu_idle_s": 0.0}
+    with Tracker(run, "pretrain", OFF, total_steps=3, devices=4, dollars_per_hour=9.0) as tracker:
+        for step in (1, 2):
+            tracker.log(step, update)
+        tracker.log(3, {**update, "time/gpu_idle_s": 1e9})
+    first, second, third = read_records(run.metrics_file)
+    assert first["perf/tokens_per_s_per_device"] == 50
+    assert not {"perf/dollars_per_million_tokens", "perf/gpu_idle_share"} & first.keys()
+    assert isinstance(second["time/step_s"], float)
+    assert second["perf/dollars_per_million_tokens"] == pytest.approx(4 * 9 * second["time/step_s"] / 3600 * 10**4)
+    assert (second["perf/gpu_idle_share"], third["perf/gpu_idle_share"]) == (0.0, 1.0)
+
+
+def test_without_a_price_there_is_no_cost(run: RunDir) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"train/tokens": 100, "time/train_s": 0.5})
+    assert "perf/dollars_per_million_tokens" not in read_records(run.metrics_file)[-1]
+
+
 def test_a_step_after_a_restart_has_no_step_time(run: RunDir) -> None:
-    with Tracker(run, "pretrain", OFF, total_steps=9) as tracker:
+    with Tracker(run, "pretrain", OFF, total_steps=9, devices=2) as tracker:
         for step in (1, 2, 3, 2, 3):
             tracker.log(step, {"train/loss": 1.0})
     assert ["time/step_s" in record for record in read_records(run.metrics_file)] == [False, True, True, False, True]
 
 
 def test_a_failure_is_written_down_and_passed_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match="boom"), Tracker(run, "pretrain", OFF, total_steps=2):
+    with pytest.raises(RuntimeError, match="boom"), Tracker(run, "pretrain", OFF, total_steps=2, devices=2):
         raise RuntimeError("boom")
     assert read_status(run.path)["state"] == "failed"
     assert "stopped" in capsys.readouterr().out
 
 
 def test_an_undeclared_key_writes_nothing(run: RunDir) -> None:
-    with pytest.raises(KeyError, match="nearest is train/loss"), Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+    with (
+        pytest.raises(KeyError, match="nearest is train/loss"),
+        Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker,
+    ):
         tracker.log(1, {"train/los": 1.0})
     assert not run.metrics_file.exists()
 
@@ -71,7 +95,7 @@ def test_records_that_cannot_be_written_are_a_message(run: RunDir) -> None:
     run.metrics_file.mkdir()
     with (
         pytest.raises(UserError, match=r"metrics.jsonl cannot be written"),
-        Tracker(run, "pretrain", OFF, total_steps=2) as tracker,
+        Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker,
     ):
         tracker.log(1, {"train/loss": 1.0})
 
@@ -102,7 +126,7 @@ class FakeWandb:
 def track(run: RunDir, wandb: FakeWandb, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.wandb, "init", wandb.init)
     logger = LoggerConfig.model_validate({"wandb": mode, "project": "tessera", "entity": None})
-    with Tracker(run, "pretrain", logger, total_steps=1) as tracker:
+    with Tracker(run, "pretrain", logger, total_steps=1, devices=2) as tracker:
         tracker.log(1, {"train/loss": 1.0, "moe/load": [[1.0]]})
 
 
@@ -138,7 +162,7 @@ def test_the_real_wandb_writes_offline_into_the_run_without_the_key(
     secret = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setenv("WANDB_API_KEY", secret)
     offline = LoggerConfig(wandb="offline", project="tessera", entity=None)
-    with Tracker(run, "pretrain", offline, total_steps=1) as tracker:
+    with Tracker(run, "pretrain", offline, total_steps=1, devices=2) as tracker:
         tracker.log(1, {"train/loss": 1.0})
     written = list((run.path / "wandb").glob(f"offline-run-*-{run.id}/run-{run.id}.wandb"))
     assert len(written) == 1
@@ -155,7 +179,7 @@ def test_the_table_has_a_row_for_each_change() -> None:
 
 
 def test_records_are_json_lines_that_end(run: RunDir) -> None:
-    with Tracker(run, "pretrain", OFF, total_steps=2) as tracker:
+    with Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker:
         tracker.log(1, {"train/loss": 1.0})
         text = run.metrics_file.read_text()  # flushed at once
         assert text.endswith("}\n") and json.loads(text)["step"] == 1

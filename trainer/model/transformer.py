@@ -356,6 +356,7 @@ class ParameterCounts:
 
 
 @cache
+@cache
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Numbers of trained parameters, exact; the selection bias is not trained and not counted."""
     with torch.device("meta"):

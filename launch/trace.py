@@ -1,0 +1,90 @@
+"""Traces the next steps of a run that is going on: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--memory]`.
+
+The request is a file in the run's folder, which the run's driver looks for before every step; this command waits for the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kernels.errors import UserError
+from launch.cli import guarded
+from trainer.run_dir import read_status, shown, traces_of, write_atomically
+from trainer.tracing import MOST_STEPS, REQUEST, TraceRequest
+
+LOOK_S = 0.2
+
+
+def trace(run: Path, request: TraceRequest) -> Path:
+    """Asks for a trace and waits for it; returns its folder.
+
+    Raises:
+        UserError: the run is not going on, ends before, is asked for another trace already, or cannot make this one.
+    """
+    run = run.resolve()
+    before, file = set(traces_of(run)), run / REQUEST
+    _require_running(run)
+    if file.exists():
+        raise UserError(f"{shown(file)} asks for a trace already; wait for that one, or remove the file")
+    try:
+        write_atomically(file, request.model_dump_json())
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be written: {error.strerror}") from error
+    log = _driver_log(run)
+    told = log.stat().st_size if log.exists() else 0
+    try:
+        while not (new := sorted(set(traces_of(run)) - before)):
+            _require_running(run)
+            if (failure := _failure(log, told)) is not None:
+                raise UserError(failure)
+            time.sleep(LOOK_S)
+    finally:
+        file.unlink(missing_ok=True)
+    return new[-1]
+
+
+def _driver_log(run: Path) -> Path:
+    return run / "logs" / f"attempt_{read_status(run)['attempt']}" / "driver.log"
+
+
+def _failure(log: Path, start: int) -> str | None:
+    """What the driver has said about a trace since then that is not one."""
+    if not log.exists():
+        return None
+    with open(log, "rb") as lines:
+        lines.seek(start)
+        said = [line.strip().partition("  ")[2] for line in lines.read().decode(errors="replace").splitlines()]
+    return next((text for text in said if text.startswith(("the trace ", "a trace of ranks "))), None)
+
+
+def _require_running(run: Path) -> None:
+    if (state := read_status(run)["state"]) != "running":
+        raise UserError(f"{shown(run)} is {state}; only a run that is going on can be traced")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.trace", description="Traces the next steps of a run that goes on.")
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/latest-pretrain")
+    parser.add_argument("--steps", type=int, default=1, help=f"how many steps or rounds, at most {MOST_STEPS}")
+    parser.add_argument("--ranks", type=int, nargs="+", help="which ranks; all, if it is not given")
+    parser.add_argument("--memory", action="store_true", help="with a snapshot of what the GPU's allocator did")
+    arguments = parser.parse_args()
+
+    def work() -> None:
+        try:
+            request = TraceRequest(steps=arguments.steps, ranks=arguments.ranks or "all", memory=arguments.memory)
+        except ValidationError as error:
+            raise UserError(f"--steps {arguments.steps} should be from 1 to {MOST_STEPS}") from error
+        for file in sorted(trace(arguments.run, request).iterdir()):
+            print(shown(file))
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
