@@ -2,7 +2,8 @@
 
 A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens. The floor is
 the bytes that one decoding step cannot avoid, weights of the experts that some row chose, the dense weights, and the keys and
-values of every row so far, at the rate of a copy on this device.
+values of every row so far, at the rate of a copy on this device. Then whole rounds, where responses differ in length
+(launch/benchmarks/april.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from launch.benchmarks.options import OneOrMore, Options
+from launch.benchmarks import april
+from launch.benchmarks.april import NO_TOKEN, RoundOptions, Rounds
+from launch.benchmarks.options import Listed
 from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
@@ -26,10 +29,9 @@ from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
 
 LOOK_EVERY = 32  # tokens between two looks at who has finished
-NO_TOKEN = -1  # as <eos>: nobody ends early
 
 
-class RolloutOptions(Options):
+class RolloutOptions(RoundOptions):
     hidden: PositiveInt | None = None
     expert_hidden: PositiveInt | None = None
     experts: PositiveInt | None = None
@@ -39,17 +41,18 @@ class RolloutOptions(Options):
     heads: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt
-    batch: OneOrMore[PositiveInt] = Field(description="sequences decoded at once")
-    prompt: PositiveInt = Field(128, description="tokens of a prompt")
-    response: PositiveInt = Field(128, description="tokens that each sequence gets")
+    batch: Listed[PositiveInt] = Field(description="sequences decoded at once; none: only rounds")
+    response: PositiveInt = Field(128, description="tokens that each sequence gets where all get as many")
 
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
         "model": "moe_2b", "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "batch": "16,128",
+        "over_provision": "1.25,1.5,2,3", "slots": "256", "median": 256, "longest": 4096,
     },
     "cpu": {
         "model": "tiny", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "batch": "4", "prompt": 16, "response": 16,
+        "over_provision": "2", "groups": 4, "samples": 4, "slots": "16", "median": 8, "longest": 128, "advance": 4,
     },
 }  # fmt: skip
 
@@ -76,8 +79,8 @@ class Rollout:
 
 def measure(
     options: RolloutOptions, contenders: Mapping[str, Any], device: torch.device, ceilings: Ceilings
-) -> Iterator[Rollout]:
-    """One case for every model and batch size."""
+) -> Iterator[Rollout | Rounds]:
+    """One case for every model and batch size, and for every model, number of slots and over-provision factor."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in options.model:
         config = model_config(options, name)
@@ -97,6 +100,8 @@ def measure(
                 / ceilings.copy_tbytes
                 / 1e9,
             )
+        for slots in options.slots if options.over_provision else ():
+            yield from april.sweep(options, name, weights, slots, device, dtype)
 
 
 def _generate(
@@ -153,7 +158,7 @@ def model_config(options: RolloutOptions, name: str) -> ModelConfig:
         rope_theta=1e6,
         norm_eps=1e-6,
         init_std=0.02,
-        max_positions=options.prompt + options.response + 1,
+        max_positions=options.prompt + max(options.response, options.longest) + 1,
         vocab_size=shape.vocabulary,
     )
 
@@ -180,7 +185,9 @@ def floor_bytes(config: ModelConfig, batch: int, length: int, size: int) -> floa
     return (counts.dense + experts + keys) * size
 
 
-def table(case: Rollout) -> Table:
+def table(case: Rollout | Rounds) -> Table:
+    if isinstance(case, Rounds):
+        return april.table(case)
     shown = Table(title=case.work, title_justify="left")
     row = {
         "batch": f"{case.batch}",

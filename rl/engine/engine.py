@@ -248,10 +248,13 @@ class Engine:
                 row.ids.append(token)
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
-                if token == self._settings.eos_id:
-                    row.status = "finished"
-                elif row.generated >= self._settings.max_new_tokens:
-                    row.status = "truncated"
+                row.status = self._status(row)
+
+    def _status(self, row: Row) -> Status:
+        """What its newest token makes of a row that is not done."""
+        if row.ids[-1] == self._settings.eos_id:
+            return "finished"
+        return "truncated" if row.generated >= self._settings.max_new_tokens else "partial"
 
     # ------------------------------------------------------------ pages
 
