@@ -14,40 +14,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
-from launch.benchmarks.options import Listed, OneOrMore, Options
-from rl.april import rollout_round, submitted_groups
+from launch.benchmarks.models import ModelOptions, floor_bytes
+from launch.benchmarks.options import Listed, OneOrMore
+from rl.april import Prompts, Score, rollout_round, submitted_groups
 from rl.engine.engine import Engine, EngineSettings, Row
 from rl.engine.pool import LocalPool
 from rl.engine.sampler import Sampling
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
 from trainer.config import ModelConfig, RolloutConfig
+from trainer.estimate import vocab_size
 from trainer.model.transformer import LanguageModel
 
-APRIL = Path(__file__).parents[2] / "conf" / "rollout" / "april.yaml"
+CONF = Path(__file__).parents[2] / "conf"
 SIGMA = 1.0  # of the logarithm of a length: the expected longest of 256 is exp(2.8) = 16 times the median
 NO_TOKEN = -1  # as <eos>: what is sampled ends nothing
 
 
-class RoundOptions(Options):
+class RoundOptions(ModelOptions):
     prompt: PositiveInt = Field(128, description="tokens of a prompt")
-    over_provision: Listed[float] = Field(
-        description="factors of APRIL; none: no rounds. 1, all wait for the longest, runs first"
-    )
     groups: PositiveInt = Field(32, description="that a round trains")
     samples: PositiveInt = Field(8, description="of a group")
-    slots: OneOrMore[PositiveInt] = Field(description="sequences that the engine decodes at once in rounds")
     median: PositiveInt = Field(description="tokens of a response in rounds")
     longest: PositiveInt = Field(description="tokens that no response exceeds in rounds")
     max_staleness: NonNegativeInt = Field(8, description="rounds; a group with older tokens starts anew")
     advance: PositiveInt = Field(32, description="tokens between two looks at who has finished")
     warm_rounds: PositiveInt = Field(6, description="before the buffer is steady, not counted")
     rounds: PositiveInt = Field(10, description="that are counted")
+
+
+class SweepOptions(RoundOptions):
+    over_provision: Listed[float] = Field(description="factors of APRIL; none: no rounds. 1 waits for all, and runs first")
+    slots: OneOrMore[PositiveInt] = Field(description="sequences that the engine decodes at once in rounds")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Round:
     staleness: int  # rounds that the oldest trained token is behind
     waiting_tokens: int  # in the buffer when it ended
     length_bias: float  # mean length of trained samples over that of drawn ones
+    floor_bytes: float  # that decoding had to read
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Rounds:
     rounds: tuple[Round, ...]
     discarded_tokens: int  # of groups that started anew
     sync_rate: float  # trained tokens a second with factor 1
+    floor_s: float  # reading what decoding has to read, at the rate of a copy
     failures: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -114,12 +120,15 @@ class ForcedEngine(Engine):
         self, config: ModelConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype, options: RoundOptions
     ) -> None:
         super().__init__(config, settings, device, dtype)
+        self.config, self.dtype = config, dtype
         self._length = cache(lambda uid: response_length(uid, options.median, options.longest, options.seed))
         self.decoded_tokens = 0
         self.recomputed_tokens = 0
+        self.context_tokens = 0  # whose keys the decoded tokens needed, each its own
 
     def _status(self, row: Row) -> Status:
         self.decoded_tokens += 1
+        self.context_tokens += len(row.ids)
         return "finished" if row.generated >= self._length(row.sample.uid) else "partial"
 
     def _row(self, item: Sample) -> Row | None:
@@ -136,22 +145,32 @@ class TimedPool(LocalPool):
         super().__init__([engine])
         self.engine = engine
         self.busy_slot_seconds = 0.0
+        self.floor_bytes = 0.0
 
     def advance(self, tokens: int) -> list[Sample]:
-        before, started = self.engine.decoded_tokens, time.perf_counter()
+        engine = self.engine
+        decoded, context, started = engine.decoded_tokens, engine.context_tokens, time.perf_counter()
         done = super().advance(tokens)
         # Fewer than `tokens` steps only where all that was left has finished; the slots are idle then.
-        self.busy_slot_seconds += (time.perf_counter() - started) * (self.engine.decoded_tokens - before) / tokens
+        rows = (engine.decoded_tokens - decoded) / tokens
+        self.busy_slot_seconds += (time.perf_counter() - started) * rows
+        self.floor_bytes += tokens * floor_bytes(
+            engine.config, rows, (engine.context_tokens - context) / tokens, engine.dtype.itemsize
+        )
         return done
 
 
 def sweep(
-    options: RoundOptions, name: str, weights: LanguageModel, slots: int, device: torch.device, dtype: torch.dtype
+    options: SweepOptions,
+    name: str,
+    weights: LanguageModel,
+    slots: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    copy_tbytes: float,
 ) -> Iterator[Rounds]:
     """One case a factor, with the same engine."""
-    length, sampling = options.prompt + options.longest + 1, Sampling(temperature=1.0, seed=options.seed)
-    settings = EngineSettings(slots, length, options.longest + 1, None, sampling, NO_TOKEN)
-    engine = ForcedEngine(weights.config, settings, device, dtype, options)
+    engine = forced_engine(options, weights.config, slots, device, dtype)
     sync_rate: float | None = None
     for factor in (1.0, *(factor for factor in options.over_provision if factor != 1)):
         config = rollout_config(options, factor, slots)
@@ -171,7 +190,16 @@ def sweep(
             rounds=counted,
             discarded_tokens=generated - trained - grown,
             sync_rate=sync_rate,
+            floor_s=sum(one.floor_bytes for one in counted) / copy_tbytes / 1e12,
         )
+
+
+def forced_engine(
+    options: RoundOptions, model: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype
+) -> ForcedEngine:
+    length, sampling = options.prompt + options.longest + 1, Sampling(temperature=1.0, seed=options.seed)
+    settings = EngineSettings(slots, length, options.longest + 1, None, sampling, NO_TOKEN)
+    return ForcedEngine(model, settings, device, dtype, options)
 
 
 def run_rounds(
@@ -179,38 +207,48 @@ def run_rounds(
 ) -> tuple[Round, ...]:
     """`rounds` rounds from an empty buffer, each under weights that the engine takes as new."""
     buffer, pool = RolloutBuffer(), TimedPool(engine)
-    vocabulary = weights.config.vocab_size or 0
-
-    def prompt(index: int) -> list[int]:
-        tokens: list[int] = np.random.default_rng([options.seed, index]).integers(vocabulary, size=options.prompt).tolist()
-        return tokens
-
-    done: list[Round] = []
+    prompts, done = random_prompts(options, weights.config), list[Round]()
     for version in range(rounds):
         engine.load_weights(weights.state(), version)
-        recomputed, busy, started = engine.recomputed_tokens, pool.busy_slot_seconds, time.perf_counter()
-        result = rollout_round(pool, buffer, prompt, config, version, lambda samples: [0.0] * len(samples))
-        seconds = time.perf_counter() - started
-        done.append(
-            Round(
-                seconds=seconds,
-                trained_tokens=_tokens(result.groups),
-                generated_tokens=int(result.metrics["rollout/new_tokens"]),
-                recomputed_tokens=engine.recomputed_tokens - recomputed,
-                busy_slots=(pool.busy_slot_seconds - busy) / seconds,
-                stale_share=result.metrics["rollout/stale_token_share"],
-                staleness=int(result.metrics["rollout/staleness_max"]),
-                waiting_tokens=_tokens((*buffer.recycled, *buffer.surplus)),
-                length_bias=result.metrics["rollout/length_bias"],
-            )
-        )
+        done.append(one_round(pool, buffer, prompts, config, version, lambda samples: [0.0] * len(samples))[0])
     return tuple(done)
+
+
+def random_prompts(options: RoundOptions, model: ModelConfig) -> Prompts:
+    def prompt(index: int) -> list[int]:
+        generator = np.random.default_rng([options.seed, index])
+        tokens: list[int] = generator.integers(vocab_size(model), size=options.prompt).tolist()
+        return tokens
+
+    return prompt
+
+
+def one_round(
+    pool: TimedPool, buffer: RolloutBuffer, prompts: Prompts, config: RolloutConfig, version: int, score: Score
+) -> tuple[Round, tuple[Group, ...]]:
+    """A round, and the groups that it trains. The time of `score` is part of it."""
+    engine = pool.engine
+    recomputed, busy, floor = engine.recomputed_tokens, pool.busy_slot_seconds, pool.floor_bytes
+    started = time.perf_counter()
+    result = rollout_round(pool, buffer, prompts, config, version, score)
+    seconds = time.perf_counter() - started
+    done = Round(
+        seconds=seconds,
+        trained_tokens=_tokens(result.groups),
+        generated_tokens=int(result.metrics["rollout/new_tokens"]),
+        recomputed_tokens=engine.recomputed_tokens - recomputed,
+        busy_slots=(pool.busy_slot_seconds - busy) / seconds,
+        stale_share=result.metrics["rollout/stale_token_share"],
+        staleness=int(result.metrics["rollout/staleness_max"]),
+        waiting_tokens=_tokens((*buffer.recycled, *buffer.surplus)),
+        length_bias=result.metrics["rollout/length_bias"],
+        floor_bytes=pool.floor_bytes - floor,
+    )
+    return done, result.groups
 
 
 def rollout_config(options: RoundOptions, over_provision: float, slots: int) -> RolloutConfig:
     """rollout=april with the sizes of the options."""
-    from omegaconf import OmegaConf  # here, since the other benchmarks do without it
-
     changed = {
         "groups": options.groups,
         "samples_per_group": options.samples,
@@ -220,7 +258,15 @@ def rollout_config(options: RoundOptions, over_provision: float, slots: int) -> 
         "engine_slots": slots,
         "advance_tokens": options.advance,
     }
-    return RolloutConfig.model_validate({**OmegaConf.load(APRIL), **changed})
+    return RolloutConfig.model_validate({**conf("rollout/april"), **changed})
+
+
+def conf(name: str) -> dict[str, Any]:
+    """The options of conf/<name>.yaml, which builds on no other."""
+    from omegaconf import OmegaConf  # here, since the other benchmarks do without it
+
+    options: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))  # type: ignore[assignment]
+    return options
 
 
 def _tokens(groups: Sequence[Group]) -> int:
@@ -238,6 +284,7 @@ def table(case: Rounds) -> Table:
         "of sync": f"{case.trained_rate / case.sync_rate:.2f}x",
         "generated of sync": f"{generated / case.seconds / case.sync_rate:.2f}x",
         "idle": f"{case.idle_share:.1%}",
+        "of floor": f"{case.floor_s / case.seconds:.0%}",
         "stale": f"{sum(one.stale_share * one.trained_tokens for one in rounds) / case.trained:.0%}",
         "oldest": f"{max(one.staleness for one in rounds)}",
         "discarded": f"{case.discarded_tokens / generated:.1%}",

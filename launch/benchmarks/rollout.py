@@ -19,28 +19,20 @@ from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from launch.benchmarks import april
-from launch.benchmarks.april import NO_TOKEN, RoundOptions, Rounds
+from launch.benchmarks.april import NO_TOKEN, Rounds, SweepOptions
+from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import Listed
 from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
 from trainer.config import ModelConfig
-from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
+from trainer.model.transformer import LanguageModel, parameter_counts
 
 LOOK_EVERY = 32  # tokens between two looks at who has finished
 
 
-class RolloutOptions(RoundOptions):
-    hidden: PositiveInt | None = None
-    expert_hidden: PositiveInt | None = None
-    experts: PositiveInt | None = None
-    top_k: PositiveInt | None = None
-    vocabulary: PositiveInt | None = None
-    layers: PositiveInt = Field(description="all of them MoE layers")
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
+class RolloutOptions(SweepOptions):
     batch: Listed[PositiveInt] = Field(description="sequences decoded at once; none: only rounds")
     response: PositiveInt = Field(128, description="tokens that each sequence gets where all get as many")
 
@@ -83,7 +75,7 @@ def measure(
     """One case for every model and batch size, and for every model, number of slots and over-provision factor."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in options.model:
-        config = model_config(options, name)
+        config = model_config(options, name, options.prompt + max(options.response, options.longest) + 1)
         weights = random_weights(config, device, dtype, options.seed)
         for batch in options.batch:
             step_ms, prefill_ms = _generate(config, weights, batch, options, device, dtype)
@@ -96,12 +88,12 @@ def measure(
                 parameters=counts.total,
                 step_ms=step_ms,
                 prefill_ms=prefill_ms,
-                floor_ms=floor_bytes(config, batch, options.prompt + options.response // 2, dtype.itemsize)
+                floor_ms=floor_bytes(config, batch, batch * (options.prompt + options.response // 2), dtype.itemsize)
                 / ceilings.copy_tbytes
                 / 1e9,
             )
         for slots in options.slots if options.over_provision else ():
-            yield from april.sweep(options, name, weights, slots, device, dtype)
+            yield from april.sweep(options, name, weights, slots, device, dtype, ceilings.copy_tbytes)
 
 
 def _generate(
@@ -132,57 +124,6 @@ def _generate(
     lengths = [item.length for item in engine.drain()]
     assert len(lengths) == batch and min(lengths) > options.response - chunks, "all rows decoded all the time"
     return median(times), prefill_ms
-
-
-def model_config(options: RolloutOptions, name: str) -> ModelConfig:
-    shape = options.shapes()[name]  # type: ignore[index]
-    return ModelConfig(
-        hidden_size=shape.hidden,
-        num_layers=options.layers,
-        num_dense_layers=0,
-        num_heads=options.heads,
-        num_kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        dense_hidden_size=shape.expert_hidden,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        expert_hidden_size=shape.expert_hidden,
-        num_shared_experts=0,
-        router_scores="softmax",
-        renormalize=True,
-        routed_scale=1.0,
-        selection_bias=False,
-        qk_norm=True,
-        attention_bias=False,
-        tie_embeddings=True,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        init_std=0.02,
-        max_positions=options.prompt + max(options.response, options.longest) + 1,
-        vocab_size=shape.vocabulary,
-    )
-
-
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageModel:
-    """Norms one, all else normal; made on the device, where billions of them take no time."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.device(device):
-        dense = Transformer(config, batch_invariant=True).to(dtype)
-        experts = ExpertWeights(*(torch.empty(shape, dtype=dtype) for shape in expert_shapes(config)))
-        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
-    with torch.no_grad():
-        for weight in (*dense.parameters(), experts.gate_up_LECD, experts.down_LEDF):
-            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, config.init_std, generator=generator)
-    return LanguageModel(config, dense, experts, bias_LE)
-
-
-def floor_bytes(config: ModelConfig, batch: int, length: int, size: int) -> float:
-    """What a decoding step has to read, experts as often as rows that choose evenly and independently leave one out."""
-    counts = parameter_counts(config)
-    chosen = 1 - (1 - config.top_k / config.num_experts) ** batch
-    experts = config.num_moe_layers * config.num_experts * chosen * counts.per_expert
-    keys = 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch * length
-    return (counts.dense + experts + keys) * size
 
 
 def table(case: Rollout | Rounds) -> Table:

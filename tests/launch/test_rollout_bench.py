@@ -12,8 +12,9 @@ import torch
 from kernels.errors import UserError
 from launch.bench import bench, main
 from launch.benchmarks.april import response_length, sweep
+from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import read_options
-from launch.benchmarks.rollout import DEFAULTS, RolloutOptions, floor_bytes, model_config, random_weights
+from launch.benchmarks.rollout import DEFAULTS, RolloutOptions
 
 
 def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,11 +30,11 @@ def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_floor_is_every_weight_once_and_every_key_and_value() -> None:
     options = read_options(RolloutOptions, {**DEFAULTS["cpu"], "out": "x.json"}, [])
-    config = model_config(options, "tiny")
+    config = model_config(options, "tiny", 145)
     model = random_weights(config, torch.device("cpu"), torch.float32, seed=0)
     weights = sum(tensor.numel() for name, tensor in model.state().items() if name != "bias")
     keys = 2 * 2 * 2 * 16 * 100_000 * 7  # keys and values, layers, heads, head_dim, rows, length
-    assert floor_bytes(config, 100_000, 7, 4) == pytest.approx((weights + keys) * 4)  # so many rows leave no expert out
+    assert floor_bytes(config, 100_000, 700_000, 4) == pytest.approx((weights + keys) * 4)  # so many rows leave no expert out
     one_row = floor_bytes(config, 1, 0, 4) / 4
     assert one_row == pytest.approx(weights - 2 * (8 - 2) * 3 * 64 * 32), "one row reads its two experts of eight"
 
@@ -57,8 +58,8 @@ def test_lengths_are_long_tailed_and_a_prompts_responses_alike() -> None:
 
 def test_a_response_has_its_own_length_however_often_it_was_interrupted() -> None:
     options = round_options("max_staleness=20")
-    weights = random_weights(model_config(options, "tiny"), torch.device("cpu"), torch.float32, seed=0)
-    (sync, april) = sweep(options, "tiny", weights, 6, torch.device("cpu"), torch.float32)
+    weights = random_weights(model_config(options, "tiny", 145), torch.device("cpu"), torch.float32, seed=0)
+    (sync, april) = sweep(options, "tiny", weights, 6, torch.device("cpu"), torch.float32, 0.01)
     for number, one in enumerate(sync.rounds, start=1):  # after one warm round
         groups = range(3 * number, 3 * number + 3)
         assert one.trained_tokens == sum(response_length(g << 16 | own, 3, 24, 0) for g in groups for own in range(2))
@@ -70,8 +71,8 @@ def test_a_response_has_its_own_length_however_often_it_was_interrupted() -> Non
 
 def test_every_generated_token_is_trained_waits_or_is_counted_as_discarded() -> None:
     options = round_options("max_staleness=0")
-    weights = random_weights(model_config(options, "tiny"), torch.device("cpu"), torch.float32, seed=0)
-    *_, april = sweep(options, "tiny", weights, 6, torch.device("cpu"), torch.float32)
+    weights = random_weights(model_config(options, "tiny", 145), torch.device("cpu"), torch.float32, seed=0)
+    *_, april = sweep(options, "tiny", weights, 6, torch.device("cpu"), torch.float32, 0.01)
     assert april.discarded_tokens > 0 and all(one.staleness == 0 for one in april.rounds)
 
 
