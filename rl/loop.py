@@ -74,7 +74,8 @@ class Reinforcement:
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
         rollout = self.config.rollout
         if rollout.server is None:
-            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run)
+            model, settings = self.model, self.engine_settings
+            yield RayPool.start(placement, model, settings, self.dtype, self.run, self.config.cluster, self.tracker.say)
             return
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:
@@ -129,7 +130,7 @@ class Reinforcement:
         stopping = self.stop.signal is not None and not last
         if done % loop.checkpoint_every == 0 or last or stopping:
             metrics |= self._save(ranks, buffer, done, wait=last or stopping)
-        metrics |= self.rewards.counts()
+        metrics |= self.rewards.counts() | pool.counts()
         self.tracker.log(done, metrics)
         if stopping:
             self.stop.obey(f"after round {done}")

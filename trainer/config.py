@@ -216,9 +216,10 @@ class ClusterConfig(Record):
     nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
-    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint
+    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint; of an engine: in a row
     start_timeout_s: float = Field(gt=0)
     collective_timeout_s: float = Field(gt=0)
+    engine_timeout_s: float = Field(gt=0)  # without an answer, after which an engine of RL is replaced
     object_store_mib: int = Field(ge=80)
     host: str
     dashboard: bool

@@ -196,10 +196,6 @@ class TrainWorker:
         experts = ExpertWeights(*(torch.stack(parts) for parts in zip(*whole, strict=True)))
         return LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
 
-    def anchor(self) -> WeightUpdate:
-        """Rank 0 only, not collective: what `weights` returned last, whole, for an engine that holds another version."""
-        return self.source.anchor()
-
 
 def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """A whole model's tensors under the names that a checkpoint gives them."""

@@ -141,14 +141,15 @@ class Engine:
         self._version = version
         self._waiting.extend(samples)
 
-    def receive(self, update: WeightUpdate) -> Receipt | None:
-        """Takes new weights as `load_weights` does, whole or changed from the version it has; None if it has another version.
+    def receive(self, update: WeightUpdate) -> Receipt:
+        """Takes new weights as `load_weights` does, whole or changed from the version it has.
 
-        Raises RuntimeError when the update comes with a hash and the weights that the engine then holds have another one.
+        Raises RuntimeError when it has another version, and when the update comes with a hash and the weights that the engine
+        then holds have another one.
         """
         if isinstance(update.weights, WeightDelta):
             if update.weights.base != self._version:
-                return None
+                raise RuntimeError(f"changes from version {update.weights.base}, but this engine has {self._version}")
             with self._between_versions(update.version):
                 apply(update.weights, self._model.state())
         else:

@@ -198,20 +198,20 @@ def test_changes_of_weights_make_the_same_engine_as_all_weights(model: LanguageM
     by_changes, by_all = (sorted(found, key=lambda item: item.uid) for found in done)
     assert by_changes == by_all and len(by_all) == 12
     assert {version for item in by_all for version in item.versions} == {0, 1}
-    assert receipts[0] is not None and receipts[1] is not None
     assert receipts[1].changed_share is None and receipts[0].changed_share == pytest.approx(0.1, abs=0.02)
     assert receipts[0].nbytes < receipts[1].nbytes / 4 and receipts[0].check_s
 
 
 def test_an_engine_refuses_changes_to_a_version_that_it_does_not_have(model: LanguageModel) -> None:
     source, config = WeightSource(), SyncConfig(anchor_every=5, check=False)
-    source.update(pack_weights(model.state()), 6, config)
-    update = source.update(pack_weights(model.state()), 7, config)
+    anchor, update = (source.update(pack_weights(model.state()), version, config) for version in (6, 7))
     assert isinstance(update.weights, WeightDelta)
     fresh, older = Engine(CONFIG, settings(), CPU, torch.float32), engine_for(model, version=5)
-    for engine in (fresh, older):
-        assert engine.receive(update) is None
-        assert engine.receive(source.anchor()) is not None
+    for engine, version in ((fresh, None), (older, 5)):
+        with pytest.raises(RuntimeError, match=f"changes from version 6, but this engine has {version}"):
+            engine.receive(update)
+        for one in (anchor, update):
+            engine.receive(one)
         assert complete(engine, requests(1), 5)[0].versions[0] == 7
 
 
