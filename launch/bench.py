@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks import collectives, experts, fssdp, placement, record, rl, rollout, router, schedule, vocab_loss
+from launch.benchmarks import collectives, experts, fssdp, placement, record, rl, rollout, router, schedule, vocab_loss, weights
 from launch.benchmarks.contest import Work
 from launch.benchmarks.options import SHAPES, Options, read_options
 from launch.benchmarks.peers import PACKAGES
@@ -45,6 +45,7 @@ BENCHMARKS = {
     "schedule": Benchmark(schedule.ScheduleOptions, schedule.DEFAULTS, {}, schedule.measure, schedule.table),
     "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, {}, rollout.measure, rollout.table),
     "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, rl.PEERS, rl.measure, rl.table),
+    "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),
 }
 
 

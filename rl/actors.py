@@ -3,14 +3,15 @@
 An engine that dies or does not answer is replaced while everything else goes on. What it was generating others generate anew,
 from where it was when that engine got it: tokens depend on the weights and on the noise of their sample's uid alone, so they
 are the same ones, and no sample is lost or done twice. The new engine gets the weights of the others from Ray's object store,
-which keeps the last whole ones and the changes since, so the ranks need not be asked while they learn.
+which keeps the last whole ones and the changes since, so the ranks need not be asked while they learn. Where weights come from
+the ranks directly, all engines get them again, or, while the ranks learn, the new one waits for the next ones.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +19,19 @@ from typing import Any, Protocol
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch.distributed import TCPStore
 
+from parallel.topology import use_interface_to
 from rl.april import OverlappingPool
 from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.pool import advancing, deal
+from rl.links import Links
 from rl.trajectory import Sample
 from trainer.cluster import WAIT_S, Placement, Processes, ProcessLost, Say, gather, reason_of, told_by
 from trainer.config import ClusterConfig, ModelConfig, SyncConfig
 from trainer.hangs import SHARE, StackWatch, tail, watched, whereabouts
 from trainer.run_dir import RunDir
+from trainer.weight_links import Offer, Receiver, gpu_of, open_group
 from trainer.weight_sync import WeightUpdate
 from trainer.worker import log_to
 
@@ -37,8 +42,25 @@ class EngineActor:
 
     def __init__(self, config: ModelConfig, settings: EngineSettings, dtype: str, log_file: Path, timeout_s: float) -> None:
         self.stack_watch = StackWatch(log_to(log_file), SHARE * timeout_s)
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._engine = Engine(config, settings, device, getattr(torch, dtype))
+        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._engine = Engine(config, settings, self._device, getattr(torch, dtype))
+        self._receiver: Receiver | None = None
+
+    def gpu(self) -> str | None:
+        return gpu_of(self._device)
+
+    def link(self, name: str, meeting: tuple[str, int], groups: Mapping[int, tuple[str, int, int]], timeout_s: float) -> None:
+        """From here on the engine is `name` to the ranks; `groups`: rank -> (group where it broadcasts, place in it, size)."""
+        if self._receiver is not None:
+            self._receiver.close()
+        use_interface_to(*meeting)
+        store = TCPStore(*meeting, is_master=False)
+        opened = {rank: open_group(store, *group, self._device, timeout_s) for rank, group in groups.items()}
+        self._receiver = Receiver(name, self._device, opened)
+
+    def take(self, offers: Sequence[Offer]) -> Receipt:
+        assert self._receiver is not None, "no ranks are linked"
+        return self._engine.take(offers, self._receiver)
 
     def receive(self, *updates: WeightUpdate) -> Receipt | None:
         """Takes updates in their order; the receipt of the last one, None if there is no update."""
@@ -76,6 +98,15 @@ class Patience:
     losses: int
 
 
+@dataclass(frozen=True)
+class Sync:
+    """Weights of the ranks, which they still have."""
+
+    ranks: Processes
+    version: int
+    config: SyncConfig
+
+
 @dataclass(eq=False)
 class _Place:
     """An engine, one after another under the same name."""
@@ -91,11 +122,16 @@ class _Place:
 class RayPool:
     """Engines that generate side by side, each its share of the samples; an `EnginePool`.
 
-    `start(name)` starts an actor in place of the last one of that name; `logs`: name -> log file.
+    `start(name)` starts an actor in place of the last one of that name; `logs`: name -> log file; `links`: the direct way of
+    the weights, or None for the object store.
     """
 
-    def __init__(self, start: Callable[[str], Any], logs: Mapping[str, Path], patience: Patience, say: Say) -> None:
-        self._start, self._logs, self._patience, self._say = start, logs, patience, say
+    def __init__(
+        self, start: Callable[[str], Any], logs: Mapping[str, Path], patience: Patience, say: Say, links: Links | None = None
+    ) -> None:
+        self._start, self._logs, self._patience, self._say, self._links = start, logs, patience, say, links
+        self._last: Sync | None = None  # what the direct way brings again, to engines that were replaced
+        self._learning = False  # the ranks change their weights
         self._updates: list[ray.ObjectRef] = []  # the last whole weights, and the changes since
         self._waiting: list[Sample] = []  # submitted, and with no engine
         self._lost = self._returned = 0
@@ -111,6 +147,7 @@ class RayPool:
         dtype: str,
         run: RunDir,
         cluster: ClusterConfig,
+        sync: SyncConfig,
         say: Say,
     ) -> RayPool:
         logs = {f"engine/{index}": run.log_file(f"engine/{index}") for index in range(placement.engines)}
@@ -120,7 +157,11 @@ class RayPool:
             arguments = (model, settings, dtype, logs[name], cluster.engine_timeout_s)
             return placement.actor(EngineActor, name, index_of[name], *arguments)
 
-        return cls(launch, logs, Patience(cluster.engine_timeout_s, cluster.start_timeout_s, cluster.max_restarts), say)
+        direct = sync.is_direct(placement.on_gpu)
+        ways = "shown on the same GPU, broadcast to others" if placement.on_gpu else "broadcast"
+        say(f"weights go to the engines {f'directly: {ways}' if direct else 'through the object store'}")
+        patience = Patience(cluster.engine_timeout_s, cluster.start_timeout_s, cluster.max_restarts)
+        return cls(launch, logs, patience, say, Links(cluster.collective_timeout_s) if direct else None)
 
     # ------------------------------------------------------------ what a round calls
 
@@ -142,8 +183,14 @@ class RayPool:
         self.busy_s += time.perf_counter() - started
         return done
 
-    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
-        return advancing(self, tokens, samples)
+    @contextmanager
+    def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        self._learning = True
+        try:
+            with advancing(self, tokens, samples) as done:
+                yield done
+        finally:
+            self._learning = False
 
     def drain(self) -> list[Sample]:
         unfinished = list[Sample]()
@@ -155,10 +202,39 @@ class RayPool:
         return unfinished
 
     def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
-        """Brings the ranks' weights to all engines: rank 0 puts them into Ray's object store, each engine reads them there.
+        """Brings the ranks' weights to all engines, by the object store or directly.
 
         An engine that starts meanwhile takes them when it does; but at first, and where no other is left, it is waited for.
         """
+        receipts = (
+            self._through_store(ranks, version, config) if self._links is None else self._directly(ranks, version, config)
+        )
+        return sync_metrics(receipts) | {"sync/version": version}
+
+    def _directly(self, ranks: Processes, version: int, config: SyncConfig) -> list[Receipt]:
+        """An engine that is there takes part; one that starts later gets the same weights then (`_welcome`)."""
+        everybody, self._last = self._last is None, None
+        self._welcome(0.0)
+        while not self._present or (everybody and self._absent):
+            self._welcome(WAIT_S)
+        self._last = Sync(ranks, version, config)
+        return self._bring(self._last)
+
+    def _bring(self, sync: Sync) -> list[Receipt]:
+        """Raises ProcessLost when an engine is lost by it, because the ranks are then in the middle of a broadcast."""
+        assert self._links is not None
+        ranks, present = sync.ranks, self._present
+        self._links.connect(ranks, {place.name: place.actor for place in present})
+        offers = self._links.offers(ranks, sync.version, sync.config.check)
+        sent = {name: actor.send.remote() for name, actor in ranks.actors.items()}
+        receipts = self._ask(lambda actor: actor.take.remote(offers))
+        if len(receipts) < len(present):
+            raise ProcessLost("an engine was lost while it took weights from the ranks")
+        gather(sent, ranks.logs)
+        return list(receipts.values())
+
+    def _through_store(self, ranks: Processes, version: int, config: SyncConfig) -> list[Receipt]:
+        """Rank 0 puts them into Ray's object store, each engine reads them there."""
         everybody = not self._updates
         if config.anchor_every == 1:
             self._updates.clear()  # makes room before the new ones are there
@@ -174,7 +250,7 @@ class RayPool:
             receipts += self._welcome(WAIT_S)
         if receipts[0].changed_share is None:
             self._updates = [update]
-        return sync_metrics(receipts) | {"sync/version": version}
+        return receipts
 
     def counts(self) -> dict[str, float]:
         counts = {"rollout/engines_lost": float(self._lost), "rollout/engines_returned": float(self._returned)}
@@ -193,12 +269,15 @@ class RayPool:
 
     def _launch(self, name: str) -> tuple[Any, ray.ObjectRef, float]:
         actor = self._start(name)
-        return actor, actor.receive.remote(*self._updates), time.monotonic()
+        return actor, actor.receive.remote(*self._updates), time.monotonic()  # answers as soon as it has started
 
     def _welcome(self, timeout_s: float) -> list[Receipt]:
         """Lets in the engines that have the weights, after `timeout_s` at the latest; what they say of the last update."""
         starting = {place: place.starting for place in self._absent}
         if not starting:
+            return []
+        if self._links is not None and self._learning:  # the next weights are the first that it can have
+            time.sleep(timeout_s)
             return []
         refs = list(starting.values())
         ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0] or ray.wait(refs, timeout=timeout_s)[0]
@@ -213,6 +292,8 @@ class RayPool:
         if not ready and not self._present:
             waited = time.monotonic() - min(place.since for place in self._absent)
             self._say(f"waiting for {' or '.join(place.name for place in self._absent)} to start ({waited:.0f} s)")
+        if answers and self._last is not None:
+            return self._bring(self._last)
         return [receipt for receipt in answers.values() if receipt is not None]
 
     def _deal_out(self) -> None:

@@ -75,7 +75,8 @@ class Reinforcement:
         rollout = self.config.rollout
         if rollout.server is None:
             model, settings = self.model, self.engine_settings
-            yield RayPool.start(placement, model, settings, self.dtype, self.run, self.config.cluster, self.tracker.say)
+            config = self.config
+            yield RayPool.start(placement, model, settings, self.dtype, self.run, config.cluster, config.sync, self.tracker.say)
             return
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:

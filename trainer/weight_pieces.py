@@ -16,6 +16,8 @@ from torch import Tensor
 from parallel.expert_shards import PARTS, ExpertShards
 from trainer.model.transformer import Transformer
 
+SMALL_BYTES = 16 << 20  # from here on a copy or a message of its own costs little
+
 
 class Span(NamedTuple):
     """Elements of a tensor of `LanguageModel.state`, which is contiguous."""
@@ -66,9 +68,24 @@ def runs(places: Sequence[int]) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def put(pieces: Iterable[Piece], state: Mapping[str, Tensor]) -> None:
-    """Copies the pieces into the tensors of a model on any device, a few launches for all."""
-    targets, values = [], []
-    for piece in pieces:
-        targets.append(piece.span.of(state))
-        values.append(piece.values_N)
-    torch._foreach_copy_(targets, values)
+    """Copies the pieces into the tensors of a model on any device."""
+    found = list(pieces)
+    copy([piece.values_N for piece in found], [piece.span.of(state) for piece in found])
+
+
+def copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Each into its target; large ones by the device's copy engine, the small ones of a dtype in a few launches for all."""
+    small: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        if is_small(source):
+            of_dtype = small.setdefault(source.dtype, ([], []))
+            of_dtype[0].append(source)
+            of_dtype[1].append(target)
+        else:
+            target.copy_(source)
+    for some_sources, some_targets in small.values():
+        torch._foreach_copy_(some_targets, some_sources)
+
+
+def is_small(tensor: Tensor) -> bool:
+    return tensor.nbytes < SMALL_BYTES

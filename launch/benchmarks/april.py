@@ -258,14 +258,14 @@ def rollout_config(options: RoundOptions, over_provision: float, slots: int) -> 
         "engine_slots": slots,
         "advance_tokens": options.advance,
     }
-    return RolloutConfig.model_validate({**conf("rollout/april"), **changed})
+    return RolloutConfig.model_validate({**conf("rollout", "april"), **changed})
 
 
-def conf(name: str) -> dict[str, Any]:
-    """The options of conf/<name>.yaml, which builds on no other."""
+def conf(group: str, name: str) -> dict[str, Any]:
+    """The options of conf/<group>/<name>.yaml, which builds on no other."""
     from omegaconf import OmegaConf  # here, since the other benchmarks do without it
 
-    options: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))  # type: ignore[assignment]
+    options: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # type: ignore[assignment]
     return options
 
 

@@ -128,8 +128,8 @@ def trainer_spec(options: IterationOptions, model: ModelConfig, device: torch.de
     return TrainerSpec(
         model=model,
         adamw=AdamWSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_norm=1.0),
-        balance=BalanceConfig.model_validate(conf("balance/frozen")),
-        parallel=ParallelConfig.model_validate(conf("parallel/ep")),
+        balance=BalanceConfig.model_validate(conf("balance", "frozen")),
+        parallel=ParallelConfig.model_validate(conf("parallel", "ep")),
         dtype="bfloat16" if device.type == "cuda" else "float32",
         recompute=False,
         micro_rows=options.micro_rows,
@@ -208,7 +208,7 @@ class Judge:
 
 
 def grpo() -> AlgorithmConfig:
-    return AlgorithmConfig.model_validate(conf("algorithm/grpo"))
+    return AlgorithmConfig.model_validate(conf("algorithm", "grpo"))
 
 
 def batch_of(groups: Sequence[Group], algorithm: AlgorithmConfig, options: IterationOptions, version: int) -> TrainBatch:

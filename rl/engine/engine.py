@@ -28,6 +28,7 @@ from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 from trainer.weight_delta import WeightDelta, apply
+from trainer.weight_links import Offer, Receiver, span_digests
 from trainer.weight_pieces import Piece, put
 from trainer.weight_sync import WeightUpdate
 from trainer.weights import digests, unpack
@@ -158,11 +159,23 @@ class Engine:
         started = time.perf_counter()
         if update.digests is None:
             return Receipt(update.nbytes, share, None)
-        self._check(update.version, update.digests)
+        self._check(update.version, update.digests, digests(self._model.state()))
         return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
 
-    def _check(self, version: int, expected: Mapping[str, str]) -> None:
-        own = digests(self._model.state())
+    def take(self, offers: Sequence[Offer], receiver: Receiver) -> Receipt:
+        """Takes what all ranks offer, which together is all weights, as `receive` does."""
+        version, state = offers[0].version, self._model.state()
+        with self._between_versions(version):
+            receiver.take(offers, state)
+        nbytes, started = sum(offer.nbytes for offer in offers), time.perf_counter()
+        if offers[0].digests is None:
+            return Receipt(nbytes, None, None)
+        expected = {name: digest for offer in offers for name, digest in (offer.digests or {}).items()}
+        self._check(version, expected, span_digests([(span, span.of(state)) for offer in offers for span in offer.spans]))
+        hashing_s = max(offer.hashing_s for offer in offers)
+        return Receipt(nbytes, None, hashing_s + time.perf_counter() - started)
+
+    def _check(self, version: int, expected: Mapping[str, str], own: Mapping[str, str]) -> None:
         if wrong := [name for name, digest in expected.items() if own[name] != digest]:
             raise RuntimeError(
                 f"weights of version {version} arrived wrong: {len(wrong)} of {len(own)} tensors differ from the "

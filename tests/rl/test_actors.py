@@ -14,14 +14,17 @@ from rl.actors import EngineActor, Patience, RayPool, sync_metrics
 from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.sampler import Sampling
+from rl.links import Links
 from rl.trajectory import Sample
-from tests.models import tiny_model
+from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of
+from trainer.batch import cross_entropy
 from trainer.cluster import REPOSITORY, Processes, ProcessLost, start_ray
 from trainer.config import ClusterConfig, SyncConfig
 from trainer.model.transformer import LanguageModel
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
+from trainer.worker import TrainWorker
 
 CONFIG = tiny_model(max_positions=64, vocab_size=20)
 SETTINGS = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
@@ -71,12 +74,12 @@ def actor(kind: type, *arguments: object) -> ray.actor.ActorHandle:
 class Engines:
     """Two of them, in a pool. `answer_s`: after which a silent one is replaced."""
 
-    def __init__(self, folder: Path, answer_s: float) -> None:
+    def __init__(self, folder: Path, answer_s: float, links: Links | None = None) -> None:
         self.logs = {f"engine/{index}": folder / f"engine_{index}.log" for index in range(2)}
         self.actors: dict[str, ray.actor.ActorHandle] = {}
         self.said: list[str] = []
         self.answer_s = answer_s
-        self.pool = RayPool(self.start, self.logs, Patience(answer_s, 60, losses=3), self.said.append)
+        self.pool = RayPool(self.start, self.logs, Patience(answer_s, 60, losses=3), self.said.append, links)
 
     def start(self, name: str) -> ray.actor.ActorHandle:
         if name in self.actors:
@@ -89,13 +92,22 @@ def scripted_ranks() -> Processes:
     return Processes({f"trainer/{rank}": actor(ScriptedRank, rank) for rank in range(2)})
 
 
+def trained_ranks(folder: Path) -> Processes:
+    """Two that share the experts."""
+    ranks = Processes({f"trainer/{rank}": actor(TrainWorker, rank, folder / f"trainer_{rank}.log") for rank in range(2)})
+    host, port = ranks.call_first("serve", "127.0.0.1", 60.0)
+    ranks.call("join", host, port, 2, 60.0)
+    ranks.call("build", spec(CONFIG, batch_invariant=True, micro_rows=4))
+    return ranks
+
+
 def samples(count: int) -> list[Sample]:
     return [Sample(uid, uid // 2, (2, 3 + uid // 2 % 9)) for uid in range(count)]
 
 
 def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster: None, tmp_path: Path) -> None:
     ranks, engines = scripted_ranks(), Engines(tmp_path, 60)
-    pool, config = engines.pool, SyncConfig(anchor_every=4, check=True)
+    pool, config = engines.pool, SyncConfig(transport="store", anchor_every=4, check=True)
     found = [pool.load_weights(ranks, version, config) for version in range(6)]
     assert ["sync/changed_share" in metrics for metrics in found] == [False, True, True, True, False, True]
     assert all(metrics["sync/check_s"] > 0 for metrics in found), "each engine has compared its hash"
@@ -117,7 +129,7 @@ def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster
 def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(cluster: None, tmp_path: Path) -> None:
     """First one dies and the other takes its samples, then both are lost at once: one dead, one silent."""
     ranks, engines = scripted_ranks(), Engines(tmp_path, 5)
-    pool, config = engines.pool, SyncConfig(anchor_every=1, check=False)
+    pool, config = engines.pool, SyncConfig(transport="store", anchor_every=1, check=False)
     pool.load_weights(ranks, 3, config)
     reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
     model = LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
@@ -153,13 +165,44 @@ def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(c
     assert len(done) == len(whole), "none twice"
 
 
+def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_replaced(cluster: None, tmp_path: Path) -> None:
+    ranks, engines = trained_ranks(tmp_path), Engines(tmp_path, 60, Links(60))
+    pool, config = engines.pool, SyncConfig(transport="direct", anchor_every=1, check=True)
+    size = sum(tensor.nbytes for tensor in LanguageModel.initialize(CONFIG, seed=0).state().values())
+    for version in range(2):
+        metrics = pool.load_weights(ranks, version, config)
+        assert metrics["sync/mib"] == size / 2**20 and metrics["sync/check_s"] > 0 and metrics["sync/version"] == version
+        ranks.call("learn", random_batch(version, vocab=20), cross_entropy, 1e-2)
+    pool.load_weights(ranks, 2, config)
+    reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
+    reference.receive(ranks.call("weights", 2, SyncConfig(transport="store", anchor_every=1, check=False))[0])
+    expected = complete(reference, samples(12), 40)
+    pool.submit(samples(12))
+    done = pool.advance(2)
+    ray.kill(engines.actors["engine/0"])
+    while not pool.counts()["rollout/engines_returned"]:  # it has the weights of the others, which the ranks still have
+        done += pool.advance(1)
+    while len(done) < 12:
+        done += pool.advance(4)
+    found = sorted(done, key=lambda sample: sample.uid)
+    assert [sample.response_ids for sample in found] == [sample.response_ids for sample in expected]
+    assert [sample.logprobs for sample in found] == [sample.logprobs for sample in expected], "bit for bit"
+    pool.submit(samples(12))
+    with pool.going_on(1, 12):
+        ray.kill(engines.actors["engine/1"])
+        ranks.call("learn", random_batch(2, vocab=20), cross_entropy, 1e-2)
+    pool.submit(pool.drain())
+    assert pool.load_weights(ranks, 3, config)["sync/version"] == 3
+    assert pool.drain()
+
+
 def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(cluster: None, tmp_path: Path) -> None:
     said: list[str] = []
     pool = RayPool(lambda name: actor(BrokenEngine), {"engine/0": tmp_path / "log"}, Patience(60, 60, losses=1), said.append)
     with pytest.raises(
         ProcessLost, match=r"engine/0 died \(MemoryError: no memory for a cache of 7 GiB\); it was lost 2 times"
     ):
-        pool.load_weights(scripted_ranks(), 0, SyncConfig(anchor_every=1, check=False))
+        pool.load_weights(scripted_ranks(), 0, SyncConfig(transport="store", anchor_every=1, check=False))
     assert len([line for line in said if "it starts again, and its 0 samples go" in line]) == 1
 
 

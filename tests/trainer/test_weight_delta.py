@@ -146,7 +146,7 @@ def blocks(count: int, share: float = 0.05) -> list[PackedTensors]:
 
 
 def config(anchor_every: int, check: bool = False) -> SyncConfig:
-    return SyncConfig(anchor_every=anchor_every, check=check)
+    return SyncConfig(transport="store", anchor_every=anchor_every, check=check)
 
 
 def test_the_first_update_and_every_anchor_are_whole_and_the_others_are_changes() -> None:
