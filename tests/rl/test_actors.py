@@ -191,9 +191,9 @@ def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_repl
     with pool.going_on(1, 12):
         ray.kill(engines.actors["engine/1"])
         ranks.call("learn", random_batch(2, vocab=20), cross_entropy, 1e-2)
-    pool.submit(pool.drain())
+    pool.drain()
     assert pool.load_weights(ranks, 3, config)["sync/version"] == 3
-    assert pool.drain()
+    assert all(set(sample.versions) == {3} for sample in complete(pool, samples(4), 40))
 
 
 def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(cluster: None, tmp_path: Path) -> None:
