@@ -30,6 +30,8 @@ from trainer.run_dir import RunDir
 from trainer.weight_sync import WeightUpdate
 from trainer.worker import log_to
 
+LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are there
+
 
 @watched
 class EngineActor:
@@ -98,6 +100,7 @@ class RayPool:
         self._start, self._logs, self._patience, self._say = start, logs, patience, say
         self._updates: list[ray.ObjectRef] = []  # the last whole weights, and the changes since
         self._waiting: list[Sample] = []  # submitted, and with no engine
+        self._ranks = Processes({})  # whose weights these are
         self._lost = self._returned = 0
         self.busy_s = 0.0
         self._places = [_Place(name, *self._launch(name)) for name in logs]
@@ -159,7 +162,7 @@ class RayPool:
 
         An engine that starts meanwhile takes them when it does; but at first, and where no other is left, it is waited for.
         """
-        everybody = not self._updates
+        everybody, self._ranks = not self._updates, ranks
         if config.anchor_every == 1:
             self._updates.clear()  # makes room before the new ones are there
         refs = {name: actor.weights.remote(version, config) for name, actor in ranks.actors.items()}
@@ -169,6 +172,7 @@ class RayPool:
         self._updates.append(update)
         for place in self._absent:
             place.starting = place.actor.receive.remote(update)
+            place.since = time.monotonic() if everybody else place.since  # the ranks may have taken long for the first weights
         receipts = list(self._ask(lambda actor: actor.receive.remote(update)).values())
         while not receipts or (everybody and self._absent):
             receipts += self._welcome(WAIT_S)
@@ -205,12 +209,14 @@ class RayPool:
         answers = self._taken({place: ref for place, ref in starting.items() if ref in ready})
         for place in answers:
             place.starting = None
-            self._returned += place.losses > 0
-            self._say(f"{place.name} is back") if place.losses else None
-        late = [p for p in starting if p.starting in refs and time.monotonic() - p.since > self._patience.start_s]
-        for place in late:
-            self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
+            if place.losses:
+                self._returned += 1
+                self._say(f"{place.name} is back")
+        for place, ref in starting.items():
+            if place.starting is ref and time.monotonic() - place.since > self._patience.start_s:
+                self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
         if not ready and not self._present:
+            self._require_ranks()
             waited = time.monotonic() - min(place.since for place in self._absent)
             self._say(f"waiting for {' or '.join(place.name for place in self._absent)} to start ({waited:.0f} s)")
         return [receipt for receipt in answers.values() if receipt is not None]
@@ -252,16 +258,23 @@ class RayPool:
         """Ends what is left of an engine and starts another; its samples wait for those that are there.
 
         Raises:
-            ProcessLost: it was lost too often without finishing a sample.
+            ProcessLost: it was lost too often without finishing a sample, or a rank is lost with it.
         """
         self._lost += 1
         place.losses += 1
         if place.losses > self._patience.losses:
             raise ProcessLost(f"{why}; it was lost {place.losses} times without finishing a sample")
+        self._require_ranks()
         self._say(f"{why}; it starts again, and its {len(place.held)} samples go to those that are there")
         self._waiting += place.held.values()
         place.held = {}
         place.actor, place.starting, place.since = self._launch(place.name)
+
+    def _require_ranks(self) -> None:
+        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all begin anew."""
+        calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
+        ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
+        gather({name: ref for name, ref in calls.items() if ref in ready})
 
 
 def sync_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
