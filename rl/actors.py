@@ -35,6 +35,8 @@ from trainer.weight_links import Offer, Receiver, gpu_of, open_group
 from trainer.weight_sync import WeightUpdate
 from trainer.worker import log_to
 
+LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are there
+
 
 @watched
 class EngineActor:
@@ -98,15 +100,6 @@ class Patience:
     losses: int
 
 
-@dataclass(frozen=True)
-class Sync:
-    """Weights of the ranks, which they still have."""
-
-    ranks: Processes
-    version: int
-    config: SyncConfig
-
-
 @dataclass(eq=False)
 class _Place:
     """An engine, one after another under the same name."""
@@ -130,10 +123,11 @@ class RayPool:
         self, start: Callable[[str], Any], logs: Mapping[str, Path], patience: Patience, say: Say, links: Links | None = None
     ) -> None:
         self._start, self._logs, self._patience, self._say, self._links = start, logs, patience, say, links
-        self._last: Sync | None = None  # what the direct way brings again, to engines that were replaced
+        self._brought: tuple[int, SyncConfig] | None = None  # version; what the direct way brings again, to a new engine
         self._learning = False  # the ranks change their weights
         self._updates: list[ray.ObjectRef] = []  # the last whole weights, and the changes since
         self._waiting: list[Sample] = []  # submitted, and with no engine
+        self._ranks = Processes({})  # whose weights these are
         self._lost = self._returned = 0
         self.busy_s = 0.0
         self._places = [_Place(name, *self._launch(name)) for name in logs]
@@ -206,26 +200,24 @@ class RayPool:
 
         An engine that starts meanwhile takes them when it does; but at first, and where no other is left, it is waited for.
         """
-        receipts = (
-            self._through_store(ranks, version, config) if self._links is None else self._directly(ranks, version, config)
-        )
+        self._ranks = ranks
+        receipts = self._through_store(version, config) if self._links is None else self._directly(self._links, version, config)
         return sync_metrics(receipts) | {"sync/version": version}
 
-    def _directly(self, ranks: Processes, version: int, config: SyncConfig) -> list[Receipt]:
+    def _directly(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
         """An engine that is there takes part; one that starts later gets the same weights then (`_welcome`)."""
-        everybody, self._last = self._last is None, None
+        everybody, self._brought = self._brought is None, None
         self._welcome(0.0)
         while not self._present or (everybody and self._absent):
             self._welcome(WAIT_S)
-        self._last = Sync(ranks, version, config)
-        return self._bring(self._last)
+        self._brought = version, config
+        return self._bring(links, version, config)
 
-    def _bring(self, sync: Sync) -> list[Receipt]:
+    def _bring(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
         """Raises ProcessLost when an engine is lost by it, because the ranks are then in the middle of a broadcast."""
-        assert self._links is not None
-        ranks, present = sync.ranks, self._present
-        self._links.connect(ranks, {place.name: place.actor for place in present})
-        offers = self._links.offers(ranks, sync.version, sync.config.check)
+        ranks, present = self._ranks, self._present
+        links.connect(ranks, {place.name: place.actor for place in present})
+        offers = links.offers(ranks, version, config.check)
         sent = {name: actor.send.remote() for name, actor in ranks.actors.items()}
         receipts = self._ask(lambda actor: actor.take.remote(offers))
         if len(receipts) < len(present):
@@ -233,8 +225,9 @@ class RayPool:
         gather(sent, ranks.logs)
         return list(receipts.values())
 
-    def _through_store(self, ranks: Processes, version: int, config: SyncConfig) -> list[Receipt]:
+    def _through_store(self, version: int, config: SyncConfig) -> list[Receipt]:
         """Rank 0 puts them into Ray's object store, each engine reads them there."""
+        ranks = self._ranks
         everybody = not self._updates
         if config.anchor_every == 1:
             self._updates.clear()  # makes room before the new ones are there
@@ -245,6 +238,7 @@ class RayPool:
         self._updates.append(update)
         for place in self._absent:
             place.starting = place.actor.receive.remote(update)
+            place.since = time.monotonic() if everybody else place.since  # the ranks may have taken long for the first weights
         receipts = list(self._ask(lambda actor: actor.receive.remote(update)).values())
         while not receipts or (everybody and self._absent):
             receipts += self._welcome(WAIT_S)
@@ -284,16 +278,18 @@ class RayPool:
         answers = self._taken({place: ref for place, ref in starting.items() if ref in ready})
         for place in answers:
             place.starting = None
-            self._returned += place.losses > 0
-            self._say(f"{place.name} is back") if place.losses else None
-        late = [p for p in starting if p.starting in refs and time.monotonic() - p.since > self._patience.start_s]
-        for place in late:
-            self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
+            if place.losses:
+                self._returned += 1
+                self._say(f"{place.name} is back")
+        for place, ref in starting.items():
+            if place.starting is ref and time.monotonic() - place.since > self._patience.start_s:
+                self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
         if not ready and not self._present:
+            self._require_ranks()
             waited = time.monotonic() - min(place.since for place in self._absent)
             self._say(f"waiting for {' or '.join(place.name for place in self._absent)} to start ({waited:.0f} s)")
-        if answers and self._last is not None:
-            return self._bring(self._last)
+        if answers and self._links is not None and self._brought is not None:
+            return self._bring(self._links, *self._brought)
         return [receipt for receipt in answers.values() if receipt is not None]
 
     def _deal_out(self) -> None:
@@ -333,16 +329,23 @@ class RayPool:
         """Ends what is left of an engine and starts another; its samples wait for those that are there.
 
         Raises:
-            ProcessLost: it was lost too often without finishing a sample.
+            ProcessLost: it was lost too often without finishing a sample, or a rank is lost with it.
         """
         self._lost += 1
         place.losses += 1
         if place.losses > self._patience.losses:
             raise ProcessLost(f"{why}; it was lost {place.losses} times without finishing a sample")
+        self._require_ranks()
         self._say(f"{why}; it starts again, and its {len(place.held)} samples go to those that are there")
         self._waiting += place.held.values()
         place.held = {}
         place.actor, place.starting, place.since = self._launch(place.name)
+
+    def _require_ranks(self) -> None:
+        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all begin anew."""
+        calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
+        ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
+        gather({name: ref for name, ref in calls.items() if ref in ready})
 
 
 def sync_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
