@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks import collectives, experts, fssdp, placement, record, rollout, router, schedule, vocab_loss
+from launch.benchmarks import collectives, experts, fssdp, placement, record, rl, rollout, router, schedule, vocab_loss, weights
 from launch.benchmarks.contest import Work
 from launch.benchmarks.options import SHAPES, Options, read_options
 from launch.benchmarks.peers import PACKAGES
@@ -44,6 +44,8 @@ BENCHMARKS = {
     "placement": Benchmark(placement.PlacementOptions, placement.DEFAULTS, {}, placement.measure, placement.table),
     "schedule": Benchmark(schedule.ScheduleOptions, schedule.DEFAULTS, {}, schedule.measure, schedule.table),
     "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, {}, rollout.measure, rollout.table),
+    "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, rl.PEERS, rl.measure, rl.table),
+    "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),
 }
 
 
@@ -92,7 +94,7 @@ def _contenders(
 
 def usage() -> str:
     lines = [
-        "usage: python -m launch.bench experts|vocab_loss|router|fssdp|collectives|placement|schedule|rollout [name=value ...]",
+        f"usage: python -m launch.bench {'|'.join(BENCHMARKS)} [name=value ...]",
         "",
         "models, and their sizes:",
     ]

@@ -86,6 +86,7 @@ class ExpertArena:
         `peer_memory`: ranks read each other's memory, which must be within reach (peer_memory.py), instead of sending messages.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
+        self.peer_memory = peer_memory
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, peer_memory=peer_memory)
         self._add_gradients = add_gradients

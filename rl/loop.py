@@ -75,7 +75,11 @@ class Reinforcement:
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
         rollout = self.config.rollout
         if rollout.server is None:
-            yield RayPool.start(placement, self.model, self.engine_settings, self.dtype, self.run, rollout.metrics_port)
+            model, settings = self.model, self.engine_settings
+            config, say = self.config, self.tracker.say
+            yield RayPool.start(
+                placement, model, settings, self.dtype, self.run, config.cluster, config.sync, say, rollout.metrics_port
+            )
             return
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:
@@ -133,7 +137,7 @@ class Reinforcement:
         stopping = self.stop.signal is not None and not last
         if done % loop.checkpoint_every == 0 or last or stopping:
             metrics |= self._save(ranks, buffer, done, wait=last or stopping)
-        metrics |= self.rewards.counts()
+        metrics |= self.rewards.counts() | pool.counts()
         self.tracker.log(done, metrics)
         if stopping:
             self.stop.obey(f"after round {done}")

@@ -205,7 +205,11 @@ class Placement:
                 )
 
     def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
-        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU."""
+        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU.
+
+        One that has the name already is ended first.
+        """
+        self._end([name] if name in self.actors else [])
         is_engine = not name.startswith("trainer/")
         gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
         asked = self.config.threads_per_rank
@@ -236,13 +240,16 @@ class Placement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for actor in self.actors.values():
-            ray.kill(actor)
-        # The next attempt uses the same names, and Ray takes a moment to give them back.
-        deadline = time.monotonic() + NAMES_TIMEOUT_S
-        while self.actors.keys() & set(ray.util.list_named_actors()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        self._end(list(self.actors))
         remove_placement_group(self.group)
+
+    def _end(self, names: Sequence[str]) -> None:
+        for name in names:
+            ray.kill(self.actors.pop(name))
+        # The next ones use the same names, and Ray takes a moment to give them back.
+        deadline = time.monotonic() + NAMES_TIMEOUT_S
+        while set(names) & set(ray.util.list_named_actors()) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 # ---------------------------------------------------------------- calling processes
@@ -270,21 +277,27 @@ def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = No
             # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
             if logs and name in logs and NCCL_WAITS.search(tail(logs[name])):
                 raise ProcessLost(report(logs)) from error
-            raise ProcessLost(f"{name} died ({_reason(error)})") from error
+            raise ProcessLost(f"{name} died ({reason_of(error)})") from error
         except RayTaskError as error:
             failures[name] = error
     for failure in failures.values():
         if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
             raise ProcessLost(report(logs)) from failure
     for failure in failures.values():
-        raise failure.cause if isinstance(failure.cause, UserError | UpdateRefused) else failure.as_instanceof_cause()
+        raise told_by(failure)
     return {name: answers[name] for name in calls}
 
 
-def _reason(error: RayActorError) -> str:
+def told_by(error: RayTaskError) -> Exception:
+    """What a process raised: what is told in words as it was raised, the rest with its traceback."""
+    return error.cause if isinstance(error.cause, UserError | UpdateRefused) else error.as_instanceof_cause()
+
+
+def reason_of(error: RayActorError) -> str:
     """The telling part of Ray's paragraph."""
     detail = re.search(r"exit detail: ([^.]+)", str(error))
-    return detail[1] if detail else str(error).strip().splitlines()[0][:200]
+    lines = str(error).strip().splitlines()
+    return detail[1] if detail else lines[-1 if error.actor_init_failed else 0][:200]
 
 
 class Processes:
@@ -306,11 +319,6 @@ class Processes:
         """`method(*args)` on the first one only."""
         name, actor = next(iter(self.actors.items()))
         return gather({name: getattr(actor, method).remote(*args)})[name]
-
-    def call_each(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """`method(arguments[i])` on process i."""
-        calls = {n: getattr(a, method).remote(x) for (n, a), x in zip(self.actors.items(), arguments, strict=True)}
-        return list(gather(calls).values())
 
 
 def _is_large(value: Any) -> bool:

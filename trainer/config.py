@@ -8,7 +8,7 @@ or its comment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -216,9 +216,10 @@ class ClusterConfig(Record):
     nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
-    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint
+    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint; of an engine: in a row
     start_timeout_s: float = Field(gt=0)
     collective_timeout_s: float = Field(gt=0)
+    engine_timeout_s: float = Field(gt=0)  # without an answer, after which an engine of RL is replaced
     object_store_mib: int = Field(ge=80)
     host: str
     dashboard: bool
@@ -340,10 +341,27 @@ class RolloutConfig(Record):
 
 
 class SyncConfig(Record):
-    """How new weights reach the engines; trainer/weight_sync.py."""
+    """How new weights reach the engines.
 
+    store: rank 0 puts them into Ray's object store (trainer/weight_sync.py). direct: ranks show their memory to engines on the
+    same GPU and broadcast to the others (trainer/weight_links.py). auto: direct on GPUs, unless only changes are sent.
+    """
+
+    transport: Literal["auto", "store", "direct"]
     anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
     check: bool  # each engine hashes what it holds and compares with the trainer's hash
+
+    @model_validator(mode="after")
+    def _changes_need_the_store(self) -> Self:
+        if self.transport == "direct" and self.anchor_every > 1:
+            raise ValueError(
+                f"transport=direct sends all weights every time, but anchor_every = {self.anchor_every} asks for changes in "
+                "between; use anchor_every=1 (sync=full), or transport=store"
+            )
+        return self
+
+    def is_direct(self, on_gpu: bool) -> bool:
+        return self.transport == "direct" or (self.transport == "auto" and on_gpu and self.anchor_every == 1)
 
 
 Band = tuple[float, float]  # lowest and highest ratio

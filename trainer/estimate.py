@@ -12,7 +12,7 @@ from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
 from parallel.expert_arena import ExpertShape
 from parallel.nvme import IN_FLIGHT, expert_bytes
 from parallel.offload import UNDER_WAY_BYTES
-from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig
+from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig, SyncConfig
 from trainer.model.transformer import parameter_counts
 
 GIB = 2**30
@@ -158,6 +158,8 @@ def budget_lines(
     kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
     beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
     beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []
+    if isinstance(config, RLConfig) and config.rollout.server is None:
+        beside += _sync(config.sync, counts.total * BYTES[dtype], on_gpu)
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [
         f"model   {millions(counts.total)} parameters, {millions(counts.active)} active per token; {experts}",
@@ -166,6 +168,19 @@ def budget_lines(
         f"memory  {in_gib(memory.total)} a rank, without libraries: {parts}",
         *beside,
         f"dtype   {dtype}: {reason}",
+    ]
+
+
+def _sync(config: SyncConfig, size: int, on_gpu: bool) -> list[str]:
+    """How weights reach the engines, and what rank 0's host keeps to find changes: those sent last beside those of now."""
+    if config.is_direct(on_gpu):
+        return [f"sync    {in_gib(size)} from the ranks to the engines directly"]
+    line = f"sync    {in_gib(size)} through the object store"
+    if config.anchor_every == 1:
+        return [line]
+    return [
+        f"{line} every {config.anchor_every} rounds, what changed in between",
+        f"host    {in_gib(2 * size)} of rank 0's memory at a sync: the weights of now, and for good those sent last",
     ]
 
 

@@ -1,4 +1,5 @@
-"""A collective that does not end: every rank writes its stack into its log, and the driver reads there who did not come.
+"""A call that does not end: the process writes its stacks into its log, and where the ranks meet in a collective, the driver
+reads there who did not come.
 
 A rank that waits is inside torch.distributed, or NCCL's watchdog says so; one that is elsewhere, or says nothing, is what the
 others wait for.
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
-ROOMS = ("kernels", "parallel", "trainer", "rl")
+ROOMS = {"kernels", "parallel", "trainer", "rl"}
+CALLED = ("trainer/worker.py", "rl/actors.py")  # whose methods the driver calls
 SHARE = 0.8  # of the timeout of collectives, after which stacks are written: before the first rank gives up
 TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks and warnings are
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what gloo and NCCL raise
@@ -71,8 +73,8 @@ def whereabouts(log: str) -> Whereabouts:
     nccl = NCCL_WAITS.findall(log)
     _, found, stacks = log.rpartition("Timeout (")
     threads = [FRAME.findall(thread) for thread in re.split(r"^Thread 0x.*$", stacks, flags=re.MULTILINE)]
-    frames = next((t for t in threads if any(file.endswith("trainer/worker.py") for file, _, _ in t)), []) if found else []
-    ours = [(file, line, name) for file, line, name in frames if Path(file).parent.name in ROOMS or "/kernels/" in file]
+    frames = next((t for t in threads if any(file.endswith(CALLED) for file, _, _ in t)), []) if found else []
+    ours = [frame for frame in frames if ROOMS & {folder.name for folder in list(Path(frame[0]).parents)[:2]}]
     place = f"{'/'.join(Path(ours[0][0]).parts[-2:])}:{ours[0][1]}, {ours[0][2]}" if ours else "it wrote no stack"
     calls = [name for file, _, name in frames if file.endswith("distributed/distributed_c10d.py")]
     waits_in = calls[-1] if calls else nccl[-1].lower() if nccl else None  # the outermost of torch's is what we called

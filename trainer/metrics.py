@@ -80,7 +80,7 @@ _DECLARED = (
     Metric("reward/missing", "samples", "unjudged", ".0f", "samples whose reward is None; they take no part in the update"),
     Metric("reward/timeouts", "samples", "scores too late", ".0f", "scores stopped at reward.timeout_s; evaluation included"),
     Metric("reward/errors", "samples", "scores failed", ".0f", "scores that raised an exception; evaluation included"),
-    Metric("reward/deaths", "samples", "scorers died", ".0f", "scores whose process died; evaluation included"),
+    Metric("reward/deaths", "samples", "scorers died", ".0f", "scores whose process died twice; evaluation included"),
     Metric("rollout/length_mean", "tokens", "length", ".1f", "mean response length of the finished samples"),
     Metric("rollout/length_max", "tokens", "longest", ".0f", "longest response of the round"),
     Metric("rollout/finished_groups", "groups", "groups finished", ".0f", "groups that were complete when the round ended"),
@@ -101,6 +101,10 @@ _DECLARED = (
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
     Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
+    Metric("rollout/engines_lost", "engines", "engines lost", ".0f", "engines that died or hung and were replaced"),
+    Metric(
+        "rollout/engines_returned", "engines", "engines returned", ".0f", "replacements of lost engines that took part again"
+    ),
     Metric("rollout/tokens_per_s", "tokens/s", "rollout tok/s", ",.0f", "tokens generated per second that the engines ran"),
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the one it is held to"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),

@@ -1,7 +1,7 @@
 """The sender's side of the way to the engines: what was sent last, and what of it has to be sent again.
 
-A delta builds on a version. A receiver that holds another one refuses it and gets the whole weights, the anchor, of the same
-version: an engine that has just started, for example. Every `anchor_every`-th update is an anchor for everybody.
+A delta builds on the version before it. Every `anchor_every`-th update is an anchor, the whole weights; a receiver that has
+just started takes the last anchor and the deltas since.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class WeightSource:
     def __init__(self) -> None:
         self._sent: PackedTensors | None = None
         self._version = 0  # of what was sent
-        self._digests: Mapping[str, str] | None = None
         self._deltas = 0  # since the last anchor
 
     def update(self, weights: PackedTensors, version: int, config: SyncConfig) -> WeightUpdate:
@@ -49,10 +48,5 @@ class WeightSource:
             content = delta if delta.nbytes < weights.nbytes else weights
         self._deltas = self._deltas + 1 if isinstance(content, WeightDelta) else 0
         self._sent = weights if config.anchor_every > 1 else None
-        self._version, self._digests = version, found
+        self._version = version
         return WeightUpdate(version, content, found, hashing_s)
-
-    def anchor(self) -> WeightUpdate:
-        """The last update, whole."""
-        assert self._sent is not None, "no delta was sent"
-        return WeightUpdate(self._version, self._sent, self._digests, 0.0)

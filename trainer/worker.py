@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
@@ -35,6 +35,8 @@ from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
 from trainer.tracing import Traced, Tracing
 from trainer.usage import Usage
+from trainer.weight_links import Offer, Sender, gpu_of, open_group
+from trainer.weight_pieces import expert_pieces, shared_pieces
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 
@@ -47,6 +49,8 @@ class TrainWorker:
     """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
 
     world: World
+    meeting: tuple[str, int]  # host and port of the store
+    timeout_s: float  # of collectives
     trainer: Trainer
     writer: checkpoint.Writer
     usage: Usage
@@ -58,6 +62,7 @@ class TrainWorker:
     def __init__(self, rank: int, log_file: Path | None = None) -> None:
         self.rank = rank
         self.source = WeightSource()
+        self.sender: Sender | None = None
         self.log = log_to(log_file) if log_file is not None else None
         self.stack_watch: StackWatch | None = None
         self.tracing: Tracing | None = None
@@ -75,6 +80,7 @@ class TrainWorker:
         use_interface_to(host, port)
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
+        self.meeting, self.timeout_s = (host, port), timeout_s
         self.world = join(self.store, self.rank, size, device, timeout_s)
         if self.log is not None:
             self.stack_watch = StackWatch(self.log, SHARE * timeout_s)
@@ -205,6 +211,34 @@ class TrainWorker:
         model = self._whole_model()
         return None if model is None else self.source.update(pack(model.state()), version, config)
 
+    def link(self, group: str, engines: int) -> None:
+        """Before the first `offer`, and when other engines are there: `engines` on other devices meet this rank in `group`."""
+        if self.sender is not None:
+            self.sender.close()
+        member = (self.store, group, 0, 1 + engines, self.world.device, self.timeout_s)
+        self.sender = Sender(self.rank, self.world.device, open_group(*member) if engines else None)
+
+    def place(self) -> tuple[str | None, tuple[str, int]]:
+        """(this rank's GPU, where the store is in which ranks meet)."""
+        return gpu_of(self.world.device), self.meeting
+
+    def offer(self, version: int, check: bool, here: Sequence[str]) -> Offer:
+        """What this rank has of the weights, in the dtype that it computes with; `here`: the engines on this GPU.
+
+        They must not change before all engines have them. Rank 0 has the dense ones, and everybody the experts that it owns.
+        """
+        assert self.sender is not None, "no engines are linked"
+        trainer = self.trainer
+        pieces = expert_pieces(trainer.experts)
+        if self.rank == 0:
+            pieces += shared_pieces(trainer.model, trainer.bias_LE)
+        return self.sender.offer(pieces, version, check, here, shareable=not trainer.experts.arena.peer_memory)
+
+    def send(self) -> None:
+        """Broadcasts what was offered to the engines on other devices."""
+        assert self.sender is not None, "no engines are linked"
+        self.sender.send()
+
     def export(self, folder: Path, tokenizer: Path) -> None:
         """Writes the same weights to `folder` in the Hugging Face layout."""
         model = self._whole_model()
@@ -219,10 +253,6 @@ class TrainWorker:
             return None
         experts = ExpertWeights(*(torch.stack(parts) for parts in zip(*whole, strict=True)))
         return LanguageModel(self.trainer.spec.model, self.trainer.model, experts, self.trainer.bias_LE)
-
-    def anchor(self) -> WeightUpdate:
-        """Rank 0 only, not collective: what `weights` returned last, whole, for an engine that holds another version."""
-        return self.source.anchor()
 
 
 def named_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:

@@ -47,6 +47,7 @@ PACKAGES = {
     "scattermoe": Package(("scattermoe",), "scattermoe"),
     "sonicmoe": Package(("sonicmoe", "quack", "cutlass"), "sonic-moe"),
     "cce": Package(("cut_cross_entropy",), "cut-cross-entropy"),
+    "transformers": Package(("transformers",), "transformers"),
     "cce_exact": Package(("cut_cross_entropy",), "cut-cross-entropy"),
 }
 

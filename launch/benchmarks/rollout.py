@@ -2,7 +2,8 @@
 
 A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens. The floor is
 the bytes that one decoding step cannot avoid, weights of the experts that some row chose, the dense weights, and the keys and
-values of every row so far, at the rate of a copy on this device.
+values of every row so far, at the rate of a copy on this device. Then whole rounds, where responses differ in length
+(launch/benchmarks/april.py).
 """
 
 from __future__ import annotations
@@ -17,39 +18,33 @@ import torch
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from launch.benchmarks.options import OneOrMore, Options
+from launch.benchmarks import april
+from launch.benchmarks.april import NO_TOKEN, Rounds, SweepOptions
+from launch.benchmarks.models import floor_bytes, model_config, random_weights
+from launch.benchmarks.options import Listed
 from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
 from trainer.config import ModelConfig
-from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
+from trainer.model.transformer import LanguageModel, parameter_counts
 
 LOOK_EVERY = 32  # tokens between two looks at who has finished
-NO_TOKEN = -1  # as <eos>: nobody ends early
 
 
-class RolloutOptions(Options):
-    hidden: PositiveInt | None = None
-    expert_hidden: PositiveInt | None = None
-    experts: PositiveInt | None = None
-    top_k: PositiveInt | None = None
-    vocabulary: PositiveInt | None = None
-    layers: PositiveInt = Field(description="all of them MoE layers")
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    batch: OneOrMore[PositiveInt] = Field(description="sequences decoded at once")
-    prompt: PositiveInt = Field(128, description="tokens of a prompt")
-    response: PositiveInt = Field(128, description="tokens that each sequence gets")
+class RolloutOptions(SweepOptions):
+    batch: Listed[PositiveInt] = Field(description="sequences decoded at once; none: only rounds")
+    response: PositiveInt = Field(128, description="tokens that each sequence gets where all get as many")
 
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
         "model": "moe_2b", "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "batch": "16,128",
+        "over_provision": "1.25,1.5,2,3", "slots": "256", "median": 256, "longest": 4096,
     },
     "cpu": {
         "model": "tiny", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "batch": "4", "prompt": 16, "response": 16,
+        "over_provision": "2", "groups": 4, "samples": 4, "slots": "16", "median": 8, "longest": 128, "advance": 4,
     },
 }  # fmt: skip
 
@@ -76,11 +71,11 @@ class Rollout:
 
 def measure(
     options: RolloutOptions, contenders: Mapping[str, Any], device: torch.device, ceilings: Ceilings
-) -> Iterator[Rollout]:
-    """One case for every model and batch size."""
+) -> Iterator[Rollout | Rounds]:
+    """One case for every model and batch size, and for every model, number of slots and over-provision factor."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in options.model:
-        config = model_config(options, name)
+        config = model_config(options, name, options.prompt + max(options.response, options.longest) + 1)
         weights = random_weights(config, device, dtype, options.seed)
         for batch in options.batch:
             step_ms, prefill_ms = _generate(config, weights, batch, options, device, dtype)
@@ -93,10 +88,12 @@ def measure(
                 parameters=counts.total,
                 step_ms=step_ms,
                 prefill_ms=prefill_ms,
-                floor_ms=floor_bytes(config, batch, options.prompt + options.response // 2, dtype.itemsize)
+                floor_ms=floor_bytes(config, batch, batch * (options.prompt + options.response // 2), dtype.itemsize)
                 / ceilings.copy_tbytes
                 / 1e9,
             )
+        for slots in options.slots if options.over_provision else ():
+            yield from april.sweep(options, name, weights, slots, device, dtype, ceilings.copy_tbytes)
 
 
 def _generate(
@@ -129,58 +126,9 @@ def _generate(
     return median(times), prefill_ms
 
 
-def model_config(options: RolloutOptions, name: str) -> ModelConfig:
-    shape = options.shapes()[name]  # type: ignore[index]
-    return ModelConfig(
-        hidden_size=shape.hidden,
-        num_layers=options.layers,
-        num_dense_layers=0,
-        num_heads=options.heads,
-        num_kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        dense_hidden_size=shape.expert_hidden,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        expert_hidden_size=shape.expert_hidden,
-        num_shared_experts=0,
-        router_scores="softmax",
-        renormalize=True,
-        routed_scale=1.0,
-        selection_bias=False,
-        qk_norm=True,
-        attention_bias=False,
-        tie_embeddings=True,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        init_std=0.02,
-        max_positions=options.prompt + options.response + 1,
-        vocab_size=shape.vocabulary,
-    )
-
-
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageModel:
-    """Norms one, all else normal; made on the device, where billions of them take no time."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.device(device):
-        dense = Transformer(config, batch_invariant=True).to(dtype)
-        experts = ExpertWeights(*(torch.empty(shape, dtype=dtype) for shape in expert_shapes(config)))
-        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
-    with torch.no_grad():
-        for weight in (*dense.parameters(), experts.gate_up_LECD, experts.down_LEDF):
-            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, config.init_std, generator=generator)
-    return LanguageModel(config, dense, experts, bias_LE)
-
-
-def floor_bytes(config: ModelConfig, batch: int, length: int, size: int) -> float:
-    """What a decoding step has to read, experts as often as rows that choose evenly and independently leave one out."""
-    counts = parameter_counts(config)
-    chosen = 1 - (1 - config.top_k / config.num_experts) ** batch
-    experts = config.num_moe_layers * config.num_experts * chosen * counts.per_expert
-    keys = 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch * length
-    return (counts.dense + experts + keys) * size
-
-
-def table(case: Rollout) -> Table:
+def table(case: Rollout | Rounds) -> Table:
+    if isinstance(case, Rounds):
+        return april.table(case)
     shown = Table(title=case.work, title_justify="left")
     row = {
         "batch": f"{case.batch}",

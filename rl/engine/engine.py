@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +29,8 @@ from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 from trainer.weight_delta import WeightDelta, apply
+from trainer.weight_links import Offer, Receiver, span_digests
+from trainer.weight_pieces import Piece, put
 from trainer.weight_sync import WeightUpdate
 from trainer.weights import digests, unpack
 
@@ -130,6 +132,11 @@ class Engine:
         with self._between_versions(version):
             self._model.load_state(state)
 
+    def load_pieces(self, pieces: Iterable[Piece], version: int) -> None:
+        """The same for pieces that together are all weights, in the dtype of the engine."""
+        with self._between_versions(version):
+            put(pieces, self._model.state())
+
     @contextmanager
     def _between_versions(self, version: int) -> Iterator[None]:
         samples = self._stop()
@@ -137,14 +144,15 @@ class Engine:
         self._version = version
         self._waiting.extend(samples)
 
-    def receive(self, update: WeightUpdate) -> Receipt | None:
-        """Takes new weights as `load_weights` does, whole or changed from the version it has; None if it has another version.
+    def receive(self, update: WeightUpdate) -> Receipt:
+        """Takes new weights as `load_weights` does, whole or changed from the version it has.
 
-        Raises RuntimeError when the update comes with a hash and the weights that the engine then holds have another one.
+        Raises RuntimeError when it has another version, and when the update comes with a hash and the weights that the engine
+        then holds have another one.
         """
         if isinstance(update.weights, WeightDelta):
             if update.weights.base != self._version:
-                return None
+                raise RuntimeError(f"changes from version {update.weights.base}, but this engine has {self._version}")
             with self._between_versions(update.version):
                 apply(update.weights, self._model.state())
         else:
@@ -153,11 +161,23 @@ class Engine:
         started = time.perf_counter()
         if update.digests is None:
             return Receipt(update.nbytes, share, None)
-        self._check(update.version, update.digests)
+        self._check(update.version, update.digests, digests(self._model.state()))
         return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
 
-    def _check(self, version: int, expected: Mapping[str, str]) -> None:
-        own = digests(self._model.state())
+    def take(self, offers: Sequence[Offer], receiver: Receiver) -> Receipt:
+        """Takes what all ranks offer, which together is all weights, as `receive` does."""
+        version, state = offers[0].version, self._model.state()
+        with self._between_versions(version):
+            receiver.take(offers, state)
+        nbytes, started = sum(offer.nbytes for offer in offers), time.perf_counter()
+        if offers[0].digests is None:
+            return Receipt(nbytes, None, None)
+        expected = {name: digest for offer in offers for name, digest in (offer.digests or {}).items()}
+        self._check(version, expected, span_digests([(span, span.of(state)) for offer in offers for span in offer.spans]))
+        hashing_s = max(offer.hashing_s for offer in offers)
+        return Receipt(nbytes, None, hashing_s + time.perf_counter() - started)
+
+    def _check(self, version: int, expected: Mapping[str, str], own: Mapping[str, str]) -> None:
         if wrong := [name for name, digest in expected.items() if own[name] != digest]:
             raise RuntimeError(
                 f"weights of version {version} arrived wrong: {len(wrong)} of {len(own)} tensors differ from the "
@@ -270,10 +290,13 @@ class Engine:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 self._generated += 1
-                if token == self._settings.eos_id:
-                    row.status = "finished"
-                elif row.generated >= self._settings.max_new_tokens:
-                    row.status = "truncated"
+                row.status = self._status(row)
+
+    def _status(self, row: Row) -> Status:
+        """What its newest token makes of a row that is not done."""
+        if row.ids[-1] == self._settings.eos_id:
+            return "finished"
+        return "truncated" if row.generated >= self._settings.max_new_tokens else "partial"
 
     # ------------------------------------------------------------ pages
 

@@ -119,6 +119,10 @@ class ServerPool:
                 shutil.rmtree(earlier)
         return {"sync/version": self._version}
 
+    def counts(self) -> dict[str, float]:
+        """Nothing: a server that is lost ends the run."""
+        return {}
+
     def require_exact_distribution(self, prompts: Sequence[Sequence[int]]) -> None:
         """Asks for one token in ways that tell whether log-probabilities are those of the distribution that is sampled from.
 

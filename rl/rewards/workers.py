@@ -29,6 +29,7 @@ from rl.rewards.task import Prompt
 from trainer.config import RewardConfig, TaskConfig
 
 START_TIMEOUT_S = 120.0  # importing and making the task
+STARTS = 3  # of a worker, where something from outside ends it each time
 PATIENCE_S = 2.0  # for a process that ends by itself
 SHOWN = 80  # characters of a completion in a message
 Self = TypeVar("Self", bound="RewardWorkers")
@@ -52,8 +53,21 @@ class Reply:
     failed: bool = False
 
 
+@dataclass
+class _Batch:
+    """What is asked at once: places of `responses` that wait, and those whose worker has died once."""
+
+    responses: Sequence[Response] = ()
+    found: list[dict[str, Any] | None] = field(default_factory=list)
+    waiting: deque[int] = field(default_factory=deque)
+    died: set[int] = field(default_factory=set)
+
+
 class RewardWorkers:
     """`config.workers` processes that score; `with RewardWorkers(...) as rewards` ends them.
+
+    A worker that dies may have been killed by something that has nothing to do with its sample, as by the kernel for want of
+    memory, so another one is asked about it, once.
 
     `log_file(name)` is where the process `name`, such as reward/0, writes; `say` gets the text of the first error.
     """
@@ -71,7 +85,7 @@ class RewardWorkers:
         self._workers = [self._start(number) for number in range(self._config.workers)]
         try:
             while not all(worker.ready for worker in self._workers):
-                self._wait_and_look([], [])
+                self._wait_and_look(_Batch())
         except BaseException:
             self._end()
             raise
@@ -99,55 +113,66 @@ class RewardWorkers:
 
     def _ask(self, method: Method, responses: Sequence[Response]) -> list[dict[str, Any] | None]:
         """What workers found for each response; None where `method` raised, hung or died."""
-        found: list[dict[str, Any] | None] = [None] * len(responses)
-        waiting = deque(range(len(responses)))
-        while waiting or any(worker.place is not None for worker in self._workers):
+        batch = _Batch(responses, [None] * len(responses), deque(range(len(responses))))
+        while batch.waiting or any(worker.place is not None for worker in self._workers):
             for worker in self._workers:
-                if waiting and worker.ready and worker.place is None:
-                    worker.ask(method, waiting[0], responses[waiting.popleft()], self._config.timeout_s)
-            self._wait_and_look(responses, found)
-        return found
+                if batch.waiting and worker.ready and worker.place is None:
+                    place = batch.waiting.popleft()
+                    worker.ask(method, place, responses[place], self._config.timeout_s)
+            self._wait_and_look(batch)
+        return batch.found
 
     def _end(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._workers = []
 
-    def _wait_and_look(self, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
+    def _wait_and_look(self, batch: _Batch) -> None:
         """Waits until a worker that starts or scores says something, ends, or is late."""
         busy = [worker for worker in self._workers if worker.place is not None or not worker.ready]
         wait([worker.socket for worker in busy], timeout=max(0.0, min(w.deadline for w in busy) - time.monotonic()))
         for worker in busy:
-            self._look_at(worker, responses, found)
+            self._look_at(worker, batch)
 
-    def _look_at(self, worker: _Worker, responses: Sequence[Response], found: list[dict[str, Any] | None]) -> None:
+    def _look_at(self, worker: _Worker, batch: _Batch) -> None:
         """Takes a worker's answer, if there is one; replaces the worker if it is dead or too late."""
         answer = worker.answer()
         if answer is None and not worker.ended and time.monotonic() < worker.deadline:
             return
         if not worker.ready:
             if answer is None:
-                raise UserError(self._cannot_start(worker))
-            worker.ready = True
+                self._start_again(worker)
+            worker.ready = answer is not None
             return
         place, worker.place = worker.place, None
         assert place is not None
         if answer is None:
-            self._replace(worker, responses[place])
+            self._replace(worker, place, batch)
         elif "error" in answer:
             self._count("reward/errors", f"{worker.method} raised {answer['error']}")
         else:
-            found[place] = answer
+            batch.found[place] = answer
 
-    def _replace(self, worker: _Worker, response: Response) -> None:
+    def _replace(self, worker: _Worker, place: int, batch: _Batch) -> None:
         worker.kill()
-        asked = f"on the completion {response.turns[-1][:SHOWN]!r}"
-        if worker.ended:
-            self._count("reward/deaths", f"the process of {worker.method} {worker.end} {asked}; its log is {worker.log}")
-        else:
+        asked = f"on the completion {batch.responses[place].turns[-1][:SHOWN]!r}"
+        if not worker.ended:
             limit = f"reward.timeout_s = {self._config.timeout_s:g} s"
             self._count("reward/timeouts", f"{worker.method} took longer than {limit} {asked}")
+        elif place in batch.died:
+            self._count("reward/deaths", f"the process of {worker.method} {worker.end} {asked}; its log is {worker.log}")
+        else:
+            batch.died.add(place)
+            batch.waiting.append(place)
         self._workers[self._workers.index(worker)] = self._start(worker.number)
+
+    def _start_again(self, worker: _Worker) -> None:
+        """Raises UserError where it is the task, and not something outside, that keeps a worker from starting."""
+        worker.kill()
+        killed = worker.ended and worker.process.wait() < 0
+        if not killed or worker.starts == STARTS:
+            raise UserError(self._cannot_start(worker))
+        self._workers[self._workers.index(worker)] = self._start(worker.number, worker.starts + 1)
 
     def _count(self, key: str, text: str) -> None:
         """The first of a kind is told, all are counted."""
@@ -156,17 +181,16 @@ class RewardWorkers:
             self._told.add(key)
             self._say(f"task {self._task.name}: {text}; the sample has no reward, and more like it are only counted in {key}")
 
-    def _start(self, number: int) -> _Worker:
+    def _start(self, number: int, starts: int = 1) -> _Worker:
         first = {
             "task": self._task.model_dump(mode="json"),
             "seed": self._seed,
             "timeout_s": self._config.timeout_s,
             "memory_gib": self._config.memory_gib,
         }
-        return _Worker(number, self._log_file(f"reward/{number}"), first)
+        return _Worker(number, self._log_file(f"reward/{number}"), first, starts)
 
     def _cannot_start(self, worker: _Worker) -> str:
-        worker.kill()
         last = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         reason = worker.end if worker.ended else f"was not ready after {START_TIMEOUT_S:g} s"
         return (
@@ -182,6 +206,7 @@ class _Worker:
     number: int
     log: Path
     first: dict[str, Any]  # what the process is told before anything else
+    starts: int  # this one included, without one that was ready
     ready: bool = False
     ended: bool = False  # the process closed its end
     place: int | None = None

@@ -61,7 +61,7 @@ def weights_of_an_update(world: World, told: TrainerSpec) -> tuple[dict[str, Ten
     worker.build(told)
     batch = random_batch(0)
     worker.learn(batch, cross_entropy, 1e-2)
-    update = worker.weights(1, SyncConfig(anchor_every=1, check=False))
+    update = worker.weights(1, SyncConfig(transport="store", anchor_every=1, check=False))
     weights = {} if update is None else unpack(update.weights)  # type: ignore[arg-type]
     return weights, worker.trainer.bias_LE.clone()
 

@@ -8,18 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def start(module: str, *arguments: str) -> subprocess.Popen[str]:
+def start(module: str, *arguments: str, stdout: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
     """`python -m launch.<module> arguments`, with the threads of this machine and not the one of the test session."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", f"launch.{module}", *arguments]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=stdout, stderr=subprocess.STDOUT)
 
 
 def run(module: str, *arguments: str) -> str:
@@ -49,6 +47,14 @@ def series(run_dir: Path, key: str) -> dict[int, float]:
     found = [(record["step"], record[key]) for record in records(run_dir) if key in record]
     assert len(found) == len(dict(found)), "a step was recorded twice"
     return dict(found)
+
+
+def wait_for_text(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    """Waits until a running command has said so."""
+    deadline = time.monotonic() + 150
+    while text not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, f"not said: {text}\n{log.read_text()}"
+        time.sleep(0.1)
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -268,3 +268,10 @@ def test_the_command_exits_with_2_and_no_trace_from_any_folder(tmp_path: Path) -
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["config: 1 problem", "  model.top_kk = 3   unknown option; did you mean model.top_k?"]
+
+
+def test_changes_of_weights_go_through_the_store() -> None:
+    (line,) = problems("checkpoint=x", "sync=delta", "sync.transport=direct", rl=True)
+    assert "transport=direct sends all weights every time, but anchor_every = 32 asks for changes in between" in line
+    config = load(RLConfig, "rl", ["checkpoint=x"]).sync
+    assert config.is_direct(on_gpu=True) and not config.is_direct(on_gpu=False)

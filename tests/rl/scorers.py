@@ -95,3 +95,23 @@ class Unmakeable:
 
     def score(self, prompt: Prompt, completion: str, ended: bool) -> float | None:
         return None
+
+
+class Letters:
+    """Rewards letters, which a model that knows nothing writes more or less of; a score takes a moment."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt(f"text {self.seed + index}:", "")
+
+    def held_out(self, index: int) -> Prompt:
+        return Prompt(f"other {index}:", "")
+
+    def demonstration(self, index: int) -> tuple[Prompt, str]:
+        return self.prompt(index), "letters"
+
+    def score(self, prompt: Prompt, completion: str, ended: bool) -> float:
+        time.sleep(0.01)
+        return sum(letter.isalpha() for letter in completion) / max(1, len(completion))

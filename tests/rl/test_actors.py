@@ -1,28 +1,36 @@
-"""Weights through Ray's object store, to several engines, of which one is started anew."""
+"""Weights through Ray's object store to several engines, and engines that die or hang."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
+import torch
 
-from rl.actors import EngineActor, RayPool, sync_metrics
-from rl.engine.engine import EngineSettings, Receipt
+from rl.actors import EngineActor, Patience, RayPool, sync_metrics
+from rl.april import complete
+from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.sampler import Sampling
+from rl.links import Links
 from rl.trajectory import Sample
-from tests.models import tiny_model
-from trainer.cluster import REPOSITORY, Processes, start_ray
+from tests.models import random_batch, spec, tiny_model
+from tests.processes import process_of
+from trainer.batch import cross_entropy
+from trainer.cluster import REPOSITORY, Processes, ProcessLost, start_ray
 from trainer.config import ClusterConfig, SyncConfig
 from trainer.model.transformer import LanguageModel
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
+from trainer.worker import TrainWorker
 
 CONFIG = tiny_model(max_positions=64, vocab_size=20)
-SETTINGS = EngineSettings(4, 40, 8, None, Sampling(1.0, 0), 1)
+SETTINGS = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
 CLUSTER = dict(address=None, ranks=1, threads_per_rank=1, max_restarts=0, start_timeout_s=60, collective_timeout_s=60)
-CLUSTER |= dict(object_store_mib=80, host="127.0.0.1", dashboard=False, dashboard_port=1, dollars_per_gpu_hour=None)
+CLUSTER |= dict(engine_timeout_s=60, object_store_mib=80, host="127.0.0.1", dashboard=False, dashboard_port=1)
+CLUSTER |= dict(dollars_per_gpu_hour=None)
 CLUSTER |= dict(nodes=None, slurm=None)
 
 
@@ -31,7 +39,7 @@ class ScriptedRank:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.source = rank, WeightSource()
-        self.model = LanguageModel.initialize(CONFIG, seed=0)
+        self.model = LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
 
     def weights(self, version: int, config: SyncConfig) -> WeightUpdate | None:
         if self.rank:
@@ -40,8 +48,16 @@ class ScriptedRank:
             tensor.view(-1)[version::37] += 0.25
         return self.source.update(pack(self.model.state()), version, config)
 
-    def anchor(self) -> WeightUpdate:
-        return self.source.anchor()
+    def pid(self) -> int:
+        return 0
+
+
+class BrokenEngine:
+    def __init__(self) -> None:
+        raise MemoryError("no memory for a cache of 7 GiB")
+
+    def receive(self, *updates: WeightUpdate) -> None:
+        """Never called."""
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +72,139 @@ def actor(kind: type, *arguments: object) -> ray.actor.ActorHandle:
     return ray.remote(kind).options(**options).remote(*arguments)
 
 
-def engine(log: Path) -> ray.actor.ActorHandle:
-    return actor(EngineActor, CONFIG, SETTINGS, "float32", log)
+class Engines:
+    """Two of them, in a pool. `answer_s`: after which a silent one is replaced."""
+
+    def __init__(self, folder: Path, answer_s: float, links: Links | None = None) -> None:
+        self.logs = {f"engine/{index}": folder / f"engine_{index}.log" for index in range(2)}
+        self.actors: dict[str, ray.actor.ActorHandle] = {}
+        self.said: list[str] = []
+        self.answer_s = answer_s
+        self.pool = RayPool(self.start, self.logs, Patience(answer_s, 60, losses=3), self.said.append, links)
+
+    def start(self, name: str) -> ray.actor.ActorHandle:
+        if name in self.actors:
+            ray.kill(self.actors[name])
+        self.actors[name] = actor(EngineActor, CONFIG, SETTINGS, "float32", self.logs[name], self.answer_s)
+        return self.actors[name]
 
 
-def test_changes_reach_all_engines_and_a_new_one_gets_all_weights(cluster: None, tmp_path: Path) -> None:
-    ranks = Processes({f"trainer/{rank}": actor(ScriptedRank, rank) for rank in range(2)})
-    pool = RayPool(Processes({f"engine/{index}": engine(tmp_path / f"{index}.log") for index in range(2)}))
-    config = SyncConfig(anchor_every=4, check=True)
+def scripted_ranks() -> Processes:
+    return Processes({f"trainer/{rank}": actor(ScriptedRank, rank) for rank in range(2)})
+
+
+def trained_ranks(folder: Path) -> Processes:
+    """Two that share the experts."""
+    ranks = Processes({f"trainer/{rank}": actor(TrainWorker, rank, folder / f"trainer_{rank}.log") for rank in range(2)})
+    host, port = ranks.call_first("serve", "127.0.0.1", 60.0)
+    ranks.call("join", host, port, 2, 60.0)
+    ranks.call("build", spec(CONFIG, batch_invariant=True, micro_rows=4))
+    return ranks
+
+
+def samples(count: int) -> list[Sample]:
+    return [Sample(uid, uid // 2, (2, 3 + uid // 2 % 9)) for uid in range(count)]
+
+
+def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster: None, tmp_path: Path) -> None:
+    ranks, engines = scripted_ranks(), Engines(tmp_path, 60)
+    pool, config = engines.pool, SyncConfig(transport="store", anchor_every=4, check=True)
     found = [pool.load_weights(ranks, version, config) for version in range(6)]
     assert ["sync/changed_share" in metrics for metrics in found] == [False, True, True, True, False, True]
     assert all(metrics["sync/check_s"] > 0 for metrics in found), "each engine has compared its hash"
     assert found[1]["sync/changed_share"] == pytest.approx(1 / 37, abs=0.01)
     assert found[1]["sync/mib"] < found[0]["sync/mib"] / 5
-    ray.kill(pool.engines.actors["engine/1"])
-    pool.engines.actors["engine/1"] = engine(tmp_path / "again.log")
-    metrics = pool.load_weights(ranks, 6, config)
-    assert "sync/changed_share" not in metrics and metrics["sync/mib"] == found[0]["sync/mib"]
+    ray.kill(engines.actors["engine/1"])
+    assert "sync/changed_share" in pool.load_weights(ranks, 6, config), "nobody waits for it"
+    assert pool.counts()["rollout/engines_lost"] == 1
+    while not pool.counts()["rollout/engines_returned"]:
+        assert pool.advance(1) == []
     pool.submit([Sample(uid, 0, (2, 3)) for uid in (5, 5)])  # one for each engine, the same noise
     with pool.going_on(1, 2) as done:  # while the driver waits for something else
         ray.get(ranks.actors["trainer/1"].weights.remote(7, config))
     pool.submit(pool.drain())
-    first, second = done + pool.advance(8)
+    first, second = done + pool.advance(40)
     assert first == second and set(first.versions) == {6} and pool.busy_s > 0
+
+
+def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(cluster: None, tmp_path: Path) -> None:
+    """First one dies and the other takes its samples, then both are lost at once: one dead, one silent."""
+    ranks, engines = scripted_ranks(), Engines(tmp_path, 5)
+    pool, config = engines.pool, SyncConfig(transport="store", anchor_every=1, check=False)
+    pool.load_weights(ranks, 3, config)
+    reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
+    model = LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
+    for tensor in model.state().values():
+        tensor.view(-1)[3::37] += 0.25
+    reference.load_weights(model.state(), 3)
+    expected = complete(reference, samples(24), 40)
+    pool.submit(samples(24))
+    done = pool.advance(3)
+    victim = process_of("engine/0")
+    assert victim is not None
+    victim.kill()
+    while not pool.counts()["rollout/engines_returned"]:
+        done += pool.advance(1)
+    assert "engine/0 died" in engines.said[0]
+    interrupted = pool.drain()
+    pool.submit(interrupted)
+    assert any(sample.status == "partial" for sample in interrupted) or len(done) == 24
+    pool.submit([Sample(uid, uid, (4, 5, 6)) for uid in range(100, 108)])
+    dead, silent = process_of("engine/0"), process_of("engine/1")
+    assert dead is not None and silent is not None
+    dead.kill()
+    silent.suspend()
+    while len(done) < 32:
+        done += pool.advance(4)
+    assert any("engine/1 hangs: no answer in 5 s (it wrote no stack)" in line for line in engines.said), engines.said
+    assert pool.counts()["rollout/engines_lost"] >= 2
+    assert pool.drain() == []
+    assert not psutil.wait_procs([silent], timeout=30)[1], "the silent one is still there"
+    expected += complete(reference, [Sample(uid, uid, (4, 5, 6)) for uid in range(100, 108)], 40)
+    whole = {sample.uid: (sample.status, sample.response_ids, sample.logprobs) for sample in expected}
+    assert {sample.uid: (sample.status, sample.response_ids, sample.logprobs) for sample in done} == whole
+    assert len(done) == len(whole), "none twice"
+
+
+def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_replaced(cluster: None, tmp_path: Path) -> None:
+    ranks, engines = trained_ranks(tmp_path), Engines(tmp_path, 60, Links(60))
+    pool, config = engines.pool, SyncConfig(transport="direct", anchor_every=1, check=True)
+    size = sum(tensor.nbytes for tensor in LanguageModel.initialize(CONFIG, seed=0).state().values())
+    for version in range(2):
+        metrics = pool.load_weights(ranks, version, config)
+        assert metrics["sync/mib"] == size / 2**20 and metrics["sync/check_s"] > 0 and metrics["sync/version"] == version
+        ranks.call("learn", random_batch(version, vocab=20), cross_entropy, 1e-2)
+    pool.load_weights(ranks, 2, config)
+    reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
+    reference.receive(ranks.call("weights", 2, SyncConfig(transport="store", anchor_every=1, check=False))[0])
+    expected = complete(reference, samples(12), 40)
+    pool.submit(samples(12))
+    done = pool.advance(2)
+    ray.kill(engines.actors["engine/0"])
+    while not pool.counts()["rollout/engines_returned"]:  # it has the weights of the others, which the ranks still have
+        done += pool.advance(1)
+    while len(done) < 12:
+        done += pool.advance(4)
+    found = sorted(done, key=lambda sample: sample.uid)
+    assert [sample.response_ids for sample in found] == [sample.response_ids for sample in expected]
+    assert [sample.logprobs for sample in found] == [sample.logprobs for sample in expected], "bit for bit"
+    pool.submit(samples(12))
+    with pool.going_on(1, 12):
+        ray.kill(engines.actors["engine/1"])
+        ranks.call("learn", random_batch(2, vocab=20), cross_entropy, 1e-2)
+    pool.drain()
+    assert pool.load_weights(ranks, 3, config)["sync/version"] == 3
+    assert all(set(sample.versions) == {3} for sample in complete(pool, samples(4), 40))
+
+
+def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(cluster: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    pool = RayPool(lambda name: actor(BrokenEngine), {"engine/0": tmp_path / "log"}, Patience(60, 60, losses=1), said.append)
+    with pytest.raises(
+        ProcessLost, match=r"engine/0 died \(MemoryError: no memory for a cache of 7 GiB\); it was lost 2 times"
+    ):
+        pool.load_weights(scripted_ranks(), 0, SyncConfig(transport="store", anchor_every=1, check=False))
+    assert len([line for line in said if "it starts again, and its 0 samples go" in line]) == 1
 
 
 def test_metrics_are_those_of_the_largest_update() -> None:

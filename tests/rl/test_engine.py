@@ -183,12 +183,15 @@ def test_changes_of_weights_make_the_same_engine_as_all_weights(model: LanguageM
     """Under running samples, bit for bit; the hashes agree, and the engine says how much changed."""
     after = LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
     after.load_state({name: tensor * (1 + 1e-3 * (torch.rand(tensor.shape) < 0.1)) for name, tensor in model.state().items()})
-    config, source, whole = SyncConfig(anchor_every=5, check=True), WeightSource(), WeightSource()
+    config, source, whole = SyncConfig(transport="store", anchor_every=5, check=True), WeightSource(), WeightSource()
     engines = [Engine(CONFIG, settings(), CPU, torch.float32) for _ in range(2)]
     done: list[list[Sample]] = [[], []]
     for version, weights in enumerate((model, after)):
         block = pack_weights(weights.state())
-        updates = source.update(block, version, config), whole.update(block, version, SyncConfig(anchor_every=1, check=True))
+        updates = (
+            source.update(block, version, config),
+            whole.update(block, version, SyncConfig(transport="store", anchor_every=1, check=True)),
+        )
         receipts = [engine.receive(update) for engine, update in zip(engines, updates, strict=True)]
         for engine, found in zip(engines, done, strict=True):
             if version == 0:
@@ -197,25 +200,25 @@ def test_changes_of_weights_make_the_same_engine_as_all_weights(model: LanguageM
     by_changes, by_all = (sorted(found, key=lambda item: item.uid) for found in done)
     assert by_changes == by_all and len(by_all) == 12
     assert {version for item in by_all for version in item.versions} == {0, 1}
-    assert receipts[0] is not None and receipts[1] is not None
     assert receipts[1].changed_share is None and receipts[0].changed_share == pytest.approx(0.1, abs=0.02)
     assert receipts[0].nbytes < receipts[1].nbytes / 4 and receipts[0].check_s
 
 
 def test_an_engine_refuses_changes_to_a_version_that_it_does_not_have(model: LanguageModel) -> None:
-    source, config = WeightSource(), SyncConfig(anchor_every=5, check=False)
-    source.update(pack_weights(model.state()), 6, config)
-    update = source.update(pack_weights(model.state()), 7, config)
+    source, config = WeightSource(), SyncConfig(transport="store", anchor_every=5, check=False)
+    anchor, update = (source.update(pack_weights(model.state()), version, config) for version in (6, 7))
     assert isinstance(update.weights, WeightDelta)
     fresh, older = Engine(CONFIG, settings(), CPU, torch.float32), engine_for(model, version=5)
-    for engine in (fresh, older):
-        assert engine.receive(update) is None
-        assert engine.receive(source.anchor()) is not None
+    for engine, version in ((fresh, None), (older, 5)):
+        with pytest.raises(RuntimeError, match=f"changes from version 6, but this engine has {version}"):
+            engine.receive(update)
+        for one in (anchor, update):
+            engine.receive(one)
         assert complete(engine, requests(1), 5)[0].versions[0] == 7
 
 
 def test_weights_that_arrive_wrong_are_an_error_that_names_them(model: LanguageModel) -> None:
-    update = WeightSource().update(pack_weights(model.state()), 3, SyncConfig(anchor_every=1, check=True))
+    update = WeightSource().update(pack_weights(model.state()), 3, SyncConfig(transport="store", anchor_every=1, check=True))
     assert isinstance(update.weights, PackedTensors)
     start = update.weights.layout["bias"][0]
     update.weights.data[start] ^= 1

@@ -30,7 +30,7 @@ from trainer.config import RLConfig, SyncConfig
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
 
-FULL = SyncConfig(anchor_every=1, check=False)
+FULL = SyncConfig(transport="store", anchor_every=1, check=False)
 VOCABULARY = CONFIG.vocab_size or 0
 ENDS = 3  # the request whose completion ends with <eos> before the limit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +116,23 @@ def test_a_scorer_that_dies_is_replaced(tmp_path: Path, death: str, message: str
         assert rewards.score([response(text) for text in (death, "reward 1", death, "reward 0")]) == [None, 1.0, None, 0.0]
         assert rewards.counts() == CLEAN | {"reward/deaths": 2}
     assert len(said) == 1 and message in said[0] and str(tmp_path / "reward") in said[0]
+
+
+def test_a_worker_that_is_killed_from_outside_costs_no_reward(tmp_path: Path) -> None:
+    """While it starts, while it is idle, and while it scores."""
+
+    def kill() -> None:
+        for child in psutil.Process().children():
+            if child.status() != psutil.STATUS_ZOMBIE and "rl.rewards.worker" in child.cmdline():
+                child.kill()
+
+    threading.Timer(0.2, kill).start()
+    with workers(tmp_path, [], count=1, pids=str(tmp_path), slow_start=0.5) as rewards:
+        kill()
+        threading.Timer(1.5, kill).start()
+        assert rewards.score([response(text) for text in ("late 0.3",) * 10]) == [1.0] * 10
+        assert rewards.counts() == CLEAN
+    assert len([file for file in tmp_path.iterdir() if file.name.isdigit()]) >= 2
 
 
 def test_an_environment_that_fails_is_no_end_of_a_conversation(tmp_path: Path) -> None:

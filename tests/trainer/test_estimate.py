@@ -74,6 +74,23 @@ def test_blocks_for_the_exchange_are_there_unless_ranks_send_messages() -> None:
     assert exchange(2, "auto") == 2 * 2 * 8 * 256 * MODEL.hidden_size * 2
 
 
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "expected"),
+    [
+        ([], False, ["through the object store\n"]),
+        ([], True, ["to the engines directly"]),
+        (["sync.transport=store"], True, ["through the object store\n"]),
+        (["sync=delta"], True, ["through the object store every 32 rounds", "host    {both} of rank 0's memory at a sync"]),
+    ],
+)
+def test_the_plan_of_rl_says_how_weights_reach_the_engines(options: list[str], on_gpu: bool, expected: list[str]) -> None:
+    size = 2 * parameter_counts(MODEL).total
+    config = load(RLConfig, "rl", ["checkpoint=x", *options])
+    text = "\n".join(budget_lines(config, MODEL, 2, "bfloat16", "asked", on_gpu))
+    assert f"sync    {in_gib(size)} " in text and ("rank 0's memory" in text) == ("sync=delta" in options)
+    assert all(line.format(both=in_gib(2 * size)) in text for line in expected), text
+
+
 def test_state_of_one_float32_rank_is_exact() -> None:
     counts = parameter_counts(MODEL)
     memory = memory_per_rank(MODEL, 1, 1, 256, "float32", parallel=CONFIG.parallel, recompute=False, on_gpu=False)

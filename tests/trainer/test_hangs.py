@@ -71,6 +71,14 @@ Thread 0x00007e (most recent call first):
   File "/x/trainer/worker.py", line 104 in _learn
   File "/x/ray/_private/worker.py", line 1 in main_loop
 """
+ENGINE = """Timeout (0:00:04)!
+Thread 0x00007e (most recent call first):
+  File "/v/torch/cuda/streams.py", line 31 in synchronize
+  File "/x/rl/engine/decoder.py", line 99 in tokens
+  File "/x/rl/engine/engine.py", line 170 in advance
+  File "/x/rl/actors.py", line 51 in advance
+  File "/x/trainer/hangs.py", line 53 in call
+"""
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,7 @@ Thread 0x00007e (most recent call first):
     [
         ("", Whereabouts(None, "it wrote no stack")),
         ("update 3 loss 1.0", Whereabouts(None, "it wrote no stack")),
+        (ENGINE, Whereabouts(None, "engine/decoder.py:99, tokens")),
         (STACK, Whereabouts("all_to_all_single", "parallel/token_exchange.py:99, dispatch")),
         (STACK.replace("distributed_c10d", "other"), Whereabouts(None, "parallel/token_exchange.py:99, dispatch")),
         (

@@ -1,0 +1,56 @@
+"""Processes of every role of RL are killed at random moments, and the run learns what an undisturbed one learns, bit for bit.
+
+So it has seen the same data: no prompt is lost, none is learned twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.commands import records, run
+from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
+from tests.models import tiny_model
+from trainer.config import TokenizerConfig
+from trainer.model.hf import save_pretrained
+from trainer.model.transformer import LanguageModel
+from trainer.tokenizer import train_tokenizer
+
+ROLES = shuffled(["driver", "trainer/0", "engine/0", "reward/0"])
+ROUNDS = APART * (len(ROLES) + 1)
+EXACT = ("reward/mean", "reward/eval_mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/length_mean")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model that knows nothing."""
+    texts = [Path(__file__).read_text(encoding="utf-8")]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, train_mib=1), tmp_path, lambda text: None)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size), seed=0)
+    save_pretrained(model.to(torch.device("cpu"), torch.float32), tmp_path / "model", tmp_path / "tokenizer.json")
+    return tmp_path / "model"
+
+
+@pytest.mark.timeout(300 + 60 * len(ROLES))
+def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(tmp_path: Path, checkpoint: Path) -> None:
+    command = [
+        *("rl", f"checkpoint={checkpoint}", "experiment=smoke", "rollout=sync", "warmup=none", f"runs_dir={tmp_path}/runs"),
+        *("task.name=tests.rl.scorers:Letters", "task.options={}", f"loop.rounds={ROUNDS}", "loop.checkpoint_every=2"),
+        *("rollout.max_new_tokens=24", "rollout.groups=3", "loop.eval_every=3", "loop.sequence_length=64", "logger.wandb=off"),
+        *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
+        *("cluster.ranks=1", "rollout.engines=2", f"cluster.max_restarts={len(ROLES)}", "resume=auto"),
+    ]
+    run(*command, "run_name=whole")
+    said = kill_at_random([*command, "run_name=killed"], tmp_path / "runs" / "killed", ROLES)
+    whole, killed = records(tmp_path / "runs" / "whole"), records(tmp_path / "runs" / "killed")
+    context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"
+    assert [record["step"] for record in killed] == [record["step"] for record in whole] == list(range(ROUNDS + 1)), context
+    for expected, found in zip(whole, killed, strict=True):
+        told = [key for key in EXACT if key in expected]
+        assert {key: found[key] for key in told} == {key: expected[key] for key in told}, f"round {found['step']}, {context}"
+    assert all(record["train/grad_norm"] > 0 for record in whole[1:]), "there was something to learn"
+    assert said.count("trainer/0 died") == ROLES.count("trainer/0"), context
+    assert ("engine/0 died" in said) == ("engine/0" in ROLES), context

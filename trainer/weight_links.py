@@ -1,0 +1,208 @@
+"""The direct way of the weights: an engine reads what a rank on its own GPU has, and the other ranks broadcast theirs.
+
+A rank offers its pieces (weight_pieces.py). To engines on the same GPU it shows the memory itself (CUDA IPC), and they copy out
+of it into their own weights, once, at the rate of that GPU's memory. To the engines elsewhere it broadcasts, in a group of its
+own with them, because NCCL does not take two processes on one GPU into a group; on CPUs gloo does the same. Nothing is gathered
+or packed on a host. Small pieces travel together as one block.
+
+Memory that was shown must not go before nobody reads it: the rank keeps it, since these are its weights. Where they have moved
+it shows the new place, and what was there is freed when the engines have let go. Weights must not change until all engines have
+said that they have them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from trainer.weight_pieces import Piece, Span, copy, is_small, put
+from trainer.weights import ALIGNMENT, digests
+
+Block = Tensor  # of bytes
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Memory of a rank on a GPU, for one process: `handles` open its blocks; None: those of the last time are still right."""
+
+    handles: bytes | None
+    places: tuple[tuple[int, int], ...]  # of each span: its block, and the first byte there
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one rank has of the weights of a version. `shown` by the name of the engine; other engines are broadcast to."""
+
+    rank: int
+    version: int
+    spans: tuple[Span, ...]
+    nbytes: int
+    shown: Mapping[str, Shown]
+    digests: Mapping[str, str] | None  # by span, where engines are to check theirs
+    hashing_s: float
+
+
+def open_group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
+    """A process group beside the default one; its members meet in `store` under `name`. Member 0 sends."""
+    prefixed, timeout = dist.PrefixStore(name, store), timedelta(seconds=timeout_s)
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+
+
+def close_group(group: Any, device: torch.device) -> None:
+    """Without waiting for the other members, which may be gone; gloo lets go by itself."""
+    if device.type == "cuda":
+        group.abort()
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The name of a GPU, the same in all processes; None for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+class Sender:
+    """A rank's side; `group`: with the engines elsewhere, if there are any."""
+
+    def __init__(self, rank: int, device: torch.device, group: Any | None) -> None:
+        self._rank, self._device, self._group = rank, device, group
+        self._shown: dict[str, tuple[tuple[int, int], ...]] = {}  # engine -> (address, bytes) of the blocks it was shown
+        self._copy: list[Tensor] | None = None
+        self._pieces: Sequence[Piece] = ()
+
+    def close(self) -> None:
+        if self._group is not None:
+            close_group(self._group, self._device)
+
+    def offer(self, pieces: Sequence[Piece], version: int, check: bool, here: Sequence[str], shareable: bool) -> Offer:
+        """Offers `pieces`, to the engines `here` by showing the memory, or a copy if it is not `shareable`."""
+        self._pieces = pieces
+        shown_pieces = pieces if shareable or not here else self._copied(pieces)
+        shown = {name: self._show(name, shown_pieces) for name in here}
+        started = time.perf_counter()
+        found = span_digests([(piece.span, piece.values_N) for piece in pieces]) if check else None
+        hashing_s = time.perf_counter() - started if check else 0.0
+        _wait(self._device)  # an engine does not see this process's streams
+        spans, nbytes = tuple(piece.span for piece in pieces), sum(piece.values_N.nbytes for piece in pieces)
+        return Offer(self._rank, version, spans, nbytes, shown, found, hashing_s)
+
+    def send(self) -> None:
+        """Broadcasts what was offered to the engines elsewhere, if there are any."""
+        if self._group is None:
+            return
+        small, large = _sorted([piece.values_N for piece in self._pieces])
+        block, views = _block_for(small, self._device)
+        copy(small, views)
+        _broadcast(self._group, [block, *large])
+        _wait(self._device)
+
+    def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
+        values = [piece.values_N for piece in pieces]
+        if self._copy is None or [one.numel() for one in self._copy] != [value.numel() for value in values]:
+            self._copy = _block_for(values, self._device)[1]
+        copy(values, self._copy)
+        return [Piece(piece.span, own) for piece, own in zip(pieces, self._copy, strict=True)]
+
+    def _show(self, engine: str, pieces: Sequence[Piece]) -> Shown:
+        """Handles count their readers, so each engine gets its own."""
+        storages = {piece.values_N.untyped_storage().data_ptr(): piece.values_N.untyped_storage() for piece in pieces}
+        numbers = {address: number for number, address in enumerate(storages)}
+        places = list[tuple[int, int]]()
+        for values_N in (piece.values_N for piece in pieces):
+            first = int(values_N.storage_offset()) * values_N.element_size()
+            places.append((numbers[values_N.untyped_storage().data_ptr()], first))
+        known, handles = tuple((address, storage.nbytes()) for address, storage in storages.items()), None
+        if self._shown.get(engine) != known:
+            blocks = [torch.empty(0, dtype=torch.uint8, device=self._device).set_(one) for one in storages.values()]
+            handles, self._shown[engine] = pickle.dumps([reduce_tensor(block) for block in blocks]), known
+            torch.cuda.ipc_collect()  # frees what was shown before and nobody reads any more
+        return Shown(handles, tuple(places))
+
+
+class Receiver:
+    """An engine's side. `groups`: rank -> the group in which it broadcasts to this engine."""
+
+    def __init__(self, name: str, device: torch.device, groups: Mapping[int, Any]) -> None:
+        self._name, self._device, self._groups = name, device, groups
+        self._blocks: dict[int, list[Block]] = {}  # of ranks on the same GPU
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            close_group(group, self._device)
+
+    @torch.no_grad()
+    def take(self, offers: Sequence[Offer], state: Mapping[str, Tensor]) -> None:
+        """Fills the tensors of a model from the offers of all ranks, in the order of the ranks, as all engines do."""
+        for offer in offers:
+            if self._name in offer.shown:
+                put(self._read(offer, offer.shown[self._name], state), state)
+            else:
+                self._receive(offer, state)
+        _wait(self._device)
+
+    def _read(self, offer: Offer, shown: Shown, state: Mapping[str, Tensor]) -> list[Piece]:
+        if shown.handles is not None:
+            self._blocks.pop(offer.rank, None)  # lets go of the old ones first
+            opened: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = pickle.loads(shown.handles)
+            self._blocks[offer.rank] = [rebuild(*arguments) for rebuild, arguments in opened]
+        pieces = []
+        for span, (number, first) in zip(offer.spans, shown.places, strict=True):
+            own = span.of(state)
+            pieces.append(Piece(span, self._blocks[offer.rank][number][first : first + own.nbytes].view(own.dtype)))
+        return pieces
+
+    def _receive(self, offer: Offer, state: Mapping[str, Tensor]) -> None:
+        small, large = _sorted([span.of(state) for span in offer.spans])
+        block, views = _block_for(small, self._device)
+        _broadcast(self._groups[offer.rank], [block, *large])
+        copy(views, small)
+
+
+def span_digests(parts: Sequence[tuple[Span, Tensor]]) -> dict[str, str]:
+    """A content hash of every span."""
+    return digests({f"{span.name}[{span.first}:{span.first + span.elements}]": values_N for span, values_N in parts})
+
+
+def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where blocks of so many bytes begin one behind the other, and where the last one ends."""
+    found, end = [], 0
+    for size in sizes:
+        found.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return found, end
+
+
+def _sorted(values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The small ones, which travel in one block, and the others."""
+    return [value for value in values if is_small(value)], [value for value in values if not is_small(value)]
+
+
+def _block_for(values: Sequence[Tensor], device: torch.device) -> tuple[Block, list[Tensor]]:
+    """A block with room for all of them, and a view of it for each."""
+    offsets, size = _offsets([value.nbytes for value in values])
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    return block, [block[at : at + one.nbytes].view(one.dtype) for at, one in zip(offsets, values, strict=True)]
+
+
+def _broadcast(group: Any, blocks: Sequence[Block]) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    works = [group.broadcast([block.view(torch.uint8)], options) for block in blocks if block.numel()]
+    for work in works:
+        work.wait()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
