@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from kernels.errors import UserError
@@ -17,6 +17,7 @@ from rl.april import OverlappingPool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
+from rl.engine.stops import Stops
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
@@ -169,8 +170,18 @@ class Reinforcement:
 
     def _response(self, sample: Sample) -> Response:
         prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
-        turns = (turn[:-1] if turn[-1] == self.tokenizer.eos else turn for turn in sample.turns)
-        return Response(prompt, tuple(map(self.tokenizer.decode, turns)), sample.status == "finished")
+        turns = (self._text(turn, own=number % 2 == 0) for number, turn in enumerate(sample.turns))
+        return Response(prompt, tuple(turns), sample.status == "finished")
+
+    def _text(self, turn: Sequence[int], own: bool) -> str:
+        ids = turn[:-1] if turn[-1] == self.tokenizer.eos else turn
+        return self.tokenizer.decode(ids) if self.stops is None or not own else self.stops.text(ids)
+
+    @cached_property
+    def stops(self) -> Stops | None:
+        rollout = self.config.rollout
+        strings = tuple(string.encode() for string in rollout.stop)
+        return Stops(strings, self.tokenizer.spelled(), rollout.include_stop) if strings else None
 
     def evaluate(self, pool: OverlappingPool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
@@ -249,6 +260,7 @@ class Reinforcement:
             cache_tokens=rollout.cache_tokens,
             sampling=Sampling(rollout.temperature, self.config.seed, rollout.top_k, rollout.top_p, rollout.min_p),
             eos_id=self.tokenizer.eos,
+            stops=self.stops,
         )
 
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:

@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 
 from rl.length_bias import GroupLength, LengthWindow
 
-# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens;
-# abandoned: its environment failed to answer, so it cannot be judged
+# pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
+# truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
 Status = Literal["pending", "partial", "finished", "truncated", "abandoned"]
 
 # A sample's uid is group * UIDS_PER_GROUP + its place in the group, so it stays unique when samples_per_group changes.
@@ -46,9 +46,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt, at any stage. The <eos> of a finished sample is its last response token.
+    """One completion of one prompt, at any stage. What ended a finished sample, <eos> or a stop string, ends its last token or
+    stands in it.
 
-    In a conversation the response has several turns, each of the model's with its <eos>, and the environment's answers between.
+    In a conversation the response has several turns, each of the model's with its end, and the environment's answers between.
     """
 
     uid: int
@@ -81,6 +82,11 @@ class Sample:
         """The response tokens of the model and of the environment, alternately; the first turn is the model's."""
         speakers = groupby(self.segments, key=lambda segment: segment.sampled)
         return tuple(tuple(token for segment in said for token in segment.token_ids) for _, said in speakers)
+
+    @property
+    def turn_so_far(self) -> tuple[int, ...]:
+        """What the model has said since the prompt or the environment's last answer."""
+        return self.turns[-1] if self.segments and self.segments[-1].sampled else ()
 
     @property
     def trainer_logprobs(self) -> tuple[float, ...]:

@@ -311,6 +311,8 @@ class RolloutConfig(Record):
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
+    include_stop: bool  # whether the task sees the string that ended the text
     engines: int = Field(gt=0)
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot

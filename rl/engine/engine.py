@@ -24,6 +24,7 @@ from kernels.ragged import PAGE_TOKENS, ragged
 from rl.engine.decoder import Decoder, RowState, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.sampler import Sampling
+from rl.engine.stops import Stops
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
@@ -45,6 +46,7 @@ class EngineSettings:
     cache_tokens: int | None  # that the cache holds; None: max_length for every slot
     sampling: Sampling
     eos_id: int
+    stops: Stops | None = None  # what ends a turn besides <eos>
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError when one may grow beyond `max_length`."""
@@ -74,6 +76,7 @@ class Row:
     ids: list[int]  # prompt and response
     pages: list[int]
     cached: int  # tokens of `ids` whose keys are in the pages, or on their way there
+    tail: bytes  # of the turn's text, where a stop string may have begun
     tokens: list[int] = field(default_factory=list)  # generated since it was submitted
     logprobs: list[float] = field(default_factory=list)
     status: Status = "partial"
@@ -248,10 +251,17 @@ class Engine:
                 row.ids.append(token)
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
-                if token == self._settings.eos_id:
+                if token == self._settings.eos_id or self._completes_stop(row, token):
                     row.status = "finished"
                 elif row.generated >= self._settings.max_new_tokens:
                     row.status = "truncated"
+
+    def _completes_stop(self, row: Row, token: int) -> bool:
+        stops = self._settings.stops
+        if stops is None:
+            return False
+        row.tail, complete = stops.after(row.tail, token)
+        return complete
 
     # ------------------------------------------------------------ pages
 
@@ -314,7 +324,9 @@ class Engine:
         pages = shared + self._pages.take(missing)
         # First come, first filled: who finds these pages comes later, or in the same pass, which writes before it reads.
         self._pages.publish(pages, prefix)
-        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens)
+        stops = self._settings.stops
+        tail = b"" if stops is None else stops.tail(item.turn_so_far)
+        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens, tail=tail)
 
     def _prefill(self) -> None:
         """One chunk: up to PREFILL_TOKENS tokens of the prefixes that are not in the cache, in the order of the queue."""

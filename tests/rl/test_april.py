@@ -33,6 +33,8 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         top_k=None,
         top_p=1.0,
         min_p=0.0,
+        stop=(),
+        include_stop=False,
         cache_tokens=None,
         overlap=False,
         server=None,
