@@ -261,6 +261,7 @@ class Reinforcement:
             sampling=Sampling(rollout.temperature, self.config.seed, rollout.top_k, rollout.top_p, rollout.min_p),
             eos_id=self.tokenizer.eos,
             stops=self.stops,
+            record_routing=rollout.replay_routing,
         )
 
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:

@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from rl.length_bias import GroupLength, LengthWindow
+from rl.routed_experts import RoutedExperts
 
 # pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
 # truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
@@ -29,7 +30,10 @@ class Segment:
     """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
 
     Those of the environment were not `sampled`: they have no log-probability and are never learned. `trainer_logprobs` are
-    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py).
+    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py). `experts`, where
+    they were recorded, are those of the tokens that no earlier segment has them of, prompt and answers included, up to the last
+    token but one: the last one is not computed before the next segment. So a token keeps the experts that chose what follows
+    it, however often newer weights go over it again.
     """
 
     token_ids: tuple[int, ...]
@@ -37,6 +41,7 @@ class Segment:
     weight_version: int  # of an answer: that of the turn before it
     sampled: bool = True
     trainer_logprobs: tuple[float, ...] | None = None
+    experts: RoutedExperts | None = None
 
     def __post_init__(self) -> None:
         expected = len(self.token_ids) if self.sampled else 0
@@ -96,6 +101,17 @@ class Sample:
             assert segment.trainer_logprobs is not None, f"the trainer was not asked about all tokens of sample {self.uid}"
             found += segment.trainer_logprobs
         return tuple(found)
+
+    @property
+    def recorded(self) -> int:
+        """Of how many tokens, from the first of the prompt on, the experts are known."""
+        return sum(segment.experts.tokens for segment in self.segments if segment.experts is not None)
+
+    @property
+    def experts(self) -> RoutedExperts | None:
+        """Of the first `recorded` tokens."""
+        parts = [segment.experts for segment in self.segments if segment.experts is not None]
+        return RoutedExperts.joined(parts) if parts else None
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -293,12 +309,16 @@ def _segment_state(segment: Segment) -> dict[str, Any]:
     }
     if segment.trainer_logprobs is not None:
         state["trainer_logprobs"] = list(segment.trainer_logprobs)
+    if segment.experts is not None:
+        state["experts"] = segment.experts.to_state()
     return state
 
 
 def _segment_from(state: dict[str, Any]) -> Segment:
     asked = tuple(state["trainer_logprobs"]) if "trainer_logprobs" in state else None
-    return Segment(tuple(state["token_ids"]), tuple(state["logprobs"]), state["weight_version"], state["sampled"], asked)
+    experts = RoutedExperts.from_state(state["experts"]) if "experts" in state else None
+    tokens, logprobs = tuple(state["token_ids"]), tuple(state["logprobs"])
+    return Segment(tokens, logprobs, state["weight_version"], state["sampled"], asked, experts)
 
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:

@@ -313,6 +313,7 @@ class RolloutConfig(Record):
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
     stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
     include_stop: bool  # whether the task sees the string that ended the text
+    replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
@@ -458,6 +459,12 @@ class RLConfig(RunConfig):
             raise ValueError(
                 "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
                 "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
+        if self.rollout.replay_routing:
+            raise ValueError(
+                "rollout.replay_routing needs the experts of every token, those of interrupted samples too, and completion "
+                "servers send them in no agreed form, if at all; generate with our engines, or set replay_routing=false and "
+                "let algorithm.token_band drop the tokens whose probabilities differ"
             )
         if self.sync.anchor_every > 1 or self.sync.check:
             raise ValueError(

@@ -50,6 +50,13 @@ _DECLARED = (
     Metric("moe/max_vio", "", "MaxVio", ".3f", "load of the fullest expert over the mean load, minus 1; mean over layers"),
     Metric("moe/max_vio_worst_layer", "", "MaxVio, worst layer", ".3f", "the same of the layer where it is largest"),
     Metric("moe/bias_range", "", "bias range", ".3f", "largest minus smallest selection bias"),
+    Metric(
+        "moe/replay_changed",
+        "share",
+        "choices replayed",
+        ".2%",
+        "experts of the learned tokens that the trainer's gates would not have chosen; where routing is replayed",
+    ),
     Metric(LOAD, "share", "expert load", ".3f", "share of a layer's tokens that each expert got; (layers, experts)"),
     Metric("moe/rank_imbalance", "", "rank imbalance", ".3f", "expert load of the busiest rank over the mean, with copies"),
     Metric("moe/rank_imbalance_owners", "", "imbalance, no copies", ".3f", "the same if owners alone served their experts"),

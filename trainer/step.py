@@ -220,6 +220,8 @@ class Trainer:
         # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
         loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
         metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
+        if predicted.replaced_BS is not None:
+            metrics["moe/replay_changed"] = predicted.replaced_BS
         sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
         return loss, sums, counts_LE
 
@@ -262,6 +264,7 @@ class Trainer:
                 self._attend(batch.documents_BS),
                 [ShardedExperts(layer, weights.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
                 weights.bias_LE,
+                recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
                 recompute=self.spec.recompute and torch.is_grad_enabled(),
             )
             logprobs_T, entropy_T = token_logprobs(
@@ -272,7 +275,8 @@ class Trainer:
             )
         values_BS = None if self.value_head is None else self.value_head(output.hidden_BSD)
         shape = batch.tokens_BS.shape
-        return Predictions(logprobs_T.view(shape), entropy_T.view(shape), values_BS), output.counts_LE
+        logprobs_BS, entropy_BS = logprobs_T.view(shape), entropy_T.view(shape)
+        return Predictions(logprobs_BS, entropy_BS, values_BS, output.replaced_BS), output.counts_LE
 
     def _attend(self, documents_BS: Tensor) -> Attend:
         if self.spec.batch_invariant:

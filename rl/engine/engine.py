@@ -25,6 +25,7 @@ from rl.engine.decoder import Decoder, RowState, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.sampler import Sampling
 from rl.engine.stops import Stops
+from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
@@ -47,6 +48,7 @@ class EngineSettings:
     sampling: Sampling
     eos_id: int
     stops: Stops | None = None  # what ends a turn besides <eos>
+    record_routing: bool = False  # keeps the experts of every token for the trainer
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError when one may grow beyond `max_length`."""
@@ -110,7 +112,7 @@ class Engine:
         self._settings, self._device = settings, device
         self._model = _unset_model(config, device, dtype)
         pages = 1 + -(-tokens // page)
-        self._cache = PagedCache(config, pages, device, dtype)
+        self._cache = PagedCache(config, pages, device, dtype, settings.record_routing)
         self._pages = PageTable(pages, page)
         self._decoder = Decoder(self._model, self._cache, settings.sampling, settings.slots, max_pages)
         self._waiting: deque[Sample] = deque()
@@ -232,7 +234,16 @@ class Engine:
         if not row.tokens:
             return row.sample
         assert self._version is not None
-        return row.sample.extended(Segment(tuple(row.tokens), tuple(row.logprobs), self._version), row.status)
+        segment = Segment(tuple(row.tokens), tuple(row.logprobs), self._version, experts=self._recorded(row))
+        return row.sample.extended(segment, row.status)
+
+    def _recorded(self, row: Row) -> RoutedExperts | None:
+        """The experts of the row's tokens that earlier segments have no record of; its last token has not been computed."""
+        if self._cache.experts_PLK is None:
+            return None
+        page = self._pages.page_tokens
+        places = [row.pages[p // page] * page + p % page for p in range(row.sample.recorded, len(row.ids) - 1)]
+        return RoutedExperts.of(self._cache.experts_PLK[torch.tensor(places, device=self._device)])
 
     def _look(self, then: Step | None) -> None:
         """Takes the result of the running step in; `then` is running from now on.
@@ -358,12 +369,13 @@ class Engine:
         shared = config.num_heads // config.num_kv_heads
         spans = ragged([count for _, count in chunk], lengths, table.to(device), shared, device)
         inputs = torch.tensor([tokens, positions, places], device=device)
-        self._model.forward(
+        output = self._model.forward(
             inputs[:1],
             inputs[1:2],
             torch.ones(1, len(tokens), dtype=torch.bool, device=device),
             PagedAttention(self._cache, spans, inputs[2]),
         )
+        self._cache.record(inputs[2], output.experts_LTK)
 
 
 def _unset_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:

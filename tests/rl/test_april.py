@@ -35,6 +35,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         min_p=0.0,
         stop=(),
         include_stop=False,
+        replay_routing=False,
         cache_tokens=None,
         overlap=False,
         server=None,
