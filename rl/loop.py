@@ -241,7 +241,7 @@ class Reinforcement:
             batch_invariant=True,
             temperature=config.rollout.temperature,
             freeze_router=config.loop.freeze_router,
-            value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
+            value_decay=config.algorithm.value_decay if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
             guard=Guard(config.loop.skip_nonfinite, spike_zscore=None, spike_window=2, on_spike="stop"),
         )

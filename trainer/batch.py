@@ -52,11 +52,12 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a forward pass says of every position; all (B, S) float32."""
+    """What a forward pass says of every position; float32, (B, S) but for `inputs_BSP`."""
 
     logprobs_BS: Tensor  # of the targets
     entropy_BS: Tensor  # of the next-token distribution
     values_BS: Tensor | None = None  # of the value head, where there is one
+    inputs_BSP: Tensor | None = None  # of the value head
     replaced_BS: Tensor | None = None  # of a replay: the share of a token's experts that the gates would not have chosen
 
 
@@ -66,6 +67,7 @@ class TokenLoss:
 
     loss_BS: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    returns_BS: Tensor | None = None  # what the value head is to predict
 
 
 # A pure function; it travels to the ranks by pickle.

@@ -344,9 +344,10 @@ class AlgorithmConfig(Record):
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
     discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
     gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
-    value_lr: float = Field(gt=0)  # gae: learning rate of the value head
-    value_coefficient: float = Field(gt=0)  # gae: weight of the value loss, which moves the policy's trunk too
-    value_clip: float | None = Field(gt=0)  # gae: an update trusts values that moved by at most so much
+    value_lambda: float = Field(ge=0, le=1)  # gae: gae_lambda of the returns that the value head learns (VC-PPO, 2503.01491)
+    value_decay: float = Field(gt=0, le=1)  # gae: what an update's returns still count in the value head's next fit
+    value_coefficient: float = Field(ge=0)  # gae: weight of the value loss in the trunk that policy and value head share
+    value_clip: float | None = Field(gt=0)  # gae: this loss trusts values that moved by at most so much
     value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses

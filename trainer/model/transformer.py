@@ -55,6 +55,7 @@ class Output:
     hidden_BSD: Tensor  # after the final norm
     counts_LE: Tensor  # int64; entries of every expert from valid tokens
     experts_LTK: tuple[Tensor, ...]  # int64; the experts of every token
+    depths_BSD: tuple[Tensor, ...]  # hidden states behind the layers that were asked for
     replaced_BS: Tensor | None  # float32; of a replay: the share of a token's experts that its router would not have chosen
 
 
@@ -271,17 +272,19 @@ class Transformer(nn.Module):
         bias_LE: Tensor,
         *,
         recorded_BSLK: Tensor | None = None,
+        depths: Sequence[int] = (),
         recompute: bool = False,
     ) -> Output:
         """Hidden states after the final norm, the experts of every token and the load of every expert.
 
         `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
         float32. `recorded_BSLK` (kernels/replay.py) are experts to take instead of those that the gates choose.
+        The outputs of the layers `depths` are returned beside the last one, which is behind the final norm.
         `recompute` keeps only the input of each block for the backward pass.
         """
         angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
         x_BSD = self.embedding(tokens_BS)
-        choices: list[Choice] = []
+        choices, at_depths = list[Choice](), list[Tensor]()
         for layer, block in enumerate(self.blocks):
             moe_layer = layer - self.config.num_dense_layers
             routed: tuple[LayerExperts | Tensor | None, ...] = (None, None, None)
@@ -295,11 +298,14 @@ class Transformer(nn.Module):
                 x_BSD, choice = block(*arguments)
             if choice is not None:
                 choices.append(choice)
+            if layer in depths:
+                at_depths.append(x_BSD)
         replaced = [choice.replaced_T for choice in choices if choice.replaced_T is not None]
         return Output(
             self.norm(x_BSD),
             torch.stack([choice.counts_E for choice in choices]),
             tuple(choice.experts_TK for choice in choices),
+            tuple(at_depths),
             torch.stack(replaced).mean(dim=0).view_as(tokens_BS) if replaced else None,
         )
 
