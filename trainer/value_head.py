@@ -7,10 +7,10 @@ of float64: 134 MB where a hidden state has 1,024.
 Why not by gradient steps: tests/benchmarks/rl.md measures that such a head predicts nothing. The last hidden state is made to
 predict the next token and knows little of the reward; several depths together know more, so the head reads DEPTHS of them. A
 round has some hundred rewards, each shared by the tokens of a response, and inputs that depend on each other so much need far
-more steps than a policy takes; so the head goes to the end of them at once: ridge regression on all that it has seen, older updates counting less
-(the linear baseline of 1604.06778, which forgets). And what part of a fit is noise changes from round to round; so each new
-batch, before it is learned, judges several ridges, an infinite one among them that predicts the mean alone, and the best so far
-gives the values.
+more steps than a policy takes; so the head goes to the end of them at once: ridge regression on all that it has seen, older
+updates counting less (the linear baseline of 1604.06778, which forgets). And what part of a fit is noise changes from round to
+round; so each new batch, before it is learned, judges several ridges, an infinite one among them that predicts the mean alone,
+and the best so far gives the values.
 """
 
 from __future__ import annotations
