@@ -22,7 +22,7 @@ from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
 from rl.staged import stage
-from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
@@ -31,7 +31,7 @@ from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
-from trainer.metrics import Value
+from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
@@ -103,7 +103,8 @@ class Reinforcement:
                 result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:
                 update(result.groups)
-            metrics |= result.metrics
+            waiting = lengths_of((*buffer.recycled, *buffer.surplus))
+            metrics |= {**result.metrics, LENGTHS: buffer.lengths.histogram(waiting, config.rollout.max_new_tokens)}
             clock = time.perf_counter()
             metrics |= pool.load_weights(ranks, version + 1, config.sync)
             metrics["sync/weights_s"] = time.perf_counter() - clock

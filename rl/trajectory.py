@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from rl.length_bias import GroupLength, LengthWindow
+from rl.length_bias import GroupLengths, LengthWindow
 from rl.routed_experts import RoutedExperts
 
 # pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
@@ -174,8 +174,8 @@ def fresh_group(group: int, prompt_ids: Sequence[int], samples: int) -> Group:
     return Group(group, tuple(Sample(uid=uid, group=group, prompt_ids=tuple(prompt_ids)) for uid in uids))
 
 
-def lengths_of(groups: Iterable[Group]) -> tuple[GroupLength, ...]:
-    return tuple(GroupLength(group.id, len(group.samples), sum(sample.length for sample in group.samples)) for group in groups)
+def lengths_of(groups: Iterable[Group]) -> tuple[GroupLengths, ...]:
+    return tuple(GroupLengths(group.id, tuple(sample.length for sample in group.samples)) for group in groups)
 
 
 class RolloutBuffer:

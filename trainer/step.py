@@ -295,6 +295,7 @@ class Trainer:
         return {
             "moe/max_vio": float(violation_L.mean()),
             "moe/max_vio_worst_layer": float(violation_L.max()),
+            "moe/dead_experts": int((counts_LE == 0).sum()),
             "moe/bias_range": float(self.bias_LE.amax() - self.bias_LE.amin()),
             "moe/load": [[round(share, 5) for share in row] for row in load_shares(counts_LE).tolist()],
         }
