@@ -438,6 +438,13 @@ class RLConfig(RunConfig):
                 "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
                 "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
             )
+        whole = self.rollout.top_k is None and self.rollout.top_p == 1 and self.rollout.min_p == 0
+        if not whole and self.algorithm.off_policy in ("recompute", "mask", "staged"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "and rollout.top_k, top_p and min_p leave tokens out that the trainer does not; choose "
+                "algorithm.off_policy=decoupled or bypass, or set them to null, 1.0 and 0.0"
+            )
         if self.rollout.server is not None:
             self._consistent_with_server()
         elif self.rollout.server_reload is not None:

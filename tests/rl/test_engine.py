@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from random import Random
 from typing import Any
 
@@ -18,7 +17,7 @@ from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.kv_cache import PageTable
 from rl.engine.pool import LocalPool, deal
-from rl.engine.sampler import Sampling, exponential_noise, kept, random_bits, sample
+from rl.engine.sampler import Sampling
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
@@ -303,75 +302,6 @@ def test_dealt_samples_are_spread_evenly() -> None:
     assert sorted(item.uid for hand in hands for item in hand) == [item.uid for item in requests(10)]
 
 
-# ---------------------------------------------------------------- sampler
-
-
-def test_sampled_frequencies_follow_the_distribution_and_logprobs_name_it() -> None:
-    draws, vocab, temperature = 20000, 12, 0.7
-    logits_V = torch.linspace(-3, 2, vocab)
-    uids = torch.arange(draws) % 100
-    tokens, logprobs = sample(logits_V.expand(draws, vocab), uids, torch.arange(draws) // 100, Sampling(temperature, seed=3))
-    expected_V = (logits_V / temperature).softmax(-1)
-    torch.testing.assert_close(logprobs, expected_V.log()[tokens])
-    counts_V = torch.bincount(tokens, minlength=vocab).double()
-    chi_square = ((counts_V - draws * expected_V) ** 2 / (draws * expected_V)).sum().item()
-    assert chi_square < 31.3  # the 0.1 % point for 11 degrees of freedom
-
-
-def test_what_is_left_out_is_never_drawn_and_the_rest_keeps_its_odds() -> None:
-    shares = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
-    cases = [
-        (Sampling(1.0, 0, top_k=2), 2),
-        (Sampling(1.0, 0, top_p=0.69), 2),
-        (Sampling(1.0, 0, top_p=0.71), 3),
-        (Sampling(1.0, 0, min_p=0.3), 3),
-        (Sampling(1.0, 0, top_k=4, top_p=0.99, min_p=0.2), 4),
-        (Sampling(1.0, 0, top_p=1e-6), 1),
-    ]
-    for sampling, count in cases:
-        left = kept(shares.log()[None], sampling)[0]
-        assert left.isfinite().sum() == count and left[:count].isfinite().all()
-        tokens, logprobs = sample(shares.log().expand(500, 5), torch.arange(500), torch.zeros(500, dtype=torch.int64), sampling)
-        assert tokens.max() == count - 1
-        torch.testing.assert_close(logprobs, (shares / shares[:count].sum()).log()[tokens])
-    assert Sampling(0.7, 1).whole and not any(sampling.whole for sampling, _ in cases)
-
-
-def test_noise_is_exponential_and_uncorrelated_between_uids_positions_tokens_and_seeds() -> None:
-    uids, positions = torch.arange(64).repeat_interleave(64), torch.arange(64).repeat(64)
-    noise = exponential_noise(uids, positions, 0, 32).view(64, 64, 32)
-    assert noise.mean().item() == pytest.approx(1, abs=0.02)
-    assert noise.var().item() == pytest.approx(1, abs=0.05)
-    assert (noise > math.log(2)).double().mean().item() == pytest.approx(0.5, abs=0.01)
-    other_seed = exponential_noise(uids, positions, 1, 32).view(64, 64, 32)
-    pairs = [(noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[..., 1:], noise[..., :-1]), (noise, other_seed)]
-    for left, right in pairs:
-        correlation = torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1].item()
-        assert abs(correlation) < 0.015
-
-
-def test_random_bits_equal_the_same_arithmetic_on_plain_integers() -> None:
-    def mix64(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) % 2**64
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    def bits(uid: int, position: int, seed: int, token: int) -> int:
-        key = mix64((mix64((mix64(seed) + uid) % 2**64) + position) % 2**64)
-        x = (token * 0x9E3779B9 + key) % 2**32
-        x = (x ^ (x >> 16)) * 0x21F0AAAD % 2**32
-        x ^= key >> 32
-        x = (x ^ (x >> 15)) * 0xD35A2D97 % 2**32
-        return x ^ (x >> 15)
-
-    uids, positions = torch.tensor([0, 7, 3 << 40]), torch.tensor([0, 5, 31000])
-    got = random_bits(uids, positions, 11, 50)
-    for row in range(3):
-        for token in range(50):
-            assert got[row, token].item() % 2**32 == bits(uids[row].item(), positions[row].item(), 11, token)  # type: ignore[arg-type]
-
-
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -395,10 +325,3 @@ def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[in
     assert len(done) == 40 and max(len(item.segments) for item in done) > 1
     for item, expected in zip(done, trainer_logprobs(model, done, 600), strict=True):
         assert list(item.logprobs) == expected, "bit for bit"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sampling_noise_is_the_same_on_cpu_and_gpu() -> None:
-    uids, positions = torch.arange(16) << 33, torch.arange(16)
-    assert torch.equal(random_bits(uids, positions, 9, 4096), random_bits(uids.cuda(), positions.cuda(), 9, 4096).cpu())
