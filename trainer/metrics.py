@@ -56,7 +56,9 @@ _DECLARED = (
         "load of the fullest expert over the mean load, minus 1; mean over layers; in RL of a round",
     ),
     Metric("moe/max_vio_worst_layer", "", "MaxVio, worst layer", ".3f", "the same of the layer where it is largest"),
-    Metric("moe/dead_experts", "experts", "dead experts", ".0f", "experts that no token of the update chose; sum over layers"),
+    Metric(
+        "moe/dead_experts", "experts", "dead experts", ".0f", "experts that no token chose; sum over layers; in RL of a round"
+    ),
     Metric("moe/bias_range", "", "bias range", ".3f", "largest minus smallest selection bias"),
     Metric(
         "moe/replay_changed",

@@ -114,7 +114,7 @@ class Completion:
             "frequency_penalty": 0.0,
             "seed": hash((sampling.seed, sample.uid, sample.length + len(self.tokens))) % SEEDS,
             "stop_token_ids": [self.settings.eos_id],
-            "stop": [string.decode() for string in stops.strings] if stops else [],
+            **({"stop": [string.decode() for string in stops.strings]} if stops else {}),
             "logprobs": 0,  # of the sampled tokens alone
             "return_token_ids": True,
             "stream": True,
