@@ -72,17 +72,22 @@ def route(
         return Routing(*route_with_kernels(logits_TE, bias_E, valid_T, settings))
     if logits_TE.dtype != torch.float64:
         logits_TE = logits_TE.float()
-    scores_TE = _scores(logits_TE, scores)
+    scores_TE = scores_of(logits_TE, scores)
     experts_TK = _selection(scores_TE.detach(), top_k, bias_E, num_groups, top_groups)
+    weights_TK = weights_of(scores_TE, experts_TK, renormalize, scale)
+    counts_E = counts_of(experts_TK, logits_TE.shape[1], valid_T)
+    sums = _auxiliary(logits_TE, scores_TE, scores, valid_T) if auxiliary else (None, None)
+    return Routing(experts_TK, weights_TK, counts_E, *sums)
+
+
+def weights_of(scores_TE: Tensor, experts_TK: Tensor, renormalize: bool, scale: float) -> Tensor:
     weights_TK = scores_TE.gather(1, experts_TK)
     if renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
-    counts_E = _counts(experts_TK, logits_TE.shape[1], valid_T)
-    sums = _auxiliary(logits_TE, scores_TE, scores, valid_T) if auxiliary else (None, None)
-    return Routing(experts_TK, weights_TK * scale, counts_E, *sums)
+    return weights_TK * scale
 
 
-def _scores(logits_TE: Tensor, scores: Scores) -> Tensor:
+def scores_of(logits_TE: Tensor, scores: Scores) -> Tensor:
     if scores == "softmax":
         return logits_TE.softmax(dim=-1)
     if scores == "sigmoid":
@@ -108,7 +113,7 @@ def _best_first(scores: Tensor) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
-def _counts(experts_TK: Tensor, num_experts: int, valid_T: Tensor | None) -> Tensor:
+def counts_of(experts_TK: Tensor, num_experts: int, valid_T: Tensor | None) -> Tensor:
     entries_TK = torch.ones_like(experts_TK) if valid_T is None else valid_T[:, None].expand_as(experts_TK).long()
     # Integer sums: the same on every device, and unlike bincount without a wait for the GPU.
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_TK.device)

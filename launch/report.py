@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from kernels.errors import UserError
 from launch.cli import guarded
-from trainer.metrics import LOAD, METRICS, STEP_WORDS, Metric, Stage, Value, clock, read_records, summary
+from trainer.metrics import LENGTHS, LOAD, METRICS, STEP_WORDS, Metric, Stage, Value, clock, read_records, summary
 from trainer.run_dir import read_status, shown, write_atomically
 
 INK = "#010203"  # stands for the text colour until the page is put together
@@ -88,6 +88,12 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
         Panel("Shares of samples and groups", ("rollout/truncated_share", "reward/zero_std_share")),
         Panel("Entropy", ("train/entropy",)),
         Panel("Trainer against engine", ("policy/mismatch_abs",)),
+        Panel("Experts that a replay changes", ("moe/replay_changed",)),
+        Panel("Balance of the experts", ("moe/max_vio", "moe/max_vio_worst_layer")),
+        Panel("Experts without a token", ("moe/dead_experts",)),
+        Panel("Range of the selection bias", ("moe/bias_range",)),
+        Panel("What values explain of the returns", ("value/explained_variance",)),
+        Panel("Trained over drawn length", ("rollout/length_bias",), from_zero=False),
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Rollout speed", ("rollout/tokens_per_s",)),
         Panel("Where a round's time goes", ("time/rollout_s", "time/train_s", "sync/weights_s")),
@@ -155,6 +161,7 @@ def _section(run: Run, mark: str) -> str:
         facts=facts,
         table=_summary_table(run),
         figures="\n".join(filter(None, figures)),
+        lengths=_lengths(run, f"{mark}lengths"),
         load=_load_map(run, f"{mark}load"),
         config=escape(run.config_text),
     )
@@ -247,6 +254,26 @@ def _dress(axes: Axes, step_word: str, metric: Metric) -> None:
     axes.margins(x=0.015)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
+
+
+def _lengths(run: Run, mark: str) -> str:
+    """How long the samples were that were trained, and that were drawn; of the last record. Nothing for runs without."""
+    found = [(record["step"], record[LENGTHS]) for record in run.records if LENGTHS in record]
+    if not found:
+        return ""
+    step, (trained, drawn) = found[-1][0], np.array(found[-1][1], dtype=float)
+    edges = np.linspace(0, run.config["rollout"]["max_new_tokens"], len(trained) + 1)
+    figure = Figure(figsize=(4.9, 2.75), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(drawn, edges, fill=True, color=LINES[0], alpha=0.35, label="drawn")
+    axes.stairs(trained, edges, color=LINES[1], linewidth=1.8, label="trained")
+    _dress(axes, "response tokens", METRICS[LENGTHS])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, borderaxespad=0, handlelength=1.4)
+    means = [float((shares * (edges[:-1] + edges[1:]) / 2).sum()) for shares in (trained, drawn)]
+    alt = f"Lengths after round {step}: trained {means[0]:.1f} tokens in the mean, drawn {means[1]:.1f}"
+    notes = "samples drawn in the last 8 rounds, waiting ones with what they have, and samples trained in them"
+    return _figure("Lengths trained and drawn", [("share of samples", notes)], _svg(figure, mark, alt))
 
 
 def _load_map(run: Run, mark: str) -> str:
@@ -371,6 +398,7 @@ SECTION = """<section>
 {table}
 <div class="figures">
 {figures}
+{lengths}
 {load}
 </div>
 <details><summary>Configuration</summary><pre>{config}</pre></details>

@@ -25,7 +25,7 @@ class PolicyObjective:
     `batch.extras` (rl/extras.py) holds PROXIMAL where a round takes several optimizer steps. With one step the proximal policy
     is the one being trained: its log-probabilities are those of this very forward pass, detached. A ratio to it is 1 then, and
     no clip acts on it. Under staged PROXIMAL is, token by token, the policy of the version that wrote it. k1 is not in the loss
-    but in the reward (rl/returns.py); the last term needs a value head.
+    but in the reward (rl/returns.py). The last term moves the trunk below a value head, which itself is fitted to RETURNS.
     """
 
     config: AlgorithmConfig
@@ -55,8 +55,9 @@ class PolicyObjective:
             old_BS, returns_BS = batch.extras[VALUES], batch.extras[RETURNS]
             value_loss_BS, held_BS = clipped_value_loss(predicted.values_BS, old_BS, returns_BS, self.config.value_clip)
             metrics |= {"value/loss": value_loss_BS.detach(), "value/clip_share": held_BS.float()}
-            loss_BS = loss_BS + self.config.value_coefficient * value_loss_BS
-        return TokenLoss(loss_BS=loss_BS, metrics=metrics)
+            if self.config.value_coefficient > 0:
+                loss_BS = loss_BS + self.config.value_coefficient * value_loss_BS
+        return TokenLoss(loss_BS=loss_BS, metrics=metrics, returns_BS=batch.extras.get(RETURNS))
 
     def _ratios(self, logprobs_BS: Tensor, proximal_BS: Tensor, behaviour_BS: Tensor) -> Ratios:
         match self.config.off_policy:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from kernels.errors import UserError
@@ -17,11 +17,12 @@ from rl.april import OverlappingPool, complete, rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
+from rl.engine.stops import Stops
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
 from rl.staged import stage
-from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
+from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
@@ -30,7 +31,7 @@ from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
-from trainer.metrics import Value
+from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
@@ -109,7 +110,8 @@ class Reinforcement:
                 result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:
                 update(result.groups)
-            metrics |= result.metrics
+            waiting = lengths_of((*buffer.recycled, *buffer.surplus))
+            metrics |= {**result.metrics, LENGTHS: buffer.lengths.histogram(waiting, config.rollout.max_new_tokens)}
             clock = time.perf_counter()
             metrics |= pool.load_weights(ranks, version + 1, config.sync)
             metrics["sync/weights_s"] = time.perf_counter() - clock
@@ -177,8 +179,18 @@ class Reinforcement:
 
     def _response(self, sample: Sample) -> Response:
         prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
-        turns = (turn[:-1] if turn[-1] == self.tokenizer.eos else turn for turn in sample.turns)
-        return Response(prompt, tuple(map(self.tokenizer.decode, turns)), sample.status == "finished")
+        turns = (self._text(turn, own=number % 2 == 0) for number, turn in enumerate(sample.turns))
+        return Response(prompt, tuple(turns), sample.status == "finished")
+
+    def _text(self, turn: Sequence[int], own: bool) -> str:
+        ids = turn[:-1] if turn[-1] == self.tokenizer.eos else turn
+        return self.tokenizer.decode(ids) if self.stops is None or not own else self.stops.text(ids)
+
+    @cached_property
+    def stops(self) -> Stops | None:
+        rollout = self.config.rollout
+        strings = tuple(string.encode() for string in rollout.stop)
+        return Stops(strings, self.tokenizer.spelled(), rollout.include_stop) if strings else None
 
     def evaluate(self, pool: OverlappingPool) -> dict[str, float]:
         """The mean reward of one sample for each held-out prompt, with the same noise every time."""
@@ -238,7 +250,7 @@ class Reinforcement:
             batch_invariant=True,
             temperature=config.rollout.temperature,
             freeze_router=config.loop.freeze_router,
-            value_lr=config.algorithm.value_lr if config.algorithm.advantage == "gae" else None,
+            value_decay=config.algorithm.value_decay if config.algorithm.advantage == "gae" else None,
             seed=config.seed,
             guard=Guard(config.loop.skip_nonfinite, spike_zscore=None, spike_window=2, on_spike="stop"),
         )
@@ -257,6 +269,8 @@ class Reinforcement:
             cache_tokens=rollout.cache_tokens,
             sampling=Sampling(rollout.temperature, self.config.seed, rollout.top_k, rollout.top_p, rollout.min_p),
             eos_id=self.tokenizer.eos,
+            stops=self.stops,
+            record_routing=rollout.replay_routing,
         )
 
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.replay import unrecorded
 from rl.advantages import advantages, overlong_penalty, uncertainty_weight
 from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, RESPONSES
+from rl.routed_experts import RoutedExperts
 from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
 from trainer.config import AlgorithmConfig
@@ -30,6 +32,7 @@ class Document:
     """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response.
 
     So have `proximal_logprobs`, which all documents of a batch have or none: those of the trainer, known before the update.
+    `experts` are to be replayed, of its first tokens or of all but the last.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,8 +41,10 @@ class Document:
     advantage: float
     learned: tuple[bool, ...]
     proximal_logprobs: tuple[float, ...] | None = None
+    experts: RoutedExperts | None = None
 
     def __post_init__(self) -> None:
+        assert self.experts is None or self.experts.tokens <= self.positions, (self.experts.tokens, self.positions)
         assert self.prompt_ids and self.response_ids, "a prompt and a response need a token each"
         assert len(self.response_ids) == len(self.behaviour_logprobs) == len(self.learned)
         assert any(self.learned), "a document without a learned token is a forward pass for nothing"
@@ -68,7 +73,7 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
                 ids, proximal = (sample.prompt_ids, sample.response_ids), None
                 if config.off_policy == "staged":
                     proximal = sample.trainer_logprobs
-                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned, proximal))
+                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned, proximal, sample.experts))
     if not documents:
         raise UserError(
             f"none of the samples of {len(groups)} groups can be learned from: algorithm.off_policy=mask takes tokens of the "
@@ -136,7 +141,21 @@ def pack(
     extras = {RESPONSES: responses_BS, ADVANTAGES: advantages_BS, BEHAVIOUR: behaviour_BS}
     if documents[0].proximal_logprobs is not None:
         extras[PROXIMAL] = proximal_BS
-    return TrainBatch(tokens_BS, targets_BS, documents_BS, weights_BS, extras)
+    return TrainBatch(
+        tokens_BS, targets_BS, documents_BS, weights_BS, extras, routed_BSLK=_routed(documents, places, tokens_BS.shape)
+    )
+
+
+def _routed(documents: Sequence[Document], places: Sequence[Place], shape: tuple[int, ...]) -> Tensor | None:
+    """The recorded experts of all rows; None without any."""
+    found = [(document.experts.tensor(), place) for document, place in zip(documents, places, strict=True) if document.experts]
+    if not found:
+        return None
+    first, _ = found[0]
+    routed_BSLK = torch.full((*shape, *first.shape[1:]), unrecorded(first.dtype), dtype=first.dtype)
+    for experts_TLK, place in found:
+        routed_BSLK[place.row, place.first : place.first + len(experts_TLK)] = experts_TLK
+    return routed_BSLK
 
 
 def response_values(values_BS: Tensor, documents: Sequence[Document], sequence_length: int) -> list[list[float]]:

@@ -75,21 +75,25 @@ def with_token_advantages(batches: Sequence[TrainBatch], config: AlgorithmConfig
 
     What a response earned, its advantage as packed, is the reward at its last token; kl_coefficient * k1 is subtracted at every
     learned token (1909.08593). gae makes advantages of these rewards and the values before the update, and returns =
-    advantages + values for the value head, before the advantages are whitened. reinforce_pp has no values: its advantages are
-    the whitened discounted returns (2501.03262).
+    advantages + values for the value head, before the advantages are whitened and with a lambda of their own: with 1 they are
+    the discounted rewards alone, and values that are wrong do not teach themselves (VC-PPO, 2503.01491). reinforce_pp has no
+    values: its advantages are the whitened discounted returns (2501.03262).
     """
     assert config.advantage in PER_TOKEN, config.advantage
     learned = [batch.weights_BS > 0 for batch in batches]
     values = [batch.extras.get(VALUES, torch.zeros_like(batch.weights_BS)) for batch in batches]
-    decay = config.gae_lambda if config.advantage == "gae" else 1.0
-    found = [
-        gae(token_rewards(batch, config), value_BS, batch.documents_BS, batch.extras[RESPONSES], config.discount, decay)
-        for batch, value_BS in zip(batches, values, strict=True)
-    ]
+
+    def estimated(gae_lambda: float) -> list[Tensor]:
+        return [
+            gae(token_rewards(b, config), value_BS, b.documents_BS, b.extras[RESPONSES], config.discount, gae_lambda)
+            for b, value_BS in zip(batches, values, strict=True)
+        ]
+
+    found = estimated(config.gae_lambda if config.advantage == "gae" else 1.0)
     extras = [{ADVANTAGES: advantages_BS.float()} for advantages_BS in whitened(found, learned)]
     metrics = {}
     if config.advantage == "gae":
-        returns = [advantages_BS + value_BS for advantages_BS, value_BS in zip(found, values, strict=True)]
+        returns = [a_BS + value_BS for a_BS, value_BS in zip(estimated(config.value_lambda), values, strict=True)]
         extras = [{**extra, RETURNS: returns_BS.float()} for extra, returns_BS in zip(extras, returns, strict=True)]
         metrics["value/explained_variance"] = explained_variance(values, returns, learned)
     return [replace(b, extras={**b.extras, **extra}) for b, extra in zip(batches, extras, strict=True)], metrics

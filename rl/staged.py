@@ -57,7 +57,7 @@ def stage(
     new = [sample for sample in everything if is_new(sample)]
     for sample in new:
         _require_version(sample, weight_version)
-    documents = [Document(s.prompt_ids, s.response_ids, s.logprobs, 0.0, (True,) * s.length) for s in new]
+    documents = [Document(s.prompt_ids, s.response_ids, s.logprobs, 0.0, (True,) * s.length, experts=s.experts) for s in new]
     found: dict[int, Sample] = {}
     if documents:
         shares = ranks.call("predict", pack(documents, aggregation="token", **rows), True, False)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from rl.length_bias import GroupLength, LengthWindow
+from rl.length_bias import GroupLengths, LengthWindow
+from rl.routed_experts import RoutedExperts
 
-# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>; truncated: ran into max_new_tokens;
-# abandoned: its environment failed to answer, so it cannot be judged
+# pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
+# truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
 Status = Literal["pending", "partial", "finished", "truncated", "abandoned"]
 
 # A sample's uid is group * UIDS_PER_GROUP + its place in the group, so it stays unique when samples_per_group changes.
@@ -29,7 +30,10 @@ class Segment:
     """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
 
     Those of the environment were not `sampled`: they have no log-probability and are never learned. `trainer_logprobs` are
-    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py).
+    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py). `experts`, where
+    they were recorded, are those of the tokens that no earlier segment has them of, prompt and answers included, up to the last
+    token but one: the last one is not computed before the next segment. So a token keeps the experts that chose what follows
+    it, however often newer weights go over it again.
     """
 
     token_ids: tuple[int, ...]
@@ -37,6 +41,7 @@ class Segment:
     weight_version: int  # of an answer: that of the turn before it
     sampled: bool = True
     trainer_logprobs: tuple[float, ...] | None = None
+    experts: RoutedExperts | None = None
 
     def __post_init__(self) -> None:
         expected = len(self.token_ids) if self.sampled else 0
@@ -46,9 +51,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt, at any stage. The <eos> of a finished sample is its last response token.
+    """One completion of one prompt, at any stage. What ended a finished sample, <eos> or a stop string, ends its last token or
+    stands in it.
 
-    In a conversation the response has several turns, each of the model's with its <eos>, and the environment's answers between.
+    In a conversation the response has several turns, each of the model's with its end, and the environment's answers between.
     """
 
     uid: int
@@ -83,6 +89,11 @@ class Sample:
         return tuple(tuple(token for segment in said for token in segment.token_ids) for _, said in speakers)
 
     @property
+    def turn_so_far(self) -> tuple[int, ...]:
+        """What the model has said since the prompt or the environment's last answer."""
+        return self.turns[-1] if self.segments and self.segments[-1].sampled else ()
+
+    @property
     def trainer_logprobs(self) -> tuple[float, ...]:
         """One a response token; every segment must have them."""
         found: list[float] = []
@@ -90,6 +101,17 @@ class Sample:
             assert segment.trainer_logprobs is not None, f"the trainer was not asked about all tokens of sample {self.uid}"
             found += segment.trainer_logprobs
         return tuple(found)
+
+    @property
+    def recorded(self) -> int:
+        """Of how many tokens, from the first of the prompt on, the experts are known."""
+        return sum(segment.experts.tokens for segment in self.segments if segment.experts is not None)
+
+    @property
+    def experts(self) -> RoutedExperts | None:
+        """Of the first `recorded` tokens."""
+        parts = [segment.experts for segment in self.segments if segment.experts is not None]
+        return RoutedExperts.joined(parts) if parts else None
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -152,8 +174,8 @@ def fresh_group(group: int, prompt_ids: Sequence[int], samples: int) -> Group:
     return Group(group, tuple(Sample(uid=uid, group=group, prompt_ids=tuple(prompt_ids)) for uid in uids))
 
 
-def lengths_of(groups: Iterable[Group]) -> tuple[GroupLength, ...]:
-    return tuple(GroupLength(group.id, len(group.samples), sum(sample.length for sample in group.samples)) for group in groups)
+def lengths_of(groups: Iterable[Group]) -> tuple[GroupLengths, ...]:
+    return tuple(GroupLengths(group.id, tuple(sample.length for sample in group.samples)) for group in groups)
 
 
 class RolloutBuffer:
@@ -287,12 +309,16 @@ def _segment_state(segment: Segment) -> dict[str, Any]:
     }
     if segment.trainer_logprobs is not None:
         state["trainer_logprobs"] = list(segment.trainer_logprobs)
+    if segment.experts is not None:
+        state["experts"] = segment.experts.to_state()
     return state
 
 
 def _segment_from(state: dict[str, Any]) -> Segment:
     asked = tuple(state["trainer_logprobs"]) if "trainer_logprobs" in state else None
-    return Segment(tuple(state["token_ids"]), tuple(state["logprobs"]), state["weight_version"], state["sampled"], asked)
+    experts = RoutedExperts.from_state(state["experts"]) if "experts" in state else None
+    tokens, logprobs = tuple(state["token_ids"]), tuple(state["logprobs"])
+    return Segment(tokens, logprobs, state["weight_version"], state["sampled"], asked, experts)
 
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from parallel.balance import load_shares, max_violation
 from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL, REFERENCE, VALUES
 from rl.returns import with_token_advantages
 from trainer.batch import TrainBatch
 from trainer.cluster import Processes
 from trainer.config import PER_TOKEN, AlgorithmConfig
-from trainer.metrics import Value
+from trainer.metrics import LOAD, Value
 
 ADDED_UP = (
     "train/tokens",
@@ -42,7 +43,8 @@ def learn(
         updates = [ranks.call("learn_values", batch, objective)[0] for batch in batches]
     else:
         updates = [ranks.call("learn", batch, objective, lr)[0] for batch in batches]
-    return metrics | metrics_of_round(updates)
+    positions = [int((batch.documents_BS >= 0).sum()) for batch in batches]
+    return metrics | metrics_of_round(updates) | balance_of_round(updates, positions)
 
 
 def prepared(ranks: Processes, batches: list[TrainBatch], config: AlgorithmConfig) -> tuple[list[TrainBatch], dict[str, Value]]:
@@ -72,10 +74,29 @@ def _predicted(ranks: Processes, batch: TrainBatch, policy: bool, reference: boo
 
 
 def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
-    """What counts work is added up, the expert loads are those of the last update, all else is a mean over updates."""
+    """What counts work is added up, all else is a mean over the updates that have it, and no table is taken."""
     metrics: dict[str, Value] = {}
     for key in {key: None for update in updates for key in update}:
-        values = [update[key] for update in updates if key in update]
-        numbers = [value for value in values if not isinstance(value, list)]
-        metrics[key] = (sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)) if numbers else values[-1]
+        numbers = [value for update in updates if not isinstance(value := update.get(key, []), list)]
+        if numbers:
+            metrics[key] = sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)
     return metrics
+
+
+def balance_of_round(updates: list[dict[str, Value]], positions: list[int]) -> dict[str, Value]:
+    """The load of the experts over all updates of a round, which took so many positions through the gates, and its balance."""
+    loads = [
+        count * torch.tensor(load)
+        for update, count in zip(updates, positions, strict=True)
+        if isinstance(load := update.get(LOAD), list)
+    ]
+    if not loads:
+        return {}
+    load_LE = torch.stack(loads).sum(dim=0)
+    violation_L = max_violation(load_LE)
+    return {
+        "moe/max_vio": float(violation_L.mean()),
+        "moe/max_vio_worst_layer": float(violation_L.max()),
+        "moe/dead_experts": int((load_LE == 0).sum()),
+        LOAD: [[round(share, 5) for share in row] for row in load_shares(load_LE).tolist()],
+    }

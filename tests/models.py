@@ -63,7 +63,7 @@ def spec(model: ModelConfig, **changes: Any) -> TrainerSpec:
         "batch_invariant": False,
         "temperature": 1.0,
         "freeze_router": False,
-        "value_lr": None,
+        "value_decay": None,
         "seed": 3,
         "guard": Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
     }

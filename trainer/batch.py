@@ -24,6 +24,8 @@ class TrainBatch:
     weights_BS: Tensor  # float32
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # (B, S) each, for the objective: advantages, log-probs
     denominator: float | None = None
+    # uint8 or int16; experts that were chosen when the tokens were generated, to be replayed (kernels/replay.py)
+    routed_BSLK: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -44,16 +46,19 @@ class TrainBatch:
             documents_BS=change(self.documents_BS),
             weights_BS=change(self.weights_BS),
             extras={name: change(value) for name, value in self.extras.items()},
+            routed_BSLK=None if self.routed_BSLK is None else change(self.routed_BSLK),
         )
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a forward pass says of every position; all (B, S) float32."""
+    """What a forward pass says of every position; float32, (B, S) but for `inputs_BSP`."""
 
     logprobs_BS: Tensor  # of the targets
     entropy_BS: Tensor  # of the next-token distribution
     values_BS: Tensor | None = None  # of the value head, where there is one
+    inputs_BSP: Tensor | None = None  # of the value head
+    replaced_BS: Tensor | None = None  # of a replay: the share of a token's experts that the gates would not have chosen
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class TokenLoss:
 
     loss_BS: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    returns_BS: Tensor | None = None  # what the value head is to predict
 
 
 # A pure function; it travels to the ranks by pickle.

@@ -328,6 +328,9 @@ class RolloutConfig(Record):
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
+    include_stop: bool  # whether the task sees the string that ended the text
+    replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
@@ -376,9 +379,10 @@ class AlgorithmConfig(Record):
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
     discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
     gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
-    value_lr: float = Field(gt=0)  # gae: learning rate of the value head
-    value_coefficient: float = Field(gt=0)  # gae: weight of the value loss, which moves the policy's trunk too
-    value_clip: float | None = Field(gt=0)  # gae: an update trusts values that moved by at most so much
+    value_lambda: float = Field(ge=0, le=1)  # gae: gae_lambda of the returns that the value head learns (VC-PPO, 2503.01491)
+    value_decay: float = Field(gt=0, le=1)  # gae: what an update's returns still count in the value head's next fit
+    value_coefficient: float = Field(ge=0)  # gae: weight of the value loss in the trunk that policy and value head share
+    value_clip: float | None = Field(gt=0)  # gae: this loss trusts values that moved by at most so much
     value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
@@ -469,6 +473,13 @@ class RLConfig(RunConfig):
                 "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
                 "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
             )
+        whole = self.rollout.top_k is None and self.rollout.top_p == 1 and self.rollout.min_p == 0
+        if not whole and self.algorithm.off_policy in ("recompute", "mask", "staged"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "and rollout.top_k, top_p and min_p leave tokens out that the trainer does not; choose "
+                "algorithm.off_policy=decoupled or bypass, or set them to null, 1.0 and 0.0"
+            )
         if self.rollout.server is not None:
             self._consistent_with_server()
         elif self.rollout.server_reload is not None:
@@ -501,6 +512,12 @@ class RLConfig(RunConfig):
             raise ValueError(
                 "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
                 "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
+        if self.rollout.replay_routing:
+            raise ValueError(
+                "rollout.replay_routing needs the experts of every token, those of interrupted samples too, and completion "
+                "servers send them in no agreed form, if at all; generate with our engines, or set replay_routing=false and "
+                "let algorithm.token_band drop the tokens whose probabilities differ"
             )
         if self.sync.anchor_every > 1 or self.sync.check:
             raise ValueError(

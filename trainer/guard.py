@@ -131,6 +131,7 @@ def keep_batch(batch: TrainBatch, folder: Path, name: str, rank: int) -> str:
     """Writes this rank's rows of a refused update as NAME_rank_R.safetensors; says where they are, or why they are not."""
     tensors = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "documents": batch.documents_BS}
     tensors |= {"weights": batch.weights_BS, **{f"extras.{name}": value for name, value in batch.extras.items()}}
+    tensors |= {} if batch.routed_BSLK is None else {"routed": batch.routed_BSLK}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

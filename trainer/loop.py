@@ -63,7 +63,7 @@ class Pretraining:
             batch_invariant=False,
             temperature=1.0,
             freeze_router=False,
-            value_lr=None,
+            value_decay=None,
             seed=self.config.seed,
             guard=Guard(
                 self.config.train.skip_nonfinite,

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 Stage = Literal["pretrain", "rl"]
-Value = float | list[list[float]]  # the only table is moe/load: (L MoE layers, E experts)
+Value = float | list[list[float]]  # the tables are LOAD, (L MoE layers, E experts), and LENGTHS, (2, bins)
 Values = Mapping[str, Value]
 
 LOAD = "moe/load"
+LENGTHS = "rollout/lengths"
 ETA_STEPS = 20  # the time left is estimated from so many last steps
 COLUMNS = 112  # of a console line; the elapsed time before it takes the rest of 120
 AXES: dict[Stage, str] = {"pretrain": "train/step", "rl": "rollout/round"}  # what W&B draws the metrics of a run against
@@ -48,9 +49,25 @@ _DECLARED = (
         "eval/bits_per_byte", "bits/byte", "bits/byte", ".3f", "cross entropy of held-out text per byte, whatever the tokenizer"
     ),
     Metric("eval/max_vio", "", "eval MaxVio", ".3f", "MaxVio over all held-out tokens at once; mean over layers"),
-    Metric("moe/max_vio", "", "MaxVio", ".3f", "load of the fullest expert over the mean load, minus 1; mean over layers"),
+    Metric(
+        "moe/max_vio",
+        "",
+        "MaxVio",
+        ".3f",
+        "load of the fullest expert over the mean load, minus 1; mean over layers; in RL of a round",
+    ),
     Metric("moe/max_vio_worst_layer", "", "MaxVio, worst layer", ".3f", "the same of the layer where it is largest"),
+    Metric(
+        "moe/dead_experts", "experts", "dead experts", ".0f", "experts that no token chose; sum over layers; in RL of a round"
+    ),
     Metric("moe/bias_range", "", "bias range", ".3f", "largest minus smallest selection bias"),
+    Metric(
+        "moe/replay_changed",
+        "share",
+        "choices replayed",
+        ".2%",
+        "experts of the learned tokens that the trainer's gates would not have chosen; where routing is replayed",
+    ),
     Metric(LOAD, "share", "expert load", ".3f", "share of a layer's tokens that each expert got; (layers, experts)"),
     Metric("moe/rank_imbalance", "", "rank imbalance", ".3f", "expert load of the busiest rank over the mean, with copies"),
     Metric("moe/rank_imbalance_owners", "", "imbalance, no copies", ".3f", "the same if owners alone served their experts"),
@@ -97,6 +114,13 @@ _DECLARED = (
         "length bias",
         ".3f",
         "mean length of samples trained over that of samples drawn, in the last 8 rounds; below 1: short ones were preferred",
+    ),
+    Metric(
+        LENGTHS,
+        "share",
+        "lengths",
+        ".3f",
+        "histograms of the lengths, in bins up to max_new_tokens: of samples trained, and of samples drawn, in these rounds",
     ),
     Metric("rollout/new_tokens", "tokens", "new tokens", ",.0f", "tokens generated in the round, kept or recycled"),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),

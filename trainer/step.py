@@ -60,7 +60,7 @@ class TrainerSpec:
     batch_invariant: bool  # forward passes give a token the bits that an engine gives it (kernels/linear.py)
     temperature: float  # divides the logits; 1 except in RL, where it is the sampling temperature
     freeze_router: bool  # the gates' weights keep their values; the selection bias follows `balance`
-    value_lr: float | None  # learning rate of the value head; None: there is none
+    value_decay: float | None  # what an update still counts in the next fit of the value head; None: there is no head
     seed: int
     guard: Guard
 
@@ -89,8 +89,8 @@ class Trainer:
         frozen = self.model.gate_weights() if spec.freeze_router else []
         self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, frozen)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
-        lr = spec.value_lr
-        self.value_head = None if lr is None else ValueHead(config.hidden_size, world, spec.adamw, lr)
+        decay = spec.value_decay
+        self.value_head = None if decay is None else ValueHead(config.hidden_size, config.num_layers, world, decay)
         self.reference: Weights | None = None
         self.updates = 0
         self.refused, self.refused_in_a_row, self.window = refused, 0, LossWindow(spec.guard)
@@ -153,7 +153,7 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Forward and backward over all micro-batches; (this rank's weighted sums of the metrics, tokens per expert).
 
-        Without `trunk` the value head alone gets a gradient.
+        Without `trunk` the value head alone learns, and there is no backward pass.
         """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
@@ -164,8 +164,6 @@ class Trainer:
             if trunk:
                 with self.experts.arena.backward_pass():
                     self.dense.backward(loss, last=start == starts[-1])
-            else:
-                loss.backward()
             counts_LE += counts
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
@@ -217,9 +215,13 @@ class Trainer:
         """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
         predicted, counts_LE = self._forward(batch, self.weights, trunk)
         result = objective(predicted, batch)
+        if self.value_head is not None and predicted.inputs_BSP is not None and result.returns_BS is not None:
+            self.value_head.observe(predicted.inputs_BSP, result.returns_BS, batch.weights_BS)
         # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
         loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
         metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
+        if predicted.replaced_BS is not None:
+            metrics["moe/replay_changed"] = predicted.replaced_BS
         sums = {name: (value.detach() * batch.weights_BS).double().sum() for name, value in metrics.items()}
         return loss, sums, counts_LE
 
@@ -251,7 +253,7 @@ class Trainer:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _forward(self, batch: TrainBatch, weights: Weights, trunk: bool = True) -> tuple[Predictions, Tensor]:
-        """(predictions, tokens per expert); no gradient reaches below the value head without `trunk`."""
+        """(predictions, tokens per expert); without `trunk` there is no gradient."""
         calibrates = self.spec.parallel.calibrate and self.world.size > 1 and weights is not self.reference
         calibrate = self.materialisation.calibrate if calibrates else None
         with torch.set_grad_enabled(trunk and torch.is_grad_enabled()):
@@ -262,6 +264,8 @@ class Trainer:
                 self._attend(batch.documents_BS),
                 [ShardedExperts(layer, weights.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
                 weights.bias_LE,
+                recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
+                depths=() if self.value_head is None else self.value_head.depths,
                 recompute=self.spec.recompute and torch.is_grad_enabled(),
             )
             logprobs_T, entropy_T = token_logprobs(
@@ -270,9 +274,13 @@ class Trainer:
                 batch.targets_BS.flatten(),
                 temperature=self.spec.temperature,
             )
-        values_BS = None if self.value_head is None else self.value_head(output.hidden_BSD)
+            values_BS = inputs_BSP = None
+            if self.value_head is not None:
+                inputs_BSP = self.value_head.inputs(output.depths_BSD)
+                values_BS = self.value_head(inputs_BSP)
         shape = batch.tokens_BS.shape
-        return Predictions(logprobs_T.view(shape), entropy_T.view(shape), values_BS), output.counts_LE
+        logprobs_BS, entropy_BS = logprobs_T.view(shape), entropy_T.view(shape)
+        return Predictions(logprobs_BS, entropy_BS, values_BS, inputs_BSP, output.replaced_BS), output.counts_LE
 
     def _attend(self, documents_BS: Tensor) -> Attend:
         if self.spec.batch_invariant:
@@ -287,6 +295,7 @@ class Trainer:
         return {
             "moe/max_vio": float(violation_L.mean()),
             "moe/max_vio_worst_layer": float(violation_L.max()),
+            "moe/dead_experts": int((counts_LE == 0).sum()),
             "moe/bias_range": float(self.bias_LE.amax() - self.bias_LE.amin()),
             "moe/load": [[round(share, 5) for share in row] for row in load_shares(counts_LE).tolist()],
         }

@@ -108,16 +108,20 @@ class Tokenizer:
         """Text of ids; special tokens stand for no text, bytes that are not UTF-8 become U+FFFD."""
         return str(self._core.decode(list(ids), skip_special_tokens=True))
 
-    def token_bytes(self) -> Tensor:
-        """How many bytes of UTF-8 each id stands for: (V,) int64; 0 for special tokens and for ids without a token."""
-        alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
-        bytes_V = torch.zeros(self.vocab_size, dtype=torch.int64)
+    def spelled(self) -> tuple[bytes, ...]:
+        """The bytes that each id stands for, V of them; none for special tokens and for ids without a token."""
+        letters, bytes_V = byte_letters(), [b""] * self.vocab_size
         for token, index in self._core.get_vocab(with_added_tokens=False).items():
             # One letter of the alphabet is one byte. A token with any other letter is taken literally by the decoder.
-            bytes_V[index] = len(token) if alphabet.issuperset(token) else len(token.encode())
+            known = letters.keys() >= set(token)
+            bytes_V[index] = bytes(letters[letter] for letter in token) if known else token.encode()
         for index, added in self._core.get_added_tokens_decoder().items():
-            bytes_V[index] = 0 if added.special else len(added.content.encode())
-        return bytes_V
+            bytes_V[index] = b"" if added.special else added.content.encode()
+        return tuple(bytes_V)
+
+    def token_bytes(self) -> Tensor:
+        """How many bytes of UTF-8 each id stands for: (V,) int64; 0 for special tokens and for ids without a token."""
+        return torch.tensor([len(spelled) for spelled in self.spelled()], dtype=torch.int64)
 
     def _find_special_tokens(self) -> tuple[int, int, int]:
         added = {token.content: index for index, token in self._core.get_added_tokens_decoder().items()}
@@ -137,6 +141,14 @@ class Tokenizer:
             )
         bos, eos, pad = found
         return bos, eos, pad
+
+
+def byte_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2): Latin-1 letters that print stand for themselves,
+    the letters from code 256 on for the other bytes in their order."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printing)
+    return {chr(byte): byte for byte in printing} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def read_tokenizer_file(path: Path) -> str:

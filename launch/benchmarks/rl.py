@@ -136,7 +136,7 @@ def trainer_spec(options: IterationOptions, model: ModelConfig, device: torch.de
         batch_invariant=True,
         temperature=1.0,
         freeze_router=False,
-        value_lr=None,
+        value_decay=None,
         seed=options.seed,
         guard=Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
     )

@@ -78,15 +78,28 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)  # as the prompt of the last request
     status: Status = "partial"
+    tail: bytes = field(init=False)  # of the turn's text, up to the token `read`
+    read: int = 0
+    told: bool = False  # the server has said why it ended
+
+    def __post_init__(self) -> None:
+        stops = self.settings.stops
+        self.tail = b"" if stops is None else stops.tail(self.sample.turn_so_far)
 
     @property
     def missing(self) -> int:
         """Tokens that it may still get."""
         return self.settings.max_new_tokens - self.sample.length - len(self.tokens)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it that the server does not know of."""
+        return self.status == "finished" and not self.told
+
     def request(self, model: str) -> dict[str, Any]:
         """The body of the next request. All that shapes the distribution is said: servers have defaults of their own."""
-        sampling, sample = self.settings.sampling, self.sample
+        sampling, stops, sample = self.settings.sampling, self.settings.stops, self.sample
+        self.told = False
         self.sent = [*sample.prompt_ids, *sample.response_ids, *self.tokens]
         return {
             "model": model,
@@ -101,6 +114,7 @@ class Completion:
             "frequency_penalty": 0.0,
             "seed": hash((sampling.seed, sample.uid, sample.length + len(self.tokens))) % SEEDS,
             "stop_token_ids": [self.settings.eos_id],
+            **({"stop": [string.decode() for string in stops.strings]} if stops else {}),
             "logprobs": 0,  # of the sampled tokens alone
             "return_token_ids": True,
             "stream": True,
@@ -118,7 +132,9 @@ class Completion:
             self.tokens += choice.token_ids
             self.logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
             self._check(choice)
+            self._look_for_stop()
             if choice.finish_reason is not None:
+                self.told = True
                 self._finish(choice.finish_reason)
 
     def settle(self) -> None:
@@ -137,6 +153,18 @@ class Completion:
             return self.sample.extended(Segment(tuple(self.tokens), tuple(self.logprobs), version), self.status)
         return self.sample if self.status == "partial" else replace(self.sample, status=self.status)
 
+    def _look_for_stop(self) -> None:
+        """Ends the sample with the token that completes a stop string, once its log-probability is there.
+
+        The server looks for them too, to stop, but sees the text of one request only, and may send what it decoded further.
+        """
+        while self.settings.stops and self.read < len(self.logprobs) and self.status == "partial":
+            self.tail, complete = self.settings.stops.after(self.tail, self.tokens[self.read])
+            self.read += 1
+            if complete:
+                del self.tokens[self.read :], self.logprobs[self.read :]
+                self.status = "finished"
+
     def _check(self, choice: Choice) -> None:
         if len(self.logprobs) > len(self.tokens):
             raise self._wrong(f"has {len(self.tokens)} tokens, but {len(self.logprobs)} log-probabilities")
@@ -152,8 +180,8 @@ class Completion:
             raise self._wrong("goes on after <eos>; start the server so that it stops there")
 
     def _finish(self, reason: str) -> None:
-        if reason == "abort":
-            return  # interrupted: what came is good, and another request goes on from it
+        if reason == "abort" or self.status == "finished":
+            return  # interrupted: what came is good, and another request goes on from it; or a stop string ended it already
         if len(self.tokens) != len(self.logprobs):
             raise self._wrong(f"has {len(self.tokens)} tokens, but {len(self.logprobs)} log-probabilities")
         last = self.tokens[-1] if self.tokens else None

@@ -121,12 +121,16 @@ class Decoder:
             longest=self._longest + 1,
             table_NP=table,
         )
+        places_B = places_B.long()
         output = self._model.forward(
             last_B[None],
             lengths_B[None],
             torch.ones(1, count, dtype=torch.bool, device=self._device),
-            PagedAttention(self._cache, spans, places_B.long()),
+            PagedAttention(self._cache, spans, places_B),
         )
+        if self._cache.experts_PLK is not None:
+            # What stands beyond the last page goes to page 0: a row that is done still has its record to give.
+            self._cache.record(places_B.where(lengths_B < self._max_pages * page, 0), output.experts_LTK)
         tokens_B, logprobs_B = self._sample(output.hidden_BSD[0], uids_B, generated_B)
         self._tokens_B[:count], self._logprobs_B[:count] = tokens_B, logprobs_B
         last_B.copy_(tokens_B)

@@ -25,6 +25,8 @@ from rl.engine.decoder import Decoder, RowState, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.metrics import EngineState
 from rl.engine.sampler import Sampling
+from rl.engine.stops import Stops
+from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
 from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
@@ -48,6 +50,8 @@ class EngineSettings:
     cache_tokens: int | None  # that the cache holds; None: max_length for every slot
     sampling: Sampling
     eos_id: int
+    stops: Stops | None = None  # what ends a turn besides <eos>
+    record_routing: bool = False  # keeps the experts of every token for the trainer
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError when one may grow beyond `max_length`."""
@@ -77,6 +81,7 @@ class Row:
     ids: list[int]  # prompt and response
     pages: list[int]
     cached: int  # tokens of `ids` whose keys are in the pages, or on their way there
+    tail: bytes  # of the turn's text, where a stop string may have begun
     tokens: list[int] = field(default_factory=list)  # generated since it was submitted
     logprobs: list[float] = field(default_factory=list)
     status: Status = "partial"
@@ -110,7 +115,7 @@ class Engine:
         self._settings, self._device = settings, device
         self._model = _unset_model(config, device, dtype)
         pages = 1 + -(-tokens // page)
-        self._cache = PagedCache(config, pages, device, dtype)
+        self._cache = PagedCache(config, pages, device, dtype, settings.record_routing)
         self._pages = PageTable(pages, page)
         self._decoder = Decoder(self._model, self._cache, settings.sampling, settings.slots, max_pages)
         self._waiting: deque[Sample] = deque()
@@ -270,7 +275,16 @@ class Engine:
         if not row.tokens:
             return row.sample
         assert self._version is not None
-        return row.sample.extended(Segment(tuple(row.tokens), tuple(row.logprobs), self._version), row.status)
+        segment = Segment(tuple(row.tokens), tuple(row.logprobs), self._version, experts=self._recorded(row))
+        return row.sample.extended(segment, row.status)
+
+    def _recorded(self, row: Row) -> RoutedExperts | None:
+        """The experts of the row's tokens that earlier segments have no record of; its last token has not been computed."""
+        if self._cache.experts_PLK is None:
+            return None
+        page = self._pages.page_tokens
+        places = [row.pages[p // page] * page + p % page for p in range(row.sample.recorded, len(row.ids) - 1)]
+        return RoutedExperts.of(self._cache.experts_PLK[torch.tensor(places, device=self._device)])
 
     def _look(self, then: Step | None) -> None:
         """Takes the result of the running step in; `then` is running from now on.
@@ -294,9 +308,16 @@ class Engine:
 
     def _status(self, row: Row) -> Status:
         """What its newest token makes of a row that is not done."""
-        if row.ids[-1] == self._settings.eos_id:
+        if row.ids[-1] == self._settings.eos_id or self._completes_stop(row, row.ids[-1]):
             return "finished"
         return "truncated" if row.generated >= self._settings.max_new_tokens else "partial"
+
+    def _completes_stop(self, row: Row, token: int) -> bool:
+        stops = self._settings.stops
+        if stops is None:
+            return False
+        row.tail, complete = stops.after(row.tail, token)
+        return complete
 
     # ------------------------------------------------------------ pages
 
@@ -359,7 +380,9 @@ class Engine:
         pages = shared + self._pages.take(missing)
         # First come, first filled: who finds these pages comes later, or in the same pass, which writes before it reads.
         self._pages.publish(pages, prefix)
-        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens)
+        stops = self._settings.stops
+        tail = b"" if stops is None else stops.tail(item.turn_so_far)
+        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens, tail=tail)
 
     def _prefill(self) -> None:
         """One chunk: up to PREFILL_TOKENS tokens of the prefixes that are not in the cache, in the order of the queue."""
@@ -391,12 +414,13 @@ class Engine:
         shared = config.num_heads // config.num_kv_heads
         spans = ragged([count for _, count in chunk], lengths, table.to(device), shared, device)
         inputs = torch.tensor([tokens, positions, places], device=device)
-        self._model.forward(
+        output = self._model.forward(
             inputs[:1],
             inputs[1:2],
             torch.ones(1, len(tokens), dtype=torch.bool, device=device),
             PagedAttention(self._cache, spans, inputs[2]),
         )
+        self._cache.record(inputs[2], output.experts_LTK)
 
 
 def _unset_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:

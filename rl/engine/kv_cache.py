@@ -15,18 +15,31 @@ from torch import Tensor
 
 from kernels.attention import attend_pages, put_pages
 from kernels.ragged import PAGE_TOKENS, Ragged
+from kernels.replay import record_dtype
 from trainer.config import ModelConfig
 
 
 class PagedCache:
-    """Keys and values by layer, page, place in the page, and head."""
+    """Keys and values by layer, page, place in the page, and head; experts by place P, MoE layer L and choice K."""
 
-    def __init__(self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype, record_routing: bool = False
+    ) -> None:
         self.page_tokens = PAGE_TOKENS[device.type]
         shape = (pages, self.page_tokens, config.num_kv_heads, config.head_dim)
         # Zeros, not uninitialised memory: masked positions get weight 0, and 0 * NaN would still be NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        # The experts of every token lie beside its keys: what is shared, interrupted or filled in anew is so with both.
+        routed = (pages * self.page_tokens, config.num_moe_layers, config.top_k)
+        self.experts_PLK = (
+            torch.zeros(routed, device=device, dtype=record_dtype(config.num_experts)) if record_routing else None
+        )
+
+    def record(self, places_T: Tensor, experts_LTK: Sequence[Tensor]) -> None:
+        """Keeps the experts of tokens at their places, page * page_tokens + place in it, if it was asked to."""
+        if self.experts_PLK is not None:
+            self.experts_PLK.index_copy_(0, places_T, torch.stack(tuple(experts_LTK), dim=1).to(self.experts_PLK.dtype))
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,8 @@ class ServerPool:
                     raise BadReply(f"{response.url} answers {response.status}: {(await response.text(errors='replace'))[:500]}")
                 async for data in _events(response):
                     work.take(data)
+                    if work.stopped:
+                        break  # closes the connection, at which the server stops
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"{type(error).__name__} {error}".strip()
         return "the answer stopped before the sample ended"

@@ -43,7 +43,8 @@ class Task(Protocol):
         """
 
     def score(self, prompt: Prompt, completion: str, ended: bool) -> float | None:
-        """Reward in [0, 1] of `completion`, the text before <eos>; `ended` is False when it was cut off at max_new_tokens.
+        """Reward in [0, 1] of `completion`, the text before <eos> or a stop string; `ended` is False when it was cut off at
+        max_new_tokens.
 
         Of a `Conversation`, the completion is the model's last turn.
 

@@ -33,7 +33,8 @@ def pretraining(steps: int) -> Iterable[Mapping[str, Value]]:
 
 def rounds(count: int) -> Iterable[Mapping[str, Value]]:
     for done in range(1, count + 1):
-        yield {"reward/mean": done / count, "rollout/stale_token_share": 0.25, "rollout/length_mean": 20.0, "train/tokens": 50}
+        yield {"reward/mean": done / count, "rollout/stale_token_share": 0.25, "rollout/length_mean": 20.0, "train/tokens": 50,
+               "moe/max_vio": 0.5, "moe/dead_experts": 3.0, "rollout/lengths": [[0.75, 0.25], [0.5, 0.5]]}  # fmt: skip
 
 
 def record(run: RunDir, records: Iterable[Mapping[str, Value]]) -> Path:
@@ -99,6 +100,15 @@ def test_one_page_shows_both_stages(pretrained: Path, tuned: Path, tmp_path: Pat
     assert text.index("Pretraining") < text.index("Reinforcement learning")
     assert "7.0000" in text and "0.2333" in text  # first and last loss
     assert "top_k: 2" in text  # the configuration
+
+
+def test_rounds_show_their_balance_and_the_lengths_that_were_trained_and_drawn(tuned: Path, tmp_path: Path) -> None:
+    page = Page(write_report([tuned], tmp_path / "r.html").read_text(encoding="utf-8"))
+    labels = [attributes.get("aria-label") or "" for tag, attributes in page.tags if tag == "svg"]
+    assert "Lengths after round 12: trained 12.0 tokens in the mean, drawn 16.0" in labels  # bins of 1..16 and 17..32
+    assert any(label.startswith("Balance of the experts: MaxVio from 0.500") for label in labels)
+    assert any(label.startswith("Experts without a token: dead experts from 3 to 3") for label in labels)
+    assert {"trained", "drawn"} <= {word.strip() for word in page.words}
 
 
 def test_every_figure_has_a_text_for_those_who_cannot_see_it(pretrained: Path, tmp_path: Path) -> None:

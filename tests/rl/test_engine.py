@@ -17,7 +17,7 @@ from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.kv_cache import PageTable
 from rl.engine.pool import LocalPool, deal
-from rl.engine.sampler import Sampling, kept, sample
+from rl.engine.sampler import Sampling
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
@@ -303,40 +303,6 @@ def test_dealt_samples_are_spread_evenly() -> None:
     hands = deal(requests(10), 3)
     assert sorted(len(hand) for hand in hands) == [3, 3, 4]
     assert sorted(item.uid for hand in hands for item in hand) == [item.uid for item in requests(10)]
-
-
-# ---------------------------------------------------------------- sampler
-
-
-def test_sampled_frequencies_follow_the_distribution_and_logprobs_name_it() -> None:
-    draws, vocab, temperature = 20000, 12, 0.7
-    logits_V = torch.linspace(-3, 2, vocab)
-    uids = torch.arange(draws) % 100
-    tokens, logprobs = sample(logits_V.expand(draws, vocab), uids, torch.arange(draws) // 100, Sampling(temperature, seed=3))
-    expected_V = (logits_V / temperature).softmax(-1)
-    torch.testing.assert_close(logprobs, expected_V.log()[tokens])
-    counts_V = torch.bincount(tokens, minlength=vocab).double()
-    chi_square = ((counts_V - draws * expected_V) ** 2 / (draws * expected_V)).sum().item()
-    assert chi_square < 31.3  # the 0.1 % point for 11 degrees of freedom
-
-
-def test_what_is_left_out_is_never_drawn_and_the_rest_keeps_its_odds() -> None:
-    shares = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
-    cases = [
-        (Sampling(1.0, 0, top_k=2), 2),
-        (Sampling(1.0, 0, top_p=0.69), 2),
-        (Sampling(1.0, 0, top_p=0.71), 3),
-        (Sampling(1.0, 0, min_p=0.3), 3),
-        (Sampling(1.0, 0, top_k=4, top_p=0.99, min_p=0.2), 4),
-        (Sampling(1.0, 0, top_p=1e-6), 1),
-    ]
-    for sampling, count in cases:
-        left = kept(shares.log()[None], sampling)[0]
-        assert left.isfinite().sum() == count and left[:count].isfinite().all()
-        tokens, logprobs = sample(shares.log().expand(500, 5), torch.arange(500), torch.zeros(500, dtype=torch.int64), sampling)
-        assert tokens.max() == count - 1
-        torch.testing.assert_close(logprobs, (shares / shares[:count].sum()).log()[tokens])
-    assert Sampling(0.7, 1).whole and not any(sampling.whole for sampling, _ in cases)
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -75,12 +75,12 @@ def test_gae_of_packed_rows_is_that_of_each_response_alone(seed: int, factors: t
 def test_advantages_of_a_round_equal_a_loop_over_tokens(advantage: str, kl_coefficient: float, seed: int) -> None:
     """Two batches, whitened together over learned tokens; returns are those before the whitening."""
     config = algorithm_config(
-        advantage=advantage, discount=0.9, gae_lambda=0.8, kl_coefficient=kl_coefficient, kl_estimator="k1"
+        advantage=advantage, discount=0.9, gae_lambda=0.8, value_lambda=0.95, kl_coefficient=kl_coefficient, kl_estimator="k1"
     )
     rounds = [batch_of(seed), batch_of(seed + 1)]
-    raw: list[Tensor] = []
+    raw, returns = list[Tensor](), list[Tensor]()
     for batch, spans in rounds:
-        found = torch.zeros_like(batch.extras[VALUES])
+        found, returned = torch.zeros_like(batch.extras[VALUES]), torch.zeros_like(batch.extras[VALUES])
         for row, first, end in spans:
             learned_here = batch.weights_BS[row, first:end] > 0  # others cost nothing, as what the environment said
             gap = ((batch.extras[PROXIMAL] - batch.extras[REFERENCE])[row, first:end] * learned_here).tolist()
@@ -90,18 +90,19 @@ def test_advantages_of_a_round_equal_a_loop_over_tokens(advantage: str, kl_coeff
                 (batch.extras[VALUES][row, first:end].tolist(), 0.8) if advantage == "gae" else ([0.0] * len(gap), 1.0)
             )
             found[row, first:end] = torch.tensor(by_definition(rewards, values, 0.9, decay))
+            returned[row, first:end] = torch.tensor(by_definition(rewards, values, 0.9, 0.95)) + torch.tensor(values)
         raw.append(found)
+        returns.append(returned)
     learned = [batch.weights_BS > 0 for batch, _ in rounds]
     tokens = [value for x, mask in zip(raw, learned, strict=True) for value in x[mask].tolist()]
     mean, scale = statistics.fmean(tokens), statistics.pstdev(tokens) + 1e-6
     batches = [batch if advantage == "gae" else without(batch, VALUES) for batch, _ in rounds]
     results, metrics = with_token_advantages(batches, config)
-    for result, plain, mask in zip(results, raw, learned, strict=True):
+    for result, plain, returned, mask in zip(results, raw, returns, learned, strict=True):
         expected = torch.where(mask, (plain - mean) / scale, 0.0).float()
         torch.testing.assert_close(result.extras[ADVANTAGES], expected, rtol=1e-4, atol=1e-5)
         if advantage == "gae":
-            returns = (plain + result.extras[VALUES])[mask].float()
-            torch.testing.assert_close(result.extras[RETURNS][mask], returns, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(result.extras[RETURNS][mask], returned[mask].float(), rtol=1e-5, atol=1e-5)
     assert metrics.keys() == ({"value/explained_variance"} if advantage == "gae" else set())
 
 

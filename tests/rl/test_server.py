@@ -70,7 +70,12 @@ def test_a_request_says_all_that_shapes_the_distribution(model: LanguageModel) -
     for body, item in zip(server.bodies, requests(2), strict=True):
         assert body["prompt"] == list(item.prompt_ids) and body["max_tokens"] == MAX_NEW and body["model"] == "tiny"
         assert (body["temperature"], body["top_k"], body["top_p"], body["min_p"]) == (0.7, 5, 0.9, 0.02)
-        assert body["stop_token_ids"] == [EOS] and body["return_token_ids"] is True and body["stream"] is True
+        assert (
+            "stop" not in body
+            and body["stop_token_ids"] == [EOS]
+            and body["return_token_ids"] is True
+            and body["stream"] is True
+        )
         assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
     seeds = [body["seed"] for body in server.bodies]
     assert len(set(seeds)) == 2 and all(0 <= seed < 2**31 for seed in seeds)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from parallel.topology import World
 from rl.extras import PROXIMAL, REFERENCE
 from rl.packing import Document, policy_batches
-from rl.update import learn, metrics_of_round
+from rl.update import balance_of_round, learn, metrics_of_round
+from tests.distributed.ranks import run_ranks
+from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
+from tests.rl.test_staged import OneRank
 from trainer.batch import TrainBatch
+from trainer.config import BalanceConfig
+from trainer.metrics import Value
+from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.transformer import LanguageModel
+from trainer.step import Trainer, TrainerSpec
 
 
 class ScriptedRanks:
@@ -87,12 +97,51 @@ def test_the_value_head_learns_alone_in_the_first_rounds() -> None:
     assert ranks.methods == ["learn_values"] * 2 + ["learn"] * 2
 
 
-def test_work_is_added_up_loads_are_the_last_and_the_rest_is_a_mean_over_the_updates_that_have_it() -> None:
+def test_work_is_added_up_and_the_rest_is_a_mean_over_the_updates_that_have_it() -> None:
     first = {"train/loss": 1.0, "train/tokens": 10.0, "moe/load": [[0.5, 0.5]]}
     last = {"train/loss": 2.0, "train/tokens": 20.0, "moe/load": [[0.25, 0.75]], "moe/owners_moved": 3.0}
-    assert metrics_of_round([first, last]) == {
-        "train/loss": 1.5,
-        "train/tokens": 30,
-        "moe/load": [[0.25, 0.75]],
-        "moe/owners_moved": 3,
-    }
+    assert metrics_of_round([first, last]) == {"train/loss": 1.5, "train/tokens": 30, "moe/owners_moved": 3}
+
+
+def test_the_balance_of_a_round_is_that_of_all_its_tokens() -> None:
+    """100 and 300 positions; an expert that one update left out is not dead, one that both did is."""
+    updates: list[dict[str, Value]] = [
+        {"moe/load": [[0.5, 0.5, 0.0, 0.0], [0.25] * 4], "moe/max_vio": 9.0, "moe/dead_experts": 2.0},
+        {"train/skipped": 1.0},
+        {"moe/load": [[0.1, 0.5, 0.4, 0.0], [0.25] * 4], "moe/max_vio": 9.0, "moe/dead_experts": 1.0},
+    ]
+    found = balance_of_round(updates, [100, 1000, 300])
+    assert found["moe/load"] == [pytest.approx([0.2, 0.5, 0.3, 0.0]), [0.25] * 4]
+    assert found["moe/max_vio"] == pytest.approx(0.5) and found["moe/max_vio_worst_layer"] == pytest.approx(1.0)
+    assert found["moe/dead_experts"] == 1
+    assert balance_of_round([{"train/skipped": 1.0}], [5]) == {}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01], ids=["frozen", "moving"])
+def test_a_round_tells_its_balance_with_a_bias_that_is_frozen_or_moves(rate: float) -> None:
+    told = spec(tiny_model(), micro_rows=2, balance=BalanceConfig(rule="sign", rate=rate))
+    ((metrics, counts_LE),) = run_ranks(round_of, 1, told)
+    load_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
+    if rate == 0:  # the gates' first choice is known: two updates at a rate of zero
+        assert torch.allclose(torch.tensor(metrics["moe/load"]), load_LE, atol=2e-5)
+        assert metrics["moe/max_vio"] == pytest.approx((load_LE.amax(dim=1) * 8 - 1).mean().item(), abs=2e-4)
+        assert metrics["moe/dead_experts"] == int((counts_LE == 0).sum())
+    assert (metrics["moe/bias_range"] > 0) == (rate > 0)
+
+
+def round_of(world: World, told: TrainerSpec) -> tuple[dict[str, Value], Tensor]:
+    """Two updates of a round at learning rate 0, and the tokens of each expert of a single model."""
+    draw = random.Random(0)
+    documents = [
+        Document((draw.randrange(61),), tuple(draw.randrange(61) for _ in range(n)), (-1.0,) * n, 1.0, (True,) * n)
+        for n in (2, 9, 7, 3, 1, 8)
+    ]
+    config = algorithm_config(updates_per_round=2)
+    rows = policy_batches(documents, config, 9, sequence_length=12, rows_multiple_of=2, pad_id=0)
+    metrics = learn(OneRank(Trainer(told, world)), rows, config, 0.0, 0)  # type: ignore[arg-type]
+    model = LanguageModel.initialize(told.model, told.seed)
+    counts = [
+        model.forward(b.tokens_BS, positions_of(b.documents_BS), b.documents_BS >= 0, PackedAttention(b.documents_BS)).counts_LE
+        for b in rows
+    ]
+    return metrics, sum(counts, torch.zeros_like(counts[0]))

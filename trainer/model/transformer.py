@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from kernels.expert_mlp import swiglu
 from kernels.linear import linear as batch_invariant_linear
 from kernels.linear import linears
 from kernels.norm import add_rms_norm, rms_norm, rotate
-from kernels.router import Routing, route
+from kernels.replay import replay
+from kernels.router import Routing, Scores, route
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig
 from trainer.model.attention import rope
@@ -53,6 +54,9 @@ class Attend(Protocol):
 class Output:
     hidden_BSD: Tensor  # after the final norm
     counts_LE: Tensor  # int64; entries of every expert from valid tokens
+    experts_LTK: tuple[Tensor, ...]  # int64; the experts of every token
+    depths_BSD: tuple[Tensor, ...]  # hidden states behind the layers that were asked for
+    replaced_BS: Tensor | None  # float32; of a replay: the share of a token's experts that its router would not have chosen
 
 
 class Angles(NamedTuple):
@@ -60,6 +64,23 @@ class Angles(NamedTuple):
 
     cosines: Tensor
     sines: Tensor
+
+
+class Choice(NamedTuple):
+    """What the gate of a layer decided."""
+
+    counts_E: Tensor
+    experts_TK: Tensor
+    replaced_T: Tensor | None  # of a replay
+
+
+class Weighing(TypedDict):
+    """What `route` and `replay` share."""
+
+    scores: Scores
+    renormalize: bool
+    scale: float
+    valid_T: Tensor
 
 
 class Linear(nn.Linear):
@@ -150,21 +171,25 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * config.expert_hidden_size
         self.shared = SwiGLU(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD = x_BSD.flatten(0, 1)
-        routing = route(
-            batch_invariant_linear(x_TD, self.gate.weight, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
-            top_k=self.config.top_k,
-            scores=self.config.router_scores,
-            renormalize=self.config.renormalize,
-            scale=self.config.routed_scale,
-            bias_E=bias_E if self.config.selection_bias else None,
-            valid_T=valid_BS.flatten(),
-        )
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor, recorded_TK: Tensor | None
+    ) -> tuple[Tensor, Choice]:
+        x_TD, valid_T = x_BSD.flatten(0, 1), valid_BS.flatten()
+        logits_TE = batch_invariant_linear(x_TD, self.gate.weight, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        weighing: Weighing = {
+            "scores": self.config.router_scores,
+            "renormalize": self.config.renormalize,
+            "scale": self.config.routed_scale,
+            "valid_T": valid_T,
+        }
+        bias = bias_E if self.config.selection_bias else None
+        routing, replaced_T = route(logits_TE, top_k=self.config.top_k, bias_E=bias, **weighing), None
+        if recorded_TK is not None:
+            routing, replaced_T = replay(logits_TE, recorded_TK, routing, **weighing)
         y_TD = experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BSD), routing.counts_E
+        return y_TD.view_as(x_BSD), Choice(routing.counts_E, routing.experts_TK, replaced_T)
 
 
 class Block(nn.Module):
@@ -191,15 +216,16 @@ class Block(nn.Module):
         valid_BS: Tensor,
         experts: LayerExperts | None,
         bias_E: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        recorded_TK: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Choice | None]:
         if experts is not None:
             experts.prepare()
         x_BSD, normed_BSD = self.attention_norm.updated(x_BSD, update_BSD)
         x_BSD, normed_BSD = self.mlp_norm.updated(x_BSD, self.attention(self.layer, normed_BSD, angles, attend))
         if experts is None:
             return x_BSD, self.mlp(normed_BSD), None
-        y_BSD, counts_E = self.mlp(normed_BSD, valid_BS, experts, bias_E)
-        return x_BSD, y_BSD, counts_E
+        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK)
+        return x_BSD, y_BSD, choice
 
 
 class Transformer(nn.Module):
@@ -253,29 +279,45 @@ class Transformer(nn.Module):
         experts: Sequence[LayerExperts],
         bias_LE: Tensor,
         *,
+        recorded_BSLK: Tensor | None = None,
+        depths: Sequence[int] = (),
         recompute: bool = False,
     ) -> Output:
-        """Hidden states after the final norm, and the load of every expert.
+        """Hidden states after the final norm, the experts of every token and the load of every expert.
 
         `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
-        float32. `recompute` keeps only the input of each block for the backward pass.
+        float32. `recorded_BSLK` (kernels/replay.py) are experts to take instead of those that the gates choose.
+        The outputs of the layers `depths` are returned beside the last one, which is behind the final norm.
+        `recompute` keeps only the input of each block for the backward pass.
         """
         angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
         x_BSD, update_BSD = self.embedding(tokens_BS), None
-        counts: list[Tensor] = []
+        choices, at_depths = list[Choice](), list[Tensor]()
         for layer, block in enumerate(self.blocks):
             moe_layer = layer - self.config.num_dense_layers
-            routed = (experts[moe_layer], bias_LE[moe_layer]) if moe_layer >= 0 else (None, None)
+            routed: tuple[LayerExperts | Tensor | None, ...] = (None, None, None)
+            if moe_layer >= 0:
+                recorded_TK = None if recorded_BSLK is None else recorded_BSLK[:, :, moe_layer].flatten(0, 1)
+                routed = (experts[moe_layer], bias_LE[moe_layer], recorded_TK)
             if recompute and update_BSD is not None:
                 x_BSD, update_BSD = x_BSD + update_BSD, None  # one tensor to keep instead of two
             arguments = (x_BSD, update_BSD, angles, attend, valid_BS, *routed)
             if recompute:
-                x_BSD, update_BSD, counts_E = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x_BSD, update_BSD, choice = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BSD, update_BSD, counts_E = block(*arguments)
-            if counts_E is not None:
-                counts.append(counts_E)
-        return Output(self.norm.updated(x_BSD, update_BSD)[1], torch.stack(counts))
+                x_BSD, update_BSD, choice = block(*arguments)
+            if choice is not None:
+                choices.append(choice)
+            if layer in depths:
+                at_depths.append(x_BSD if update_BSD is None else x_BSD + update_BSD)
+        replaced = [choice.replaced_T for choice in choices if choice.replaced_T is not None]
+        return Output(
+            self.norm.updated(x_BSD, update_BSD)[1],
+            torch.stack([choice.counts_E for choice in choices]),
+            tuple(choice.experts_TK for choice in choices),
+            tuple(at_depths),
+            torch.stack(replaced).mean(dim=0).view_as(tokens_BS) if replaced else None,
+        )
 
 
 @dataclass(frozen=True)

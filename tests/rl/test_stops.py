@@ -1,0 +1,228 @@
+"""Stop strings: in bytes as in text, over tokens, interruptions, turns and completion servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.errors import UserError
+from launch.cli import load
+from rl.april import complete
+from rl.engine.stops import Stops
+from rl.loop import Reinforcement
+from rl.rewards.calculator import Calculator
+from rl.trajectory import Sample, Segment
+from rl.turns import TurnPool, with_answer
+from tests.rl.completion_server import CompletionServer, Events
+from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, engine_for, requests
+from tests.rl.test_server import pool_at
+from tests.rl.test_turns import reinforcement, tokenizer  # noqa: F401 - fixtures
+from trainer.config import RLConfig
+from trainer.model.transformer import LanguageModel
+from trainer.tokenizer import Tokenizer
+
+# Tokens 2..19 of the tiny model: some spell half a character, one spells a whole stop string and more, one nothing.
+PIECES = [b"", b"", b"a", b"b", b"c", b"ab", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"##", b"#\n#", b"", b"x", b"y", b"z"]
+SPELLED = (*PIECES, b"b\xc3", b"end", b"en", b"d")
+STOPS = Stops(tuple(s.encode() for s in ("é", "ca", "###", "end", "€b")), SPELLED, included=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
+
+
+def first_stop(tokens: Sequence[int], strings: Sequence[bytes]) -> int | None:
+    """How many tokens it takes until a string is there, by looking at the whole text after each."""
+    counts = range(1, len(tokens) + 1)
+    return next((count for count in counts if any(string in spelled(tokens[:count]) for string in strings)), None)
+
+
+def spelled(tokens: Sequence[int]) -> bytes:
+    return b"".join(SPELLED[token] for token in tokens if token < len(SPELLED))
+
+
+Texts = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "aé", "€", "###", "#"]), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 22), max_size=24), Texts, st.integers(0, 24), st.booleans())
+def test_a_text_ends_where_the_first_string_is_complete_however_it_is_cut(
+    tokens: list[int], strings: list[str], interrupted: int, included: bool
+) -> None:
+    stops = Stops(tuple(s.encode() for s in strings), SPELLED, included)
+    wanted, tail = first_stop(tokens, stops.strings), b""
+    for place, token in enumerate(tokens):
+        if place == interrupted:
+            tail = stops.tail(tokens[:place])
+        tail, complete = stops.after(tail, token)
+        assert complete == (place + 1 == wanted)
+        if complete:
+            text = spelled(tokens[: place + 1])
+            ends = {text.find(s) + len(s): s for s in sorted(stops.strings, key=len) if s in text}
+            end, string = min(ends.items())
+            assert stops.text(tokens[: place + 1]) == text[: end - (0 if included else len(string))].decode(errors="replace")
+            return
+    assert wanted is None and stops.text(tokens) == spelled(tokens).decode(errors="replace")
+
+
+# ---------------------------------------------------------------- the engine
+
+
+@pytest.fixture(scope="module")
+def stopped(model: LanguageModel) -> list[Sample]:
+    return complete(engine_for(model, stops=STOPS), requests(40), advance_tokens=5)
+
+
+def test_a_response_is_the_unstopped_one_up_to_the_token_that_completes_a_string(
+    model: LanguageModel, stopped: list[Sample]
+) -> None:
+    free, spanning, ends = complete(engine_for(model), requests(40), advance_tokens=5), 0, 0
+    for found, whole in zip(stopped, free, strict=True):
+        count = first_stop(whole.response_ids, STOPS.strings)
+        assert found.response_ids == whole.response_ids[:count] and found.logprobs == whole.logprobs[:count]
+        assert found.status == ("finished" if count is not None else whole.status)
+        if count is not None:
+            ends += 1
+            spanning += not any(s in SPELLED[found.response_ids[-1]] for s in STOPS.strings)
+            assert not any(s.decode() in STOPS.text(found.response_ids) for s in STOPS.strings)
+            assert replace(STOPS, included=True).text(found.response_ids).endswith(tuple(s.decode() for s in STOPS.strings))
+    assert ends > 8 and spanning > 4, "the fixture shows both"
+    assert_like_the_trainer(model, stopped)
+
+
+@pytest.mark.parametrize("advance", [1, 2, 3])
+def test_strings_that_span_interruptions_end_the_same_responses(
+    model: LanguageModel, stopped: list[Sample], advance: int
+) -> None:
+    engine, waiting, done = engine_for(model, slots=6, stops=STOPS), requests(40), []
+    while waiting:
+        engine.submit(waiting)
+        done += engine.advance(advance)
+        waiting = engine.drain()
+    done.sort(key=lambda item: item.uid)
+    assert [(s.response_ids, s.logprobs, s.status) for s in done] == [(s.response_ids, s.logprobs, s.status) for s in stopped]
+    assert any(len(s.segments[-1].token_ids) == 1 and s.response_ids[-1] in (6, 7, 9, 19) for s in done), "a string was cut"
+
+
+def answers(samples: Sequence[Sample]) -> list[Sample]:
+    """Answers twice, with what spells the beginning of a stop string and a whole one."""
+    return [with_answer(s, (17, 4, 18), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
+
+
+@pytest.mark.parametrize("advance", [1, 100])
+def test_each_turn_ends_at_its_own_string_and_answers_end_nothing(model: LanguageModel, advance: int) -> None:
+    engine = engine_for(model, slots=40, stops=STOPS)
+    pool, waiting, done = TurnPool(engine, answers), requests(40), []
+    while waiting:
+        pool.submit(waiting)
+        done += pool.advance(advance)
+        waiting = pool.drain()
+    by_string = 0
+    for sample in done:
+        for number, turn in enumerate(sample.turns):
+            if number % 2 == 0 and (number < len(sample.turns) - 1 or sample.status == "finished"):
+                count = first_stop(turn, STOPS.strings)
+                assert count == len(turn) if count is not None else turn[-1] == EOS
+                by_string += count is not None
+            elif number % 2:
+                assert turn == (17, 4, 18)
+    assert by_string > 10 and max(len(sample.turns) for sample in done) == 5
+    done.sort(key=lambda item: item.uid)
+    whole = complete(TurnPool(engine_for(model, stops=STOPS), answers), requests(40), advance_tokens=5)
+    assert [(s.turns, s.logprobs, s.status) for s in done] == [(s.turns, s.logprobs, s.status) for s in whole]
+
+
+# ---------------------------------------------------------------- completion servers
+
+
+@pytest.mark.parametrize("together", [1, 3, 100], ids=["a-token-an-event", "three", "all-at-once"])
+def test_completions_end_at_the_string_whatever_the_server_sends_beyond(
+    model: LanguageModel, stopped: list[Sample], together: int
+) -> None:
+    """The server of this test never looks for the strings, as one does whose request holds only the end of one."""
+
+    def merged(number: int, events: Events) -> Events:
+        *tokens, usage = events
+        return [_merged(tokens[first : first + together]) for first in range(0, len(tokens), together)] + [usage]
+
+    with CompletionServer(model, EOS, mutate=merged) as server, pool_at(server, slots=3, stops=STOPS) as pool:
+        done = complete(pool, requests(40), advance_tokens=5)
+        assert all(body["stop"] == ["é", "ca", "###", "end", "€b"] for body in server.bodies)
+    ended = [sample for sample in done if first_stop(sample.response_ids, STOPS.strings) is not None]
+    assert len(ended) > 8
+    for sample in done:
+        count = first_stop(sample.response_ids, STOPS.strings)
+        assert count == sample.length if count is not None else sample.length == MAX_NEW or sample.response_ids[-1] == EOS
+        assert sample.status == ("truncated" if count is None and sample.response_ids[-1] != EOS else "finished")
+    assert_like_the_trainer(model, done)
+
+
+def _merged(events: Events) -> dict[str, Any]:
+    choices = [event["choices"][0] for event in events]
+    logprobs = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+    tokens = [token for choice in choices for token in choice["token_ids"]]
+    last = {**choices[-1], "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
+    return {**events[-1], "choices": [last]}
+
+
+def test_a_string_that_spans_two_requests_ends_the_sample(model: LanguageModel) -> None:
+    begun = Sample(7, 0, (3, 4)).extended(Segment((2, 6), (-1.0, -1.0), 0), "partial")  # "a" and half of an "é"
+    other = Sample(8, 0, (3, 4)).extended(Segment((2, 2), (-1.0, -1.0), 0), "partial")
+
+    def script(number: int, events: Events) -> Events:
+        events[0]["choices"][0]["token_ids"] = [7]  # the other half
+        return events
+
+    with CompletionServer(model, EOS, mutate=script) as server, pool_at(server, stops=STOPS) as pool:
+        ended, going_on = complete(pool, [begun, other], 1)
+    assert ended.response_ids == (2, 6, 7) and ended.status == "finished" and STOPS.text(ended.response_ids) == "a"
+    assert going_on.response_ids[:3] == (2, 2, 7) and going_on.length > 3
+
+
+# ---------------------------------------------------------------- what the task sees
+
+
+@pytest.mark.parametrize(("included", "seen"), [(False, " calc 1"), (True, " calc 1 +")])
+def test_the_task_sees_the_models_turns_up_to_the_string(
+    reinforcement: Any,  # noqa: F811
+    tokenizer: Tokenizer,  # noqa: F811
+    included: bool,
+    seen: str,
+) -> None:
+    driver: Reinforcement = reinforcement(
+        Calculator(seed=0), "task=calculator", "rollout.stop=[' +',nothing]", f"rollout.include_stop={included}"
+    )
+    turn, answer = tuple(tokenizer.encode(" calc 1 + 2")), tuple(tokenizer.encode(" 3 + 4"))
+    said = Segment(turn, (0.0,) * len(turn), 0)
+    sample = Sample(0, 0, (1,)).extended(said, "finished").answered(answer)
+    sample = sample.extended(replace(said, token_ids=(*turn[:-1], tokenizer.eos)), "finished")
+    assert driver._response(sample).turns == (seen, " 3 + 4", seen)
+    assert driver.engine_settings.stops == driver.stops and driver.stops is not None
+    assert driver.stops.strings == (b" +", b"nothing")
+    assert reinforcement(Calculator(seed=0), "task=calculator").engine_settings.stops is None
+
+
+def test_bytes_of_tokens_are_the_text_that_the_tokenizer_makes_of_them(tokenizer: Tokenizer) -> None:  # noqa: F811
+    stops = Stops((b"\x00never\x00",), tokenizer.spelled(), included=False)
+    alphabet = {token: text for token, text in enumerate(tokenizer.spelled()) if len(text) == 1}
+    assert sorted(alphabet.values()) == [bytes([byte]) for byte in range(256)]
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30), st.text(max_size=12))
+    def check(ids: list[int], text: str) -> None:
+        assert stops.text(ids) == tokenizer.decode(ids)
+        assert stops.text(tokenizer.encode(text)) == text
+
+    check()
+
+
+def test_an_empty_string_is_refused() -> None:
+    assert load(RLConfig, "rl", ["checkpoint=a", "rollout.stop=['###',' end']"]).rollout.stop == ("###", " end")
+    with pytest.raises(UserError, match=r"rollout\.stop"):
+        load(RLConfig, "rl", ["checkpoint=a", "rollout.stop=['']"])
