@@ -58,7 +58,7 @@ def starting_point(path: Path) -> tuple[Path, ModelConfig]:
             raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
         return path, read_config(path)
     found = checkpoint.resolve(path)
-    return found, ModelConfig(**checkpoint.read_meta(found).model)
+    return found, checkpoint.model_of(found, checkpoint.read_meta(found))
 
 
 if __name__ == "__main__":

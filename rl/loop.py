@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -287,10 +286,9 @@ class Reinforcement:
         loaded = load_newest(ranks, self.run, self.tracker)
         if loaded is not None:
             folder, meta = loaded
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self.run.rewind(meta.step)
             self.tracker.say(f"continuing after round {meta.step} from {folder}")
-            return meta.step, RolloutBuffer.from_state(state)
+            return meta.step, RolloutBuffer.read(folder / "state.json")
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")
         if (self.start_from / "meta.json").is_file():

@@ -12,10 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kernels.errors import UserError
 from rl.length_bias import GroupLengths, LengthWindow
 from rl.routed_experts import RoutedExperts
+from trainer.json_text import parsed
 
 # pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
 # truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
@@ -271,6 +274,17 @@ class RolloutBuffer:
             "surplus": [_group_state(group) for group in (*surplus, *self._surplus)],
             "recycled": [_group_state(group) for group in (*unfinished, *self._recycled)],
         }
+
+    @classmethod
+    def read(cls, file: Path) -> RolloutBuffer:
+        """What `to_state` gave, out of a file of JSON. Raises UserError where it is something else."""
+        try:
+            return cls.from_state(parsed(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"{file} holds no state of rollouts ({type(error).__name__}: {error}); remove its checkpoint, and resume=auto "
+                "goes on from the one before it"
+            ) from error
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RolloutBuffer:

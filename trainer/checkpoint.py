@@ -22,7 +22,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +39,8 @@ from torch import Tensor
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
+from trainer.json_text import parsed
+from trainer.model.transformer import require_plausible
 
 FORMAT = 3
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
@@ -54,6 +58,23 @@ class CheckpointMeta:
     model: dict[str, Any]  # a ModelConfig
     git: str
     position: dict[str, Any]  # where the data stands; the stage decides
+
+
+Checksum = dict[str, int | str]
+META, SUMS = TypeAdapter(CheckpointMeta), TypeAdapter(dict[str, Checksum])
+
+
+def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
+    """The model of a checkpoint. Raises Damaged where the record describes none."""
+    try:
+        model = ModelConfig(**meta.model)
+    except (ValidationError, TypeError) as error:
+        raise Damaged(f"{folder / 'meta.json'} describes no model of ours: {str(error).splitlines()[0]}") from None
+    if model.vocab_size is None:
+        raise Damaged(f"{folder / 'meta.json'} describes a model without a vocabulary")
+    files = [folder / name for name in _read_record(folder)[1] if name.endswith(".safetensors")]
+    require_plausible(model, sum(file.stat().st_size for file in files if file.is_file()), str(folder / "meta.json"))
+    return model
 
 
 def folder_name(step: int) -> str:
@@ -284,25 +305,34 @@ def verify(folder: Path, world: World | None = None) -> None:
         raise Damaged(f"the checkpoint {folder} is damaged: {damage}; one beside it may be whole")
 
 
-def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, dict[str, int | str]]]:
+def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
     """meta.json: what it says, and the checksums of the other files."""
-    try:
-        record = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        files, found_format = record.pop("files"), record.pop("format")
-        if found_format != FORMAT:
-            raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
-        return CheckpointMeta(**record), files
-    except FileNotFoundError:
+    file = folder / "meta.json"
+    if not file.is_file():  # also nothing that is read without an end
         raise UserError(
             f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise Damaged(f"{folder / 'meta.json'} is damaged ({error}); a checkpoint beside it may be whole") from None
+        )
+    try:
+        record = parsed(file.read_text(encoding="utf-8"))
+        files, found_format = record.pop("files"), record.pop("format")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_record(file, str(error)) from None
+    if found_format != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
+    try:
+        return META.validate_python(record), SUMS.validate_python(files)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _no_record(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _damage(folder: Path, name: str, expected: dict[str, int | str]) -> str | None:
+def _no_record(file: Path, reason: str) -> Damaged:
+    return Damaged(f"{file} is damaged ({reason}); a checkpoint beside it may be whole")
+
+
+def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
         return f"{name} is missing"
@@ -311,7 +341,7 @@ def _damage(folder: Path, name: str, expected: dict[str, int | str]) -> str | No
         return None
     return (
         f"{name} has {found['bytes']} bytes with sha256 {str(found['sha256'])[:12]}…, "
-        f"expected {expected['bytes']} bytes with {str(expected['sha256'])[:12]}…"
+        f"expected {expected.get('bytes')} bytes with {str(expected.get('sha256'))[:12]}…"
     )
 
 
@@ -327,14 +357,30 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 class _Tensors(Mapping[str, Tensor]):
+    """Of the files that meta.json names, and of no others."""
+
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._files: dict[str, Any] = {}
-        for path in sorted((folder / "state").glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+        for name in sorted(_read_record(folder)[1]):
+            if name.endswith(".safetensors"):
+                with self._sound(name):
+                    file = safe_open(folder / name, framework="pt")
+                    self._files |= dict.fromkeys(file.keys(), file)
+
+    @contextmanager
+    def _sound(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"the checkpoint {self._folder} is damaged: {what}: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name).clone()
+        if name not in self._files:
+            raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
+        with self._sound(name):
+            tensor: Tensor = self._files[name].get_tensor(name).clone()
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -342,10 +388,25 @@ class _Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def require_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+        for name, wanted in expected.items():
+            if name not in self._files:
+                raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
+            with self._sound(name):
+                found = self._files[name].get_slice(name).get_shape()
+            if list(found) != list(wanted):
+                raise Damaged(f"the checkpoint {self._folder}: {name} has shape {list(found)}, expected {list(wanted)}")
 
-def read(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for."""
-    return _Tensors(folder)
+
+def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for.
+
+    Raises:
+        Damaged: a file is none, or one of the `expected` tensors is missing or has another shape.
+    """
+    tensors = _Tensors(folder)
+    tensors.require_shapes(expected or {})
+    return tensors
 
 
 # ---------------------------------------------------------------- which ones there are

@@ -26,7 +26,7 @@ class ModelConfig(Record):
     """A decoder-only sparse mixture-of-experts model. Letters: D model, F expert hidden, E experts, K top-k, V vocabulary."""
 
     hidden_size: int = Field(gt=0)  # D
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     num_dense_layers: int = Field(ge=0)  # the first layers have one plain SwiGLU MLP and no experts
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)

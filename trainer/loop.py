@@ -107,7 +107,7 @@ class Pretraining:
             self.run.rewind(-1)
             return 0
         folder, meta = loaded
-        self.corpus.require_same(meta.position["corpus"], folder)
+        self.corpus.require_same(str(meta.position.get("corpus")), folder)
         self.run.rewind(meta.step)
         self.tracker.say(f"continuing after step {meta.step} from {folder}")
         return meta.step

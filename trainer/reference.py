@@ -45,7 +45,7 @@ def read_reference(folder: Path, config: ModelConfig, batch_invariant: bool, dty
     arena.attention = None
     model = Transformer(config, batch_invariant=batch_invariant).to(world.device, dtype).requires_grad_(False)
     weights = Weights(model, arena, torch.zeros(shape.layers, shape.experts, device=world.device))
-    masters = checkpoint.read(folder)
+    masters = checkpoint.read(folder, {name: tensor.shape for name, tensor in _named_tensors(weights, own)})
     for name, tensor in _named_tensors(weights, own):
         tensor.copy_(masters[name])
     return weights

@@ -19,6 +19,7 @@ from typing import Any
 
 from kernels.errors import UserError
 from trainer.config import JsonlSource, ParquetSource, StdlibSource, TextSource
+from trainer.json_text import parsed
 
 MIB = 1 << 20
 PARQUET_BATCH_ROWS = 256
@@ -200,7 +201,7 @@ def json_records(path: Path, wanted: str) -> Iterator[tuple[str, dict[str, Any]]
                 continue
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                record = parsed(line)
             except ValueError as error:  # UnicodeDecodeError is one, too
                 raise UserError(f"{where} is not JSON: {error}; every line is one JSON object") from error
             if not isinstance(record, dict):
@@ -215,14 +216,19 @@ def _text_of(value: object, field: str, where: str) -> str:
         raise UserError(
             f"{where}: field {field!r} is a JSON {_json_kind(value)}, not a string; set data.field to a field of text"
         )
+    return encodable(value, field, where)
+
+
+def encodable(text: str, field: str, where: str) -> str:
+    """The text. Raises UserError where JSON has written what is no text."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: field {field!r} has half of a surrogate pair at character {error.start}, which no UTF-8 text can hold; "
             "correct the line or leave it out"
         ) from error
-    return value
+    return text
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
@@ -240,7 +246,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     yield text or ""  # null is an empty document
                 row += batch.num_rows
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(

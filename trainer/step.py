@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kernels.vocab_loss import token_logprobs
-from parallel.adamw import AdamWSettings
+from parallel.adamw import MOMENTS, AdamWSettings
 from parallel.balance import load_shares, max_violation, updated_bias
 from parallel.dense import DenseZeRO
 from parallel.expert_arena import ExpertShape
-from parallel.expert_shards import ExpertShards
+from parallel.expert_shards import PARTS, ExpertShards
 from parallel.materialisation import UNKNOWN, Materialisation, MaterialisationSettings
 from parallel.moe_layer import ShardedExperts
 from parallel.offload import expert_optimizer
@@ -373,12 +374,12 @@ class Trainer:
         """
         meta = checkpoint.read_meta(folder, self.spec.model)
         checkpoint.verify(folder, self.world)
-        tensors = checkpoint.read(folder)
+        tensors = checkpoint.read(folder, dict(self._shapes(with_moments)))
         same_ranks = True
         if with_moments:
-            owner_LE = tensors[OWNERS]
-            counts = torch.bincount(owner_LE.flatten(), minlength=self.world.size)
-            same_ranks = len(counts) == self.world.size and bool(counts.min() == counts.max())
+            owner_LE = tensors[OWNERS].long()
+            same_ranks = owner_LE.unique(return_counts=True)[1].unique().numel() == 1
+            same_ranks &= owner_LE.unique().tolist() == list(range(self.world.size))
             if same_ranks:
                 self.experts.reshard(owner_LE.numpy())
         self.load_state(tensors, with_moments, meta.updates)
@@ -386,6 +387,24 @@ class Trainer:
             machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
             self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
         return meta
+
+    def _shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
+        """(name, shape) of what `load` takes out of a checkpoint."""
+        shape = self.experts.arena.shape
+        masters: dict[str, Sequence[int]] = {
+            f"dense.{name}": parameter.shape for name, parameter in self.model.named_parameters()
+        }
+        for layer, expert in itertools.product(range(shape.layers), range(shape.experts)):
+            masters |= {f"experts.{layer}.{expert}.{part}": size for part, size in zip(PARTS, shape.parts, strict=True)}
+        yield "bias", self.bias_LE.shape
+        yield from masters.items()
+        if with_moments:
+            yield from ((f"{name}.{moment}", size) for name, size in masters.items() for moment in MOMENTS)
+            yield OWNERS, self.experts.owner_LE.shape
+            yield LOADS, self.materialisation.state().shape
+            yield MACHINE, self.materialisation.machine().shape
+            if self.value_head is not None:
+                yield from ((name, tensor.shape) for name, tensor in self.value_head.named_state())
 
     def keep_reference(self, folder: Path) -> None:
         """From here on `predict` also asks the policy of this checkpoint, which takes the room of another set of weights."""

@@ -8,7 +8,6 @@ special token, even if it spells one: only the program puts them into a sequence
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from trainer.config import TokenizerConfig
+from trainer.json_text import parsed
 from trainer.sources import MIB
 
 MIN_PAIR_COUNT = 2  # a pair seen once is noise; a small corpus then gives a smaller vocabulary
@@ -226,7 +226,7 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def _parse(layout: str, origin: str) -> tokenizers.Tokenizer:
     wanted = "tokenizer.file wants the tokenizer.json of a byte-level BPE tokenizer"
     try:
-        fields = json.loads(layout)
+        fields = parsed(layout)
     except ValueError as error:
         raise UserError(f"{origin} is not a tokenizer: it is not JSON ({error}); {wanted}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):

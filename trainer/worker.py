@@ -270,8 +270,8 @@ def read_model(folder: Path) -> LanguageModel:
     """The whole model of a checkpoint in one process, float32 on the CPU: for export and inspection."""
     checkpoint.verify(folder)
     meta = checkpoint.read_meta(folder)
-    model = LanguageModel.initialize(ModelConfig(**meta.model), seed=0)
-    tensors = checkpoint.read(folder)
+    model = LanguageModel.initialize(checkpoint.model_of(folder, meta), seed=0)
+    tensors = checkpoint.read(folder, {name: tensor.shape for name, tensor in named_tensors(model)})
     for name, tensor in named_tensors(model):
         tensor.copy_(tensors[name])
     return model

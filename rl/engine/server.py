@@ -10,7 +10,6 @@ endpoint for that it keeps the weights that it was started with, and its tokens 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import queue
 import shutil
@@ -30,6 +29,7 @@ from rl.engine.engine import EngineSettings
 from rl.trajectory import Sample
 from trainer.cluster import Processes
 from trainer.config import RolloutConfig, SyncConfig
+from trainer.json_text import parsed
 
 UNKNOWN = -1  # the version of weights that were not sent by this run
 LINE_BYTES = 1 << 24  # an event may hold a long prompt's token ids
@@ -220,9 +220,10 @@ class ServerPool:
         try:
             async with self._session.post(f"{self._url}/completions", json=work.request(self._model)) as response:
                 if response.status == 429 or response.status >= 500:
-                    return f"status {response.status}: {(await response.text(errors='replace'))[:200]}"
+                    return f"status {response.status}: {(await _whole(response))[:200].decode(errors='replace')}"
                 if response.status != 200:
-                    raise BadReply(f"{response.url} answers {response.status}: {(await response.text(errors='replace'))[:500]}")
+                    said = (await _whole(response))[:500].decode(errors="replace")
+                    raise BadReply(f"{response.url} answers {response.status}: {said}")
                 async for data in _events(response):
                     work.take(data)
                     if work.stopped:
@@ -233,7 +234,7 @@ class ServerPool:
 
     async def _ask_once(self, body: dict[str, Any]) -> list[float]:
         async with self._session.post(f"{self._url}/completions", json=body) as response:
-            data = await response.read()
+            data = await _whole(response)
             if response.status != 200:
                 raise BadReply(f"{response.url} answers {response.status}: {data[:500].decode(errors='replace')}")
         choices = parse(data).choices
@@ -251,7 +252,7 @@ class ServerPool:
     async def _json(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
         try:
             async with self._session.request(method, url, json=body) as response:
-                status, text = response.status, await response.text(errors="replace")
+                status, text = response.status, (await _whole(response)).decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UserError(
                 f"no completion server answers at {url} ({type(error).__name__} {error}). Start one, correct the URL, or "
@@ -260,9 +261,19 @@ class ServerPool:
         if status != 200:
             raise BadReply(f"{url} answers {status}: {text[:500]}")
         try:
-            return json.loads(text) if text.strip() else None
-        except json.JSONDecodeError as error:
+            return parsed(text) if text.strip() else None
+        except ValueError as error:
             raise BadReply(f"{url} does not answer with JSON ({error}): {text[:200]}") from None
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer. Raises BadReply where it is longer than any should be."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > LINE_BYTES:
+            raise BadReply(f"{response.url} sends more than {LINE_BYTES} bytes: {bytes(body[:200])!r}")
+    return bytes(body)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 from kernels.errors import UserError
 from rl.rewards.task import Prompt, is_held_out
 from rl.rewards.verifiers import Option, last_match, make_verifier
-from trainer.sources import json_records, missing_field
+from trainer.sources import encodable, json_records, missing_field
 
 EPOCHS_KEPT = 4  # orders of the rows in memory; recycled groups ask for earlier ones
 
@@ -129,18 +129,19 @@ class Dataset:
             if record.get(field) is None:
                 names = [name for name, value in record.items() if value is not None]
                 raise UserError(missing_field(where, field, names, f"task.options.{option}"))
-        text, answer = _text(record[self.prompt_field]), _text(record[self.answer_field])
+        text, answer = (_text(record[field], field, where) for field in (self.prompt_field, self.answer_field))
         if self.answer_pattern:
             found = last_match(self.answer_pattern, answer)
             if found is None:
                 raise UserError(f"{where}: task.options.answer_pattern {self.answer_pattern!r} is not in the answer {answer!r}")
             answer = found
         shown = record.get(self.demonstration_field) if self.demonstration_field else None
-        return Row(Prompt(self.template.replace("{prompt}", text), answer), None if shown is None else _text(shown))
+        demonstration = None if shown is None else _text(shown, self.demonstration_field, where)
+        return Row(Prompt(self.template.replace("{prompt}", text), answer), demonstration)
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _text(value: object, field: str, where: str) -> str:
+    return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), field, where)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,5 +156,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     yield f"{path}, row {row}", record
                     row += 1
-    except pyarrow.ArrowInvalid as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, behind row {row - 1}: a column is not UTF-8 ({error})") from error
+    except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}") from error

@@ -50,9 +50,10 @@ def answered(task: Task, request: dict[str, Any]) -> dict[str, Any]:
         reply = task.reply(prompt, turns)
         if not (reply is None or isinstance(reply, str)):
             raise TypeError(f"reply returned {reply!r}; it is text or None")
+        (reply or "").encode()  # half of a surrogate pair is no text
         return {"found": reply}
     except Exception as error:  # whatever a person's task raises is counted and told by the driver
-        return {"error": f"{type(error).__name__}: {error}"[:TEXT_LIMIT]}
+        return {"error": f"{type(error).__name__}: {error}"[:TEXT_LIMIT].encode(errors="replace").decode()}
 
 
 def judged(reward: float | None) -> float | None:

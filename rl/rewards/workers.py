@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
 from trainer.config import RewardConfig, TaskConfig
@@ -34,6 +36,43 @@ PATIENCE_S = 2.0  # for a process that ends by itself
 SHOWN = 80  # characters of a completion in a message
 Self = TypeVar("Self", bound="RewardWorkers")
 Method = Literal["score", "reply"]
+ANSWER_BYTES = 1 << 26  # of a reply; more is none
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class _Ready(_Answer):
+    ready: Literal[True]
+
+
+class _Failed(_Answer):
+    error: str
+
+
+class _Score(_Answer):
+    found: FiniteFloat | None
+
+
+class _Reply(_Answer):
+    found: str | None
+
+
+# A task's code runs in the worker's process and may write anything, so nothing else is an answer.
+ANSWERS: dict[str, TypeAdapter[Any]] = {
+    "ready": TypeAdapter(_Ready),
+    "score": TypeAdapter(_Score | _Failed),
+    "reply": TypeAdapter(_Reply | _Failed),
+}
+
+
+def understood(kind: str, line: bytes) -> dict[str, Any] | str:
+    """An answer of this kind, or what the line is instead."""
+    try:
+        return dict(ANSWERS[kind].validate_json(line))
+    except ValidationError as error:
+        return f"{line[:SHOWN]!r}, which is no answer: {error.errors(include_url=False)[0]['msg']}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +176,7 @@ class RewardWorkers:
     def _look_at(self, worker: _Worker, batch: _Batch) -> None:
         """Takes a worker's answer, if there is one; replaces the worker if it is dead or too late."""
         answer = worker.answer()
-        if answer is None and not worker.ended and time.monotonic() < worker.deadline:
+        if answer is None and not (worker.ended or worker.strange) and time.monotonic() < worker.deadline:
             return
         if not worker.ready:
             if answer is None:
@@ -156,7 +195,9 @@ class RewardWorkers:
     def _replace(self, worker: _Worker, place: int, batch: _Batch) -> None:
         worker.kill()
         asked = f"on the completion {batch.responses[place].turns[-1][:SHOWN]!r}"
-        if not worker.ended:
+        if worker.strange:
+            self._count("reward/errors", f"the process of {worker.method} wrote {worker.strange}, {asked}")
+        elif not worker.ended:
             limit = f"reward.timeout_s = {self._config.timeout_s:g} s"
             self._count("reward/timeouts", f"{worker.method} took longer than {limit} {asked}")
         elif place in batch.died:
@@ -192,7 +233,8 @@ class RewardWorkers:
 
     def _cannot_start(self, worker: _Worker) -> str:
         last = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        reason = worker.end if worker.ended else f"was not ready after {START_TIMEOUT_S:g} s"
+        wrote = f"wrote {worker.strange}" if worker.strange else f"was not ready after {START_TIMEOUT_S:g} s"
+        reason = worker.end if worker.ended else wrote
         return (
             f"a reward worker could not make task {self._task.name}: its process {reason} ({' '.join(last) or 'no message'}); "
             f"its log is {worker.log}"
@@ -209,6 +251,7 @@ class _Worker:
     starts: int  # this one included, without one that was ready
     ready: bool = False
     ended: bool = False  # the process closed its end
+    strange: str = ""  # what it wrote that is no answer; nothing it says is trusted any more
     place: int | None = None
     method: Method = "score"  # that it is asked for
     deadline: float = field(init=False)
@@ -254,6 +297,9 @@ class _Worker:
         try:
             while more := self.socket.recv(1 << 16):
                 self.received += more
+                if len(self.received) > ANSWER_BYTES:
+                    self.strange = f"more than {ANSWER_BYTES >> 20} MiB"
+                    return None
             self.ended = True
         except BlockingIOError:
             pass
@@ -262,7 +308,10 @@ class _Worker:
         if not self.received.endswith(b"\n"):
             return None
         line, self.received = self.received, b""
-        found: dict[str, Any] = json.loads(line)
+        found = understood(self.method if self.ready else "ready", line)
+        if isinstance(found, str):
+            self.strange = found
+            return None
         return found
 
     def kill(self) -> None:

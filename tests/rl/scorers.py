@@ -47,6 +47,12 @@ class Scripted:
                 raise ValueError(f"no reward for {rest}")
             case "text":
                 return "much"  # type: ignore[return-value]
+            case "write":  # into the worker's own connection
+                os.write(int(sys.argv[1]), rest.encode() + b"\n")
+                time.sleep(60)
+            case "flood":
+                while True:
+                    os.write(int(sys.argv[1]), b"x" * (1 << 16))
             case "exit":
                 sys.exit(int(rest))
             case "kill":

@@ -172,6 +172,20 @@ def test_the_real_wandb_writes_offline_into_the_run_without_the_key(
     assert "wandb" not in capfd.readouterr().err
 
 
+def test_a_resumed_run_is_the_same_run_to_wandb(tmp_path: Path) -> None:
+    offline = LoggerConfig(wandb="offline", project="tessera", entity=None)
+    options = [f"runs_dir={tmp_path}", "run_name=again", "resume=auto"]
+    opened = []
+    for step in (1, 2):
+        run = RunDir.open(load(PretrainConfig, "pretrain", options), "pretrain")
+        with Tracker(run, "pretrain", offline, total_steps=2, devices=1) as tracker:
+            tracker.log(step, {"train/loss": 1.0})
+        opened.append(run)
+    assert opened[0].id == opened[1].id and [run.attempt for run in opened] == [1, 2]
+    folders = list(opened[0].path.glob("wandb/offline-run-*"))
+    assert len(folders) == 2 and all((folder / f"run-{opened[0].id}.wandb").is_file() for folder in folders)
+
+
 def test_the_table_has_a_row_for_each_change() -> None:
     text = summary_table([Change("loss", "nats", "7.1", "3.2"), Change("MaxVio", "", "1.5", "0.1")], title="demo")
     assert all(part in text for part in ("demo", "first", "last", "loss", "nats", "7.1", "3.2", "MaxVio"))

@@ -156,6 +156,13 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 def parse_config(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     """The reverse of `config_json`, also for files that others wrote. Raises UserError for what we do not have."""
+    try:
+        return _parsed(content, path)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} has a setting of a wrong kind: {error}") from error
+
+
+def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     family = _family_named(content, path)
     known = {**family.defaults, **{key: value for key, value in content.items() if value is not None}}
     if "num_local_experts" in known:  # transformers 5 writes this name

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from trainer.config import ModelConfig
+from trainer.json_text import parsed
 from trainer.model.families import OUR_KEY, config_json, family_of, parse_config, tensors_by_name
-from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
+from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, require_plausible
 from trainer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 4 << 30
@@ -143,6 +144,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> LanguageModel:
     path = folder / "config.json"
     family, config = parse_config(_read_json(path), path)
     files = _tensor_files(folder)
+    require_plausible(config, sum(file.stat().st_size for file in set(files.values())), str(path))
     model = _unset_model(config, dtype)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in files)
     targets = tensors_by_name(family, config, model.state(), fused=fused)
@@ -173,6 +175,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / INDEX} has no weight_map")
+        if strange := [file for file in weight_map.values() if not _is_plain(file)]:
+            raise UserError(f"{folder / INDEX} names {strange[0]!r} as a file, which is no plain name of one in its folder")
         files = {name: folder / file for name, file in weight_map.items()}
         if missing := sorted({file.name for file in files.values() if not file.is_file()}):
             raise UserError(f"{folder} lacks {_shortened(missing)}, which {INDEX} names")
@@ -185,6 +189,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _is_plain(file: object) -> bool:
+    """Links are followed all the same: caches of downloads are made of them."""
+    return isinstance(file, str) and Path(file).name == file and "\0" not in file
 
 
 def _check_names(targets: Mapping[str, Tensor], files: Mapping[str, Path], folder: Path) -> None:
@@ -211,10 +220,12 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")

@@ -412,6 +412,19 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     )
 
 
+def require_plausible(config: ModelConfig, nbytes: int, where: str) -> None:
+    """Before room is made for a model that somebody else describes: its files must hold about so much.
+
+    Raises UserError where `nbytes` bytes of tensors are too few, at half a byte a parameter.
+    """
+    try:
+        total = parameter_counts(config).total
+    except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch cannot even write the shapes down
+        raise UserError(f"{where} describes a model of impossible size: {str(error).splitlines()[0]}") from error
+    if total > 2 * nbytes:
+        raise UserError(f"{where} makes a model of {total:,} parameters, but its files have {nbytes:,} bytes")
+
+
 def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Of gate_up_LECD and down_LEDF."""
     layers, experts = config.num_moe_layers, config.num_experts
