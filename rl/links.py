@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,11 +30,12 @@ class Links:
         groups: dict[str, dict[int, tuple[str, int, int]]] = {name: {} for name in engines}
         calls = {}
         for rank, ((rank_name, actor), here) in enumerate(zip(ranks.actors.items(), self._here, strict=True)):
-            elsewhere = [name for name in engines if name not in here]
-            group = f"weights/{self._times}/{rank}"
-            for member, name in enumerate(elsewhere, start=1):
-                groups[name][rank] = group, member, 1 + len(elsewhere)
-            calls[rank_name] = actor.link.remote(group, len(elsewhere))
+            elsewhere = {name: gpu for name, gpu in gpus.items() if name not in here}
+            members = {f"weights/{self._times}/{rank}/{number}": names for number, names in enumerate(apart(elsewhere))}
+            for group, names in members.items():
+                for member, name in enumerate(names, start=1):
+                    groups[name][rank] = group, member, 1 + len(names)
+            calls[rank_name] = actor.link.remote({group: len(names) for group, names in members.items()})
         (_, meeting), *_ = places
         for name, actor in engines.items():
             calls[name] = actor.link.remote(name, meeting, groups[name], self._timeout_s)
@@ -44,3 +46,16 @@ class Links:
         """What all ranks have, and to whom they show it."""
         actors = zip(ranks.actors.items(), self._here, strict=True)
         return list(gather({name: a.offer.remote(version, check, here) for (name, a), here in actors}, ranks.logs).values())
+
+
+def apart(gpus: Mapping[str, str | None]) -> list[list[str]]:
+    """Engines in as few groups as can be, none with two on the same GPU; those without a GPU do not mind."""
+    groups: list[list[str]] = []
+    seen = Counter[str]()
+    for name, gpu in gpus.items():
+        number = 0 if gpu is None else seen[gpu]
+        if gpu is not None:
+            seen[gpu] += 1
+        groups += [[]] if number == len(groups) else []
+        groups[number].append(name)
+    return groups

@@ -99,7 +99,7 @@ class Reinforcement:
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config = self.config
-        traces = Traces(config.trace, self.run, self.ranks, self.tracker.say)
+        traces = Traces(config.trace, self.run, len(ranks), self.tracker.say)
         if start == 0:
             self.tracker.log(0, {**self.evaluate(pool), **self.rewards.counts()})
         for version in range(start, config.loop.rounds):

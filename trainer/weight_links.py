@@ -2,8 +2,8 @@
 
 A rank offers its pieces (weight_pieces.py). To engines on the same GPU it shows the memory itself (CUDA IPC), and they copy out
 of it into their own weights, once, at the rate of that GPU's memory. To the engines elsewhere it broadcasts, in a group of its
-own with them, because NCCL does not take two processes on one GPU into a group; on CPUs gloo does the same. Nothing is gathered
-or packed on a host. Small pieces travel together as one block.
+own with them, in several where they share a GPU, because NCCL does not take two processes on one GPU into a group; on CPUs gloo
+does the same. Nothing is gathered or packed on a host. Small pieces travel together as one block.
 
 Memory that was shown must not go before nobody reads it: the rank keeps it, since these are its weights. Where they have moved
 it shows the new place, and what was there is freed when the engines have let go. Weights must not change until all engines have
@@ -73,17 +73,17 @@ def gpu_of(device: torch.device) -> str | None:
 
 
 class Sender:
-    """A rank's side; `group`: with the engines elsewhere, if there are any."""
+    """A rank's side; `groups`: with the engines elsewhere, each of which is in one."""
 
-    def __init__(self, rank: int, device: torch.device, group: Any | None) -> None:
-        self._rank, self._device, self._group = rank, device, group
+    def __init__(self, rank: int, device: torch.device, groups: Sequence[Any]) -> None:
+        self._rank, self._device, self._groups = rank, device, groups
         self._shown: dict[str, tuple[tuple[int, int], ...]] = {}  # engine -> (address, bytes) of the blocks it was shown
         self._copy: list[Tensor] | None = None
         self._pieces: Sequence[Piece] = ()
 
     def close(self) -> None:
-        if self._group is not None:
-            close_group(self._group, self._device)
+        for group in self._groups:
+            close_group(group, self._device)
 
     def offer(self, pieces: Sequence[Piece], version: int, check: bool, here: Sequence[str], shareable: bool) -> Offer:
         """Offers `pieces`, to the engines `here` by showing the memory, or a copy if it is not `shareable`."""
@@ -99,12 +99,13 @@ class Sender:
 
     def send(self) -> None:
         """Broadcasts what was offered to the engines elsewhere, if there are any."""
-        if self._group is None:
+        if not self._groups:
             return
         small, large = _sorted([piece.values_N for piece in self._pieces])
         block, views = _block_for(small, self._device)
         copy(small, views)
-        _broadcast(self._group, [block, *large])
+        for group in self._groups:
+            _broadcast(group, [block, *large])
         _wait(self._device)
 
     def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
@@ -211,12 +211,13 @@ class TrainWorker:
         model = self._whole_model()
         return None if model is None else self.source.update(pack(model.state()), version, config)
 
-    def link(self, group: str, engines: int) -> None:
-        """Before the first `offer`, and when other engines are there: `engines` on other devices meet this rank in `group`."""
+    def link(self, groups: Mapping[str, int]) -> None:
+        """Before the first `offer`, and when other engines are there: so many on other devices meet this rank in each group."""
         if self.sender is not None:
             self.sender.close()
-        member = (self.store, group, 0, 1 + engines, self.world.device, self.timeout_s)
-        self.sender = Sender(self.rank, self.world.device, open_group(*member) if engines else None)
+        device = self.world.device
+        opened = [open_group(self.store, name, 0, 1 + count, device, self.timeout_s) for name, count in groups.items()]
+        self.sender = Sender(self.rank, device, opened)
 
     def place(self) -> tuple[str | None, tuple[str, int]]:
         """(this rank's GPU, where the store is in which ranks meet)."""

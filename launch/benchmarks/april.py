@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
 from trainer.config import ModelConfig, RolloutConfig
 from trainer.estimate import vocab_size
 from trainer.model.transformer import LanguageModel
+from trainer.weight_pieces import Piece, put
 
 CONF = Path(__file__).parents[2] / "conf"
 SIGMA = 1.0  # of the logarithm of a length: the expected longest of 256 is exp(2.8) = 16 times the median
@@ -125,6 +126,11 @@ class ForcedEngine(Engine):
         self.decoded_tokens = 0
         self.recomputed_tokens = 0
         self.context_tokens = 0  # whose keys the decoded tokens needed, each its own
+
+    def load_pieces(self, pieces: Iterable[Piece], version: int) -> None:
+        """All weights, from where they lie in this process."""
+        with self._between_versions(version):
+            put(pieces, self._model.state())
 
     def _status(self, row: Row) -> Status:
         self.decoded_tokens += 1

@@ -111,10 +111,8 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # another process needs it
         stages, trained = on_ranks(iterate, 1, options, (model, ceilings), device.type)
-        work = (
-            f"an iteration by {name}: {options.groups} groups of {options.samples}, median response {options.median} tokens, "
-        )
-        work += f"longest {options.longest}, {options.over_provision:g} times as many submitted, {options.slots} slots"
+        sizes = f"{options.groups} groups of {options.samples}, N'/N {options.over_provision:g}, {options.slots} slots"
+        work = f"an iteration by {name}: {sizes}, median response {options.median} tokens, longest {options.longest}"
         yield Iteration(work, stages, trained, failures, tuple(notes))
 
 

@@ -106,7 +106,7 @@ def transfer(model: LanguageModel, device: torch.device, target: torch.device, s
     ours, theirs = context.Pipe()
     child = context.Process(target=engine, args=(theirs, store.port, model.config, target, not shown), daemon=True)
     child.start()
-    sender = Sender(0, device, None if shown else open_group(store, GROUP, 0, 2, device, TIMEOUT_S))
+    sender = Sender(0, device, [] if shown else [open_group(store, GROUP, 0, 2, device, TIMEOUT_S)])
     pieces, here = all_pieces(model), [ENGINE] if shown else []
     taken = []
     for version in range(repeats + 2):  # the first ones open the memory or the group

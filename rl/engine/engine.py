@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -32,7 +32,6 @@ from trainer.config import ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 from trainer.weight_delta import WeightDelta, apply
 from trainer.weight_links import Offer, Receiver, span_digests
-from trainer.weight_pieces import Piece, put
 from trainer.weight_sync import WeightUpdate
 from trainer.weights import digests, unpack
 
@@ -136,11 +135,6 @@ class Engine:
         """
         with self._between_versions(version):
             self._model.load_state(state)
-
-    def load_pieces(self, pieces: Iterable[Piece], version: int) -> None:
-        """The same for pieces that together are all weights, in the dtype of the engine."""
-        with self._between_versions(version):
-            put(pieces, self._model.state())
 
     @contextmanager
     def _between_versions(self, version: int) -> Iterator[None]:

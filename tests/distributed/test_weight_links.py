@@ -71,13 +71,15 @@ class Exchange:
 
     def run(self) -> list[Any]:
         with ThreadPoolExecutor(2 + self.engines) as pool:
-            work = [pool.submit(self.rank, rank) for rank in range(2)]
-            work += [pool.submit(self.engine, number) for number in range(self.engines)]
-            return [one.result() for one in work][2:]
+            ranks = [pool.submit(self.rank, rank) for rank in range(2)]
+            engines = [pool.submit(self.engine, number) for number in range(self.engines)]
+            for rank in ranks:
+                rank.result()
+            return [one.result() for one in engines]
 
     def rank(self, rank: int) -> None:
         model = LanguageModel.initialize(CONFIG, seed=0)
-        sender = Sender(rank, CPU, open_group(self.store, f"w/{rank}", 0, 1 + self.engines, CPU, 60))
+        sender = Sender(rank, CPU, [open_group(self.store, f"w/{rank}", 0, 1 + self.engines, CPU, 60)])
         for version in range(2):
             move(model)
             self.offers[rank] = sender.offer(share(model, rank, 2), version, self.check, (), shareable=True)

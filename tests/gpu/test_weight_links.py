@@ -61,10 +61,11 @@ def test_an_engine_on_the_same_gpu_copies_what_it_is_shown(shareable: bool) -> N
     child = context.Process(target=take_all, args=(theirs, device), daemon=True)
     child.start()
     assert ours.recv() == gpu_of(device), "both call it alike"
-    model, sender = model_of(0, device), Sender(0, device, None)
-    handles = []
+    model, sender = model_of(0, device), Sender(0, device, [])
+    handles, before = list[bool](), 0
     for version in range(5):
         if version == 3:  # the experts move, and what they leave is free again once the engine has let go
+            before = torch.cuda.memory_allocated()
             model.experts = type(model.experts)(model.experts.gate_up_LECD.clone(), model.experts.down_LEDF.clone())
         changed(model)
         offer = sender.offer(pieces_of(model), version, True, [ENGINE], shareable)
@@ -72,10 +73,9 @@ def test_an_engine_on_the_same_gpu_copies_what_it_is_shown(shareable: bool) -> N
         ours.send(offer)
         assert ours.recv() == offer.digests, version
     assert handles == [True, False, False, shareable, False], "memory is opened once for every place"
-    left = torch.cuda.memory_allocated()
     gc.collect()
     torch.cuda.ipc_collect()
-    assert torch.cuda.memory_allocated() <= left
+    assert torch.cuda.memory_allocated() <= before
     ours.send(None)
     child.join(60)
     assert child.exitcode == 0
@@ -86,7 +86,7 @@ def broadcast(world: World) -> Any:
     store = dist.distributed_c10d._get_default_store()
     group = open_group(store, "weights", world.rank, 2, device, 60)
     model = model_of(world.rank, device)
-    sender, receiver = Sender(0, device, group), Receiver(ENGINE, device, {0: group})
+    sender, receiver = Sender(0, device, [group]), Receiver(ENGINE, device, {0: group})
     for version in range(3):
         offers: list[Any] = [None]
         if world.rank == 0:
