@@ -38,7 +38,7 @@ from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config import ModelConfig
 
-FORMAT = 3
+FORMAT = 4
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 T = TypeVar("T")
 log = logging.getLogger("tessera")

@@ -22,6 +22,30 @@ class Record(BaseModel):
 # ---------------------------------------------------------------- what is trained
 
 
+class TopKRouter(Record):
+    """A token goes to the K experts of the largest score + bias; its logits are a linear map of it."""
+
+    kind: Literal["top_k"]
+
+
+class NoisyTopKRouter(Record):
+    """The same, with learned noise on the logits while it is pretrained (Shazeer et al. 1701.06538): none in evaluation, in
+    generation and in RL, which learns what was generated."""
+
+    kind: Literal["noisy_top_k"]
+
+
+class CosineRouter(Record):
+    """The logits are cosines between tokens and experts, over a learned temperature (X-MoE, 2204.09179)."""
+
+    kind: Literal["cosine"]
+    size: int = Field(gt=0)  # R, dimensions in which they are compared; the paper takes half the number of experts
+    temperature: float = Field(gt=0)  # at the start; the paper takes 0.3 for softmax scores and 0.07 for sigmoid ones
+
+
+RouterConfig = Annotated[TopKRouter | NoisyTopKRouter | CosineRouter, Field(discriminator="kind")]
+
+
 class ModelConfig(Record):
     """A decoder-only sparse mixture-of-experts model. Letters: D model, F expert hidden, E experts, K top-k, V vocabulary."""
 
@@ -36,6 +60,7 @@ class ModelConfig(Record):
     top_k: int = Field(gt=0)  # K
     expert_hidden_size: int = Field(gt=0)  # F
     num_shared_experts: int = Field(ge=0)  # every token passes them; one MLP of hidden size n * F
+    router: RouterConfig  # where logits come from
     router_scores: Literal["softmax", "sigmoid"]
     renormalize: bool  # combine weights of a token sum to one before `routed_scale`
     routed_scale: float = Field(gt=0)

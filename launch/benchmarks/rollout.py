@@ -22,7 +22,7 @@ from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TopKRouter
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
 
 LOOK_EVERY = 32  # tokens between two looks at who has finished
@@ -143,6 +143,7 @@ def model_config(options: RolloutOptions, name: str) -> ModelConfig:
         top_k=shape.top_k,
         expert_hidden_size=shape.expert_hidden,
         num_shared_experts=0,
+        router=TopKRouter(kind="top_k"),
         router_scores="softmax",
         renormalize=True,
         routed_scale=1.0,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
-from trainer.config import PretrainConfig, RLConfig, StdlibSource, TextSource
+from trainer.config import CosineRouter, PretrainConfig, RLConfig, StdlibSource, TextSource
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -160,6 +160,17 @@ def test_options_that_disagree_are_reported_together_with_typos_and_with_each_ot
         "model top_k",
         "optimizer.warmup_steps",
     ]
+
+
+def test_a_router_is_chosen_by_its_kind_and_has_its_own_options() -> None:
+    cosine = ["model.router.kind=cosine", "model.router.size=4", "model.router.temperature=0.3"]
+    assert load(PretrainConfig, "pretrain", cosine).model.router == CosineRouter(kind="cosine", size=4, temperature=0.3)
+    assert problems("model.router.kind=cosine", "model.router.size=4") == [
+        "model.router.temperature required; give model.router.temperature=..."
+    ]
+    assert problems("model.router.size=4") == ["model.router.size = 4 is not an option of model.router.kind=top_k"]
+    (line,) = problems("model.router.kind=cosin")
+    assert line.startswith("model.router.kind = cosin should be one of 'top_k', 'noisy_top_k', 'cosine'")
 
 
 def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> None:

@@ -13,12 +13,13 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
+from kernels.random_bits import random_bits
 from kernels.vocab_loss import token_logprobs
 from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.kv_cache import PageTable
 from rl.engine.pool import LocalPool, deal
-from rl.engine.sampler import Sampling, exponential_noise, kept, random_bits, sample
+from rl.engine.sampler import Sampling, exponential_noise, kept, sample
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
@@ -106,6 +107,17 @@ def test_samples_end_with_eos_or_at_the_limit(uninterrupted: list[Sample]) -> No
 
 def test_logprobs_equal_the_trainers(model: LanguageModel, uninterrupted: list[Sample]) -> None:
     assert_like_the_trainer(model, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "router", [{"kind": "cosine", "size": 6, "temperature": 0.07}, {"kind": "noisy_top_k"}], ids=["cosine", "noisy_top_k"]
+)
+def test_with_other_routers_logprobs_equal_the_trainers_too(router: dict[str, Any]) -> None:
+    config = tiny_model(**{**CONFIG.model_dump(), "router": router})
+    model = LanguageModel.initialize(config, seed=0, batch_invariant=True)
+    engine = Engine(config, settings(), CPU, torch.float32)
+    engine.load_weights(model.state(), 0)
+    assert_like_the_trainer(model, complete(engine, requests(20), advance_tokens=5))
 
 
 @pytest.mark.parametrize(("slots", "advance"), [(1, 7), (3, 2), (64, 100)])

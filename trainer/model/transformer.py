@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
 from kernels.expert_mlp import swiglu
-from kernels.linear import linear as batch_invariant_linear
 from kernels.linear import linears
 from kernels.norm import rms_norm, rotate
 from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
 from trainer.config import ModelConfig
 from trainer.model.attention import rope
+from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
 
 
@@ -139,17 +139,19 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     """The dense part of an MoE layer: its gate and its shared experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config = config
-        self.gate = linear(config.hidden_size, config.num_experts)
+        self.config, self.layer = config, layer
+        self.gate = gate(config)
         shared = config.num_shared_experts * config.expert_hidden_size
         self.shared = SwiGLU(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor, noise: RouterNoise | None
+    ) -> tuple[Tensor, Tensor]:
         x_TD = x_BSD.flatten(0, 1)
         routing = route(
-            batch_invariant_linear(x_TD, self.gate.weight, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
+            self.gate(x_TD, self.layer, noise),
             top_k=self.config.top_k,
             scores=self.config.router_scores,
             renormalize=self.config.renormalize,
@@ -173,7 +175,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         dense = layer < config.num_dense_layers
-        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden_size) if dense else MoE(config)
+        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden_size) if dense else MoE(config, layer)
 
     def forward(
         self,
@@ -183,6 +185,7 @@ class Block(nn.Module):
         valid_BS: Tensor,
         experts: LayerExperts | None,
         bias_E: Tensor | None,
+        noise: RouterNoise | None,
     ) -> tuple[Tensor, Tensor | None]:
         if experts is not None:
             experts.prepare()
@@ -190,7 +193,7 @@ class Block(nn.Module):
         normed_BSD = self.mlp_norm(x_BSD)
         if experts is None:
             return x_BSD + self.mlp(normed_BSD), None
-        y_BSD, counts_E = self.mlp(normed_BSD, valid_BS, experts, bias_E)
+        y_BSD, counts_E = self.mlp(normed_BSD, valid_BS, experts, bias_E, noise)
         return x_BSD + y_BSD, counts_E
 
 
@@ -220,16 +223,22 @@ class Transformer(nn.Module):
         """What turns hidden states into logits: its own weight, or the embedding's when they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def gate_weights(self) -> list[Tensor]:
+    def gates(self) -> list[Gate]:
         """Of all MoE layers: what is trained of the router."""
-        return [block.mlp.gate.weight for block in self.blocks if isinstance(block.mlp, MoE)]
+        return [block.mlp.gate for block in self.blocks if isinstance(block.mlp, MoE)]
 
     def initialize(self, seed: int) -> None:
         """Norms one, biases zero, matrices normal(init_std) from (seed, parameter name): the same on every rank.
 
+        Gates as trainer/model/gate.py says.
         Matrices that write to the residual stream are scaled by 1 / sqrt(2 * num_layers), as in GPT-2.
         """
+        for name, module in self.named_modules():
+            if isinstance(module, Gate):
+                module.initialize(self.config.init_std, seed, name)
         for name, parameter in self.named_parameters():
+            if ".gate." in name:
+                continue
             if parameter.dim() == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             else:
@@ -246,19 +255,21 @@ class Transformer(nn.Module):
         bias_LE: Tensor,
         *,
         recompute: bool = False,
+        noise: RouterNoise | None = None,
     ) -> Output:
         """Hidden states after the final norm, and the load of every expert.
 
         `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
-        float32. `recompute` keeps only the input of each block for the backward pass.
+        float32. `recompute` keeps only the input of each block for the backward pass. `noise` (B, S) is that of a noisy router.
         """
+        noise = None if noise is None else noise.flattened()
         angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
         x_BSD = self.embedding(tokens_BS)
         counts: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             moe_layer = layer - self.config.num_dense_layers
             routed = (experts[moe_layer], bias_LE[moe_layer]) if moe_layer >= 0 else (None, None)
-            arguments = (x_BSD, angles, attend, valid_BS, *routed)
+            arguments = (x_BSD, angles, attend, valid_BS, *routed, noise)
             if recompute:
                 x_BSD, counts_E = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
