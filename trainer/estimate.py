@@ -83,7 +83,7 @@ def memory_per_rank(
         gradients=dense_gradients + expert_gradients,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
         activations=tokens * _activations_per_token(model, size, ranks, recompute, on_gpu and dtype == "bfloat16"),
-        exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport != "messages" else 0,
+        exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport in ("auto", "peer_memory") else 0,
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
         host=host,
         disk=disk,

@@ -25,7 +25,7 @@ from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
 from parallel.topology import World
-from parallel.transport import reads_peer_memory
+from parallel.transport import transport_kind
 from trainer import checkpoint
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
@@ -81,8 +81,8 @@ class Trainer:
         initial, owned = partial(initial_expert, config, spec.seed), owner_LE.size // world.size
         offload, nvme_dir = spec.parallel.offload, spec.parallel.nvme_dir
         optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
-        peer_memory = reads_peer_memory(spec.parallel.transport, world)
-        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, peer_memory)
+        kind = transport_kind(spec.parallel.transport, world)
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)

@@ -55,7 +55,11 @@ def test_frozen_gates_keep_every_bit_and_all_else_learns(size: int, options: dic
     assert history[-1]["moe/bias_range"] > 0
 
 
-ROUTERS: list[dict[str, Any]] = [{"kind": "noisy_top_k"}, {"kind": "cosine", "size": 6, "temperature": 0.3}]
+ROUTERS: list[dict[str, Any]] = [
+    {"kind": "noisy_top_k"},
+    {"kind": "cosine", "size": 6, "temperature": 0.3},
+    {"kind": "expert_choice", "most_experts": 5},
+]
 
 
 def losses_of_one_batch(world: World, told: TrainerSpec) -> tuple[list[float], dict[str, Tensor]]:
@@ -68,7 +72,8 @@ def losses_of_one_batch(world: World, told: TrainerSpec) -> tuple[list[float], d
 
 @pytest.mark.parametrize("router", ROUTERS, ids=[router["kind"] for router in ROUTERS])
 def test_each_router_trains_to_a_lower_loss(router: dict[str, Any]) -> None:
-    losses, state = run_ranks(losses_of_one_batch, 2, spec(tiny_model(router=router), micro_rows=2))[0]
+    model = tiny_model(router=router, selection_bias=router["kind"] != "expert_choice")
+    losses, state = run_ranks(losses_of_one_batch, 2, spec(model, micro_rows=2))[0]
     assert losses[-1] < 0.5 * losses[0]
     gate = [tensor for name, tensor in state.items() if ".gate." in name]
     assert all(bool(tensor.any()) for tensor in gate)

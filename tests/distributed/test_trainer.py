@@ -40,6 +40,7 @@ LR = 1e-2
 DISK = Path(tempfile.gettempdir())
 NOISY = tiny_model(router={"kind": "noisy_top_k"})
 COSINE = tiny_model(router={"kind": "cosine", "size": 6, "temperature": 0.3})
+CHOICE = tiny_model(router={"kind": "expert_choice", "most_experts": 6}, selection_bias=False)
 
 
 def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -108,6 +109,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
         (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto", calibrate=True)}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
+        (1, {"micro_rows": 8, "model": CHOICE, "recompute": True}),
         (1, {"micro_rows": 4, "model": NOISY}),
         (2, {"micro_rows": 2, "model": NOISY, "recompute": True}),
         (2, {"micro_rows": 4, "model": COSINE, "parallel": parallel(zero_stage=2)}),
@@ -120,7 +122,14 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
     ],
     ids=[
         *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
-        *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep", "1-rank-noisy", "2-ranks-noisy-recompute"],
+        *[
+            "4-ranks-reshard",
+            "2-ranks-measured",
+            "4-ranks-llep",
+            "1-rank-expert-choice",
+            "1-rank-noisy",
+            "2-ranks-noisy-recompute",
+        ],
         *["2-ranks-cosine-zero2", "1-rank-offload", "2-ranks-offload-reshard"],
         "4-ranks-nvme-reshard",
     ],

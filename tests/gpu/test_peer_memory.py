@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from parallel.peer_memory import PeerMemory, view, within_reach
 from parallel.topology import World, join, leave
+from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_moe_layer import CASES, case, close, one_device, spread
 
@@ -56,10 +57,10 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
 
 
 def test_sharded_experts_equal_experts_on_one_device() -> None:
-    def results(peer_memory: bool) -> list[list[dict[str, Any]]]:
-        return run_ranks(spread, 2, range(CASES), False, peer_memory, kind="cuda")
+    def results(kind: TransportKind) -> list[list[dict[str, Any]]]:
+        return run_ranks(spread, 2, range(CASES), "none", kind, kind="cuda")
 
-    in_place, by_messages = results(True), results(False)
+    in_place, by_messages = results("peer_memory"), results("messages")
     for seed in range(CASES):
         expected = one_device(case(seed, 2), 2)
         for micro, wanted in enumerate(expected["tokens"]):

@@ -309,6 +309,13 @@ def test_too_long_prompts_and_models_are_errors_with_numbers(model: LanguageMode
         Engine(CONFIG, settings(max_length=65), CPU, torch.float32)
 
 
+def test_a_model_whose_experts_choose_tokens_is_refused_with_the_way_out() -> None:
+    chooses = {"router": {"kind": "expert_choice", "most_experts": 4}, "selection_bias": False}
+    config = tiny_model(**{**CONFIG.model_dump(), **chooses})
+    with pytest.raises(UserError, match=r"expert_choice .* cannot generate, nor go into RL; pretrain one with .*top_k"):
+        Engine(config, settings(), CPU, torch.float32)
+
+
 def test_dealt_samples_are_spread_evenly() -> None:
     hands = deal(requests(10), 3)
     assert sorted(len(hand) for hand in hands) == [3, 3, 4]

@@ -21,12 +21,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
+from kernels.expert_choice import choose_tokens
 from kernels.expert_mlp import swiglu
 from kernels.linear import linears
 from kernels.norm import rms_norm, rotate
 from kernels.router import Routing, route
 from parallel.moe_layer import LocalExperts
-from trainer.config import ModelConfig
+from trainer.config import ExpertChoiceRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
@@ -150,19 +151,33 @@ class MoE(nn.Module):
         self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor, noise: RouterNoise | None
     ) -> tuple[Tensor, Tensor]:
         x_TD = x_BSD.flatten(0, 1)
-        routing = route(
-            self.gate(x_TD, self.layer, noise),
-            top_k=self.config.top_k,
-            scores=self.config.router_scores,
-            renormalize=self.config.renormalize,
-            scale=self.config.routed_scale,
-            bias_E=bias_E if self.config.selection_bias else None,
-            valid_T=valid_BS.flatten(),
-        )
+        routing = self._route(self.gate(x_TD, self.layer, noise), valid_BS.flatten(), bias_E)
         y_TD = experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BSD), routing.counts_E
+
+    def _route(self, logits_TE: Tensor, valid_T: Tensor, bias_E: Tensor) -> Routing:
+        config, router = self.config, self.config.router
+        if isinstance(router, ExpertChoiceRouter):
+            return choose_tokens(
+                logits_TE,
+                top_k=config.top_k,
+                most_experts=router.most_experts,
+                scores=config.router_scores,
+                renormalize=config.renormalize,
+                scale=config.routed_scale,
+                valid_T=valid_T,
+            )
+        return route(
+            logits_TE,
+            top_k=config.top_k,
+            scores=config.router_scores,
+            renormalize=config.renormalize,
+            scale=config.routed_scale,
+            bias_E=bias_E if config.selection_bias else None,
+            valid_T=valid_T,
+        )
 
 
 class Block(nn.Module):
