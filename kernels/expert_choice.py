@@ -1,8 +1,9 @@
 """Expert choice: experts take tokens, instead of tokens experts (Zhou et al., arXiv 2202.09368, section 3.2).
 
-Every expert takes equally many of a batch's tokens, so the load is even without any balancing. Whether it takes a token depends
-on the tokens behind it too: this breaks the causality of a language model, tells each token of its future (more than 50 bits a
-token in published sizes, Wang et al., arXiv 2408.15664, appendix D), and has no meaning where tokens are generated one by one.
+Every expert takes equally many of a batch's tokens, so the load is even without any balancing. Whether it takes a token
+depends on the tokens behind it too: this breaks the causality of a language model, lets the future leak into each token (by
+Wang et al., arXiv 2408.15664, more than K log2((E - K) / K) bits a layer), and has no meaning where tokens are generated one
+by one.
 
 Shape letters: T tokens, E experts, K experts of a token on average, M at most. Sorts of the library on any device.
 """
@@ -56,7 +57,5 @@ def _taken(scores_TE: Tensor, valid_T: Tensor, top_k: int) -> Tensor:
     experts = scores_TE.shape[1]
     capacity = (valid_T.sum() * top_k + experts - 1) // experts
     within_T1 = (torch.arange(scores_TE.shape[0], device=scores_TE.device) < capacity)[:, None]
-    return (
-        torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(0, best_first_TE, within_T1.expand_as(scores_TE))
-        & valid_T[:, None]
-    )
+    taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    return taken_TE.scatter_(0, best_first_TE, within_T1.expand_as(scores_TE)) & valid_T[:, None]

@@ -112,7 +112,7 @@ class Trainer:
         """One optimizer update on this rank's rows; every rank must hold the same number of rows.
 
         Minimises sum(weights * loss) / sum(weights), or / batch.denominator, all sums over all ranks, so the update does not
-        depend on how rows are dealt out to ranks and micro-batches.
+        depend on how rows are dealt out to ranks and micro-batches, unless experts choose among a micro-batch's tokens.
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,

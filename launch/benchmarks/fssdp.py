@@ -128,7 +128,7 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         notes.append(
             f"{name}: {found_ms:.3g} ms forward+backward, predicted {predicted_ms:.3g} ({predicted_ms / found_ms - 1:+.0%})"
         )
-    if options.nodes > 1:
+    if measured.across_bytes[0]:
         by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
         notes.append(
             f"tokens between {options.nodes} nodes, one way, experts on their owners: {by_rank:.3g} MiB with a row for each "

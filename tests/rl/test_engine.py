@@ -23,7 +23,7 @@ from rl.engine.sampler import Sampling, exponential_noise, kept, sample
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
-from trainer.config import SyncConfig
+from trainer.config import CosineRouter, RouterConfig, SyncConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta
@@ -396,11 +396,21 @@ def test_random_bits_equal_the_same_arithmetic_on_plain_integers() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("heads", [(4, 2, 32), (8, 1, 64), (3, 3, 128)])
-def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "router"),
+    [
+        ((4, 2, 32), CONFIG.router),
+        ((8, 1, 64), CONFIG.router),
+        ((3, 3, 128), CONFIG.router),
+        ((4, 2, 32), CosineRouter(kind="cosine", size=6, temperature=0.07)),
+    ],
+    ids=["4-heads", "8-heads", "3-heads", "cosine"],
+)
+def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[int, int, int], router: RouterConfig) -> None:
     cuda = torch.device("cuda")
     sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
-    config = CONFIG.model_copy(update={"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, **sizes})
+    changes = {"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, "router": router, **sizes}
+    config = CONFIG.model_copy(update=changes)
     model = LanguageModel.initialize(config, seed=0, batch_invariant=True).to(cuda, torch.bfloat16)
     engine = Engine(config, settings(slots=24, max_length=300, max_new_tokens=200), cuda, torch.bfloat16)
     engine.load_weights(model.state(), 0)
