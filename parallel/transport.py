@@ -32,7 +32,7 @@ from parallel.sparse_collectives import (
 )
 from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
-from parallel.two_level_exchange import TwoLevelTokens
+from parallel.two_level_exchange import TwoLevelTokens, check_two_levels, has_two_levels
 
 TransportKind = Literal["messages", "two_level", "peer_memory"]
 
@@ -97,13 +97,8 @@ def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> Tra
     """
     if wanted == "messages" or world.size == 1:
         return "messages"
-    nodes, in_node = world.topology.nodes, world.ranks_per_node
-    if wanted == "two_level" and 1 in (nodes, in_node):
-        raise UserError(
-            f"parallel.transport=two_level, but {world.size} ranks on {nodes} node{'s' * (nodes > 1)} of {in_node} leave one "
-            "level only: there have to be several nodes with several ranks each; set parallel.transport=auto"
-        )
     if wanted == "two_level":
+        check_two_levels(world.topology)
         return "two_level"
     if within_reach(world):
         return "peer_memory"
@@ -112,7 +107,7 @@ def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> Tra
             f"parallel.transport=peer_memory, but the {world.size} ranks cannot read each other's memory: they have to be on "
             "one node, GPUs linked by NVLink; set parallel.transport=auto"
         )
-    return "messages" if 1 in (nodes, in_node) else "two_level"
+    return "two_level" if has_two_levels(world.topology) else "messages"
 
 
 def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind) -> Transport:

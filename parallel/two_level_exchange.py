@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.errors import UserError
 from kernels.expert_order import expert_order
 from kernels.rows import combine_rows, spread_rows
 from parallel.placement import Topology
@@ -86,6 +87,21 @@ class TwoLevelTokens:
         slots_RK = torch.where(experts_RK >= 0, index_E[experts_RK.clamp(min=0).long()], -1)
         order = expert_order(slots_RK, num_here, num_entries=inside.entries)
         return Received(x_RD, weights_RK, order), TwoLevelExchange(across, inside)
+
+
+def has_two_levels(topology: Topology) -> bool:
+    """Whether there are several nodes with several ranks each."""
+    return topology.nodes > 1 and topology.devices_per_node > 1
+
+
+def check_two_levels(topology: Topology) -> None:
+    """Raises UserError where one of the levels has nothing to carry."""
+    if not has_two_levels(topology):
+        nodes = f"{topology.nodes} node{'s' * (topology.nodes > 1)}"
+        raise UserError(
+            f"transport=two_level, but {topology.devices} ranks on {nodes} of {topology.devices_per_node} leave one level "
+            "only: there have to be several nodes with several ranks each; set transport=auto"
+        )
 
 
 def rows_across(rank_TK: Tensor, rank: int, topology: Topology) -> tuple[int, int]:

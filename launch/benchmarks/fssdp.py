@@ -34,13 +34,13 @@ from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
 from parallel.layer_cost import Setting, layer_time
 from parallel.moe_layer import LocalExperts, ShardedExperts
-from parallel.placement import Budget, Ints, even_owners, without_copies
+from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
 from parallel.policies import POLICIES
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
 from parallel.transport import TransportKind, transport_kind
-from parallel.two_level_exchange import rows_across
+from parallel.two_level_exchange import check_two_levels, rows_across
 
 Routing = Literal["even", "zipf", "hot"]
 PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
@@ -102,6 +102,8 @@ def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch
             raise UserError(f"{told.shape.experts} experts do not divide evenly over ranks = {options.ranks}")
     if options.ranks % options.nodes:
         raise UserError(f"ranks = {options.ranks} do not spread evenly over nodes = {options.nodes}")
+    if options.transport == "two_level":
+        check_two_levels(Topology(options.ranks, options.ranks // options.nodes))
     for told, measured in zip(cases, on_ranks(_measure_all, options.ranks, options, cases, device.type), strict=True):
         yield _case(told, measured, options, ceilings)
 

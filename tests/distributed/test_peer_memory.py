@@ -62,7 +62,7 @@ def test_the_transport_is_what_suits_the_nodes() -> None:
         assert "4 ranks on 1 node of 4 leave one level only" in found["two_level", 4]
         for ranks in (1, 2):
             assert "cannot read each other's memory" in found["peer_memory", ranks]
-        assert all("set parallel.transport=auto" in text for text in found.values() if " " in text)
+        assert all("transport=auto" in text for text in found.values() if " " in text)
 
 
 def test_without_room_in_memory_the_file_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
