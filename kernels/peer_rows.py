@@ -27,7 +27,7 @@ def pull_rows(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:
 def sum_rows(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     """out[t] = the sum over the different ranks r of rank[t] (int32) of row row[r, t] of rank r, (T, D) in the rows' dtype.
 
-    In float32 (float64 for float64), in the order in which a token first names them.
+    In float32 (float64 for float64), in the order in which a token first names them. A rank of -1 adds nothing.
     """
     if rank_TK.is_cuda:
         from kernels.triton_peer_rows import launch_sum
@@ -45,12 +45,12 @@ def sum_rows(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
 
 
 def pick_numbers(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
-    """out[t, k] = number k of row row[r, t] of rank r = rank[t, k]; the rows are K wide. (T, K)."""
+    """out[t, k] = number k of row row[r, t] of rank r = rank[t, k], 0 for a rank of -1; the rows are K wide. (T, K)."""
     if rank_TK.is_cuda:
         from kernels.triton_peer_rows import launch_pick
 
         return launch_pick(rows, rank_TK, row_WT)
-    out_TK = torch.empty(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
+    out_TK = torch.zeros(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
     for rank in range(len(rows.blocks)):
         t, k = (rank_TK == rank).nonzero(as_tuple=True)
         out_TK[t, k] = rows.of_rank(rank)[row_WT[rank, t].long(), k]

@@ -6,8 +6,9 @@ once where the reference writes a dozen arrays of their size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from kernels.random_bits import uniform_numbers
 
 
 def race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: int, temperature: float = 1.0) -> Tensor:
@@ -26,39 +27,6 @@ def race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: int, temp
 
 def exponential_noise(uids_B: Tensor, positions_B: Tensor, seed: int, vocab_size: int) -> Tensor:
     """(B, V) float32 draws from the exponential distribution of mean 1, a pure function of the arguments."""
-    bits_BV = random_bits(uids_B, positions_B, seed, vocab_size)
-    uniform_BV = bits_BV.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    uniform_BV = uniform_numbers(uids_B, positions_B, seed, vocab_size)
     # log1p: the small draws decide the race, and 1 - u would round them. The rare u = 1 gives infinity and loses every race.
     return uniform_BV.neg_().log1p_().neg_()
-
-
-def random_bits(uids_B: Tensor, positions_B: Tensor, seed: int, vocab_size: int) -> Tensor:
-    """(B, V) int32, 32 random bits each: a 64-bit key of (seed, uid, position), and a 32-bit hash of key and token.
-
-    The key is mixed by the finaliser of splitmix64 (Steele et al. 2014), the token by one of the "lowbias32" kind
-    (C. Wellons' hash prospector); both words of the key go into the second. Integer products wrap around.
-    """
-    key_B = _mix64(torch.full_like(uids_B, seed))
-    key_B = _mix64(_mix64(key_B + uids_B) + positions_B)
-    low_B1, high_B1 = key_B.int()[:, None], (key_B >> 32).int()[:, None]
-    tokens_V = torch.arange(vocab_size, dtype=torch.int32, device=uids_B.device)
-    x_BV = tokens_V * _signed(0x9E3779B9, 32) + low_B1
-    x_BV ^= (x_BV >> 16).bitwise_and_(0xFFFF)  # shifts of signed integers drag the sign along; the mask removes it
-    x_BV *= _signed(0x21F0AAAD, 32)
-    x_BV ^= high_B1
-    x_BV ^= (x_BV >> 15).bitwise_and_(0x1FFFF)
-    x_BV *= _signed(0xD35A2D97, 32)
-    x_BV ^= (x_BV >> 15).bitwise_and_(0x1FFFF)
-    return x_BV
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15, 64)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB, 64)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int, bits: int) -> int:
-    """The two's complement reading of an unsigned constant."""
-    return value - (1 << bits) if value >> (bits - 1) else value

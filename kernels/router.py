@@ -28,13 +28,17 @@ MAX_KERNEL_EXPERTS, MAX_KERNEL_TOP_K = 1024, 32  # the kernel holds the scores o
 
 @dataclass(frozen=True)
 class Routing:
-    """Where every token goes. The last two exist only when asked for: route(auxiliary=True)."""
+    """Where every token goes. Sums and loss exist only when asked for: route(auxiliary=True).
+
+    Where experts choose tokens (kernels/expert_choice.py) a token has up to K experts; -1 behind them, with weights of 0.
+    """
 
     experts_TK: Tensor  # int64; K different experts a token, the highest biased score first
     weights_TK: Tensor  # float32; differentiable with respect to the logits
     counts_E: Tensor  # int64; entries that each expert got from valid tokens
     score_sums_E: Tensor | None = None  # float32, differentiable; sum over valid tokens of scores that sum to 1 per token
     z_loss: Tensor | None = None  # float32 scalar, differentiable; mean over valid tokens of logsumexp(logits)^2, 0 without any
+    num_entries: int | None = None  # how many of the T * K are there; None: all
 
 
 def route(

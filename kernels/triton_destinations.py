@@ -46,7 +46,10 @@ def _destinations_kernel(  # type: ignore[no-untyped-def]
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < entries
-    expert = tl.load(experts + entry, mask=inside, other=0).to(tl.int64)
+    expert = tl.load(experts + entry, mask=inside, other=-1).to(tl.int64)
+    written = inside
+    inside = expert >= 0  # of an absent entry nothing else is read
+    expert = tl.maximum(expert, 0)
     at = tl.load(phases + expert, mask=inside, other=0.0)
     if places is not None:
         count = tl.load(counts + expert, mask=inside, other=1)
@@ -58,4 +61,4 @@ def _destinations_kernel(  # type: ignore[no-untyped-def]
     for device in range(devices):
         end = tl.load(ends + expert * devices + device, mask=inside, other=0.0)
         rank += (at >= end).to(tl.int32)
-    tl.store(ranks + entry, rank, mask=inside)
+    tl.store(ranks + entry, tl.where(inside, rank, -1), mask=written)

@@ -152,9 +152,11 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     for k in tl.static_range(K):
         rank = tl.load(ranks + token * K + k)
         before = tl.sum(((ranks_K == rank) & (choice < k)).to(tl.int32))
-        row = tl.load(rows + rank.to(tl.int64) * row_stride + token)
+        first = (before == 0) & (rank >= 0)
+        rank = tl.maximum(rank, 0)
+        row = tl.maximum(tl.load(rows + rank.to(tl.int64) * row_stride + token), 0)
         source = _rows_of(pointers, rank, start, row, D, UNIT, DTYPE, LANE)
-        total += tl.load(source + column, mask=(column < D) & (before == 0), other=0.0).to(WIDE)
+        total += tl.load(source + column, mask=(column < D) & first, other=0.0).to(WIDE)
     tl.store(out + token * D + column, total.to(DTYPE), mask=column < D)
 
 
@@ -174,9 +176,12 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
-    rank = tl.load(ranks + at, mask=inside, other=0)
+    rank = tl.load(ranks + at, mask=inside, other=-1)
+    written = inside
+    inside = rank >= 0
+    rank = tl.maximum(rank, 0)
     row = tl.load(rows + rank.to(tl.int64) * row_stride + at // K, mask=inside, other=0).to(tl.int64)
     size: tl.constexpr = DTYPE.primitive_bitwidth // 8
     address = tl.load(pointers + rank, mask=inside, other=0) + start.to(tl.int64) * LANE + (row * K + at % K) * size
-    number = tl.load(address.to(tl.pointer_type(DTYPE)), mask=inside)
-    tl.store(out + at, number, mask=inside)
+    number = tl.load(address.to(tl.pointer_type(DTYPE)), mask=inside, other=0.0)
+    tl.store(out + at, number, mask=written)

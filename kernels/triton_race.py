@@ -56,7 +56,7 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
 
 @triton.jit
 def _mix64(x):  # type: ignore[no-untyped-def]
-    """kernels.race._mix64."""
+    """kernels.random_bits._mix64."""
     x = x + -0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -65,7 +65,7 @@ def _mix64(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bits(token, low, high):  # type: ignore[no-untyped-def]
-    """kernels.race.random_bits, of one row's key."""
+    """kernels.random_bits.random_bits, of one row's key."""
     x = token * -0x61C88647 + low
     x ^= (x >> 16) & 0xFFFF
     x *= 0x21F0AAAD

@@ -309,13 +309,16 @@ def _explained(detail: Any, plain: dict[str, Any], known: list[str]) -> Problem:
         return Problem(name, value, f"is a group of options; they are written {name}.name=value")
     if kind.startswith("union_tag"):
         tags = ", ".join(sorted(file.stem for file in (CONF / name).glob("*.yaml")))
-        return Problem(f"{name}.kind", written(limits.get("tag")), f"comes with the group, {name}=... of {tags}")
+        told = f"comes with the group, {name}=... of {tags}" if tags else f"should be one of {limits.get('expected_tags')}"
+        return Problem(f"{name}.kind", written(limits.get("tag")), told)
     return Problem(name, value, not_as_expected(detail))
 
 
 def _unknown_option(name: str, value: str, location: tuple[str | int, ...], known: list[str]) -> Problem:
     if name in known:  # of another kind of the same group
-        return Problem(name, value, f"is not an option of {location[0]}={location[1]}", name)
+        *group, kind = location[:-1]  # data, stdlib; or model, router, cosine
+        chosen = f"{group[0]}={kind}" if len(group) == 1 else f"{'.'.join(map(str, group))}.kind={kind}"
+        return Problem(name, value, f"is not an option of {chosen}", name)
     if (CONF / name.partition(".")[0]).is_dir() and name.partition(".")[0] not in known:
         return Problem(name, value, "is a group of another command, see --help")
     return unknown_option(name, value, known)

@@ -10,6 +10,7 @@ import torch
 from kernels.errors import UserError
 from launch.cli import main, print_plan
 from launch.report import write_report
+from rl.engine.engine import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
@@ -58,7 +59,9 @@ def starting_point(path: Path) -> tuple[Path, ModelConfig]:
             raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
         return path, read_config(path)
     found = checkpoint.resolve(path)
-    return found, checkpoint.model_of(found, checkpoint.read_meta(found))
+    model = checkpoint.model_of(found, checkpoint.read_meta(found))
+    check_generates(model)
+    return found, model
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
-from parallel.transport import Gathering, Movement, Returning, transport
+from parallel.transport import Gathering, Movement, Returning, TransportKind, transport
 
 AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
 
@@ -78,17 +78,16 @@ class ExpertArena:
         world: World,
         dtype: torch.dtype,
         add_gradients: AddGradients,
-        *,
-        peer_memory: bool = False,
+        kind: TransportKind,
     ) -> None:
         """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one.
 
-        `peer_memory`: ranks read each other's memory, which must be within reach (peer_memory.py), instead of sending messages.
+        `kind`: as transport.transport_kind finds it.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self.peer_memory = peer_memory
+        self.peer_memory = kind == "peer_memory"
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
-        self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, peer_memory=peer_memory)
+        self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind)
         self._add_gradients = add_gradients
         self._returning: tuple[int, Returning] | None = None
         self.walking_back = False  # between a micro-batch's loss and its gradients

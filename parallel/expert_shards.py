@@ -28,6 +28,7 @@ from parallel.expert_states import ExpertState
 from parallel.placement import Ints, without_copies
 from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
+from parallel.transport import TransportKind
 
 PARTS = ("gate_up", "down")
 
@@ -44,12 +45,12 @@ class ExpertShards:
         world: World,
         dtype: torch.dtype,
         optimizer: ExpertOptimizer,
-        peer_memory: bool,
+        kind: TransportKind,
     ) -> None:
         """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
 
         `copies` is the arena's room for copies of other ranks' experts. `optimizer` is new and has as many rows as this rank
-        has experts. With `peer_memory` ranks read each other's memory.
+        has experts. `kind` is that of the transport.
         """
         self.world = world
         self.owner_LE = owner_LE
@@ -63,7 +64,7 @@ class ExpertShards:
 
         optimizer.states.change(range(len(self.own)), begin)
         add = optimizer.add_gradients
-        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, peer_memory=peer_memory)
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 

@@ -31,7 +31,7 @@ class LocalExperts:
         """Everything is here."""
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0])
+        order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0], num_entries=routing.num_entries)
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
@@ -59,9 +59,10 @@ class ShardedExperts:
             experts = self.arena.layers[self.layer]
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
-            return self._experts(x_TD, expert_order(routing.experts_TK, num_experts), routing.weights_TK, experts)
-        order = expert_order(routing.experts_TK, num_experts) if experts.split else None
-        rank_TK = destinations(routing.experts_TK, order, experts.ends_ED, experts.phase_E)
+            order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
+            return self._experts(x_TD, order, routing.weights_TK, experts)
+        split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
+        rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         received, exchange = self.arena.transport.dispatch(
             x_TD, routing.weights_TK, routing.experts_TK, rank_TK, experts.index_E, experts.slots_E.shape[0]
         )

@@ -65,7 +65,7 @@ class MessageExchange:
 
     world: World
     place_N: Tensor  # int32, (T * K,): the sent row of an entry, if it is its token's first for that rank; else -1
-    row_TK: Tensor  # int64: the sent row that carries an entry
+    row_TK: Tensor  # int64: the sent row that carries an entry; -1 of one that is absent
     entry_S: Tensor  # int32: the first entry of each sent row; rows are sorted by rank, then by token
     rank_S: Tensor  # int64: where each row goes
     send_W: list[int]  # rows to each rank
@@ -83,7 +83,7 @@ def dispatch(
     """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights.
 
     Args:
-        rank_TK: int32; who serves each choice (kernels/destinations.py).
+        rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
     """
     rank_TK = rank_TK.long()
@@ -102,11 +102,12 @@ def _plan(rank_TK: Tensor, world: World) -> MessageExchange:
     tokens, top_k = rank_TK.shape
     same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same rank
-    leads_TK = first_TK == torch.arange(top_k, device=rank_TK.device)
+    present_TK = rank_TK >= 0
+    leads_TK = present_TK & (first_TK == torch.arange(top_k, device=rank_TK.device))
     counts_W2 = torch.zeros(world.size, 2, dtype=torch.int64, device=rank_TK.device)
     flat_N = rank_TK.flatten()
-    counts_W2[:, 0].scatter_add_(0, flat_N, leads_TK.flatten().long())
-    counts_W2[:, 1].scatter_add_(0, flat_N, torch.ones_like(flat_N))
+    counts_W2[:, 0].scatter_add_(0, flat_N.clamp(min=0), leads_TK.flatten().long())
+    counts_W2[:, 1].scatter_add_(0, flat_N.clamp(min=0), present_TK.flatten().long())
     received_W2 = torch.empty_like(counts_W2)
     with world.exposed:
         dist.all_to_all_single(received_W2, counts_W2)
@@ -135,6 +136,7 @@ class _Dispatch(torch.autograd.Function):
         (here_SK,) = ctx.saved_tensors
         d_weights_SK = _all_to_all(exchange.world, d_weights_RK, exchange.receive_W, exchange.send_W) * here_SK
         columns_TK = torch.arange(ctx.top_k, device=d_weights_SK.device).expand_as(exchange.row_TK)
+        d_weights_SK = torch.cat([d_weights_SK, d_weights_SK.new_zeros(1, ctx.top_k)])  # what a row of -1 finds
         d_weights_TK = d_weights_SK[exchange.row_TK, columns_TK]
         return _return_rows(d_x_RD, exchange, ctx.top_k), d_weights_TK, None, None, None
 

@@ -1,7 +1,8 @@
 """How experts and tokens get from rank to rank: as messages, which reach everywhere, or in memory that all ranks read.
 
-Both give the same bits. Messages go over gloo or NCCL, hop by hop across nodes. Memory is read over NVLink by the GPUs of one
-node, and as shared pages by processes on a CPU.
+Both give the same bits. Messages go over gloo or NCCL, hop by hop across nodes; of nodes with several ranks tokens do so too
+(two_level_exchange.py), which adds a token's results in another order. Memory is read over NVLink by the GPUs of one node, and
+as shared pages by processes on a CPU.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from parallel.sparse_collectives import (
 )
 from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
+from parallel.two_level_exchange import TwoLevelTokens, check_two_levels, has_two_levels
+
+TransportKind = Literal["messages", "two_level", "peer_memory"]
 
 
 class Gathering(Protocol):
@@ -85,25 +89,32 @@ class Transport(Protocol):
         """Tokens to the ranks that serve them; see token_exchange.py."""
 
 
-def reads_peer_memory(wanted: Literal["auto", "messages", "peer_memory"], world: World) -> bool:
-    """Whether ranks read each other's memory; auto: where all can. Collective.
+def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> TransportKind:
+    """What `wanted` means in this world: auto reads memory where all ranks can, and else sends messages, in two levels where
+    several nodes have several ranks each. Collective.
 
-    Raises UserError where that is wanted and out of reach.
+    Raises UserError where the ranks do not lie as it is wanted.
     """
     if wanted == "messages" or world.size == 1:
-        return False
-    able = within_reach(world)
-    if wanted == "peer_memory" and not able:
+        return "messages"
+    if wanted == "two_level":
+        check_two_levels(world.topology)
+        return "two_level"
+    if within_reach(world):
+        return "peer_memory"
+    if wanted == "peer_memory":
         raise UserError(
             f"parallel.transport=peer_memory, but the {world.size} ranks cannot read each other's memory: they have to be on "
             "one node, GPUs linked by NVLink; set parallel.transport=auto"
         )
-    return able
+    return "two_level" if has_two_levels(world.topology) else "messages"
 
 
-def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, *, peer_memory: bool) -> Transport:
+def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind) -> Transport:
     """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide."""
-    return PeerTransport(world, hidden, rows, shapes, dtype) if peer_memory else MessageTransport(world, rows, shapes, dtype)
+    if kind == "peer_memory":
+        return PeerTransport(world, hidden, rows, shapes, dtype)
+    return MessageTransport(world, rows, shapes, dtype, TwoLevelTokens(world) if kind == "two_level" else None)
 
 
 @dataclass(frozen=True)
@@ -127,10 +138,10 @@ class MessageMovement:
 
 
 class MessageTransport:
-    """Over the process group."""
+    """Over the process group. Tokens take one message to a rank, unless their exchange in two levels is given."""
 
-    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype) -> None:
-        self._world = world
+    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, tokens: TwoLevelTokens | None) -> None:
+        self._world, self._tokens = world, tokens
         self._shapes, self._dtype = shapes, dtype
         self._rows = self._room(rows)
 
@@ -159,6 +170,8 @@ class MessageTransport:
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
     ) -> tuple[Received, Exchange]:
+        if self._tokens is not None:
+            return self._tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
         return dispatch(self._world, x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
 
 

@@ -24,6 +24,7 @@ TINY: dict[str, Any] = {
     "top_k": 2,
     "expert_hidden_size": 24,
     "num_shared_experts": 1,
+    "router": {"kind": "top_k"},
     "router_scores": "sigmoid",
     "renormalize": True,
     "routed_scale": 1.5,

@@ -42,7 +42,7 @@ from trainer.config import ModelConfig
 from trainer.json_text import parsed
 from trainer.model.transformer import require_plausible
 
-FORMAT = 3
+FORMAT = 4
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 T = TypeVar("T")
 log = logging.getLogger("tessera")

@@ -22,6 +22,38 @@ class Record(BaseModel):
 # ---------------------------------------------------------------- what is trained
 
 
+class TopKRouter(Record):
+    """A token goes to the K experts of the largest score + bias; its logits are a linear map of it."""
+
+    kind: Literal["top_k"]
+
+
+class NoisyTopKRouter(Record):
+    """The same, with learned noise on the logits while it is pretrained (Shazeer et al. 1701.06538): none in evaluation, in
+    generation and in RL, which learns what was generated."""
+
+    kind: Literal["noisy_top_k"]
+
+
+class CosineRouter(Record):
+    """The logits are cosines between tokens and experts, over a learned temperature (X-MoE, 2204.09179)."""
+
+    kind: Literal["cosine"]
+    size: int = Field(gt=0)  # R, dimensions in which they are compared; the paper takes half the number of experts
+    temperature: float = Field(gt=0)  # at the start; the paper takes 0.3 for softmax scores and 0.07 for sigmoid ones
+
+
+class ExpertChoiceRouter(Record):
+    """Experts take tokens, each equally many of a micro-batch, and a token has top_k experts on average (2202.09368). A token's
+    experts depend on the tokens behind it: what is trained so cannot generate, and cannot go into RL."""
+
+    kind: Literal["expert_choice"]
+    most_experts: int = Field(gt=0)  # of a token; the paper takes all
+
+
+RouterConfig = Annotated[TopKRouter | NoisyTopKRouter | CosineRouter | ExpertChoiceRouter, Field(discriminator="kind")]
+
+
 class ModelConfig(Record):
     """A decoder-only sparse mixture-of-experts model. Letters: D model, F expert hidden, E experts, K top-k, V vocabulary."""
 
@@ -36,6 +68,7 @@ class ModelConfig(Record):
     top_k: int = Field(gt=0)  # K
     expert_hidden_size: int = Field(gt=0)  # F
     num_shared_experts: int = Field(ge=0)  # every token passes them; one MLP of hidden size n * F
+    router: RouterConfig  # where logits come from
     router_scores: Literal["softmax", "sigmoid"]
     renormalize: bool  # combine weights of a token sum to one before `routed_scale`
     routed_scale: float = Field(gt=0)
@@ -55,6 +88,8 @@ class ModelConfig(Record):
             raise ValueError(
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); lower top_k or add experts"
             )
+        if isinstance(self.router, ExpertChoiceRouter):
+            self._consistent_with_expert_choice(self.router)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
@@ -64,6 +99,18 @@ class ModelConfig(Record):
                 f"num_dense_layers ({self.num_dense_layers}) leaves no MoE layer of num_layers ({self.num_layers}); lower it"
             )
         return self
+
+    def _consistent_with_expert_choice(self, router: ExpertChoiceRouter) -> None:
+        if not self.top_k <= router.most_experts <= self.num_experts:
+            raise ValueError(
+                f"router.most_experts ({router.most_experts}) has to lie between top_k ({self.top_k}), which a token has on "
+                f"average, and num_experts ({self.num_experts})"
+            )
+        if self.selection_bias:
+            raise ValueError(
+                "router.kind=expert_choice fills all experts alike and has no use for a selection bias; set "
+                "model.selection_bias=false and balance=frozen"
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -146,7 +193,9 @@ class ParallelConfig(Record):
 
     zero_stage: Literal[1, 2]
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
-    transport: Literal["auto", "messages", "peer_memory"]  # auto: ranks read each other's memory where all can, as on one node
+    # auto: ranks read each other's memory where all can, as on one node; else two_level, where several nodes have several ranks
+    # each: a token crosses to a node once; else messages, in which it goes to every rank that serves it.
+    transport: Literal["auto", "messages", "two_level", "peer_memory"]
     overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass

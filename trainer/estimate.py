@@ -12,7 +12,15 @@ from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
 from parallel.expert_arena import ExpertShape
 from parallel.nvme import IN_FLIGHT, expert_bytes
 from parallel.offload import UNDER_WAY_BYTES
-from trainer.config import ModelConfig, ParallelConfig, PretrainConfig, RLConfig, SyncConfig
+from trainer.config import (
+    CosineRouter,
+    ModelConfig,
+    NoisyTopKRouter,
+    ParallelConfig,
+    PretrainConfig,
+    RLConfig,
+    SyncConfig,
+)
 from trainer.model.transformer import parameter_counts
 
 GIB = 2**30
@@ -87,7 +95,7 @@ def memory_per_rank(
         gradients=dense_gradients + expert_gradients,
         optimizer_state=counts.dense * 3 * FLOAT32 // ranks + expert_state,
         activations=tokens * _activations_per_token(model, size, ranks, recompute, fused),
-        exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport != "messages" else 0,
+        exchange=tokens * _exchanged_per_token(model, size, ranks) if parallel.transport in ("auto", "peer_memory") else 0,
         logits=_logits(tokens, vocab_size(model), model.hidden_size, dtype),
         host=host,
         disk=disk,
@@ -119,7 +127,12 @@ def _activations_per_token(model: ModelConfig, size: int, ranks: int, recompute:
         exchanged = 2 * arrived if ranks > 1 else 0  # as received and as they go back
         routed = model.top_k * (3 * hidden + 4 * model.expert_hidden_size) + exchanged * hidden
     shared = 4 * model.num_shared_experts * model.expert_hidden_size
-    moe = attention + routed + shared + 3 * model.num_experts * FLOAT32 // size
+    gate = 3 * model.num_experts  # float32
+    if isinstance(model.router, NoisyTopKRouter):
+        gate += 2 * model.num_experts  # its noise, and how much of it
+    elif isinstance(model.router, CosineRouter):
+        gate += model.num_experts + 2 * model.router.size  # before and after the norm, and the temperature
+    moe = attention + routed + shared + gate * FLOAT32 // size
     layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
     kept = model.num_layers * hidden + max(layers) if recompute else sum(layers)
     return (kept + 2 * hidden) * size

@@ -40,7 +40,7 @@ def read_reference(folder: Path, config: ModelConfig, batch_invariant: bool, dty
     shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
     owner_E = even_owners(config.num_experts, world.size)
     own = [(layer, int(expert)) for layer in range(shape.layers) for expert in np.flatnonzero(owner_E == world.rank)]
-    arena = ExpertArena(shape, len(own), 0, world, dtype, _no_gradients)
+    arena = ExpertArena(shape, len(own), 0, world, dtype, _no_gradients, "messages")
     arena.place([without_copies(owner_E, world.size)] * shape.layers)
     arena.attention = None
     model = Transformer(config, batch_invariant=batch_invariant).to(world.device, dtype).requires_grad_(False)

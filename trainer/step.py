@@ -26,13 +26,14 @@ from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
 from parallel.topology import World
-from parallel.transport import reads_peer_memory
+from parallel.transport import transport_kind
 from trainer import checkpoint
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
-from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.config import BalanceConfig, ModelConfig, NoisyTopKRouter, ParallelConfig
 from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
+from trainer.model.gate import NoisyGate, RouterNoise, router_noise
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import Attend, Transformer
 from trainer.reference import Weights, read_reference
@@ -81,14 +82,13 @@ class Trainer:
         initial, owned = partial(initial_expert, config, spec.seed), owner_LE.size // world.size
         offload, nvme_dir = spec.parallel.offload, spec.parallel.nvme_dir
         optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
-        peer_memory = reads_peer_memory(spec.parallel.transport, world)
-        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, peer_memory)
+        kind = transport_kind(spec.parallel.transport, world)
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
         self.model.to(world.device)
-        frozen = self.model.gate_weights() if spec.freeze_router else []
-        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, frozen)
+        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen())
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         decay = spec.value_decay
         self.value_head = None if decay is None else ValueHead(config.hidden_size, config.num_layers, world, decay)
@@ -96,13 +96,24 @@ class Trainer:
         self.updates = 0
         self.refused, self.refused_in_a_row, self.window = refused, 0, LossWindow(spec.guard)
 
+    @property
+    def _noisy(self) -> bool:
+        """Whether learning draws noise for the router; passes that must equal a generation's have none."""
+        return isinstance(self.spec.model.router, NoisyTopKRouter) and not self.spec.batch_invariant
+
+    def _frozen(self) -> list[Tensor]:
+        gates = self.model.gates()
+        if self.spec.freeze_router:
+            return [parameter for gate in gates for parameter in gate.parameters()]
+        return [] if self._noisy else [gate.noise for gate in gates if isinstance(gate, NoisyGate)]
+
     # ------------------------------------------------------------ one update
 
     def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, float | list[list[float]]]:
         """One optimizer update on this rank's rows; every rank must hold the same number of rows.
 
         Minimises sum(weights * loss) / sum(weights), or / batch.denominator, all sums over all ranks, so the update does not
-        depend on how rows are dealt out to ranks and micro-batches.
+        depend on how rows are dealt out to ranks and micro-batches, unless experts choose among a micro-batch's tokens.
 
         Returns:
             Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
@@ -161,7 +172,8 @@ class Trainer:
         starts = range(0, batch.num_rows, self.spec.micro_rows)
         for start in starts:
             micro = batch.rows(start, start + self.spec.micro_rows)
-            loss, sums, counts = self._micro_batch(micro, objective, denominator, trunk)
+            noise = self._noise(batch, start, micro.num_rows) if self._noisy else None
+            loss, sums, counts = self._micro_batch(micro, objective, denominator, trunk, noise)
             if trunk:
                 with self.experts.arena.backward_pass():
                     self.dense.backward(loss, last=start == starts[-1])
@@ -210,11 +222,18 @@ class Trainer:
         if self.value_head is not None:
             self.value_head.drop()
 
+    def _noise(self, batch: TrainBatch, start: int, rows: int) -> RouterNoise:
+        """Of a micro-batch that begins at row `start` of this rank's part of the update's rows."""
+        first = self.world.rank * batch.num_rows + start
+        return router_noise(
+            self.spec.seed, self.updates, range(first, first + rows), batch.tokens_BS.shape[1], self.world.device
+        )
+
     def _micro_batch(
-        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool
+        self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool, noise: RouterNoise | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
-        predicted, counts_LE = self._forward(batch, self.weights, trunk)
+        predicted, counts_LE = self._forward(batch, self.weights, trunk, noise)
         result = objective(predicted, batch)
         if self.value_head is not None and predicted.inputs_BSP is not None and result.returns_BS is not None:
             self.value_head.observe(predicted.inputs_BSP, result.returns_BS, batch.weights_BS)
@@ -253,7 +272,9 @@ class Trainer:
                     found.setdefault(name, []).append(value_BS.cpu())
         return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def _forward(self, batch: TrainBatch, weights: Weights, trunk: bool = True) -> tuple[Predictions, Tensor]:
+    def _forward(
+        self, batch: TrainBatch, weights: Weights, trunk: bool = True, noise: RouterNoise | None = None
+    ) -> tuple[Predictions, Tensor]:
         """(predictions, tokens per expert); without `trunk` there is no gradient."""
         calibrates = self.spec.parallel.calibrate and self.world.size > 1 and weights is not self.reference
         calibrate = self.materialisation.calibrate if calibrates else None
@@ -268,6 +289,7 @@ class Trainer:
                 recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
                 depths=() if self.value_head is None else self.value_head.depths,
                 recompute=self.spec.recompute and torch.is_grad_enabled(),
+                noise=noise,
             )
             logprobs_T, entropy_T = token_logprobs(
                 output.hidden_BSD.flatten(0, 1),

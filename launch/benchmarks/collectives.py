@@ -33,7 +33,7 @@ from parallel.peer_memory import within_reach
 from parallel.placement import Placement, even_owners, without_copies
 from parallel.sparse_collectives import Pending
 from parallel.topology import World
-from parallel.transport import transport
+from parallel.transport import TransportKind, transport
 
 
 class CollectivesOptions(Options):
@@ -115,9 +115,10 @@ def _measured(world: World, options: CollectivesOptions, told: tuple[Shape, int]
         "all_gather": lambda number: dist.all_gather(everything, sent),
         "all_to_all": lambda number: dist.all_to_all_single(received[:equal], sent[:equal]),
     }
-    for peer_memory in (False, True) if within_reach(world) else (False,):
-        suffix = " in place" if peer_memory else ""
-        ways = _gather_and_reduce(world, expert_shape, placement, dtype, peer_memory)
+    kinds: tuple[TransportKind, ...] = ("messages", "peer_memory") if within_reach(world) else ("messages",)
+    for kind in kinds:
+        suffix = " in place" if kind == "peer_memory" else ""
+        ways = _gather_and_reduce(world, expert_shape, placement, dtype, kind)
         calls |= dict(zip((f"gather{suffix}", f"reduce{suffix}"), ways, strict=True))
     times = slowest(calls, world, options.repeats, together=True)
     others = (world.size - 1) * size
@@ -126,13 +127,13 @@ def _measured(world: World, options: CollectivesOptions, told: tuple[Shape, int]
 
 
 def _gather_and_reduce(
-    world: World, shape: ExpertShape, placement: Placement, dtype: torch.dtype, peer_memory: bool
+    world: World, shape: ExpertShape, placement: Placement, dtype: torch.dtype, kind: TransportKind
 ) -> tuple[Call, Call]:
     owned = shape.experts // world.size
     present = np.flatnonzero(placement.copies_ED[:, world.rank]).tolist()
     own = [expert for expert in present if placement.owner_E[expert] == world.rank]
     slot = {expert: row for row, expert in enumerate(own + [expert for expert in present if expert not in own])}
-    there = transport(world, shape.hidden, len(present), shape.parts, dtype, peer_memory=peer_memory)
+    there = transport(world, shape.hidden, len(present), shape.parts, dtype, kind)
     movement = there.movement(placement, np.arange(shape.experts) % owned)
     gradients, sums = (shape.matrices(len(present), one, world.device) for one in (dtype, torch.float32))
     for part in (*there.rows, *gradients, *sums):

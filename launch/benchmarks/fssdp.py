@@ -34,12 +34,13 @@ from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
 from parallel.layer_cost import LayerCosts, LayerTime, Setting, layer_time
 from parallel.moe_layer import LocalExperts, ShardedExperts
-from parallel.placement import Budget, even_owners, without_copies
+from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
 from parallel.policies import POLICIES
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
-from parallel.transport import reads_peer_memory
+from parallel.transport import TransportKind, transport_kind
+from parallel.two_level_exchange import check_two_levels, rows_across
 
 Routing = Literal["even", "zipf", "hot"]
 PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
@@ -56,12 +57,13 @@ class FssdpOptions(TokenOptions):
     top_k: PositiveInt | None = None
     routing: OneOrMore[Routing] = Field(description="hot: Zipf's law, the hottest experts on the first rank")
     ranks: PositiveInt = Field(2, description="one on each GPU, or processes on a CPU; tokens are those of each")
+    nodes: PositiveInt = Field(1, description="that the ranks act as if they were spread over")
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep"] = Field(
         "cost", description="who gets copies in our layer; hecate takes as many of the hottest experts as fit"
     )
     memory: NonNegativeInt = Field(description="copies that a rank has room for")
-    transport: Literal["auto", "messages", "peer_memory"] = Field(
-        "auto", description="of our layer: messages, or memory that all ranks read; auto: the latter where they can"
+    transport: Literal["auto", "messages", "two_level", "peer_memory"] = Field(
+        "auto", description="of our layer: messages, by node or by rank, or memory that all ranks read; auto: as in training"
     )
 
 
@@ -85,6 +87,7 @@ class Measured:
     errors: dict[str, dict[str, float]]
     predicted: dict[str, tuple[LayerTime, LayerTime]]  # forward and backward, with the costs before and behind the timings
     costs: tuple[LayerCosts, LayerCosts]
+    across_bytes: tuple[int, int]  # tokens between nodes on one way, experts on their owners: a row a rank, and a row a node
 
 
 def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings) -> Iterator[Case]:
@@ -98,6 +101,10 @@ def measure(options: FssdpOptions, contenders: Mapping[str, None], device: torch
     for told in cases:
         if told.shape.experts % options.ranks:
             raise UserError(f"{told.shape.experts} experts do not divide evenly over ranks = {options.ranks}")
+    if options.ranks % options.nodes:
+        raise UserError(f"ranks = {options.ranks} do not spread evenly over nodes = {options.nodes}")
+    if options.transport == "two_level":
+        check_two_levels(Topology(options.ranks, options.ranks // options.nodes))
     for told, measured in zip(cases, on_ranks(_measure_all, options.ranks, options, cases, device.type), strict=True):
         yield _case(told, measured, options, ceilings)
 
@@ -120,6 +127,12 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
     sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
     notes = [_predicted(name, measured.times[name], *both) for name, both in measured.predicted.items()]
     notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
+    if measured.across_bytes[0]:
+        by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
+        notes.append(
+            f"tokens between {options.nodes} nodes, one way, experts on their owners: {by_rank:.3g} MiB with a row for each "
+            f"rank, {by_node:.3g} MiB with a row for each node (transport=two_level), {1 - by_node / by_rank:.0%} less"
+        )
     return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {}, notes)
 
 
@@ -144,6 +157,7 @@ def _in_words(costs: LayerCosts) -> str:
 
 
 def _measure_all(world: World, options: FssdpOptions, cases: list[Told]) -> list[Measured]:
+    world = replace(world, ranks_per_node=options.ranks // options.nodes)
     return [_measured(told, options, world) for told in cases]
 
 
@@ -154,16 +168,16 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     owner_E = even_owners(told.shape.experts, world.size)
     parts = tuple(tensor.detach() for tensor in matrices.values())
     bare = Plan(without_copies(owner_E, world.size))
-    peer_memory = reads_peer_memory(options.transport, world)
-    unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None, peer_memory)
+    kind = transport_kind(options.transport, world)
+    unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
-        OURS: _sharded(told.shape, world, parts, plan, peer_memory),
+        OURS: _sharded(told.shape, world, parts, plan, kind),
         "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
-        "no_copies": _sharded(told.shape, world, parts, bare, peer_memory),
+        "no_copies": _sharded(told.shape, world, parts, bare, kind),
         "local": partial(_local, own=_Matrices(parts)),
     }
     errors = _errors(works, inputs, world)
@@ -177,7 +191,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
         name: (layer_time(one, loads_E, setting), layer_time(one, loads_E, again))
         for name, one in ((OURS, plan), ("no_copies", bare))
     }
-    return Measured(times, errors, predicted, (costs, again.costs))
+    return Measured(times, errors, predicted, (costs, again.costs), _across_bytes(inputs, owner_E, world))
 
 
 def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:
@@ -192,6 +206,14 @@ def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[s
             experts_TK = torch.randperm(told.shape.experts, generator=alike, device=world.device)[experts_TK]
         tensors["experts_TK"] = experts_TK
     return Inputs(tensors, inputs.pull)
+
+
+def _across_bytes(inputs: Inputs, owner_E: Ints, world: World) -> tuple[int, int]:
+    rank_TK = torch.from_numpy(owner_E).to(world.device)[inputs.tensors["experts_TK"]]
+    rows = torch.tensor(rows_across(rank_TK, world.rank, world.topology), device=world.device)
+    x_TD = inputs.tensors["x_TD"]
+    by_rank, by_node = (world.sum(rows) * x_TD.shape[1] * x_TD.element_size()).tolist()
+    return by_rank, by_node
 
 
 def _call(work: Work, inputs: Inputs, direction: Direction, number: int) -> object:
@@ -246,7 +268,7 @@ class _AddHere(torch.autograd.Function):
         return d_x_TD, None
 
 
-def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, peer_memory: bool) -> Work:
+def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: TransportKind) -> Work:
     """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
     sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
 
@@ -254,7 +276,7 @@ def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, peer_memory: 
         for total, gradient in zip(sums, gradients, strict=True):
             accumulate(total[row : row + gradient.shape[0]], gradient)
 
-    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add, peer_memory)
+    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
     layer = ShardedExperts(0, arena)
@@ -271,9 +293,9 @@ def _expert_shape(shape: Shape) -> ExpertShape:
     return ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
 
 
-def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, peer_memory: bool) -> ExpertArena:
+def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, kind: TransportKind) -> ExpertArena:
     owned = shape.experts // world.size
-    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, peer_memory=peer_memory)
+    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, kind)
     for rows, part in zip(arena.rows, parts, strict=True):
         rows[:owned].copy_(_own(part, world))
     return arena

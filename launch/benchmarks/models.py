@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from launch.benchmarks.options import Options
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TopKRouter
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
 
 
@@ -36,6 +36,7 @@ def model_config(options: ModelOptions, name: str, positions: int) -> ModelConfi
         top_k=shape.top_k,
         expert_hidden_size=shape.expert_hidden,
         num_shared_experts=0,
+        router=TopKRouter(kind="top_k"),
         router_scores="softmax",
         renormalize=True,
         routed_scale=1.0,

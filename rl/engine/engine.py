@@ -28,7 +28,7 @@ from rl.engine.sampler import Sampling
 from rl.engine.stops import Stops
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
-from trainer.config import ModelConfig
+from trainer.config import ExpertChoiceRouter, ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 from trainer.weight_delta import WeightDelta, apply
 from trainer.weight_links import Offer, Receiver, span_digests
@@ -37,6 +37,16 @@ from trainer.weights import digests, unpack
 
 PREFILL_TOKENS = 8192  # of one forward pass
 IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the rows change seldom
+
+
+def check_generates(config: ModelConfig) -> None:
+    """Raises UserError for a model whose tokens need those behind them."""
+    if isinstance(config.router, ExpertChoiceRouter):
+        raise UserError(
+            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those behind a token included, "
+            "and in generation there are none yet: such a model cannot generate, nor go into RL; pretrain one with "
+            "model.router.kind=top_k, noisy_top_k or cosine"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Engine:
     """Generates for samples under one set of weights at a time. Not thread-safe."""
 
     def __init__(self, config: ModelConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> None:
+        check_generates(config)
         if settings.max_length > config.max_positions:
             raise UserError(
                 f"the engine is asked for sequences of {settings.max_length} tokens, but model.max_positions is "

@@ -29,6 +29,7 @@ from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import Floats, Ints, Placement
 from parallel.topology import World
+from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 
 SHAPE = ExpertShape(layers=3, experts=8, hidden=8, expert_hidden=6)
@@ -107,7 +108,10 @@ def initial(layer: int, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def routed(logits_TE: Tensor) -> Routing:
-    return route(logits_TE, top_k=K, scores="softmax", renormalize=True, scale=1.0, bias_E=None, valid_T=None)
+    """Of tokens whose first logit is large, choices are absent."""
+    routing = route(logits_TE, top_k=K, scores="softmax", renormalize=True, scale=1.0, bias_E=None, valid_T=None)
+    experts_TK = torch.where((logits_TE[:, :1] > 2) & (routing.experts_TK % 3 > 0), -1, routing.experts_TK)
+    return replace(routing, experts_TK=experts_TK, num_entries=int((experts_TK >= 0).sum()))
 
 
 def forward(x_TD: Tensor, logits_LTE: Tensor, layers: Sequence[LocalExperts | ShardedExperts], recompute: bool) -> Tensor:
@@ -136,16 +140,16 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
 
-def spread(world: World, seeds: Sequence[int], offload: str, peer_memory: bool) -> list[dict[str, Any]]:
-    return [spread_case(world, case(seed, world.size), offload, peer_memory) for seed in seeds]
+def spread(world: World, seeds: Sequence[int], offload: str, kind: TransportKind) -> list[dict[str, Any]]:
+    return [spread_case(world, case(seed, world.size), offload, kind) for seed in seeds]
 
 
-def spread_case(world: World, told: Case, offload: str, peer_memory: bool) -> dict[str, Any]:
+def spread_case(world: World, told: Case, offload: str, kind: TransportKind) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
     copies = SHAPE.layers * SHAPE.experts
     owned = told.owner_LE.size // world.size
     optimizer = expert_optimizer(offload, Path(tempfile.gettempdir()), owned, SHAPE.parts, ADAMW, world.device)
-    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, optimizer, peer_memory)
+    shards = ExpertShards(SHAPE, initial, told.owner_LE, copies, world, torch.float32, optimizer, kind)
     found: dict[str, Any] = {"tokens": [], "norms": []}
     for step in range(STEPS):
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
@@ -205,7 +209,7 @@ def one_device(told: Case, size: int) -> dict[str, Any]:
 
 
 def test_memory_that_all_read_gives_the_bits_of_messages() -> None:
-    in_place, by_messages = (run_ranks(spread, 2, range(4), "none", peer_memory) for peer_memory in (True, False))
+    in_place, by_messages = (run_ranks(spread, 2, range(4), "none", kind) for kind in ("peer_memory", "messages"))
     for one, other in zip(in_place, by_messages, strict=True):
         for found, wanted in zip(one, other, strict=True):
             assert found["norms"] == wanted["norms"]
@@ -220,22 +224,24 @@ def close(found: Tensor, expected: Tensor, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "offload", "peer_memory"),
+    ("size", "offload", "kind"),
     [
-        (1, "none", False),
-        (2, "none", False),
-        (4, "none", False),
-        (8, "none", False),
-        (1, "cpu", False),
-        (2, "cpu", False),
-        (2, "none", True),
-        (4, "none", True),
-        (8, "cpu", True),
-        pytest.param(2, "nvme", False, marks=pytest.mark.aio),
+        (1, "none", "messages"),
+        (2, "none", "messages"),
+        (4, "none", "messages"),
+        (8, "none", "messages"),
+        (1, "cpu", "messages"),
+        (2, "cpu", "messages"),
+        (4, "none", "two_level"),
+        (8, "none", "two_level"),
+        (2, "none", "peer_memory"),
+        (4, "none", "peer_memory"),
+        (8, "cpu", "peer_memory"),
+        pytest.param(2, "nvme", "messages", marks=pytest.mark.aio),
     ],
 )
-def test_sharded_experts_equal_experts_on_one_device(size: int, offload: str, peer_memory: bool) -> None:
-    by_rank = run_ranks(spread, size, range(CASES), offload, peer_memory)
+def test_sharded_experts_equal_experts_on_one_device(size: int, offload: str, kind: TransportKind) -> None:
+    by_rank = run_ranks(spread, size, range(CASES), offload, kind)
     for seed in range(CASES):
         told, results = case(seed, size), [rank[seed] for rank in by_rank]
         expected = one_device(told, size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from kernels.errors import UserError
 from parallel import peer_memory
 from parallel.peer_memory import PeerMemory, view, within_reach
 from parallel.topology import World
-from parallel.transport import reads_peer_memory
+from parallel.transport import transport_kind
 from tests.distributed.ranks import run_ranks
+from trainer.config import ParallelConfig
 
 
 def exchange(world: World, folder: str) -> tuple[bool, list[list[float]], int]:
@@ -37,21 +40,29 @@ def test_ranks_see_what_others_wrote(tmp_path: Path, missing: bool) -> None:
         assert found == [[100.0 * rank + turn for rank in range(3)] for turn in range(10)]
 
 
-def choose(world: World) -> list[bool | str]:
-    apart = World(world.rank, world.size, world.device, ranks_per_node=1)
-    found: list[bool | str] = [reads_peer_memory("auto", world), reads_peer_memory("messages", world)]
-    found.append(reads_peer_memory("auto", apart))
-    try:
-        reads_peer_memory("peer_memory", apart)
-    except UserError as error:
-        found.append(str(error))
+def choose(world: World) -> dict[tuple[str, int], str]:
+    found: dict[tuple[str, int], str] = {}
+    for ranks_per_node in (1, 2, 4):
+        split = replace(world, ranks_per_node=ranks_per_node)
+        for wanted in get_args(ParallelConfig.model_fields["transport"].annotation):
+            try:
+                found[wanted, ranks_per_node] = transport_kind(wanted, split)
+            except UserError as error:
+                found[wanted, ranks_per_node] = str(error)
     return found
 
 
-def test_memory_is_read_where_it_is_in_reach() -> None:
-    for here, by_wish, apart, error in run_ranks(choose, 2):
-        assert here is True and by_wish is False and apart is False
-        assert "cannot read each other's memory" in str(error) and "parallel.transport=auto" in str(error)
+def test_the_transport_is_what_suits_the_nodes() -> None:
+    """Memory is read where it is in reach; several nodes of several ranks have two levels."""
+    for found in run_ranks(choose, 4):
+        assert [found["auto", ranks] for ranks in (1, 2, 4)] == ["messages", "two_level", "peer_memory"]
+        assert {found["messages", ranks] for ranks in (1, 2, 4)} == {"messages"}
+        assert found["two_level", 2] == "two_level" and found["peer_memory", 4] == "peer_memory"
+        assert "4 ranks on 4 nodes of 1 leave one level only" in found["two_level", 1]
+        assert "4 ranks on 1 node of 4 leave one level only" in found["two_level", 4]
+        for ranks in (1, 2):
+            assert "cannot read each other's memory" in found["peer_memory", ranks]
+        assert all("transport=auto" in text for text in found.values() if " " in text)
 
 
 def test_without_room_in_memory_the_file_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,41 @@ def test_frozen_gates_keep_every_bit_and_all_else_learns(size: int, options: dic
     assert history[-1]["moe/bias_range"] > 0
 
 
+ROUTERS: list[dict[str, Any]] = [
+    {"kind": "noisy_top_k"},
+    {"kind": "cosine", "size": 6, "temperature": 0.3},
+    {"kind": "expert_choice", "most_experts": 5},
+]
+
+
+def losses_of_one_batch(world: World, told: TrainerSpec) -> tuple[list[float], dict[str, Tensor]]:
+    trainer = Trainer(told, world)
+    share = random_batch(0).num_rows // world.size
+    batch = random_batch(0).rows(world.rank * share, (world.rank + 1) * share)
+    losses = [float(trainer.learn(batch, cross_entropy, 1e-2)["train/loss"]) for _ in range(25)]  # type: ignore[arg-type]
+    return losses, own_state(trainer)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=[router["kind"] for router in ROUTERS])
+def test_each_router_trains_to_a_lower_loss(router: dict[str, Any]) -> None:
+    model = tiny_model(router=router, selection_bias=router["kind"] != "expert_choice")
+    losses, state = run_ranks(losses_of_one_batch, 2, spec(model, micro_rows=2))[0]
+    assert losses[-1] < 0.5 * losses[0]
+    gate = [tensor for name, tensor in state.items() if ".gate." in name]
+    assert all(bool(tensor.any()) for tensor in gate)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_where_passes_must_equal_generation_no_noise_is_drawn_or_learned(stage: int) -> None:
+    options: dict[str, Any] = {"micro_rows": 2, "batch_invariant": True, "parallel": parallel(zero_stage=stage)}
+    noisy, plain = (
+        run_ranks(losses_of_one_batch, 2, spec(tiny_model(router=router), **options))[0]
+        for router in (ROUTERS[0], {"kind": "top_k"})
+    )
+    assert noisy[0] == plain[0]
+    assert not any(bool(tensor.any()) for name, tensor in noisy[1].items() if name.endswith("gate.noise"))
+
+
 def weights_of_an_update(world: World, told: TrainerSpec) -> tuple[dict[str, Tensor], Tensor]:
     worker = TrainWorker(world.rank)
     worker.world = world

@@ -28,7 +28,9 @@ from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
 from trainer.checkpoint import Writer
+from trainer.config import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
+from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
 from trainer.worker import named_tensors
@@ -36,6 +38,9 @@ from trainer.worker import named_tensors
 STEPS = 3
 LR = 1e-2
 DISK = Path(tempfile.gettempdir())
+NOISY = tiny_model(router={"kind": "noisy_top_k"})
+COSINE = tiny_model(router={"kind": "cosine", "size": 6, "temperature": 0.3})
+CHOICE = tiny_model(router={"kind": "expert_choice", "most_experts": 6}, selection_bias=False)
 
 
 def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -49,8 +54,15 @@ def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Ten
     for step in range(STEPS):
         batch = random_batch(step)
         model.experts = ExpertWeights(torch.stack(pairs[0]), torch.stack(pairs[1]))
-        output = model.forward(
-            batch.tokens_BS, positions_of(batch.documents_BS), batch.documents_BS >= 0, PackedAttention(batch.documents_BS)
+        noisy = spec.model.router.kind == "noisy_top_k"
+        output = model.dense(
+            batch.tokens_BS,
+            positions_of(batch.documents_BS),
+            batch.documents_BS >= 0,
+            PackedAttention(batch.documents_BS),
+            model.experts.layers(),
+            model.bias_LE,
+            noise=router_noise(spec.seed, step, range(8), 12, model.bias_LE.device) if noisy else None,
         )
         logprobs, _ = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, batch.targets_BS.flatten())
         loss = -(logprobs * batch.weights_BS.flatten()).sum() / batch.weights_BS.sum()
@@ -97,6 +109,10 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
         (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto", calibrate=True)}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
+        (1, {"micro_rows": 8, "model": CHOICE, "recompute": True}),
+        (1, {"micro_rows": 4, "model": NOISY}),
+        (2, {"micro_rows": 2, "model": NOISY, "recompute": True}),
+        (2, {"micro_rows": 4, "model": COSINE, "parallel": parallel(zero_stage=2)}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
         pytest.param(
@@ -106,12 +122,20 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
     ],
     ids=[
         *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
-        *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep", "1-rank-offload", "2-ranks-offload-reshard"],
+        *[
+            "4-ranks-reshard",
+            "2-ranks-measured",
+            "4-ranks-llep",
+            "1-rank-expert-choice",
+            "1-rank-noisy",
+            "2-ranks-noisy-recompute",
+        ],
+        *["2-ranks-cosine-zero2", "1-rank-offload", "2-ranks-offload-reshard"],
         "4-ranks-nvme-reshard",
     ],
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
-    told = spec(tiny_model(), **changes)
+    told = spec(**{"model": tiny_model(), **changes})
     expected_history, expected = plain_loop(told)
     results = run_ranks(train, size, told)
     for history, _ in results:
@@ -167,9 +191,13 @@ def whole(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor for state in states for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_path: Path, dtype: str) -> None:
-    told = spec(tiny_model(), micro_rows=2, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "model"), [("float32", COSINE), ("bfloat16", NOISY)], ids=["float32-cosine", "bfloat16-noisy"]
+)
+def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(
+    tmp_path: Path, dtype: str, model: ModelConfig
+) -> None:
+    told = spec(model, micro_rows=2, dtype=dtype)
     written = run_ranks(save_and_go_on, 2, told, str(tmp_path))
     expected = whole([state for state, _ in written])
     for size in (1, 2, 4) if dtype == "float32" else (2,):
@@ -189,7 +217,7 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(tmp_pat
         checkpoint.verify(tmp_path / "step_000002")
     with pytest.raises(UserError, match=r"model.top_k: checkpoint 2, configuration 3"):
         damaged.write_bytes(bytes(content[:-5]) + bytes([content[-5] ^ 1]) + bytes(content[-4:]))
-        checkpoint.read_meta(tmp_path / "step_000002", tiny_model(top_k=3))
+        checkpoint.read_meta(tmp_path / "step_000002", model.model_copy(update={"top_k": 3}))
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from parallel.peer_memory import PeerMemory, view, within_reach
 from parallel.topology import World, join, leave
+from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_moe_layer import CASES, case, close, one_device, spread
 
@@ -55,11 +56,23 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
         assert reachable and found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
 
 
-def test_sharded_experts_equal_experts_on_one_device() -> None:
-    def results(peer_memory: bool) -> list[list[dict[str, Any]]]:
-        return run_ranks(spread, 2, range(CASES), False, peer_memory, kind="cuda")
+def test_two_levels_equal_experts_on_one_device() -> None:
+    """Of one node of two ranks, or two of one: each hop in turn has something to carry; four GPUs have both."""
+    size = torch.cuda.device_count()
+    by_rank = run_ranks(spread, size, range(CASES), "none", "two_level", kind="cuda")
+    for seed in range(CASES):
+        expected = one_device(case(seed, size), size)
+        for micro, wanted in enumerate(expected["tokens"]):
+            for index in range(3):
+                parts = [rank[seed]["tokens"][micro][index].cpu() for rank in by_rank]
+                close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}")
 
-    in_place, by_messages = results(True), results(False)
+
+def test_sharded_experts_equal_experts_on_one_device() -> None:
+    def results(kind: TransportKind) -> list[list[dict[str, Any]]]:
+        return run_ranks(spread, 2, range(CASES), "none", kind, kind="cuda")
+
+    in_place, by_messages = results("peer_memory"), results("messages")
     for seed in range(CASES):
         expected = one_device(case(seed, 2), 2)
         for micro, wanted in enumerate(expected["tokens"]):

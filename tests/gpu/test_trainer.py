@@ -12,6 +12,9 @@ from torch import Tensor
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_trainer import (
+    CHOICE,
+    COSINE,
+    NOISY,
     STEPS,
     learn,
     load_and_go_on,
@@ -24,6 +27,7 @@ from tests.distributed.test_trainer import (
 )
 from tests.distributed.test_value_head import go_on, told, train_and_save
 from tests.models import parallel, spec, tiny_model
+from trainer.config import ModelConfig
 from trainer.step import Trainer, TrainerSpec
 
 GPUS = torch.cuda.device_count()
@@ -48,10 +52,21 @@ def test_float32_updates_on_gpus_equal_the_plain_loop_on_a_cpu(size: int, offloa
         torch.testing.assert_close(found[name].cpu(), tensor, rtol=1e-3, atol=1e-5, msg=lambda text, at=name: f"{at}: {text}")
 
 
+@pytest.mark.parametrize("model", [NOISY, COSINE, CHOICE], ids=["noisy_top_k", "cosine", "expert_choice"])
+def test_each_router_on_a_gpu_gives_the_updates_of_a_cpu(model: ModelConfig) -> None:
+    told = spec(model, micro_rows=8, recompute=True)
+    expected, _ = plain_loop(told)
+    for found, wanted in zip(run_ranks(train, 1, told, kind="cuda")[0][0], expected, strict=True):
+        assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
+        assert found["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-4)
+
+
 @sizes
-def test_bfloat16_updates_on_gpus_stay_near_float32(size: int) -> None:
-    expected_history, _ = plain_loop(spec(SMALLEST, micro_rows=4))
-    results = run_ranks(train, size, spec(SMALLEST, micro_rows=4, dtype="bfloat16"), kind="cuda")
+@pytest.mark.parametrize("changes", [{}, *({"router": m.router} for m in (NOISY, COSINE))], ids=["top_k", "noisy", "cosine"])
+def test_bfloat16_updates_on_gpus_stay_near_float32(size: int, changes: dict[str, Any]) -> None:
+    smallest = SMALLEST.model_copy(update=changes)
+    expected_history, _ = plain_loop(spec(smallest, micro_rows=4))
+    results = run_ranks(train, size, spec(smallest, micro_rows=4, dtype="bfloat16"), kind="cuda")
     for step, wanted in enumerate(expected_history):
         assert results[0][0][step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=3e-2)
         assert results[0][0][step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=0.15)

@@ -25,9 +25,10 @@ def test_the_kernel_equals_the_reference(kernel_device: str, tokens: int, device
     if split:
         shares_ED = shares_ED + random.random((20, devices)) * (random.random((20, devices)) < 0.5)
     ends_ED, phase_E = (torch.from_numpy(part) for part in boundaries(shares_ED / shares_ED.sum(axis=1, keepdims=True), 1))
-    experts_TK = torch.randint(0, 20, (tokens, 6), generator=torch.Generator().manual_seed(0))
-    order = expert_order(experts_TK, 20) if split else None
+    experts_TK = torch.randint(-1, 20, (tokens, 6), generator=torch.Generator().manual_seed(0))
+    order = expert_order(experts_TK, 20, num_entries=int((experts_TK >= 0).sum())) if split else None
     wanted_TK = destinations(experts_TK, order, ends_ED, phase_E)
+    assert torch.equal(wanted_TK < 0, experts_TK < 0)
     there = None if order is None else moved(order, kernel_device)
     ends_ED, phase_E = ends_ED.to(kernel_device), phase_E.to(kernel_device)
     found_TK = launch_destinations(experts_TK.to(kernel_device), there, ends_ED, phase_E, JUST_BELOW_ONE)

@@ -18,7 +18,7 @@ def drawn(ranks: int, tokens: list[int], top_k: int, experts: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randint(0, ranks, (count, top_k), generator=generator, dtype=torch.int32),
+            torch.randint(-(seed % 2), ranks, (count, top_k), generator=generator, dtype=torch.int32),  # -1: absent
             torch.randint(0, experts, (count, top_k), generator=generator),
             torch.rand(count, top_k, generator=generator),
         )

@@ -33,9 +33,9 @@ def blocks(ranks: int, rows: int, width: int, dtype: torch.dtype, device: str, s
 
 
 def routing(ranks: int, tokens: int, top_k: int, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(rank_TK, row_WT): a row for each rank that a token names, -1 elsewhere."""
+    """(rank_TK, row_WT): a row for each rank that a token names, -1 elsewhere. Some choices are absent."""
     generator = torch.Generator().manual_seed(seed)
-    rank_TK = torch.randint(0, ranks, (tokens, top_k), generator=generator, dtype=torch.int32)
+    rank_TK = torch.randint(-(seed % 2), ranks, (tokens, top_k), generator=generator, dtype=torch.int32)
     row_WT = torch.randint(0, rows, (ranks, tokens), generator=generator, dtype=torch.int32)
     named_WT = (rank_TK.unsqueeze(0) == torch.arange(ranks).view(-1, 1, 1)).any(dim=2)
     return rank_TK, torch.where(named_WT, row_WT, -1)
@@ -52,14 +52,15 @@ def test_rows_are_pulled_summed_and_picked(ranks: int, tokens: int, top_k: int, 
     rank_TK, row_WT = routing(ranks, tokens, top_k, 6, seed)
     sums_TD = sum_rows(rows, rank_TK, row_WT)
     for t in range(tokens):
-        named = dict.fromkeys(rank_TK[t].tolist())
+        named = dict.fromkeys(rank for rank in rank_TK[t].tolist() if rank >= 0)
         wanted = sum((plain[rank][row_WT[rank, t]] for rank in named), torch.zeros(8))
         torch.testing.assert_close(sums_TD[t], wanted)
     numbers, plain = blocks(ranks, 6, top_k, torch.float32, "cpu", seed + 1)
     picked_TK = pick_numbers(numbers, rank_TK, row_WT)
     for t in range(tokens):
         for k in range(top_k):
-            assert picked_TK[t, k] == plain[rank_TK[t, k]][row_WT[rank_TK[t, k], t], k]
+            rank = int(rank_TK[t, k])
+            assert picked_TK[t, k] == (plain[rank][row_WT[rank, t], k] if rank >= 0 else 0)
 
 
 @pytest.mark.parametrize(("width", "top_k"), [(64, 8), (40, 3), (4096, 2), (6, 1)])
@@ -74,7 +75,7 @@ def test_kernels_equal_the_reference(kernel_device: str, width: int, top_k: int)
     out_RD = torch.full((int(wanted_V.sum()), width), torch.nan, device=kernel_device)
     triton_peer_rows.launch_pull(rows, row_V.to(kernel_device), out_RD)
     assert torch.equal(out_RD.cpu(), torch.cat(plain)[wanted_V])
-    rank_TK, row_WT = routing(ranks, tokens, top_k, held, 2)
+    rank_TK, row_WT = routing(ranks, tokens, top_k, held, width % 3)
     strided_WT = torch.full((ranks, tokens + 5), -1, dtype=torch.int32)
     strided_WT[:, 3 : 3 + tokens] = row_WT
     places = rank_TK.to(kernel_device), strided_WT.to(kernel_device)[:, 3 : 3 + tokens]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.race import exponential_noise, race, random_bits
+from kernels.race import exponential_noise, race
+from kernels.random_bits import random_bits
 
 
 def numbers(rows: int, vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,17 @@ def run(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[
     return json.loads(out.read_text(encoding="utf-8")), lines
 
 
+def test_ranks_act_as_if_on_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fssdp", *SMALL["fssdp"], "repeats=3", "nodes=2", f"out={tmp_path / 'bench.json'}"]) == 0
+    assert capsys.readouterr().out.count("tokens between 2 nodes, one way, experts on their owners: ") == CASES["fssdp"]
+    for wrong, message in (
+        ("nodes=3", "do not spread evenly over nodes = 3"),
+        ("nodes=1 transport=two_level", "leave one level"),
+    ):
+        assert main(["fssdp", *SMALL["fssdp"], *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tables of a GPU have columns for memory")
 @pytest.mark.parametrize("name", SMALL)
 def test_the_file_holds_what_the_table_printed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

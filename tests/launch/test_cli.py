@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
-from trainer.config import PretrainConfig, RLConfig, StdlibSource, TextSource
+from trainer.config import CosineRouter, PretrainConfig, RLConfig, StdlibSource, TextSource
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -162,6 +162,17 @@ def test_options_that_disagree_are_reported_together_with_typos_and_with_each_ot
     ]
 
 
+def test_a_router_is_chosen_by_its_kind_and_has_its_own_options() -> None:
+    cosine = ["model.router.kind=cosine", "model.router.size=4", "model.router.temperature=0.3"]
+    assert load(PretrainConfig, "pretrain", cosine).model.router == CosineRouter(kind="cosine", size=4, temperature=0.3)
+    assert problems("model.router.kind=cosine", "model.router.size=4") == [
+        "model.router.temperature required; give model.router.temperature=..."
+    ]
+    assert problems("model.router.size=4") == ["model.router.size = 4 is not an option of model.router.kind=top_k"]
+    (line,) = problems("model.router.kind=cosin")
+    assert line.startswith("model.router.kind = cosin should be one of 'top_k', 'noisy_top_k', 'cosine', 'expert_choice'")
+
+
 def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> None:
     assert problems("model.max_positionss=8192", "train.sequence_length=4096") == [
         "model.max_positionss = 8192 unknown option; did you mean model.max_positions?"
@@ -176,6 +187,8 @@ def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> N
         (["model.selection_bias=false", "balance.rate=0.5"], ["balance.rate (0.5)", "selection_bias=true", "balance=frozen"]),
         (["model.num_heads=3", "model.num_kv_heads=2"], ["num_heads (3)", "num_kv_heads (2)"]),
         (["parallel.offload=nvme"], ["offload=nvme needs nvme_dir", "set parallel.nvme_dir=FOLDER"]),
+        (["model.router={kind: expert_choice, most_experts: 1}"], ["most_experts (1)", "top_k (2)", "num_experts (8)"]),
+        (["model.router={kind: expert_choice, most_experts: 8}"], ["model.selection_bias=false", "balance=frozen"]),
         (["parallel.nvme_dir=here"], ["nvme_dir (here)", "write the whole path"]),
     ],
 )

@@ -21,7 +21,7 @@ from rl.engine.sampler import Sampling
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
-from trainer.config import SyncConfig
+from trainer.config import CosineRouter, RouterConfig, SyncConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta
@@ -105,6 +105,17 @@ def test_samples_end_with_eos_or_at_the_limit(uninterrupted: list[Sample]) -> No
 
 def test_logprobs_equal_the_trainers(model: LanguageModel, uninterrupted: list[Sample]) -> None:
     assert_like_the_trainer(model, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "router", [{"kind": "cosine", "size": 6, "temperature": 0.07}, {"kind": "noisy_top_k"}], ids=["cosine", "noisy_top_k"]
+)
+def test_with_other_routers_logprobs_equal_the_trainers_too(router: dict[str, Any]) -> None:
+    config = tiny_model(**{**CONFIG.model_dump(), "router": router})
+    model = LanguageModel.initialize(config, seed=0, batch_invariant=True)
+    engine = Engine(config, settings(), CPU, torch.float32)
+    engine.load_weights(model.state(), 0)
+    assert_like_the_trainer(model, complete(engine, requests(20), advance_tokens=5))
 
 
 @pytest.mark.parametrize(("slots", "advance"), [(1, 7), (3, 2), (64, 100)])
@@ -299,6 +310,13 @@ def test_too_long_prompts_and_models_are_errors_with_numbers(model: LanguageMode
         Engine(CONFIG, settings(max_length=65), CPU, torch.float32)
 
 
+def test_a_model_whose_experts_choose_tokens_is_refused_with_the_way_out() -> None:
+    chooses = {"router": {"kind": "expert_choice", "most_experts": 4}, "selection_bias": False}
+    config = tiny_model(**{**CONFIG.model_dump(), **chooses})
+    with pytest.raises(UserError, match=r"expert_choice .* cannot generate, nor go into RL; pretrain one with .*top_k"):
+        Engine(config, settings(), CPU, torch.float32)
+
+
 def test_dealt_samples_are_spread_evenly() -> None:
     hands = deal(requests(10), 3)
     assert sorted(len(hand) for hand in hands) == [3, 3, 4]
@@ -310,11 +328,21 @@ def test_dealt_samples_are_spread_evenly() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("heads", [(4, 2, 32), (8, 1, 64), (3, 3, 128)])
-def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "router"),
+    [
+        ((4, 2, 32), CONFIG.router),
+        ((8, 1, 64), CONFIG.router),
+        ((3, 3, 128), CONFIG.router),
+        ((4, 2, 32), CosineRouter(kind="cosine", size=6, temperature=0.07)),
+    ],
+    ids=["4-heads", "8-heads", "3-heads", "cosine"],
+)
+def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[int, int, int], router: RouterConfig) -> None:
     cuda = torch.device("cuda")
     sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
-    config = CONFIG.model_copy(update={"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, **sizes})
+    changes = {"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, "router": router, **sizes}
+    config = CONFIG.model_copy(update=changes)
     model = LanguageModel.initialize(config, seed=0, batch_invariant=True).to(cuda, torch.bfloat16)
     engine = Engine(config, settings(slots=24, max_length=300, max_new_tokens=200), cuda, torch.bfloat16)
     engine.load_weights(model.state(), 0)

@@ -9,7 +9,7 @@ import torch
 
 from launch.cli import load
 from parallel.moe_layer import LocalExperts
-from trainer.config import ModelConfig, PretrainConfig, RLConfig
+from trainer.config import CosineRouter, ModelConfig, PretrainConfig, RLConfig
 from trainer.estimate import Memory, budget_lines, flops_per_token, in_gib, memory_per_rank, millions, scaled
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel, parameter_counts
@@ -45,7 +45,13 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"qk_norm": False, "num_shared_experts": 0, "top_k": 4}, {"num_dense_layers": 4, "dense_hidden_size": 1024}]
+    "changes",
+    [
+        {},
+        {"qk_norm": False, "num_shared_experts": 0, "top_k": 4},
+        {"num_dense_layers": 4, "dense_hidden_size": 1024},
+        {"router": CosineRouter(kind="cosine", size=256, temperature=0.07), "num_experts": 64},
+    ],
 )
 def test_activations_are_what_autograd_keeps_within_a_fifth(dtype: str, changes: dict[str, object]) -> None:
     model = MODEL.model_copy(update=changes)

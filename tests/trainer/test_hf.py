@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels.errors import UserError
 from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
-from trainer.config import TokenizerConfig
+from trainer.config import CosineRouter, NoisyTopKRouter, TokenizerConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import LanguageModel
@@ -193,6 +193,23 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_its_fields(tmp_p
         "no Hugging Face architecture expresses this model: Qwen3MoeForCausalLM needs selection_bias=False (is True), "
         "num_shared_experts=0 (is 1), routed_scale=1.0 (is 1.5); Glm4MoeForCausalLM needs router_scores=sigmoid (is softmax)"
     )
+
+
+def test_a_noisy_router_goes_out_as_what_it_is_without_noise(tmp_path: Path) -> None:
+    noisy = some_model(CONFIGS["glm"] | {"router": NoisyTopKRouter(kind="noisy_top_k")})
+    save_pretrained(noisy, tmp_path / "out", None)
+    found = load_pretrained(tmp_path / "out", torch.float32)
+    assert found.config.router == TINY.router
+    documents = torch.zeros(2, 12, dtype=torch.int32)
+    inputs = tokens(2, 12), positions_of(documents), documents >= 0, PackedAttention(documents)
+    assert torch.equal(found.logits(*inputs), noisy.logits(*inputs))
+
+
+def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = TINY.model_copy(update={"router": CosineRouter(kind="cosine", size=2, temperature=0.07)})
+    with pytest.raises(UserError, match=r"router\.kind=cosine, .* as top_k and noisy_top_k; go on from its checkpoint"):
+        save_pretrained(LanguageModel.initialize(config, seed=0), tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,22 @@ GLM4_MOE = Family(
 )
 
 FAMILIES = (QWEN3_MOE, GLM4_MOE)
+EXPRESSED_ROUTERS = ("top_k", "noisy_top_k")
 
 
 # ---------------------------------------------------------------- config.json
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that expresses a configuration. Raises UserError naming the fields that stand in the way."""
+    """The family that expresses what a model computes in generation, where a noisy router has no noise.
+
+    Raises UserError naming the fields that stand in the way.
+    """
+    if config.router.kind not in EXPRESSED_ROUTERS:
+        raise UserError(
+            f"no Hugging Face architecture expresses this model: model.router.kind={config.router.kind}, and theirs have one "
+            f"matrix for a router, as {' and '.join(EXPRESSED_ROUTERS)}; go on from its checkpoint, or train with one of these"
+        )
     obstacles = []
     for family in FAMILIES:
         values = config.model_dump()
@@ -177,7 +186,12 @@ def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
     theta, unsupported = _rotary(family, known)
     if wrong := wrong + unsupported:
         raise UserError(f"{path} asks for what Tessera does not support: {', '.join(wrong)}")
-    fields = dict(family.fixed) | {field: known[key] for key, field in keys.items()} | {"rope_theta": theta}
+    fields = (
+        dict(family.fixed)
+        | {"router": {"kind": "top_k"}}
+        | {field: known[key] for key, field in keys.items()}
+        | {"rope_theta": theta}
+    )
     if family is QWEN3_MOE:
         fields["num_dense_layers"] = _num_first_layers(known["mlp_only_layers"], path)
     else:

@@ -21,15 +21,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
+from kernels.expert_choice import choose_tokens
 from kernels.expert_mlp import swiglu
-from kernels.linear import linear as batch_invariant_linear
 from kernels.linear import linears
 from kernels.norm import add_rms_norm, rms_norm, rotate
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
 from parallel.moe_layer import LocalExperts
-from trainer.config import ModelConfig
+from trainer.config import ExpertChoiceRouter, ModelConfig
 from trainer.model.attention import rope
+from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
 
 
@@ -164,32 +165,46 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     """The dense part of an MoE layer: its gate and its shared experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config = config
-        self.gate = linear(config.hidden_size, config.num_experts)
+        self.config, self.layer = config, layer
+        self.gate = gate(config)
         shared = config.num_shared_experts * config.expert_hidden_size
         self.shared = SwiGLU(config.hidden_size, shared) if shared else None
 
     def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor, experts: LayerExperts, bias_E: Tensor, recorded_TK: Tensor | None
+        self,
+        x_BSD: Tensor,
+        valid_BS: Tensor,
+        experts: LayerExperts,
+        bias_E: Tensor,
+        recorded_TK: Tensor | None,
+        noise: RouterNoise | None,
     ) -> tuple[Tensor, Choice]:
         x_TD, valid_T = x_BSD.flatten(0, 1), valid_BS.flatten()
-        logits_TE = batch_invariant_linear(x_TD, self.gate.weight, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-        weighing: Weighing = {
+        logits_TE = self.gate(x_TD, self.layer, noise)
+        routing, replaced_T = self._route(logits_TE, valid_T, bias_E), None
+        if recorded_TK is not None:
+            routing, replaced_T = replay(logits_TE, recorded_TK, routing, **self._weighing(valid_T))
+        y_TD = experts(x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BSD), Choice(routing.counts_E, routing.experts_TK, replaced_T)
+
+    def _weighing(self, valid_T: Tensor) -> Weighing:
+        return {
             "scores": self.config.router_scores,
             "renormalize": self.config.renormalize,
             "scale": self.config.routed_scale,
             "valid_T": valid_T,
         }
-        bias = bias_E if self.config.selection_bias else None
-        routing, replaced_T = route(logits_TE, top_k=self.config.top_k, bias_E=bias, **weighing), None
-        if recorded_TK is not None:
-            routing, replaced_T = replay(logits_TE, recorded_TK, routing, **weighing)
-        y_TD = experts(x_TD, routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BSD), Choice(routing.counts_E, routing.experts_TK, replaced_T)
+
+    def _route(self, logits_TE: Tensor, valid_T: Tensor, bias_E: Tensor) -> Routing:
+        config, router = self.config, self.config.router
+        if isinstance(router, ExpertChoiceRouter):
+            return choose_tokens(logits_TE, top_k=config.top_k, most_experts=router.most_experts, **self._weighing(valid_T))
+        bias = bias_E if config.selection_bias else None
+        return route(logits_TE, top_k=config.top_k, bias_E=bias, **self._weighing(valid_T))
 
 
 class Block(nn.Module):
@@ -205,7 +220,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         dense = layer < config.num_dense_layers
-        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden_size) if dense else MoE(config)
+        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden_size) if dense else MoE(config, layer)
 
     def forward(
         self,
@@ -217,6 +232,7 @@ class Block(nn.Module):
         experts: LayerExperts | None,
         bias_E: Tensor | None,
         recorded_TK: Tensor | None,
+        noise: RouterNoise | None,
     ) -> tuple[Tensor, Tensor, Choice | None]:
         if experts is not None:
             experts.prepare()
@@ -224,7 +240,7 @@ class Block(nn.Module):
         x_BSD, normed_BSD = self.mlp_norm.updated(x_BSD, self.attention(self.layer, normed_BSD, angles, attend))
         if experts is None:
             return x_BSD, self.mlp(normed_BSD), None
-        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK)
+        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK, noise)
         return x_BSD, y_BSD, choice
 
 
@@ -254,16 +270,22 @@ class Transformer(nn.Module):
         """What turns hidden states into logits: its own weight, or the embedding's when they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def gate_weights(self) -> list[Tensor]:
+    def gates(self) -> list[Gate]:
         """Of all MoE layers: what is trained of the router."""
-        return [block.mlp.gate.weight for block in self.blocks if isinstance(block.mlp, MoE)]
+        return [block.mlp.gate for block in self.blocks if isinstance(block.mlp, MoE)]
 
     def initialize(self, seed: int) -> None:
         """Norms one, biases zero, matrices normal(init_std) from (seed, parameter name): the same on every rank.
 
+        Gates as trainer/model/gate.py says.
         Matrices that write to the residual stream are scaled by 1 / sqrt(2 * num_layers), as in GPT-2.
         """
+        for name, module in self.named_modules():
+            if isinstance(module, Gate):
+                module.initialize(self.config.init_std, seed, name)
         for name, parameter in self.named_parameters():
+            if ".gate." in name:
+                continue
             if parameter.dim() == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             else:
@@ -282,14 +304,16 @@ class Transformer(nn.Module):
         recorded_BSLK: Tensor | None = None,
         depths: Sequence[int] = (),
         recompute: bool = False,
+        noise: RouterNoise | None = None,
     ) -> Output:
         """Hidden states after the final norm, the experts of every token and the load of every expert.
 
         `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
         float32. `recorded_BSLK` (kernels/replay.py) are experts to take instead of those that the gates choose.
         The outputs of the layers `depths` are returned beside the last one, which is behind the final norm.
-        `recompute` keeps only the input of each block for the backward pass.
+        `recompute` keeps only the input of each block for the backward pass. `noise` (B, S) is that of a noisy router.
         """
+        noise = None if noise is None else noise.flattened()
         angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
         x_BSD, update_BSD = self.embedding(tokens_BS), None
         choices, at_depths = list[Choice](), list[Tensor]()
@@ -301,7 +325,7 @@ class Transformer(nn.Module):
                 routed = (experts[moe_layer], bias_LE[moe_layer], recorded_TK)
             if recompute and update_BSD is not None:
                 x_BSD, update_BSD = x_BSD + update_BSD, None  # one tensor to keep instead of two
-            arguments = (x_BSD, update_BSD, angles, attend, valid_BS, *routed)
+            arguments = (x_BSD, update_BSD, angles, attend, valid_BS, *routed, noise)
             if recompute:
                 x_BSD, update_BSD, choice = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
