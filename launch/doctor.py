@@ -34,8 +34,9 @@ from launch.benchmarks.ranks import on_ranks
 from launch.cli import guarded, load
 from parallel.offload import check_offload
 from parallel.topology import World
-from trainer.cluster import REPOSITORY, choose_ranks, start_ray
+from trainer.cluster import choose_ranks, start_ray
 from trainer.config import ClusterConfig, LoggerConfig, PretrainConfig
+from trainer.places import REPOSITORY
 from trainer.run_dir import shown
 from trainer.step import choose_dtype
 

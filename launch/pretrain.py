@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from launch.cli import main, print_plan
 from launch.report import write_report
-from trainer.cluster import check_cluster, choose_ranks, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config import PretrainConfig
 from trainer.data import prepare
 from trainer.estimate import budget_lines
@@ -24,7 +25,7 @@ from trainer.worker import check_division
 def pretrain(config: PretrainConfig) -> Path | None:
     """Runs a whole pretraining and returns its run folder; None after a dry run."""
     ranks = choose_ranks(config.cluster)
-    check_division(config.model, config.train.batch_rows, ranks)
+    choices = rank_choices(config.cluster, ranks, partial(check_division, config.model, config.train.batch_rows))
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
@@ -36,7 +37,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
-        training = Pretraining(config, model, corpus, ranks, dtype, run, tracker, stop)
+        training = Pretraining(config, model, corpus, choices, dtype, run, tracker, stop)
         run_attempts(config.cluster, ranks, training.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path

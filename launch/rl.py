@@ -14,7 +14,7 @@ from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
 from trainer import checkpoint
-from trainer.cluster import check_cluster, choose_ranks, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import budget_lines
 from trainer.model.hf import read_config
@@ -30,7 +30,7 @@ def reinforce(config: RLConfig) -> Path | None:
     """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
     start_from, model = starting_point(config.checkpoint)
     ranks = choose_ranks(config.cluster)
-    check_division(model, ranks, ranks)
+    choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
     if config.dry_run:
         print_plan(config, model, ranks)
         return None
@@ -44,7 +44,7 @@ def reinforce(config: RLConfig) -> Path | None:
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         with RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards:
-            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, ranks, dtype, run, tracker, stop)
+            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop)
             run_attempts(config.cluster, ranks, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     return run.path

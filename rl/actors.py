@@ -27,9 +27,10 @@ from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.pool import advancing, deal
 from rl.links import Links
 from rl.trajectory import Sample
-from trainer.cluster import WAIT_S, Placement, Processes, ProcessLost, Say, gather, reason_of, told_by
+from trainer.cluster import Processes, ProcessLost, gather, reason_of, told_by
 from trainer.config import ClusterConfig, ModelConfig, SyncConfig
 from trainer.hangs import SHARE, StackWatch, tail, watched, whereabouts
+from trainer.places import WAIT_S, Placement, Say
 from trainer.run_dir import RunDir
 from trainer.weight_links import Offer, Receiver, gpu_of, open_group
 from trainer.weight_sync import WeightUpdate

@@ -25,13 +25,14 @@ from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
-from trainer.cluster import Placement, Processes
+from trainer.cluster import Processes
 from trainer.config import ModelConfig, RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
 from trainer.metrics import Value
 from trainer.optimizer import adamw_settings, learning_rate
+from trainer.places import Placement
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.stopping import StopRequest
@@ -51,7 +52,7 @@ class Reinforcement:
     task: Task
     rewards: RewardWorkers
     start_from: Path  # a checkpoint of ours or a folder in the Hugging Face layout
-    ranks: int
+    ranks: tuple[int, ...]  # how many there may be, the number that is wanted first; of an attempt the one there is
     dtype: str
     run: RunDir
     tracker: Tracker
@@ -62,13 +63,16 @@ class Reinforcement:
         cluster, rollout = self.config.cluster, self.config.rollout
         engines = rollout.engines if rollout.server is None else 0
         with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
-            ranks = start_ranks(placement, self.spec, cluster, self.run, self.tracker)
-            start, buffer = self._restore(ranks)
-            if self.config.algorithm.kl_coefficient > 0:
-                ranks.call("keep_reference", self.run.reference)
-            pool.load_weights(ranks, start, self.config.sync)
-            with self.stop.deferred():
-                self.loop(ranks, pool, buffer, start)
+            replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
+
+    def learn_in(self, placement: Placement, pool: SyncedPool) -> None:
+        ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
+        start, buffer = self._restore(ranks)
+        if self.config.algorithm.kl_coefficient > 0:
+            ranks.call("keep_reference", self.run.reference)
+        pool.load_weights(ranks, start, self.config.sync)
+        with self.stop.deferred():
+            self.loop(ranks, pool, buffer, start)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -239,7 +243,7 @@ class Reinforcement:
 
     @property
     def rows(self) -> Rows:
-        return Rows(sequence_length=self.config.loop.sequence_length, rows_multiple_of=self.ranks, pad_id=self.tokenizer.pad)
+        return Rows(sequence_length=self.config.loop.sequence_length, rows_multiple_of=self.ranks[0], pad_id=self.tokenizer.pad)
 
     @property
     def engine_settings(self) -> EngineSettings:

@@ -1,4 +1,4 @@
-"""Ray: starting it, placing the processes of a run, and saying by name which one died.
+"""Ray: starting it, calling the processes of a run, and saying by name which one died.
 
 The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
 which names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made
@@ -11,33 +11,27 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
 import torch
 from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
 from trainer.config import ClusterConfig
 from trainer.guard import UpdateRefused
-from trainer.hangs import NCCL_WAITS, TIMED_OUT, report, tail
+from trainer.hangs import CUT_OFF, NCCL_WAITS, TIMED_OUT, report, tail
+from trainer.places import WAIT_S, Say, nodes_alive
 from trainer.ports import listens, why_taken
 from trainer.stopping import Stopped, StopRequest
 
-Say = Callable[[str], None]
 T = TypeVar("T")
-REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_AUTO_RANKS = 2
 LOOPBACK = "127.0.0.1"
-NAMES_TIMEOUT_S = 30.0
-WAIT_S = 2.0  # between two looks at who is there
-ANSWER_S = 30.0  # in which a living node starts a process and answers
 
 
 class ProcessLost(RuntimeError):
@@ -89,8 +83,8 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
-    while missing := sorted(set(config.nodes or ()) - _alive().keys()):
-        there = f"{len(_alive())} of {len(config.nodes or ())} nodes are there"
+    while missing := sorted(set(config.nodes or ()) - nodes_alive().keys()):
+        there = f"{len(nodes_alive())} of {len(config.nodes or ())} nodes are there"
         _wait_a_little(started, config.start_timeout_s, f"{', '.join(missing)}; {there}", say)
 
 
@@ -101,33 +95,6 @@ def _wait_a_little(started: float, timeout_s: float, what: str, say: Say) -> Non
         raise Stopped(f"still waiting for {what} after {waited:.0f} s (cluster.start_timeout_s)")
     say(f"waiting for {what} ({waited:.0f} s)")
     time.sleep(WAIT_S)
-
-
-def _alive() -> dict[str, str]:
-    """Name -> address of the nodes that Ray believes to be alive."""
-    return {node["NodeName"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-
-
-def _answer() -> bool:
-    return True
-
-
-def require_nodes(names: Sequence[str]) -> list[str]:
-    """The addresses of these nodes, after a process on each has answered.
-
-    Raises:
-        Stopped: one is gone, named. Ray takes a while to find out; an actor that is placed there meanwhile waits for ever.
-    """
-    found = _alive()
-    where = {name: {"resources": {f"node:{found[name]}": 0.001}, "num_cpus": 0} for name in names if name in found}
-    calls = {ray.remote(_answer).options(**where[name]).remote(): name for name in where}
-    silent, deadline = list(calls), time.monotonic() + ANSWER_S
-    while silent and set(names) <= _alive().keys() and time.monotonic() < deadline:
-        _, silent = ray.wait(silent, num_returns=len(silent), timeout=WAIT_S)
-    lost = set(names) - (found.keys() & _alive().keys()) or {calls[call] for call in silent}
-    if lost:
-        raise Stopped(f"{', '.join(sorted(lost))} of the {len(names)} nodes {'do' if len(lost) > 1 else 'does'} not answer")
-    return [found[name] for name in names]
 
 
 def check_cluster(config: ClusterConfig) -> None:
@@ -142,6 +109,21 @@ def check_cluster(config: ClusterConfig) -> None:
             f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({taken}); choose another, or go "
             "without: cluster.dashboard=false"
         )
+
+
+def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:
+    """How many ranks the run may go on with: `ranks`, then fewer, down to `cluster.min_ranks`, that pass `check`.
+
+    Raises:
+        UserError: `ranks` does not pass.
+    """
+    check(ranks)
+    choices = [ranks]
+    for fewer in range(ranks - 1, (config.min_ranks or ranks) - 1, -1):
+        with suppress(UserError):
+            check(fewer)
+            choices.append(fewer)
+    return tuple(choices)
 
 
 def choose_ranks(config: ClusterConfig) -> int:
@@ -160,96 +142,6 @@ def choose_ranks(config: ClusterConfig) -> int:
         return nodes * max(1, config.slurm.gpus_per_node)
     gpus = torch.cuda.device_count()
     return min(gpus, MAX_AUTO_RANKS) if gpus else MAX_AUTO_RANKS
-
-
-# ---------------------------------------------------------------- placing processes
-
-
-class Placement:
-    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block.
-
-    Consecutive ranks share a node, and all of `cluster.nodes` get equally many.
-    """
-
-    def __init__(self, config: ClusterConfig, ranks: int, engines: int, say: Say) -> None:
-        self.config, self.ranks, self.engines = config, ranks, engines
-        self.actors: dict[str, Any] = {}
-        self.on_gpu = torch.cuda.is_available() if config.address is None else "GPU" in ray.cluster_resources()
-        nodes = require_nodes(config.nodes) if config.nodes else []
-        wanted = [self._bundle(nodes[index * len(nodes) // ranks] if nodes else None) for index in range(ranks)]
-        self.group: PlacementGroup = placement_group(wanted, strategy="PACK")
-        self._wait(say)
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        node_of = placement_group_table(self.group)["bundles_to_node_id"]
-        self.bundles = sorted(range(ranks), key=lambda index: (list(node_of.values()).index(node_of[index]), index))  # of ranks
-        self.hosts = [addresses[node_of[bundle]] for bundle in self.bundles]  # of ranks
-
-    def _bundle(self, node: str | None) -> dict[str, float]:
-        bundle = {"CPU": 1.0 + -(-self.engines // self.ranks) * 0.01}
-        if self.on_gpu:
-            bundle["GPU"] = 1.0
-        return bundle if node is None else {**bundle, f"node:{node}": 0.001}
-
-    def _wait(self, say: Say) -> None:
-        started = time.monotonic()
-        while not self.group.wait(2 if time.monotonic() > started else 0.5):
-            waited = time.monotonic() - started
-            total, free = ray.cluster_resources(), ray.available_resources()
-            kind = "GPU" if self.on_gpu else "CPU"
-            state = f"{self.ranks} x {kind} wanted, {total.get(kind, 0):g} in the cluster, {free.get(kind, 0):g} free"
-            say(f"waiting for a place for {self.ranks} trainer ranks ({waited:.0f} s): {state}")
-            if waited > self.config.start_timeout_s:
-                remove_placement_group(self.group)
-                raise UserError(
-                    f"no place for the run after {waited:.0f} s: {state}. Lower cluster.ranks, or wait for other runs to end"
-                )
-
-    def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
-        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU.
-
-        One that has the name already is ended first.
-        """
-        self._end([name] if name in self.actors else [])
-        is_engine = not name.startswith("trainer/")
-        gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
-        asked = self.config.threads_per_rank
-        threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
-        bundle = self.bundles[index % self.ranks]
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
-        self.actors[name] = (
-            ray.remote(kind)
-            .options(
-                name=name,
-                num_cpus=0.01 if is_engine else 1,
-                num_gpus=gpu_share,
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": self._environment(threads)},
-            )
-            .remote(*args)
-        )
-        return self.actors[name]
-
-    def _environment(self, threads: int) -> dict[str, str]:
-        python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-        environment = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if not self.on_gpu:
-            environment["DS_ACCELERATOR"] = "cpu"
-        return environment
-
-    def __enter__(self) -> Placement:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end(list(self.actors))
-        remove_placement_group(self.group)
-
-    def _end(self, names: Sequence[str]) -> None:
-        for name in names:
-            ray.kill(self.actors.pop(name))
-        # The next ones use the same names, and Ray takes a moment to give them back.
-        deadline = time.monotonic() + NAMES_TIMEOUT_S
-        while set(names) & set(ray.util.list_named_actors()) and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 # ---------------------------------------------------------------- calling processes
@@ -283,7 +175,9 @@ def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = No
     for failure in failures.values():
         if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
             raise ProcessLost(report(logs)) from failure
-    for failure in failures.values():
+    for name, failure in failures.items():
+        if logs and isinstance(failure.cause, RuntimeError) and CUT_OFF.search(str(failure.cause)):
+            raise ProcessLost(f"{name} lost its connection to another rank, which does not say why") from failure
         raise told_by(failure)
     return {name: answers[name] for name in calls}
 

@@ -215,6 +215,9 @@ class ClusterConfig(Record):
     address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
     nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
+    min_ranks: int | None = Field(gt=0)  # as many are enough where lost nodes leave no place for all; null: it waits for them
+    shrink_after_s: float = Field(ge=0)  # so long a place for all is waited for before it goes on with fewer
+    gpu_type: str | None  # Ray's name of the GPUs that ranks run on: H100; null: any
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
     max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint; of an engine: in a row
     start_timeout_s: float = Field(gt=0)
@@ -225,6 +228,17 @@ class ClusterConfig(Record):
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
     slurm: SlurmConfig | None
+
+    @model_validator(mode="after")
+    def consistent(self) -> ClusterConfig:
+        if self.min_ranks is not None and self.ranks != "auto" and self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks ({self.min_ranks}) is larger than ranks ({self.ranks}); lower it")
+        if self.min_ranks is not None and (self.nodes is not None or self.slurm is not None):
+            raise ValueError(
+                f"min_ranks ({self.min_ranks}) goes on without a lost node, and nodes says that all of them take part, as in a "
+                "SLURM job, which is queued again; set min_ranks=null"
+            )
+        return self
 
 
 class LoggerConfig(Record):

@@ -21,6 +21,7 @@ CALLED = ("trainer/worker.py", "rl/actors.py")  # whose methods the driver calls
 SHARE = 0.8  # of the timeout of collectives, after which stacks are written: before the first rank gives up
 TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks and warnings are
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what gloo and NCCL raise
+CUT_OFF = re.compile(r"connection (closed|reset) by peer|remote process exit", re.IGNORECASE)  # in what they raise
 NCCL_WAITS = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(.*?OpType=(\w+)")
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
 

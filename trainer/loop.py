@@ -10,11 +10,12 @@ from typing import Any
 from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
-from trainer.cluster import Placement, Processes
+from trainer.cluster import Processes
 from trainer.config import ClusterConfig, ModelConfig, PretrainConfig
 from trainer.data import Corpus
 from trainer.guard import Guard
 from trainer.optimizer import adamw_settings, learning_rate
+from trainer.places import Placement
 from trainer.run_dir import RunDir
 from trainer.step import TrainerSpec
 from trainer.stopping import StopRequest
@@ -29,7 +30,7 @@ class Pretraining:
     config: PretrainConfig
     model: ModelConfig  # config.model with the vocabulary size of the tokenizer
     corpus: Corpus
-    ranks: int
+    ranks: tuple[int, ...]  # how many there may be, the number that is wanted first
     dtype: str
     run: RunDir
     tracker: Tracker

@@ -50,12 +50,12 @@ def kill_at_random(command: list[str], run_dir: Path, roles: list[str]) -> str:
                 assert len(ours) >= 4 and not left, f"processes of the killed driver are still there: {left}"
                 process = start(*command, stdout=out)
             else:
-                _wait_for_process(role, process.pid).kill()
+                wait_for_process(role, process.pid).kill()
         finish(process)
     return log.read_text()
 
 
-def _wait_for_process(role: str, driver: int) -> psutil.Process:
+def wait_for_process(role: str, driver: int) -> psutil.Process:
     deadline = time.monotonic() + 60
     while (found := process_of(role, driver)) is None:
         assert time.monotonic() < deadline, f"no {role} in 60 s"

@@ -35,7 +35,10 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(300 + 60 * len(ROLES))
-def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(tmp_path: Path, checkpoint: Path) -> None:
+def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # this small model is for CPUs
     command = [
         *("rl", f"checkpoint={checkpoint}", "experiment=smoke", "rollout=sync", "warmup=none", f"runs_dir={tmp_path}/runs"),
         *("task.name=tests.rl.scorers:Letters", "task.options={}", f"loop.rounds={ROUNDS}", "loop.checkpoint_every=2"),

@@ -19,9 +19,10 @@ from rl.trajectory import Sample
 from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of
 from trainer.batch import cross_entropy
-from trainer.cluster import REPOSITORY, Processes, ProcessLost, start_ray
+from trainer.cluster import Processes, ProcessLost, start_ray
 from trainer.config import ClusterConfig, SyncConfig
 from trainer.model.transformer import LanguageModel
+from trainer.places import REPOSITORY
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 from trainer.worker import TrainWorker
@@ -30,7 +31,7 @@ CONFIG = tiny_model(max_positions=64, vocab_size=20)
 SETTINGS = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
 CLUSTER = dict(address=None, ranks=1, threads_per_rank=1, max_restarts=0, start_timeout_s=60, collective_timeout_s=60)
 CLUSTER |= dict(engine_timeout_s=60, object_store_mib=80, host="127.0.0.1", dashboard=False, dashboard_port=1)
-CLUSTER |= dict(nodes=None, slurm=None)
+CLUSTER |= dict(nodes=None, slurm=None, min_ranks=None, shrink_after_s=60, gpu_type=None)
 
 
 class ScriptedRank:
@@ -124,6 +125,12 @@ def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster
     pool.submit(pool.drain())
     first, second = done + pool.advance(40)
     assert first == second and set(first.versions) == {6} and pool.busy_s > 0
+    pool.submit(samples(4))
+    for lost in (ranks.actors["trainer/1"], engines.actors["engine/0"]):
+        ray.kill(lost)
+    with pytest.raises(ProcessLost, match="trainer/1 died"):  # as when their node dies
+        while True:
+            pool.advance(1)
 
 
 def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(cluster: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -206,6 +207,38 @@ def test_a_buffer_saved_within_a_round_repeats_that_round(config: RolloutConfig)
         repeated = play(RolloutBuffer.from_state(json.loads(pool.saved)), config, range(3, 4))[0]
         assert repeated.groups == result.groups
         assert repeated.metrics | {"rollout/dropped_groups": 0} == result.metrics | {"rollout/dropped_groups": 0}
+
+
+class LosingPool(ScriptedPool):
+    """Some of its samples are at times where they were when they were submitted: their engine was lost."""
+
+    moments: random.Random
+
+    def advance(self, tokens: int) -> list[Sample]:
+        if self.moments.random() < 0.4:
+            self.queue = [(sample, self.moments.choice([0, fresh])) for sample, fresh in self.queue]
+            self.moments.shuffle(self.queue)
+        return super().advance(tokens)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(configs, st.integers(0, 1000))
+def test_lost_engines_lose_no_prompt_and_no_token(config: RolloutConfig, seed: int) -> None:
+    buffer, plain, used, moments = RolloutBuffer(), RolloutBuffer(), list[int](), random.Random(seed)
+    for version in range(6):
+        pool = LosingPool(version, 64, config.max_new_tokens, slots=7)
+        pool.moments = moments
+        result = rollout_round(pool, buffer, prompts, config, version, score)
+        used += [group.id for group in result.groups]
+        waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
+        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once or still waits"
+        for sample in (sample for group in result.groups for sample in group.samples):
+            length = min(final_length(sample.uid, 64), config.max_new_tokens)
+            assert sample.response_ids == tuple(token(sample.uid, place) for place in range(length))
+        if config.over_provision == 1:
+            expected = play(plain, config, range(version, version + 1))[0]
+            assert result.groups == expected.groups, "a round that waits for all learns the same"
+            assert result.metrics == expected.metrics
 
 
 def test_finished_siblings_of_an_unfinished_group_are_not_generated_again() -> None:

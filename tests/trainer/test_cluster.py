@@ -9,7 +9,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import ProcessLost, check_cluster, choose_ranks, supervise
+from trainer.cluster import ProcessLost, check_cluster, choose_ranks, rank_choices, supervise
 from trainer.config import ClusterConfig, PretrainConfig
 from trainer.worker import check_division
 
@@ -69,6 +69,32 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
 
 def test_ranks_are_as_asked() -> None:
     assert choose_ranks(cluster(ranks=5)) == 5
+
+
+def test_fewer_ranks_are_those_that_model_and_rows_divide_over() -> None:
+    model = load(PretrainConfig, "pretrain", []).model  # 8 experts
+
+    def check(ranks: int) -> None:
+        check_division(model, 24, ranks)
+
+    assert rank_choices(cluster(min_ranks=1), 8, check) == (8, 4, 2, 1)
+    assert rank_choices(cluster(min_ranks=3), 8, check) == (8, 4)
+    assert rank_choices(cluster(min_ranks=None), 8, check) == (8,)
+    with pytest.raises(UserError, match="not divisible by the number of ranks"):
+        rank_choices(cluster(min_ranks=1), 3, check)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cluster.ranks=2", "cluster.min_ranks=4"], r"min_ranks \(4\) is larger than ranks \(2\)"),
+        (["cluster.nodes=[a,b]", "cluster.min_ranks=1"], r"min_ranks \(1\) goes on without a lost node, and nodes says"),
+        (["cluster=slurm", "cluster.min_ranks=1"], r"min_ranks \(1\) goes on without a lost node"),
+    ],
+)
+def test_fewer_ranks_contradict_what_asks_for_all(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(PretrainConfig, "pretrain", options)
 
 
 def slurm(**changes: Any) -> ClusterConfig:

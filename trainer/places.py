@@ -1,0 +1,206 @@
+"""Where the processes of a run are placed, as a Ray placement group, and what is said while there is no place.
+
+Ranks are placed, with what they take of a node; engines of RL share the places of the ranks. A cluster may lose nodes: then the
+run waits for others, or goes on with fewer ranks where that is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kernels.errors import UserError
+from trainer.config import ClusterConfig
+from trainer.stopping import Stopped
+
+Say = Callable[[str], None]
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES_TIMEOUT_S = 30.0
+WAIT_S = 2.0  # between two looks at who is there
+SHOWN_NODES = 8  # by name in a message
+ANSWER_S = 30.0  # in which a living node starts a process and answers
+
+
+def nodes_alive() -> dict[str, str]:
+    """Name -> address of the nodes that Ray believes to be alive."""
+    return {node["NodeName"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _probe(**where: Any) -> ray.ObjectRef:
+    """An answer of a process that starts there; the function is defined in here so that it need not import ours."""
+
+    def answer() -> bool:
+        return True
+
+    return ray.remote(answer).options(num_cpus=0, **where).remote()
+
+
+def require_nodes(names: Sequence[str]) -> list[str]:
+    """The addresses of these nodes, after a process on each has answered.
+
+    Raises:
+        Stopped: one is gone, named. Ray takes a while to find out; an actor that is placed there meanwhile waits for ever.
+    """
+    found = nodes_alive()
+    calls = {_probe(resources={f"node:{found[name]}": 0.001}): name for name in names if name in found}
+    silent, deadline = list(calls), time.monotonic() + ANSWER_S
+    while silent and set(names) <= nodes_alive().keys() and time.monotonic() < deadline:
+        _, silent = ray.wait(silent, num_returns=len(silent), timeout=WAIT_S)
+    lost = set(names) - (found.keys() & nodes_alive().keys()) or {calls[call] for call in silent}
+    if lost:
+        raise Stopped(f"{', '.join(sorted(lost))} of the {len(names)} nodes {'do' if len(lost) > 1 else 'does'} not answer")
+    return [found[name] for name in names]
+
+
+@cache
+def _has_gpus(address: str | None) -> bool:
+    """Whether ranks run on GPUs. Seen once: a cluster that has lost all of them is waited for."""
+    return torch.cuda.is_available() if address is None else "GPU" in ray.cluster_resources()
+
+
+class Placement:
+    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block.
+
+    Consecutive ranks share a node, and all of `cluster.nodes` get equally many. `choices`: how many ranks there may be, the
+    number that is wanted first; with less room for longer than `cluster.shrink_after_s`, as many of them as have a place.
+    """
+
+    def __init__(self, config: ClusterConfig, choices: Sequence[int], engines: int, say: Say) -> None:
+        self.config, self.ranks, self.engines = config, choices[0], engines
+        self.actors: dict[str, Any] = {}
+        self.on_gpu = _has_gpus(config.address)
+        self.nodes = require_nodes(config.nodes) if config.nodes else []
+        self.group = self._reserve()
+        self._wait(choices, say)
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        node_of = placement_group_table(self.group)["bundles_to_node_id"]
+        order = list(node_of.values())
+        self.bundles = sorted(range(self.ranks), key=lambda index: (order.index(node_of[index]), index))  # of ranks
+        self.hosts = [addresses[node_of[bundle]] for bundle in self.bundles]  # of ranks
+
+    def _reserve(self) -> PlacementGroup:
+        nodes, bundle = self.nodes, self._bundle()
+        pinned = [{f"node:{nodes[index * len(nodes) // self.ranks]}": 0.001} if nodes else {} for index in range(self.ranks)]
+        return placement_group([bundle | pin for pin in pinned], strategy="PACK")
+
+    def _bundle(self) -> dict[str, float]:
+        """What a rank takes of its node, its engines included."""
+        bundle = {"CPU": 1.0 + -(-self.engines // self.ranks) * 0.01}
+        if self.on_gpu:
+            bundle["GPU"] = 1.0
+        if self.config.gpu_type is not None:
+            bundle[f"accelerator_type:{self.config.gpu_type}"] = 0.001
+        return bundle
+
+    def _room(self) -> int:
+        """For how many ranks the nodes that are alive have what it takes, in use or not."""
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(min(int(one.get(kind, 0.0) / amount) for kind, amount in self._bundle().items()) for one in found)
+
+    def _wait(self, choices: Sequence[int], say: Say) -> None:
+        started = time.monotonic()
+        while not (self.group.wait(WAIT_S) and self._answers()):
+            waited, room = time.monotonic() - started, self._room()
+            state = f"{choices[0]} wanted, {self._found(room)}"
+            fewer = [ranks for ranks in choices if ranks <= room]
+            if fewer and fewer[0] != self.ranks and waited > self.config.shrink_after_s:
+                remove_placement_group(self.group)
+                self.ranks = fewer[0]
+                say(f"going on with {self.ranks} trainer ranks (cluster.min_ranks): {state}")
+                self.group = self._reserve()
+            else:
+                say(f"waiting for a place for {self.ranks} trainer ranks ({waited:.0f} s): {state}")
+            if waited > self.config.start_timeout_s:
+                remove_placement_group(self.group)
+                raise UserError(
+                    f"no place for the run after {waited:.0f} s: {state}. Add nodes, lower cluster.ranks, allow fewer with "
+                    "cluster.min_ranks, or wait for other runs to end"
+                )
+
+    def _answers(self) -> bool:
+        """Whether a process in each place answers; if not, other places are looked for.
+
+        Ray takes a while to find out that a node is gone, and an actor that it places there meanwhile waits for ever.
+        """
+        if self.config.address is None or self.nodes:  # this machine, or nodes that have answered
+            return True
+        places = [PlacementGroupSchedulingStrategy(self.group, index) for index in range(self.ranks)]
+        calls = [_probe(scheduling_strategy=place) for place in places]
+        silent, alive, deadline = calls, nodes_alive(), time.monotonic() + ANSWER_S
+        while silent and nodes_alive() == alive and time.monotonic() < deadline:
+            _, silent = ray.wait(calls, num_returns=len(calls), timeout=WAIT_S)
+        try:
+            return not silent and all(ray.get(calls))
+        except RayError:  # a node is lost right now
+            silent = calls
+        finally:
+            if silent:
+                remove_placement_group(self.group)
+                self.group = self._reserve()
+        return False
+
+    def _found(self, room: int) -> str:
+        """What there is, for a person who looks for what is missing or taken."""
+        names, free = sorted(nodes_alive()), ray.available_resources()
+        nodes = ", ".join(names[:SHOWN_NODES]) + (f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else "")
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in self._bundle().items())
+        left = " and ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in self._bundle())
+        return f"room for {room} on the nodes that are alive ({nodes}); a rank takes {each}, free are {left}"
+
+    def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
+        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU.
+
+        One that has the name already is ended first.
+        """
+        self._end([name] if name in self.actors else [])
+        is_engine = not name.startswith("trainer/")
+        gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
+        asked = self.config.threads_per_rank
+        threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
+        bundle = self.bundles[index % self.ranks]
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        self.actors[name] = (
+            ray.remote(kind)
+            .options(
+                name=name,
+                num_cpus=0.01 if is_engine else 1,
+                num_gpus=gpu_share,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": self._environment(threads)},
+            )
+            .remote(*args)
+        )
+        return self.actors[name]
+
+    def _environment(self, threads: int) -> dict[str, str]:
+        python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        environment = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not self.on_gpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        return environment
+
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end(list(self.actors))
+        remove_placement_group(self.group)
+
+    def _end(self, names: Sequence[str]) -> None:
+        for name in names:
+            ray.kill(self.actors.pop(name))
+        # The next ones use the same names, and Ray takes a moment to give them back.
+        deadline = time.monotonic() + NAMES_TIMEOUT_S
+        while set(names) & set(ray.util.list_named_actors()) and time.monotonic() < deadline:
+            time.sleep(0.05)
