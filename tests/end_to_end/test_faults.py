@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from pathlib import Path
@@ -11,11 +10,15 @@ import psutil
 import pytest
 
 from tests.end_to_end.commands import run, series, start, wait_for_step
+from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
+from tests.processes import process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
 from trainer.stopping import REQUEUE
 
-STEPS = 12
+RANK = f"trainer/{SEED % 2}"
+ROLES = shuffled(["driver", RANK])
+STEPS = APART * (len(ROLES) + 1)
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "ink"]
 
@@ -52,21 +55,13 @@ def uninterrupted(workplace: Path) -> dict[int, float]:
     return found
 
 
-def test_sigkill_of_the_driver_and_resume_give_the_same_losses(workplace: Path, uninterrupted: dict[int, float]) -> None:
-    step = random.Random(os.getpid()).randrange(3, STEPS - 2)
-    process = start("pretrain", *arguments(workplace, "driver"))
-    wait_for_step(workplace / "runs" / "driver", step, process)
-    # Ray's two small agents look for their parent only every few minutes; all that holds memory ends with the driver.
-    ours = [c for c in psutil.Process(process.pid).children(recursive=True) if "Agent" not in c.name()]
-    assert len(ours) >= 4, ours
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    _, left = psutil.wait_procs(ours, timeout=60)
-    assert not left, f"processes of the killed run are still there: {left}"
-    assert len(losses(workplace, "driver")) < STEPS
-    output = run("pretrain", *arguments(workplace, "driver"), "resume=auto")
-    assert "continuing after step" in output
-    assert losses(workplace, "driver") == uninterrupted, f"killed after step {step}"
+def test_processes_killed_at_random_moments_change_nothing(workplace: Path, uninterrupted: dict[int, float]) -> None:
+    command = ["pretrain", *arguments(workplace, "killed"), "resume=auto", f"cluster.max_restarts={len(ROLES)}"]
+    said = kill_at_random(command, workplace / "runs" / "killed", ROLES)
+    context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"
+    assert losses(workplace, "killed") == uninterrupted, context
+    assert said.count(f"{RANK} died") == ROLES.count(RANK), context
+    assert said.count("continuing after step") >= 1, context
 
 
 def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_started_again(
@@ -74,6 +69,9 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
 ) -> None:
     process = start("pretrain", *arguments(workplace, "asked"), "train.checkpoint_every=100")
     wait_for_step(workplace / "runs" / "asked", 3, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    listening = {a.laddr.ip for c in children for a in c.net_connections("inet") if a.status == psutil.CONN_LISTEN}
+    assert listening and listening <= LOOPBACK, f"servers listen beyond loopback: {listening}"
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, output
@@ -91,8 +89,8 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
 ) -> None:
     process = start("pretrain", *arguments(workplace, "still"), "cluster.collective_timeout_s=15")
     wait_for_step(workplace / "runs" / "still", 3, process)
-    ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(c.cmdline())]
-    stopped = next(c for c in ranks if "trainer_1.log" in " ".join(f.path for f in c.open_files()))
+    stopped = process_of("trainer/1", process.pid)
+    assert stopped is not None
     stopped.suspend()
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -100,20 +98,3 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
     assert losses(workplace, "still") == uninterrupted
-
-
-def test_sigkill_of_a_rank_is_named_and_the_run_restarts_by_itself(workplace: Path, uninterrupted: dict[int, float]) -> None:
-    step = random.Random(os.getpid() + 1).randrange(3, STEPS - 2)
-    process = start("pretrain", *arguments(workplace, "rank"))
-    wait_for_step(workplace / "runs" / "rank", step, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    listening = {a.laddr.ip for c in children for a in c.net_connections("inet") if a.status == psutil.CONN_LISTEN}
-    assert listening and listening <= LOOPBACK, f"servers listen beyond loopback: {listening}"
-    ranks = [c for c in children if "TrainWorker" in " ".join(c.cmdline())]
-    assert len(ranks) == 2, [c.cmdline() for c in children]
-    ranks[step % 2].kill()
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert "restart 1 of" in output
-    assert "trainer/0 died" in output or "trainer/1 died" in output, output
-    assert losses(workplace, "rank") == uninterrupted, f"killed after step {step}"
