@@ -25,7 +25,8 @@ from torch import Tensor
 from parallel.topology import World
 
 DEPTHS = 4  # hidden states that the head reads: of layers spread evenly, the last one among them
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)  # relative to the mean square of the inputs, which is 1
+# Relative to the mean square of the inputs, which is 1. The most cautious first: it gives the values until others are judged.
+RIDGES = (math.inf, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 EPS = 1e-6
 
 
@@ -84,7 +85,8 @@ class ValueHead:
             self._products_PP = self.decay * self._products_PP + new_PP / count
             self._targets_P = self.decay * self._targets_P + new_P / count
             self._weights_CP = torch.stack([self._fit(ridge) for ridge in RIDGES])
-            self.weight_P = self._weights_CP[self._errors_C.argmin()].float()
+            errors = self._errors_C.tolist()
+            self.weight_P = self._weights_CP[errors.index(min(errors))].float()
         self.drop()
 
     def _fit(self, ridge: float) -> Tensor:

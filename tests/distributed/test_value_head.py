@@ -255,7 +255,8 @@ def test_where_nothing_can_be_predicted_the_head_says_the_mean() -> None:
         inputs = head.inputs([torch.randn(1, 60, 32, generator=draw) for _ in head.depths])
         head.observe(inputs, 0.4 + 0.2 * torch.randn(1, 60, generator=draw), torch.ones(1, 60))
         head.step()
-    assert not head.weight_P[:-1].any() and head.weight_P[-1] == pytest.approx(0.4, abs=0.06)
+        assert not head.weight_P[:-1].any(), "also after the first update, when no fit has been judged"
+    assert head.weight_P[-1] == pytest.approx(0.4, abs=0.06)
     before = dict(head.named_state())["value.products"].clone()
     head.observe(inputs, torch.ones(1, 60), torch.ones(1, 60))
     head.drop()
