@@ -31,12 +31,12 @@ def trace(run: Path, request: TraceRequest) -> Path:
     _require_running(run)
     if file.exists():
         raise UserError(f"{shown(file)} asks for a trace already; wait for that one, or remove the file")
+    log = _driver_log(run)
+    told = log.stat().st_size if log.exists() else 0
     try:
         write_atomically(file, request.model_dump_json())
     except OSError as error:
         raise UserError(f"{shown(file)} cannot be written: {error.strerror}") from error
-    log = _driver_log(run)
-    told = log.stat().st_size if log.exists() else 0
     try:
         while not (new := sorted(set(traces_of(run)) - before)):
             _require_running(run)

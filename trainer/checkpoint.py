@@ -382,6 +382,9 @@ class _Tensors(Mapping[str, Tensor]):
             tensor: Tensor = self._files[name].get_tensor(name).clone()
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

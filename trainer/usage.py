@@ -58,7 +58,7 @@ class IdleWatch:
         import pynvml
 
         pynvml.nvmlInit()
-        self._ask = pynvml.nvmlDeviceGetUtilizationRates
+        self._ask, self._error = pynvml.nvmlDeviceGetUtilizationRates, pynvml.NVMLError
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         self._ask(self._handle)  # raises where the driver does not tell, as for a part of a GPU
         self._idle_s, self._lock = 0.0, threading.Lock()
@@ -81,7 +81,10 @@ class IdleWatch:
         while True:
             time.sleep(SAMPLE_S)
             now = time.perf_counter()
-            idle_s = (1 - self._ask(self._handle).gpu / 100) * (now - looked)
+            try:
+                idle_s = (1 - self._ask(self._handle).gpu / 100) * (now - looked)
+            except self._error:  # it is not known any more, from here on
+                idle_s = math.nan
             with self._lock:
                 self._idle_s += idle_s
             looked = now
