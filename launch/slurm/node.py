@@ -11,7 +11,6 @@ import sys
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # as in trainer/cluster.py
-    "RAY_raylet_start_wait_time_s": "120",  # a busy head takes longer than Ray's 30 s to know a node
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what stops a run has let it write its checkpoint already
 }
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.end_to_end.commands import run, series, start, wait_for_step
+from tests.end_to_end.commands import run, series, start, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
+from tests.end_to_end.ray_cluster import RayCluster
 from tests.processes import process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
@@ -98,3 +100,30 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
     assert losses(workplace, "still") == uninterrupted
+
+
+@pytest.mark.timeout(600)  # five starts of ranks
+def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothing_is(
+    workplace: Path, uninterrupted: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for."""
+    log, run_dir = workplace / "nodes.log", workplace / "runs" / "nodes"
+    with RayCluster(workplace / "ray", monkeypatch) as cluster, open(log, "w") as out:
+        for name, kind in (("plain", None), ("first", "H100"), ("second", "H100")):
+            cluster.start_node(name, cpus=1, gpu_type=kind)
+        options = [
+            *("cluster=ray", f"cluster.address={cluster.address}", "cluster.ranks=2", "cluster.gpu_type=H100"),
+            *("cluster.min_ranks=1", "cluster.shrink_after_s=5", "cluster.max_restarts=9", "cluster.threads_per_rank=1"),
+            "train.micro_rows=1",  # slow, so that there is time to kill nodes
+        ]
+        process = start("pretrain", *arguments(workplace, "nodes"), *options, stdout=out)
+        wait_for_step(run_dir, 3, process)
+        assert re.search(r"starting 2 trainer ranks on 127.0.0.[45], 127.0.0.[45], in this order", log.read_text())
+        cluster.kill_node("second")
+        wait_for_text(log, "going on with 1 trainer ranks (cluster.min_ranks): 2 wanted, room for 1 on the nodes", process)
+        wait_for_step(run_dir, max(losses(workplace, "nodes")) + 1, process)
+        cluster.kill_node("first")
+        wait_for_text(log, "2 wanted, room for 0 on the nodes that are alive (plain); a rank takes 1 CPU and 0.001", process)
+        cluster.start_node("third", cpus=1, gpu_type="H100")
+        assert process.wait(timeout=150) == 0, log.read_text()
+    assert losses(workplace, "nodes") == pytest.approx(uninterrupted, rel=1e-3), "the same rows, on another number of ranks"

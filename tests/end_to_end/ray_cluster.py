@@ -1,0 +1,62 @@
+"""A real Ray cluster on this machine: a `ray start` for each node, as SLURM jobs do it, at loopback addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.slurm.node import ENVIRONMENT, ray_command
+from trainer.ports import free_port
+
+OBJECT_STORE_MIB = 80
+
+
+class RayCluster:
+    """The first node that is started is the head. Drivers that `monkeypatch`'s environment reaches are let in."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.address = f"127.0.0.3:{free_port('127.0.0.3')}"
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.started = 0
+        for variable, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ENVIRONMENT}.items():
+            monkeypatch.setenv(variable, value)
+
+    def __enter__(self) -> RayCluster:
+        self.folder.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self.nodes):
+            self.kill_node(name)
+
+    def start_node(self, name: str, cpus: int, gpu_type: str | None) -> None:
+        """One that says it has such GPUs. Waits for it: nodes of one machine that start at once take the same socket."""
+        address, log = f"127.0.0.{self.started + 3}", self.folder / f"{name}.out"
+        self.started += 1
+        resources = {} if gpu_type is None else {f"accelerator_type:{gpu_type}": 1}
+        command = ray_command(self.address, name, address, OBJECT_STORE_MIB)
+        command += [f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        with open(log, "wb") as out:
+            self.nodes[name] = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < deadline and self.nodes[name].poll() is None, log.read_text()
+            time.sleep(0.1)
+
+    def kill_node(self, name: str) -> None:
+        """As if it lost its power: all that it runs, at once."""
+        process = self.nodes.pop(name)
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        for child in family:
+            child.kill()
+        process.wait()
