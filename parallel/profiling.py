@@ -129,8 +129,12 @@ def line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest of some calls, after two for warming up. Ranks call as often, so messages match."""
-    timed = _on_gpu if device.type == "cuda" else _on_host
-    return min([timed(call) for _ in range(2 + REPEATS)][2:])
+    return min([timed(call, device) for _ in range(2 + REPEATS)][2:])
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    return _on_gpu(call) if device.type == "cuda" else _on_host(call)
 
 
 def _on_host(call: Callable[[], object]) -> float:

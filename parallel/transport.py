@@ -1,7 +1,7 @@
 """How experts and tokens get from rank to rank: as messages, which reach everywhere, or in memory that all ranks read.
 
-Both give the same bits. Messages go over gloo or NCCL, hop by hop across nodes. Memory is read over NVLink by the GPUs of one
-node, and as shared pages by processes on a CPU.
+Both give the same numbers: copies bit for bit, the sums of experts' gradients up to their order. Messages go over gloo or NCCL,
+hop by hop across nodes. Memory is read over NVLink by the GPUs of one node, and as shared pages by processes on a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.peer_exchange import PeerTokens
@@ -29,7 +28,6 @@ from parallel.sparse_collectives import (
     empty_parts,
     gather_plan,
 )
-from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
 
 
@@ -79,10 +77,9 @@ class Transport(Protocol):
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        """Tokens to the ranks that serve them; see token_exchange.py."""
+    @property
+    def tokens(self) -> PeerTokens | None:
+        """What exchanges tokens in place; None: they travel as messages, which need no end (token_exchange.py)."""
 
 
 def reads_peer_memory(wanted: Literal["auto", "messages", "peer_memory"], world: World) -> bool:
@@ -156,10 +153,9 @@ class MessageTransport:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        return dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+    @property
+    def tokens(self) -> PeerTokens | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -213,7 +209,6 @@ class PeerTransport:
 
         return pull
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        return self._tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+    @property
+    def tokens(self) -> PeerTokens | None:
+        return self._tokens

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import AdamWSettings
 from parallel.balance import load_shares, max_violation, updated_bias
@@ -24,6 +25,7 @@ from parallel.moe_layer import ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
+from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import reads_peer_memory
 from trainer import checkpoint
@@ -81,6 +83,7 @@ class Trainer:
         offload, nvme_dir = spec.parallel.offload, spec.parallel.nvme_dir
         optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
         peer_memory = reads_peer_memory(spec.parallel.transport, world)
+        self.degrees = fixed_degrees(spec.parallel, peer_memory)
         self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, peer_memory)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
@@ -260,7 +263,10 @@ class Trainer:
                 positions_of(batch.documents_BS),
                 batch.documents_BS >= 0,
                 self._attend(batch.documents_BS),
-                [ShardedExperts(layer, weights.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
+                [
+                    ShardedExperts(layer, weights.arena, calibrate, self.degrees)
+                    for layer in range(self.spec.model.num_moe_layers)
+                ],
                 weights.bias_LE,
                 recompute=self.spec.recompute and torch.is_grad_enabled(),
             )
@@ -403,6 +409,18 @@ def materialisation_settings(config: ParallelConfig, top_k: int) -> Materialisat
         calibrate=config.calibrate,
         top_k=top_k,
     )
+
+
+def fixed_degrees(config: ParallelConfig, peer_memory: bool) -> Degrees:
+    """In how many chunks layers run. Raises UserError where they are asked for and nothing travels as messages."""
+    if config.schedule == "off":
+        return WHOLE
+    if peer_memory and config.schedule > 1:
+        raise UserError(
+            f"parallel.schedule={config.schedule} cuts layers into chunks of messages, but the ranks read each other's memory, "
+            "where a layer is whole; set parallel.transport=messages, or parallel.schedule=off"
+        )
+    return Degrees(config.schedule, config.schedule)
 
 
 def choose_dtype(asked: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
+from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.topology import World
 from tests import checkpoints
 from tests.checkpoints import file_size_limit
@@ -30,7 +31,7 @@ from trainer.batch import cross_entropy
 from trainer.checkpoint import Writer
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
+from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec, fixed_degrees
 from trainer.worker import named_tensors
 
 STEPS = 3
@@ -97,6 +98,8 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(overlap=5, memory=1, reshard_every=1)}),
         (2, {"micro_rows": 4, "parallel": parallel(policy="cost", overlap="auto", memory="auto", calibrate=True)}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
+        (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(transport="messages", schedule=3, rematerialise=True)}),
+        (4, {"micro_rows": 1, "parallel": parallel(policy="llep", transport="messages", schedule=16, memory=3)}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
         pytest.param(
@@ -106,7 +109,8 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
     ],
     ids=[
         *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
-        *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep", "1-rank-offload", "2-ranks-offload-reshard"],
+        *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep"],
+        *["2-ranks-3-chunks", "4-ranks-16-chunks", "1-rank-offload", "2-ranks-offload-reshard"],
         "4-ranks-nvme-reshard",
     ],
 )
@@ -248,3 +252,11 @@ def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) ->
     for full, free in run_ranks(go_on_after_a_full_disk, 2, told, str(tmp_path)):
         assert full is not None and "no space to write" in full and free is None
     checkpoint.verify(tmp_path / "step_000001")
+
+
+def test_chunks_are_refused_where_nothing_travels_as_messages() -> None:
+    assert fixed_degrees(parallel(schedule="off"), peer_memory=True) == WHOLE
+    assert fixed_degrees(parallel(schedule=1), peer_memory=True) == WHOLE
+    assert fixed_degrees(parallel(schedule=4), peer_memory=False) == Degrees(4, 4)
+    with pytest.raises(UserError, match=r"parallel\.schedule=4 .* set parallel\.transport=messages"):
+        fixed_degrees(parallel(schedule=4), peer_memory=True)
