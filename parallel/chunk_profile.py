@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.expert_arena import ExpertArena
 from parallel.profiling import timed
-from parallel.schedule.cost import Fit, fit
+from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts
 from parallel.schedule.pipeline import WHOLE
 from parallel.token_exchange import Exchange, exchange
@@ -42,6 +43,16 @@ class Profile:
     attention: Fit
     announce_s: float
     tokens: int  # of a rank, at most
+
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> Profile:
+        """Of what `asdict` gave."""
+
+        def line(part: str) -> Fit:
+            return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
+
+        computed = (line("forward"), line("backward"), line("weights"), line("attention"))
+        return Profile(line("exchange"), line("copy"), *computed, kept["announce_s"], kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from kernels.expert_mlp import WeightGradients
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.token_exchange import Exchange, InFlight, Way
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Chunked:
     experts: ArenaExperts
     before_backward: Callable[[], None]  # the experts have to be there once it returns
     gradients: WeightGradients  # takes them, once in a backward pass
+    mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
+
+
+def begins(direction: Direction) -> str:
+    """The first mark of a pass."""
+    return f"{direction} begins"
 
 
 def chunked_experts(x_TD: Tensor, weights_TK: Tensor, run: Chunked) -> Tensor:
@@ -44,18 +52,22 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, run: Chunked) -> Tensor:
         exchange, way = run.exchange, run.exchange.forward
         place_RK, weights_RK = exchange.places(way), exchange.weights_RK[way.row_R]
+        run.mark(begins("forward"))
         arriving = _sent(way, x_TD.contiguous())
+        run.mark("pack")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_TD)
         rows: list[Tensor] = []
         returning: list[InFlight] = []
         for chunk, part in enumerate(exchange.forward_parts):
             here = way.arrived(chunk)
             rows.append(arriving[chunk].wait())
+            run.mark(f"dispatch {chunk + 1}")
             y_PD = computing.rows(rows[chunk], place_RK[here], weights_RK[here], part)
             returning.append(way.give_back(y_PD, chunk))
+            run.mark(f"experts {chunk + 1}")
         ctx.run = run
         ctx.save_for_backward(torch.cat(rows) if len(rows) > 1 else rows[0], computing.h, place_RK)
-        return _collected(way, returning)
+        return _collected(way, returning, run)
 
     @staticmethod
     @once_differentiable
@@ -63,24 +75,36 @@ class _Layer(torch.autograd.Function):
         run: Chunked = ctx.run
         exchange, way = run.exchange, run.exchange.backward
         arrived_RD, h, arrived_RK = ctx.saved_tensors
+        run.mark(begins("backward"))
         arriving = _sent(way, d_y_TD.contiguous())
         run.before_backward()
+        run.mark("pack")
         place_RK = exchange.places(way)
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)
         d_weights: list[Tensor] = []
         returning: list[InFlight] = []
         for chunk, part in enumerate(exchange.backward_parts):
-            d_x_PD, d_weights_PK = computing.rows(arriving[chunk].wait(), place_RK[way.arrived(chunk)], part)
+            d_y_PD = arriving[chunk].wait()
+            run.mark(f"dispatch {chunk + 1}")
+            d_x_PD, d_weights_PK = computing.rows(d_y_PD, place_RK[way.arrived(chunk)], part)
             returning.append(way.give_back(d_x_PD, chunk))
             d_weights.append(d_weights_PK)
+            run.mark(f"experts {chunk + 1}")
         returning_weights = exchange.return_weights(torch.cat(d_weights))
         run.gradients(*computing.weights(arrived_RD, arrived_RK))
-        return _collected(way, returning), exchange.collect_weights(returning_weights), None, None
+        run.mark("weights")
+        return _collected(way, returning, run), exchange.collect_weights(returning_weights), None, None
 
 
 def _sent(way: Way, x_TD: Tensor) -> list[InFlight]:
     return [way.send(way.pack(x_TD, chunk), chunk) for chunk in range(len(way))]
 
 
-def _collected(way: Way, returning: list[InFlight]) -> Tensor:
-    return torch.cat([way.collect(back.wait(), chunk) for chunk, back in enumerate(returning)])
+def _collected(way: Way, returning: list[InFlight], run: Chunked) -> Tensor:
+    found: list[Tensor] = []
+    for chunk, back in enumerate(returning):
+        rows_SD = back.wait()
+        run.mark(f"combine {chunk + 1}")
+        found.append(way.collect(rows_SD, chunk))
+        run.mark(f"collect {chunk + 1}")
+    return torch.cat(found)

@@ -42,6 +42,10 @@ class LocalExperts:
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
+def _unmarked(name: str) -> None:
+    """Nobody measures."""
+
+
 @dataclass(frozen=True)
 class ShardedExperts:
     """A layer's experts on all ranks, own ones and copies. All ranks call it together; gradients go to the arena."""
@@ -50,6 +54,7 @@ class ShardedExperts:
     arena: ExpertArena
     calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
     degrees: Degrees = WHOLE  # where tokens travel as messages
+    mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
 
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the call hides their way."""
@@ -79,7 +84,8 @@ class ShardedExperts:
         sent = exchange(weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        y_TD = chunked_experts(x_TD, weights_TK, Chunked(sent, slots, self._fetch_again, self._return_gradients))
+        run = Chunked(sent, slots, self._fetch_again, self._return_gradients, self.mark)
+        y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
 

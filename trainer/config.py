@@ -149,8 +149,9 @@ class ParallelConfig(Record):
     zero_stage: Literal[1, 2]
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
     transport: Literal["auto", "messages", "peer_memory"]  # auto: ranks read each other's memory where all can, as on one node
-    # In how many chunks an MoE layer runs whose tokens travel as messages (parallel/chunked_experts.py); off: one.
-    schedule: Literal["off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
+    # In how many chunks an MoE layer runs whose tokens travel as messages (parallel/chunked_experts.py); off: one; auto: as
+    # many, forward and backward apart, as measured parts of the layer let expect to be the fastest.
+    schedule: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
     overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass

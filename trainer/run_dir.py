@@ -8,7 +8,8 @@
         checkpoints/            see trainer/checkpoint.py
         refused/                batches of updates that the guard refused
         wandb/                  W&B's own files
-        report.html             made at the end
+        schedule.json           what was measured of MoE layers in chunks, and their plan (parallel/scheduling.py)
+        report.html             made at the end, with schedule.svg
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 """

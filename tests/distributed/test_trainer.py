@@ -100,6 +100,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", overlap="auto", memory=3)}),
         (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(transport="messages", schedule=3, rematerialise=True)}),
         (4, {"micro_rows": 1, "parallel": parallel(policy="llep", transport="messages", schedule=16, memory=3)}),
+        (2, {"micro_rows": 2, "parallel": parallel(transport="messages", schedule="auto")}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
         pytest.param(
@@ -110,7 +111,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
     ids=[
         *["1-rank", "2-ranks-accumulating", "4-ranks-recompute", "2-ranks-zero2-ep", "2-ranks-rematerialise"],
         *["4-ranks-reshard", "2-ranks-measured", "4-ranks-llep"],
-        *["2-ranks-3-chunks", "4-ranks-16-chunks", "1-rank-offload", "2-ranks-offload-reshard"],
+        *["2-ranks-3-chunks", "4-ranks-16-chunks", "2-ranks-planned", "1-rank-offload", "2-ranks-offload-reshard"],
         "4-ranks-nvme-reshard",
     ],
 )
@@ -256,6 +257,7 @@ def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) ->
 
 def test_chunks_are_refused_where_nothing_travels_as_messages() -> None:
     assert fixed_degrees(parallel(schedule="off"), peer_memory=True) == WHOLE
+    assert fixed_degrees(parallel(schedule="auto"), peer_memory=True) is None
     assert fixed_degrees(parallel(schedule=1), peer_memory=True) == WHOLE
     assert fixed_degrees(parallel(schedule=4), peer_memory=False) == Degrees(4, 4)
     with pytest.raises(UserError, match=r"parallel\.schedule=4 .* set parallel\.transport=messages"):

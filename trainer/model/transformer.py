@@ -267,6 +267,15 @@ class Transformer(nn.Module):
                 counts.append(counts_E)
         return Output(self.norm(x_BSD), torch.stack(counts))
 
+    def last_attention(self, positions_BS: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        """That of the last block alone, over hidden states of one, for who times it: out_BSD."""
+        angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
+        block = self.blocks[-1]
+        assert isinstance(block, Block)
+        x_BSD = torch.ones(*positions_BS.shape, self.config.hidden_size, dtype=dtype, device=positions_BS.device)
+        found: Tensor = block.attention(block.layer, x_BSD, angles, attend)
+        return found
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
