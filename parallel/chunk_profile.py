@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -158,15 +159,15 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
         lambda: attend(tokens),
         announce,
     ]
-    seconds = tuple(_shortest(call, world.device, repeats) for call in calls)
+    seconds = tuple(_typical(call, world.device, repeats) for call in calls)
     others = [max(sum(rows) - rows[world.rank], 0) for rows in (splits.send_W, splits.receive_W)]
     return _Times((max(others) * shape.hidden * arena.dtype.itemsize, entries, tokens), seconds)
 
 
-def _shortest(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Ranks begin together and call as often, so messages match."""
+def _typical(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median, as what is predicted is. Ranks begin together and call as often, so messages match."""
     found = []
     for _ in range(repeats):
         dist.barrier()
         found.append(timed(call, device))
-    return min(found)
+    return median(found)

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from kernels.errors import UserError
 from launch.benchmarks.chunks import Layer, measure_layer
+from launch.benchmarks.hosts import HOSTS, hosts
 from launch.benchmarks.options import SHAPES, ModelName, OneOrMore, Options
 from launch.benchmarks.placement import costs_of, owners
 from launch.benchmarks.ranks import on_ranks
@@ -96,6 +97,9 @@ class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
+    link_mbit: PositiveInt | None = Field(
+        None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
+    )
     degrees: OneOrMore[Annotated[int, Field(ge=1, le=MOST_CHUNKS)]] = Field(
         (1, 2, 4, 8), description="that the ranks run beside the plan"
     )
@@ -143,6 +147,8 @@ def measure(
 ) -> Iterator[ScheduleCase]:
     """Layers that the ranks of this machine run. Then, predicted: for each testbed the grid and the models of the paper, and
     layers of our own."""
+    if options.link_mbit and (device.type == "cuda" or options.ranks % HOSTS):
+        raise UserError(f"link_mbit joins two hosts with as many ranks each, on a CPU; ranks = {options.ranks}, {device.type}")
     if options.ranks:
         for tokens in options.rank_tokens:
             yield _on_this_machine(options, tokens, device.type)
@@ -164,7 +170,8 @@ def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Schedu
     if shape.experts % options.ranks:
         raise UserError(f"{shape.experts} experts do not divide evenly over ranks = {options.ranks}")
     told = Layer(shape, tokens, math.gcd(tokens, LENGTH), options.degrees, options.seed, options.repeats)
-    found = on_ranks(measure_layer, options.ranks, told, None, kind)
+    with hosts(options.link_mbit) as names:
+        found = on_ranks(measure_layer, options.ranks, told, None, kind, names)
     ours = found.measured_ms["plan"]
     times = {**found.measured_ms, "bound": found.bound_ms}
     compared = {name: Compared(ms / ours, ms / ours, float(ms <= 1.001 * ours), ms / 1e3) for name, ms in times.items()}
@@ -175,8 +182,10 @@ def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Schedu
         f"times the bound; predicted over measured: {', '.join(errors)}",
         found.profile,
     ]
-    work = f"MoE layer of {options.layer} with attention, {tokens:,} tokens a rank, {options.ranks} ranks, messages: measured"
-    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks}
+    link = f" on two hosts, {options.link_mbit:,} Mbit/s between them" if options.link_mbit else ""
+    ranks = f"{tokens:,} tokens a rank, {options.ranks} ranks{link}"
+    work = f"MoE layer of {options.layer} with attention, {ranks}, messages: measured"
+    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks, "link_mbit": options.link_mbit or 0}
     return ScheduleCase(work, sizes, compared, {}, notes)
 
 
