@@ -51,8 +51,7 @@ class ForwardPass:
         self._experts, self._entries, self._kernels = experts, entries, takes_kernels(like)
         if self._kernels:
             check_hopper(like, experts.gate_up_SCD, experts.down_SDF)
-        self._x_ND = like.new_empty(entries, like.shape[1])
-        self.h, self._a, self._y = (
+        self.h, self._a, self._rows = (
             _room(entries, width, like) for width in (2 * experts.hidden, experts.hidden, like.shape[1])
         )
 
@@ -67,25 +66,27 @@ class ForwardPass:
         if not self._entries:
             return torch.zeros_like(x_PD)
         top_k = place_PK.shape[1]
-        spread_rows(x_PD, place_PK.flatten(), top_k, self._x_ND)
-        self._products(order)
-        return combine_rows(_rows(self._y, self._kernels), place_PK.flatten(), top_k, weights_TK=weights_PK)
+        rows_ND = _rows(self._rows, self._kernels)
+        spread_rows(x_PD, place_PK.flatten(), top_k, rows_ND)
+        self._products(rows_ND, order)
+        return combine_rows(rows_ND, place_PK.flatten(), top_k, weights_TK=weights_PK)
 
-    def _products(self, order: ExpertOrder) -> None:
+    def _products(self, rows_ND: Tensor, order: ExpertOrder) -> None:
+        """Results take the place of the tokens' rows."""
         experts = self._experts
         if self._kernels:
             from kernels.hopper import rows  # here, because CPU machines may lack Triton
 
-            _, a_NF = rows.up(self._x_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a))
-            rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._y)
+            _, a_NF = rows.up(rows_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a))
+            rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows)
             return
         for places, gate_up_CD, down_DF in experts.in_turn(order):
-            self.h[places] = product(self._x_ND[places], gate_up_CD, self.h.dtype)
-            self._y[places] = product(swiglu(self.h[places]), down_DF, self.h.dtype)
+            self.h[places] = product(rows_ND[places], gate_up_CD, self.h.dtype)
+            rows_ND[places] = product(swiglu(self.h[places]), down_DF, self.h.dtype)
 
 
 class BackwardPass:
-    """Rows first, part by part: `hidden`, then `rows`. Then the weights, once."""
+    """`rows` of all parts first, then `weights`, once."""
 
     def __init__(self, order: ExpertOrder, h: Tensor, weights_RK: Tensor, experts: ArenaExperts, like: Tensor) -> None:
         """`order` is that of all rows, `weights_RK` (float32) the weights of its entries."""
