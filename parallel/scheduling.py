@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,7 +34,8 @@ DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where
 log = logging.getLogger("tessera")
 
 
-WATCHED = 3  # update under a plan whose first layer is measured beside it; the first ones also warm up
+WINDOW = 5  # updates whose mean load counts
+WATCHED = 3  # with which of a plan's updates its first layer is measured beside it; those before also warm up
 FILE = "schedule.json"
 WAITING = "waiting for"
 log = logging.getLogger("tessera")
@@ -58,7 +60,9 @@ class Scheduling:
         self._profile: Profile | None = None
         self._planning: Future[Planned] | None = None
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schedule")
-        self._updates = 0  # under this plan
+        self._now = Planned([], [])
+        self._loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last updates
+        self._updates = 0  # with these degrees
         self.marks: Marks | None = None  # of the first layer, in an update in which it is measured
 
     def prepare(self, tokens: int, attend: Attend) -> None:
@@ -92,10 +96,11 @@ class Scheduling:
         }
         if self.marks is not None:
             self._write(self.marks)
-        facts = (self._facts(plan, loads_E) for plan, loads_E in zip(plans, loads_LE, strict=True))
-        works = [layer_work(*one) for one in facts]
+        self._loads.append(loads_LE)
+        mean_LE = np.mean(self._loads, axis=0)
+        works = [layer_work(*self._facts(plan, loads_E)) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         if any(new.differs(old, DRIFT) for new, old in zip(works, self._now.works, strict=True)):
-            tokens = int(loads_LE[0].sum()) // (self._top_k * self._arena.world.size)
+            tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
             self._planning = self._beside.submit(self._planned, works, tokens)
         return found
 
@@ -105,12 +110,16 @@ class Scheduling:
 
     def _planned(self, works: list[LayerWork], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
-        return Planned(works, [plan_layer(self._profile.costs, work, tokens) for work in works])
+        present = zip(works, self.degrees_L, strict=True)
+        return Planned(works, [plan_layer(self._profile.costs, work, tokens, degrees) for work, degrees in present])
 
     def _take(self, planned: Planned) -> None:
-        self._now, self._updates = planned, 0
-        self.degrees_L = [plan.degrees for plan in planned.plans]
-        log.info("chunks of the MoE layers, forward and backward: %s", told(planned.plans))
+        """A plan of the same degrees changes nothing but what is expected."""
+        same = [plan.degrees for plan in planned.plans] == [plan.degrees for plan in self._now.plans]
+        self._now = planned
+        if not same:
+            self._updates, self.degrees_L = 0, [plan.degrees for plan in planned.plans]
+            log.info("chunks of the MoE layers, forward and backward: %s", told(planned.plans))
 
     # ------------------------------------------------------------ what is kept in the run folder
 

@@ -16,11 +16,11 @@ from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged_bytes
 from parallel.placement import Budget, Floats, Topology
 from parallel.schedule.cost import Line
-from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, Degrees
+from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
 LINK = ACROSS
-NEARLY = 0.02
+NEARLY = 0.03
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,24 @@ class LayerPlan:
         return self.forward.seconds + self.backward.seconds
 
 
-def plan_layer(costs: ExecutionCosts, work: LayerWork, tokens: int) -> LayerPlan:
+def plan_layer(costs: ExecutionCosts, work: LayerWork, tokens: int, present: Degrees = WHOLE) -> LayerPlan:
     """The fewest chunks that are nearly the fastest, none of them empty: what more would gain is less than the times are sure
-    of."""
+    of. Degrees at present that are nearly the fastest too stay."""
 
     def tried(tasks_of: Callable[[ExecutionCosts, LayerWork, int], list[Task]]) -> list[Timeline]:
         return [simulate(tasks_of(costs, work, degree)) for degree in range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)]
 
     ahead, back = tried(forward_tasks), tried(backward_tasks)
-    forward, backward = _nearly_fastest(ahead), _nearly_fastest(back)
+    forward, backward = _nearly_fastest(ahead, present.forward), _nearly_fastest(back, present.backward)
     whole_s = ahead[0].seconds + back[0].seconds
-    return LayerPlan(Degrees(forward + 1, backward + 1), ahead[forward], back[backward], whole_s)
+    return LayerPlan(Degrees(forward, backward), ahead[forward - 1], back[backward - 1], whole_s)
 
 
-def _nearly_fastest(timelines: list[Timeline]) -> int:
+def _nearly_fastest(timelines: list[Timeline], present: int) -> int:
     enough_s = (1 + NEARLY) * min(one.seconds for one in timelines)
-    return next(at for at, one in enumerate(timelines) if one.seconds <= enough_s)
+    if present <= len(timelines) and timelines[present - 1].seconds <= enough_s:
+        return present
+    return next(degree for degree, one in enumerate(timelines, start=1) if one.seconds <= enough_s)
 
 
 def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:

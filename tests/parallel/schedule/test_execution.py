@@ -22,7 +22,7 @@ from parallel.schedule.execution import (
     layer_work,
     plan_layer,
 )
-from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE
+from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE, Degrees
 from parallel.schedule.timeline import simulate
 from parallel.token_exchange import FINEST
 
@@ -44,6 +44,21 @@ def test_no_degree_without_empty_chunks_is_clearly_faster(measured: ExecutionCos
         tried = {one: simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens}
         assert tried[degree] == timeline.seconds <= (1 + NEARLY) * min(tried.values())
         assert all(seconds > (1 + NEARLY) * min(tried.values()) for one, seconds in tried.items() if one < degree)
+
+
+@given(costs, works, st.integers(1, 40), st.sampled_from(DEGREES), st.sampled_from(DEGREES))
+def test_degrees_stay_while_they_are_nearly_the_fastest(
+    measured: ExecutionCosts, work: LayerWork, tokens: int, forward: int, backward: int
+) -> None:
+    found = plan_layer(measured, work, tokens, Degrees(forward, backward))
+    anew = plan_layer(measured, work, tokens)
+    for tasks_of, present, now, other in (
+        (forward_tasks, forward, found.degrees.forward, anew.degrees.forward),
+        (backward_tasks, backward, found.degrees.backward, anew.degrees.backward),
+    ):
+        fastest_s = min(simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens)
+        good = present <= tokens and simulate(tasks_of(measured, work, present)).seconds <= (1 + NEARLY) * fastest_s
+        assert now == (present if good else other)
 
 
 @given(costs, works, st.sampled_from(DEGREES))
