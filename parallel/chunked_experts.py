@@ -91,8 +91,10 @@ class _Layer(torch.autograd.Function):
             d_weights.append(d_weights_PK)
             run.mark(f"experts {chunk + 1}")
         returning_weights = exchange.return_weights(torch.cat(d_weights))
-        run.gradients(*computing.weights(arrived_RD, arrived_RK))
+        gradients = computing.weights(arrived_RD, arrived_RK)
         run.mark("weights")
+        run.gradients(*gradients)
+        run.mark("gradients")
         return _collected(way, returning, run), exchange.collect_weights(returning_weights), None, None
 
 

@@ -175,13 +175,14 @@ def told(plans: Sequence[LayerPlan]) -> str:
 
 
 def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
-    """Of the last pass in this direction, from the marks of chunked_experts.py: what the device did, and what it waited for."""
+    """Of the last pass in this direction, from the marks of chunked_experts.py: what the device did, and what it waited for;
+    that may be gradients of copies of the layer behind."""
     begin = max(at for at, mark in enumerate(seen) if mark.name == begins(direction))
     spans: list[Span] = []
     for before, mark in zip(seen[begin:], seen[begin + 1 :], strict=False):
         if mark.name in (begins("forward"), begins("backward")):
             break
-        resource = WAITING if mark.name.startswith(("dispatch", "combine")) else COMPUTE
+        resource = WAITING if mark.name.startswith(("dispatch", "combine", "gradients")) else COMPUTE
         start_s, end_s = before.at_s - seen[begin].at_s, mark.at_s - seen[begin].at_s
         spans.append(Span(Task(mark.name, resource, end_s - start_s), start_s, end_s))
     return Timeline(tuple(spans))

@@ -16,10 +16,10 @@ from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged_bytes
 from parallel.placement import Budget, Floats, Topology
 from parallel.schedule.cost import Line
-from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, Degrees
+from parallel.schedule.pipeline import COMPUTE, MOST_CHUNKS, WHOLE, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
-LINK = ACROSS
+LINK = "messages"
 NEARLY = 0.03
 
 
