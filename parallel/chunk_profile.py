@@ -89,8 +89,11 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
-    seconds = _measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds  # also warms up
-    repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(sum(seconds), 1e-6)))))
+    once = sum(_measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds)  # also warms up
+    slowest = torch.tensor(once, dtype=torch.float64, device=arena.world.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up.
+    repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(slowest.item(), 1e-6)))))
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
     times = torch.tensor([[*one.amounts, *one.seconds] for one in found], dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(times, dist.ReduceOp.MAX)

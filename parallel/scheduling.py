@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.chunk_profile import Attend, Profile, measure
 from parallel.chunked_experts import Direction, begins
@@ -31,9 +32,6 @@ from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.stopwatch import Mark, Marks
 
 DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where it is planned again
-log = logging.getLogger("tessera")
-
-
 WINDOW = 5  # updates whose mean load counts
 WATCHED = 3  # with which of a plan's updates its first layer is measured beside it; those before also warm up
 FILE = "schedule.json"
@@ -82,8 +80,12 @@ class Scheduling:
         self._updates += 1
         self.marks = Marks(self._arena.world.device) if self._updates == WATCHED else None
 
-    def observe(self, plans: Sequence[Plan], loads_LE: Floats) -> dict[str, float]:
-        """After an update: the plans of the next one, and the entries of each expert in a micro-batch, of all ranks.
+    def observe(self, plans: Sequence[Plan], counts_LE: Tensor, micro_batches: int) -> dict[str, float]:
+        """After an update.
+
+        Args:
+            plans: of the next one.
+            counts_LE: tokens per expert of all ranks, over so many micro-batches.
 
         Returns:
             Metrics of the update that is done.
@@ -96,7 +98,7 @@ class Scheduling:
         }
         if self.marks is not None:
             self._write(self.marks)
-        self._loads.append(loads_LE)
+        self._loads.append(counts_LE.double().cpu().numpy() / micro_batches)
         mean_LE = np.mean(self._loads, axis=0)
         works = [layer_work(*self._facts(plan, loads_E)) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         if any(new.differs(old, DRIFT) for new, old in zip(works, self._now.works, strict=True)):

@@ -135,7 +135,7 @@ class Trainer:
         balance = self._balance(self.world.sum(counts_LE))
         micros = -(-batch.num_rows // self.spec.micro_rows)
         placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
-        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE.double().cpu().numpy() / micros)
+        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE, micros)
         return {**told, **balance, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:

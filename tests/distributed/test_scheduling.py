@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 from kernels.router import Routing
-from parallel import scheduling
+from parallel import chunk_profile, scheduling
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan
 from parallel.moe_layer import ShardedExperts
@@ -39,25 +40,27 @@ def plans(world: World) -> list[Any]:
 
 
 def attend(tokens: int) -> object:
-    return torch.ones(tokens, 8) @ torch.ones(8, 8)
+    """Slow on one rank, so that ranks which counted by themselves would measure unequally often."""
+    return time.sleep(0.02 * dist.get_rank())
 
 
 def update(schedule: Scheduling, arena: ExpertArena, hot: bool) -> dict[str, float]:
-    """As the trainer has it: every token takes the first experts, or the hottest."""
+    """As the trainer has it. The tokens take all experts in turns or, `hot`, the same two."""
     schedule.prepare(TOKENS, attend)
-    experts_TK = torch.arange(TOKENS).unsqueeze(1).expand(-1, K) % SHAPE.experts if not hot else torch.zeros(TOKENS, K)
-    experts_TK = torch.stack([experts_TK[:, 0], experts_TK[:, 0] + 1], dim=1).long() % SHAPE.experts
+    first_T = torch.zeros(TOKENS, dtype=torch.int64) if hot else torch.arange(TOKENS)
+    experts_TK = torch.stack([first_T, first_T + 1], dim=1) % SHAPE.experts
     routing = Routing(experts_TK, torch.full((TOKENS, K), 0.5), torch.bincount(experts_TK.flatten(), minlength=SHAPE.experts))
     layer = ShardedExperts(0, arena, degrees=schedule.degrees_L[0])
     if schedule.marks is not None:
         layer = ShardedExperts(0, arena, degrees=schedule.degrees_L[0], mark=schedule.marks)
     with arena.backward_pass():
         layer(torch.ones(TOKENS, SHAPE.hidden, requires_grad=True), routing).sum().backward()
-    loads_E = arena.world.sum(routing.counts_E.clone()).double().numpy()
-    return schedule.observe([Plan(one) for one in plans(arena.world)], np.stack([loads_E] * SHAPE.layers))
+    counts_E = arena.world.sum(routing.counts_E.clone())
+    return schedule.observe([Plan(one) for one in plans(arena.world)], torch.stack([counts_E] * SHAPE.layers), 1)
 
 
 def train(world: World, folder: str) -> dict[str, Any]:
+    chunk_profile.BUDGET_S = 0.1
     measured: list[int] = []
     original = scheduling.measure
 
