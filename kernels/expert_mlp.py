@@ -52,7 +52,7 @@ def expert_mlp(
     # Backward comes only to what needs a gradient, and tokens and weights may be constants.
     anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()
     if x_TD.is_cuda and x_TD.dtype not in (torch.float32, torch.float64):
-        _check_hopper(x_TD, gate_up_SCD, down_SDF)
+        check_hopper(x_TD, gate_up_SCD, down_SDF)
         y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, anchor)
         return y_TD
     if gradients is not None:
@@ -127,7 +127,7 @@ class _TakeSlots(torch.autograd.Function):
         return None, None, None, None, None, None, None
 
 
-def _check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
+def check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
     if {x_TD.dtype, gate_up_SCD.dtype, down_SDF.dtype} != {torch.bfloat16}:
         raise UserError(
             f"the experts' kernels take bfloat16; x is {x_TD.dtype}, gate_up {gate_up_SCD.dtype}, down {down_SDF.dtype}; "

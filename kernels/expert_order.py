@@ -71,7 +71,12 @@ def expert_order(
     entry_N = torch.cat([entry_N, entry_N.new_full((num_entries - present,), -1)])
     by_load_E = counts_E.argsort(descending=True, stable=True)
     return ExpertOrder(
-        entry_N.int(), place_N.int(), counts_E, counts_E.cumsum(0).int(), *_tiles(counts_E, num_entries), by_load_E.int()
+        entry_N.int(),
+        place_N.int(),
+        counts_E,
+        counts_E.cumsum(0).int(),
+        *_tiles(counts_E, counts_E.cumsum(0) - counts_E, num_entries),
+        by_load_E.int(),
     )
 
 
@@ -92,13 +97,38 @@ def most_tiles(num_entries: int, num_experts: int) -> int:
     return num_entries // TILE_ROWS + min(num_experts, num_entries)
 
 
-def _tiles(counts_E: Tensor, num_entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(tile_expert_M, tile_row_M, num_tiles)."""
+def parts_of(order: ExpertOrder, slots_RK: Tensor, part_R: Tensor, parts: int) -> list[ExpertOrder]:
+    """An order whose rows come in parts, one for each part: entries, places and `by_load_E` are those of all, counts, ends and
+    tiles those of the part. Without a wait for the GPU.
+
+    Args:
+        slots_RK: what `order` was made of.
+        part_R: the part of each row, ascending, so that an expert's entries of a part are adjacent.
+    """
+    if parts == 1:
+        return [order]
+    experts = order.counts_E.shape[0]
+    cell_N = torch.where(slots_RK >= 0, part_R.unsqueeze(1) * experts + slots_RK, parts * experts).flatten().long()
+    counts = torch.zeros(parts * experts + 1, dtype=torch.int64, device=cell_N.device)
+    counts.scatter_add_(0, cell_N, torch.ones_like(cell_N))
+    counts_PE = counts[:-1].view(parts, experts)
+    ends_PE = (order.ends_E - order.counts_E + counts_PE.cumsum(0)).int()
+    tiles = _tiles(counts_PE, ends_PE - counts_PE, order.entry_N.shape[0])
+    parted = zip(counts_PE, ends_PE, *tiles, strict=True)
+    return [
+        replace(order, counts_E=counts_E, ends_E=ends_E, tile_expert_M=expert_M, tile_row_M=row_M, num_tiles=num)
+        for counts_E, ends_E, expert_M, row_M, num in parted
+    ]
+
+
+def _tiles(counts_E: Tensor, starts_E: Tensor, num_entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(tile_expert_M, tile_row_M, num_tiles); any dimensions before E are kept."""
     tiles_E = (counts_E + TILE_ROWS - 1) // TILE_ROWS
-    ends_E = tiles_E.cumsum(0)
-    tile_M = torch.arange(most_tiles(num_entries, counts_E.shape[0]), device=counts_E.device)
-    expert_M = torch.searchsorted(ends_E, tile_M, right=True)
-    used_M = expert_M < counts_E.shape[0]
-    safe_M = expert_M.clamp(max=counts_E.shape[0] - 1)
-    row_M = (counts_E.cumsum(0) - counts_E)[safe_M] + (tile_M - (ends_E - tiles_E)[safe_M]) * TILE_ROWS
-    return torch.where(used_M, expert_M, -1).int(), torch.where(used_M, row_M, -1).int(), ends_E[-1:].int()
+    ends_E = tiles_E.cumsum(-1)
+    experts = counts_E.shape[-1]
+    tile_M = torch.arange(most_tiles(num_entries, experts), device=counts_E.device).expand(*counts_E.shape[:-1], -1)
+    expert_M = torch.searchsorted(ends_E, tile_M.contiguous(), right=True)
+    used_M = expert_M < experts
+    safe_M = expert_M.clamp(max=experts - 1)
+    row_M = starts_E.gather(-1, safe_M) + (tile_M - (ends_E - tiles_E).gather(-1, safe_M)) * TILE_ROWS
+    return torch.where(used_M, expert_M, -1).int(), torch.where(used_M, row_M, -1).int(), ends_E[..., -1:].int()

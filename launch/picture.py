@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kernels.errors import UserError
 from parallel.schedule.pipeline import ACROSS, COMPUTE, WITHIN
-from parallel.schedule.timeline import Span, Timeline
+from parallel.schedule.timeline import Span, Task, Timeline
+from parallel.scheduling import FILE, WAITING
 
-LANES = (COMPUTE, WITHIN, ACROSS)  # from top to bottom; any other resource below them
+LANES = (COMPUTE, WAITING, WITHIN, ACROSS)  # from top to bottom; any other resource below them
 COLOURS = {  # by the word that a task's name begins with
     "attention": "#8d99a6",
     "experts": "#e07b26",
@@ -27,6 +29,9 @@ COLOURS = {  # by the word that a task's name begins with
     "combine": "#2a9d7c",
     "copies": "#8e6bbf",
     "gradients": "#c2507a",
+    "weights": "#b8860b",
+    "pack": "#6b7f5e",
+    "collect": "#a3b18a",
 }
 OTHER = "#b0b7bd"
 INK, SOFT, GRID, IDLE = "#22262b", "#667078", "#dfe2e4", "#f1f3f4"
@@ -84,6 +89,23 @@ def save(figure: Figure, file: Path) -> None:
             figure.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     except OSError as error:
         raise UserError(f"the picture {file} cannot be written: {error.strerror}") from error
+
+
+def draw_schedule(run: Path) -> Path | None:
+    """A run's first MoE layer as it was planned and as it was measured, if it was: `schedule.svg` in its folder."""
+    if not (run / FILE).exists():
+        return None
+    record = json.loads((run / FILE).read_text(encoding="utf-8"))
+    panels = [Panel(title, _timeline(spans)) for title, spans in record["timelines"].items()]
+    machine = record["machine"]
+    heading = f"The first MoE layer on {machine['ranks']} ranks ({machine['device']}), in chunks"
+    note = "measured: what the device of rank 0 did and waited for, in one update; planned: from times measured at the start"
+    save(draw(panels, heading, note), run / "schedule.svg")
+    return run / "schedule.svg"
+
+
+def _timeline(spans: Sequence[Any]) -> Timeline:
+    return Timeline(tuple(Span(Task(**{**span["task"], "after": ()}), span["start_s"], span["end_s"]) for span in spans))
 
 
 def _lanes(timeline: Timeline) -> list[str]:

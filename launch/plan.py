@@ -50,7 +50,7 @@ def plan(config: PlanConfig) -> Prediction | None:
         say(line)
     if config.picture is not None:
         heading = f"One MoE layer with its attention, {shown.layout.name} on {config.gpus:,} GPUs"
-        note = "predicted for the busiest rank of one micro-batch; chunks are planned and not run yet"
+        note = "predicted for the busiest rank of one micro-batch; a training run plans its own chunks from what it measures"
         save(draw([Panel(*panel) for panel in chunks.panels], heading, note), config.picture)
         say(f"one layer's timeline is in {config.picture}")
     return best
@@ -157,7 +157,7 @@ def _pipelined(chunks: Pipeline) -> str:
         return "would gain nothing: no exchange of tokens is long enough"
     return (
         f"{chunks.forward_degree} forward and {chunks.backward_degree} backward would take {chunks.saved_s:.3f} s "
-        "off a step, tokens travelling under products; Tessera plans that and does not run it yet"
+        "off a step, tokens travelling under products; a run whose tokens travel as messages plans its own (parallel.schedule)"
     )
 
 

@@ -131,7 +131,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The MoE layers of a layout in chunks, as parallel/schedule plans them; Tessera does not run them yet."""
+    """The MoE layers of a layout in chunks, as parallel/schedule plans them from what is published."""
 
     forward_degree: int
     backward_degree: int

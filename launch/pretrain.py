@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from launch.cli import main, print_plan
+from launch.picture import draw_schedule
 from launch.report import write_report
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config import PretrainConfig
@@ -41,6 +42,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         training = Pretraining(config, model, corpus, choices, dtype, run, tracker, stop)
         run_attempts(config.cluster, ranks, training.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
+    draw_schedule(run.path)
     return run.path
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kernels.errors import UserError
 from launch.cli import main, print_plan
+from launch.picture import draw_schedule
 from launch.report import write_report
 from rl.engine.engine import check_generates
 from rl.loop import Reinforcement
@@ -49,6 +50,7 @@ def reinforce(config: RLConfig) -> Path | None:
             work = Reinforcement(config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop)
             run_attempts(config.cluster, ranks, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
+    draw_schedule(run.path)
     return run.path
 
 

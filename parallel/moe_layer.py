@@ -1,5 +1,8 @@
 """The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
 
+Where tokens travel as messages, chunked_experts.py does the last three in chunks; where ranks read each other's memory, a layer
+is whole, because the device itself reads.
+
 The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
 Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
 """
@@ -16,8 +19,12 @@ from torch import Tensor
 from kernels.destinations import destinations
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
+from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
+from parallel.chunked_experts import Chunked, chunked_experts
 from parallel.expert_arena import ExpertArena, LayerExperts
+from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.token_exchange import exchange
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class LocalExperts:
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
+def _unmarked(name: str) -> None:
+    """Nobody measures."""
+
+
 @dataclass(frozen=True)
 class ShardedExperts:
     """A layer's experts on all ranks, own ones and copies. All ranks call it together; gradients go to the arena."""
@@ -42,6 +53,8 @@ class ShardedExperts:
     layer: int
     arena: ExpertArena
     calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
+    degrees: Degrees = WHOLE  # where tokens travel as messages
+    mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
 
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the call hides their way."""
@@ -63,14 +76,21 @@ class ShardedExperts:
             return self._experts(x_TD, order, routing.weights_TK, experts)
         split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
-        received, exchange = self.arena.transport.dispatch(
-            x_TD, routing.weights_TK, routing.experts_TK, rank_TK, experts.index_E, experts.slots_E.shape[0]
-        )
-        return exchange.collect(self._experts(received.x_RD, received.order, received.weights_RK, experts))
+        here = experts.index_E, experts.slots_E.shape[0]
+        tokens = self.arena.transport.tokens
+        if tokens is not None:
+            received, way_back = tokens.dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, *here)
+            return way_back.collect(self._experts(received.x_RD, received.order, received.weights_RK, experts))
+        weights_TK = routing.weights_TK.float()
+        sent = exchange(self.arena.world, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
+        gate_up_SCD, down_SDF = self.arena.rows
+        slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
+        run = Chunked(sent, slots, self._fetch_again, self._return_gradients, self.mark)
+        y_TD = chunked_experts(x_TD, weights_TK, run)
+        self.arena.release(self.layer)
+        return y_TD
 
     def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
-        if self.arena.rematerialise:
-            x_RD = _FetchNext.apply(x_RD, self)
         gate_up_SCD, down_SDF = self.arena.rows
         y_RD = expert_mlp(
             x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
@@ -80,8 +100,16 @@ class ShardedExperts:
             self.arena.release(self.layer)
         return y_RD
 
+    def _fetch_again(self) -> None:
+        """Backward waits until the copies are there again."""
+        self.arena.materialised(self.layer)
+
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
+        """Backward needs the copies no more. Those of the layer below have the attention's backward pass to arrive (Hecate,
+        section 3.2)."""
         self.arena.return_gradients(self.layer, (gate_up_ECD, down_EDF))
+        if self.arena.rematerialise:
+            self.arena.exchange_for_previous(self.layer)
 
 
 class _FetchAgain(torch.autograd.Function):
@@ -96,18 +124,3 @@ class _FetchAgain(torch.autograd.Function):
     def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
         ctx.experts.arena.materialised(ctx.experts.layer)
         return d_y_RD, None
-
-
-class _FetchNext(torch.autograd.Function):
-    """Before a layer's experts; backward comes here last, frees the copies and starts those of the layer below, which have the
-    attention's backward pass to arrive (Hecate, section 3.2)."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, experts: ShardedExperts) -> Tensor:
-        ctx.experts = experts
-        return x_RD.view_as(x_RD)
-
-    @staticmethod
-    def backward(ctx: Any, d_x_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.experts.arena.exchange_for_previous(ctx.experts.layer)
-        return d_x_RD, None

@@ -2,7 +2,7 @@
 
 Every rank lays out its tokens with what the gate decided. Behind one barrier each reads all choices, works out alike which rows
 go where (kernels/peer_routing.py), and pulls the rows that it serves; results lie open in the same way, and each token's are
-summed where it came from. Rows, their order and the order of sums are those of token_exchange.py, bit for bit.
+summed where it came from. Rows and the sums of a token are those of token_exchange.py, bit for bit.
 
 Letters: T tokens of this rank, C of each rank that there is room for, W ranks, V = W * C, K top-k, R rows received, D model.
 """
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.expert_order import cut, expert_order
+from kernels.expert_order import ExpertOrder, cut, expert_order
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
 from parallel.peer_memory import PeerMemory
-from parallel.token_exchange import Received
 from parallel.topology import World
 
 FIRST_TOKENS = 16  # room before the first call tells how many come
@@ -42,6 +41,15 @@ class Room:
         return PeerChoices(block.of_rank, block.pointers_W, self.tokens, self.top_k)
 
 
+@dataclass(frozen=True)
+class Received:
+    """Rows that came to this rank, sorted by the rank that they came from."""
+
+    x_RD: Tensor
+    weights_RK: Tensor  # float32; combine weights of the choices served here, elsewhere anything
+    order: ExpertOrder  # of the choices served here, by their place among this rank's experts
+
+
 class PeerTokens:
     """One rank's end. All ranks call `dispatch` together, and what it returns likewise."""
 
@@ -59,7 +67,14 @@ class PeerTokens:
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
     ) -> tuple[Received, PeerExchange]:
-        """As token_exchange.dispatch. One wait for the device, in which the sizes come."""
+        """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights.
+
+        One wait for the device, in which the sizes come.
+
+        Args:
+            rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
+            index_E: int32; which of the `num_here` experts on this rank an expert is.
+        """
         (tokens, top_k), rank = experts_TK.shape, self.world.rank
         if top_k != self._room.top_k:  # on all ranks
             self._room = self._made(self._room.tokens, self._room.rows, top_k)
@@ -142,7 +157,7 @@ class PeerExchange:
             return sum_rows(rows, self.rank_TK, self.row_WT)
 
     def collect(self, y_RD: Tensor) -> Tensor:
-        """As token_exchange.Exchange.collect."""
+        """Rows of results back to where their tokens came from, and their sum for each token in float32: (R, D) -> (T, D)."""
         y_TD: Tensor = _Collect.apply(y_RD, self)
         return y_TD
 

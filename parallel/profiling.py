@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from parallel.expert_arena import ExpertArena
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchanged
 from parallel.placement import Budget, without_copies
-from parallel.token_exchange import boundaries
+from parallel.schedule.pipeline import WHOLE
+from parallel.token_exchange import boundaries, exchange
+from parallel.transport import WholeLayerTokens
 
 FLOAT32 = 4
 REPEATS = 5
@@ -130,15 +133,24 @@ def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callab
     experts_TK = torch.rand(tokens, experts, device=world.device, generator=generator).topk(top_k).indices
     ends_ED, phase_E = (torch.from_numpy(part).to(world.device) for part in boundaries(plan.weights_ED, world.rank))
     here_E = torch.from_numpy(plan.placement.owner_E == world.rank)
-    num_here, index_E = int(here_E.sum()), torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device)
+    here = torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device), int(here_E.sum())
 
     @torch.enable_grad()
-    def exchange() -> object:
+    def whole(tokens: WholeLayerTokens) -> object:
         rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
-        received, back = arena.transport.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+        received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
 
-    return exchange
+    def as_messages() -> object:
+        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        sent = exchange(world, weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        for way in (sent.forward, sent.backward):
+            rows_RD = way.send(way.pack(x_TD, 0), 0).wait()
+            way.collect(way.give_back(rows_RD, 0).wait(), 0)
+        return sent.collect_weights(sent.return_weights(sent.weights_RK[sent.backward.row_R]))
+
+    tokens_end = arena.transport.tokens
+    return as_messages if tokens_end is None else partial(whole, tokens_end)
 
 
 def _sum_cost(arena: ExpertArena) -> float:
@@ -195,8 +207,12 @@ def line(few: float, few_s: float, many: float, many_s: float) -> tuple[float, f
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest of some calls, after two for warming up. Ranks call as often, so messages match."""
-    timed = _on_gpu if device.type == "cuda" else _on_host
-    return min([timed(call) for _ in range(2 + REPEATS)][2:])
+    return min([timed(call, device) for _ in range(2 + REPEATS)][2:])
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    return _on_gpu(call) if device.type == "cuda" else _on_host(call)
 
 
 def _on_host(call: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -58,3 +59,36 @@ class Stopwatch:
         """Seconds of a block since the last call; 0 if there was none."""
         laps = max(self._laps, 1)
         return self.take() / laps
+
+
+@dataclass(frozen=True)
+class Mark:
+    name: str
+    at_s: float  # since the first one
+
+
+class Marks:
+    """When a device came by, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._names: list[str] = []
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+
+    def __call__(self, name: str) -> None:
+        self._names.append(name)
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._times.append(time.perf_counter())
+
+    def take(self) -> list[Mark]:
+        """All of them; waits for the GPU to reach the last."""
+        if self._on_gpu:
+            self._events[-1].synchronize()
+            seconds = [self._events[0].elapsed_time(event) / 1000 for event in self._events]
+        else:
+            seconds = [at - self._times[0] for at in self._times]
+        return [Mark(*pair) for pair in zip(self._names, seconds, strict=True)]

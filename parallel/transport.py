@@ -1,8 +1,8 @@
 """How experts and tokens get from rank to rank: as messages, which reach everywhere, or in memory that all ranks read.
 
-Both give the same bits. Messages go over gloo or NCCL, hop by hop across nodes; of nodes with several ranks tokens do so too
-(two_level_exchange.py), which adds a token's results in another order. Memory is read over NVLink by the GPUs of one node, and
-as shared pages by processes on a CPU.
+All give the same numbers: copies bit for bit, sums up to their order. Messages go over gloo or NCCL, hop by hop across nodes;
+of nodes with several ranks tokens do so too (two_level_exchange.py). Memory is read over NVLink by the GPUs of one node, and as
+shared pages by processes on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.peer_exchange import PeerTokens
@@ -30,11 +29,11 @@ from parallel.sparse_collectives import (
     empty_parts,
     gather_plan,
 )
-from parallel.token_exchange import Exchange, Received, dispatch
 from parallel.topology import World
 from parallel.two_level_exchange import TwoLevelTokens, check_two_levels, has_two_levels
 
 TransportKind = Literal["messages", "two_level", "peer_memory"]
+WholeLayerTokens = PeerTokens | TwoLevelTokens
 
 
 class Gathering(Protocol):
@@ -83,10 +82,10 @@ class Transport(Protocol):
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        """Tokens to the ranks that serve them; see token_exchange.py."""
+    @property
+    def tokens(self) -> WholeLayerTokens | None:
+        """What exchanges the tokens of a whole layer, in place or in two levels; None: they travel straight to their ranks as
+        messages, which need no end and may go in chunks (token_exchange.py)."""
 
 
 def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> TransportKind:
@@ -167,12 +166,9 @@ class MessageTransport:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        if self._tokens is not None:
-            return self._tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
-        return dispatch(self._world, x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+    @property
+    def tokens(self) -> WholeLayerTokens | None:
+        return self._tokens
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,6 @@ class PeerTransport:
 
         return pull
 
-    def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, Exchange]:
-        return self._tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, num_here)
+    @property
+    def tokens(self) -> WholeLayerTokens | None:
+        return self._tokens

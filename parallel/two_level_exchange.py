@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from kernels.errors import UserError
 from kernels.expert_order import expert_order
 from kernels.rows import combine_rows, spread_rows
+from parallel.peer_exchange import Received
 from parallel.placement import Topology
-from parallel.token_exchange import Received
 from parallel.topology import World
 
 
@@ -65,7 +65,7 @@ class TwoLevelExchange:
     inside: Hop
 
     def collect(self, y_RD: Tensor) -> Tensor:
-        """As token_exchange.Exchange.collect."""
+        """As peer_exchange.PeerExchange.collect."""
         for hop in (self.inside, self.across):
             y_RD = _BringBack.apply(y_RD, hop)
         return y_RD
@@ -80,8 +80,8 @@ class TwoLevelTokens:
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
     ) -> tuple[Received, TwoLevelExchange]:
-        """As token_exchange.dispatch; rows that came to this rank are sorted by the rank of its node that passed them on, there
-        by node, then by token. A wait for the device in each hop."""
+        """As peer_exchange.PeerTokens.dispatch; rows that came to this rank are sorted by the rank of its node that passed them
+        on, there by node, then by token. A wait for the device in each hop."""
         rank_TK = rank_TK.long()
         across = _hop(_relays(rank_TK, self.world.rank, self.world.topology), self.world)
         x_RD, weights_RK, experts_RK, rank_RK = _take(x_TD, weights_TK.float(), experts_TK, rank_TK, across)

@@ -48,7 +48,7 @@ def test_metrics_and_options_in_the_pages_exist() -> None:
     for word in quoted:
         if re.fullmatch(r"(train|eval|moe|rollout|reward|policy|value|sync|perf|time|mem)/[a-z_]+", word):
             assert word in METRICS, word
-        elif word.startswith("launch.") or word.endswith((".py", ".html", ".jsonl")):
+        elif word.startswith("launch.") or word.endswith((".py", ".html", ".json", ".jsonl", ".svg")):
             continue
         elif re.fullmatch(r"[a-z]+\.[a-z_]+(=\S+)?", word):
             assert word.partition("=")[0] in options, word

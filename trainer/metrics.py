@@ -86,6 +86,8 @@ _DECLARED = (
         ".0f",
         "copies for which each rank has room in a layer",
     ),
+    Metric("moe/chunks_forward", "chunks", "chunks forward", ".1f", "in how many chunks an MoE layer runs, mean of all layers"),
+    Metric("moe/chunks_backward", "chunks", "chunks backward", ".1f", "and in how many its backward pass does"),
     Metric("moe/layers_calibrated", "layers", "calibrated", ".0f", "layers whose copies changed when their gate had decided"),
     Metric("moe/copies_mib", "MiB", "memory of copies", ".1f", "memory of the copies on the rank that holds most of them"),
     Metric("moe/moved_mib", "MiB", "moved", ".1f", "weights to copies and gradients from them in the step, sent by all ranks"),

@@ -9,7 +9,8 @@
         refused/                batches of updates that the guard refused
         traces/                 steps as the profiler saw them, see trainer/tracing.py
         wandb/                  W&B's own files
-        report.html             made at the end
+        schedule.json           what was measured of MoE layers in chunks, and their plan (parallel/scheduling.py)
+        report.html             made at the end, with schedule.svg
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 """

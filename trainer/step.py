@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import MOMENTS, AdamWSettings
 from parallel.balance import load_shares, max_violation, updated_bias
@@ -25,8 +26,10 @@ from parallel.moe_layer import ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
+from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.scheduling import Scheduling
 from parallel.topology import World
-from parallel.transport import transport_kind
+from parallel.transport import TransportKind, transport_kind
 from trainer import checkpoint
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
@@ -83,8 +86,10 @@ class Trainer:
         offload, nvme_dir = spec.parallel.offload, spec.parallel.nvme_dir
         optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
         kind = transport_kind(spec.parallel.transport, world)
+        fixed = fixed_degrees(spec.parallel, kind)
         self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
+        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, None if refused is None else refused.parent)
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
         self.model.to(world.device)
@@ -123,6 +128,9 @@ class Trainer:
             UpdateRefused: the guard lets no such update pass; on all ranks, and nothing has been changed.
         """
         batch = batch.to(self.world.device)
+        length = batch.tokens_BS.shape[1]
+        tokens = min(self.spec.micro_rows, batch.num_rows) * length
+        self.scheduling.prepare(tokens, lambda tokens: self._attention(tokens, length))
         weight, denominator = self._weight(batch)
         totals, counts_LE = self._gradients(batch, objective, denominator)
         means = self._means(totals, weight, batch)
@@ -139,7 +147,8 @@ class Trainer:
         balance = self._balance(self.world.sum(counts_LE))
         micros = -(-batch.num_rows // self.spec.micro_rows)
         placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
-        return {**told, **balance, **placement}
+        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE, micros)
+        return {**told, **balance, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
         """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
@@ -284,7 +293,7 @@ class Trainer:
                 positions_of(batch.documents_BS),
                 batch.documents_BS >= 0,
                 self._attend(batch.documents_BS),
-                [ShardedExperts(layer, weights.arena, calibrate) for layer in range(self.spec.model.num_moe_layers)],
+                [self._layer(layer, weights, calibrate) for layer in range(self.spec.model.num_moe_layers)],
                 weights.bias_LE,
                 recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
                 depths=() if self.value_head is None else self.value_head.depths,
@@ -304,6 +313,18 @@ class Trainer:
         shape = batch.tokens_BS.shape
         logprobs_BS, entropy_BS = logprobs_T.view(shape), entropy_T.view(shape)
         return Predictions(logprobs_BS, entropy_BS, values_BS, inputs_BSP, output.replaced_BS), output.counts_LE
+
+    def _layer(self, layer: int, weights: Weights, calibrate: Callable[[int, Tensor], None] | None) -> ShardedExperts:
+        degrees, marks = self.scheduling.degrees_L[layer], self.scheduling.marks
+        found = ShardedExperts(layer, weights.arena, calibrate, degrees)
+        return replace(found, mark=marks) if layer == 0 and marks is not None and torch.is_grad_enabled() else found
+
+    def _attention(self, tokens: int, length: int) -> Tensor:
+        """That of a layer, forward, over so many tokens in rows of at most `length`, for who times it."""
+        rows, length = max(tokens // length, 1), min(length, tokens)
+        documents_BS = torch.zeros(rows, length, dtype=torch.int64, device=self.world.device)
+        attend = self._attend(documents_BS)
+        return self.model.last_attention(positions_of(documents_BS), attend, getattr(torch, self.spec.dtype))
 
     def _attend(self, documents_BS: Tensor) -> Attend:
         if self.spec.batch_invariant:
@@ -453,6 +474,22 @@ def materialisation_settings(config: ParallelConfig, top_k: int) -> Materialisat
         calibrate=config.calibrate,
         top_k=top_k,
     )
+
+
+def fixed_degrees(config: ParallelConfig, kind: TransportKind) -> Degrees | None:
+    """In how many chunks layers run; None is to be planned. Raises UserError where chunks are asked for and tokens do not
+    travel straight to their ranks as messages."""
+    if config.schedule == "auto":
+        return None
+    if config.schedule == "off":
+        return WHOLE
+    if kind != "messages" and config.schedule > 1:
+        found = "the ranks read each other's memory" if kind == "peer_memory" else "tokens travel in two levels"
+        raise UserError(
+            f"parallel.schedule={config.schedule} cuts layers into chunks of messages, but {found}, where a layer is whole; "
+            "set parallel.transport=messages, or parallel.schedule=auto"
+        )
+    return Degrees(config.schedule, config.schedule)
 
 
 def choose_dtype(asked: str) -> tuple[str, str]:

@@ -268,40 +268,50 @@ def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc,
     )
 
 
-def up(x_RD: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> tuple[Tensor, Tensor]:
+# Orders of which only a part is done at once (kernels/expert_order.parts_of) write their part of `into`: what the function
+# returns, as `clippable` allocations.
+
+
+def up(
+    x_RD: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """(h_RC as a `clippable` allocation, a_RF)."""
     rows, hidden = x_RD.shape[0], gate_up_SCD.shape[1] // 2
-    h, _ = clippable(rows, 2 * hidden, x_RD)
-    out, a_RF = clippable(rows, hidden, x_RD)
+    h, out = into or (clippable(rows, 2 * hidden, x_RD)[0], clippable(rows, hidden, x_RD)[0])
     width = _even_width(2 * hidden, order, x_RD.device)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (width // 2, DEPTH.value))
     n_tiles = triton.cdiv(2 * hidden, width)
     _launch("up", width, order, slots_E, slot_rows, x_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=h)
-    return h, a_RF
+    return h, out[HALF.value :]
 
 
-def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> Tensor:
+def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOrder, into: Tensor | None = None) -> Tensor:
     """y_RD."""
     columns = down_SDF.shape[1]
-    out, y_RD = clippable(a_RF.shape[0], columns, a_RF)
+    out = clippable(a_RF.shape[0], columns, a_RF)[0] if into is None else into
     width = _even_width(columns, order, a_RF.device)
     weights, slot_rows = stacked_rows(down_SDF, "down")
     right = blocks(weights, (width, DEPTH.value))
     _launch("down", width, order, slots_E, slot_rows, a_RF, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
-    return y_RD
+    return out[HALF.value :]
 
 
 def d_hidden(
-    dy_RD: Tensor, h: Tensor, weights_N: Tensor | None, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOrder
+    dy_RD: Tensor,
+    h: Tensor,
+    weights_N: Tensor | None,
+    down_SDF: Tensor,
+    slots_E: Tensor | None,
+    order: ExpertOrder,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_h_RC as a `clippable` allocation, weight * a_RF, partial sums dots_PR float32); `h` is what `up` returned.
 
     `weights_N` is float32, by entry; None is a weight of one.
     """
     rows, hidden = dy_RD.shape[0], down_SDF.shape[2]
-    d_h, _ = clippable(rows, 2 * hidden, dy_RD)
-    out, weighted_RF = clippable(rows, hidden, dy_RD)
+    d_h, out = into or (clippable(rows, 2 * hidden, dy_RD)[0], clippable(rows, hidden, dy_RD)[0])
     width = _width(hidden)
     n_tiles = triton.cdiv(hidden, width)
     dots_PR = dy_RD.new_empty(n_tiles, rows, dtype=torch.float32)
@@ -309,18 +319,20 @@ def d_hidden(
     right = blocks(weights, (DEPTH.value, width))
     _launch("d_hidden", width, order, slots_E, slot_rows, dy_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=d_h,
             h_in=h[HALF.value :], weights_N=weights_N, dots=dots_PR)  # fmt: skip
-    return d_h, weighted_RF, dots_PR
+    return d_h, out[HALF.value :], dots_PR
 
 
-def d_rows(d_h_RC: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder) -> Tensor:
+def d_rows(
+    d_h_RC: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder, into: Tensor | None = None
+) -> Tensor:
     """d_x_RD."""
     columns = gate_up_SCD.shape[2]
-    out, d_x_RD = clippable(d_h_RC.shape[0], columns, d_h_RC)
+    out = clippable(d_h_RC.shape[0], columns, d_h_RC)[0] if into is None else into
     width = _width(columns)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (DEPTH.value, width))
     _launch("d_rows", width, order, slots_E, slot_rows, d_h_RC, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
-    return d_x_RD
+    return out[HALF.value :]
 
 
 def _width(columns: int) -> int:

@@ -169,7 +169,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     parts = tuple(tensor.detach() for tensor in matrices.values())
     bare = Plan(without_copies(owner_E, world.size))
     kind = transport_kind(options.transport, world)
-    unused = _arena(told.shape, world, parts, 0, lambda row, gradients: None, kind)
+    unused = arena_of(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
@@ -276,7 +276,7 @@ def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpo
         for total, gradient in zip(sums, gradients, strict=True):
             accumulate(total[row : row + gradient.shape[0]], gradient)
 
-    arena = _arena(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
+    arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
     layer = ShardedExperts(0, arena)
@@ -284,7 +284,7 @@ def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpo
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         arena.outdated()
         layer.prepare()
-        return layer(_FinishBackward.apply(x_TD, arena), _routed(experts_TK, weights_TK, shape.experts))
+        return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, shape.experts))
 
     return work
 
@@ -293,7 +293,7 @@ def _expert_shape(shape: Shape) -> ExpertShape:
     return ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
 
 
-def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, kind: TransportKind) -> ExpertArena:
+def arena_of(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, kind: TransportKind) -> ExpertArena:
     owned = shape.experts // world.size
     arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, kind)
     for rows, part in zip(arena.rows, parts, strict=True):
@@ -301,7 +301,7 @@ def _arena(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradie
     return arena
 
 
-class _FinishBackward(torch.autograd.Function):
+class FinishBackward(torch.autograd.Function):
     """Before a layer: backward comes here last and waits until the gradients of copies are home."""
 
     @staticmethod
@@ -356,10 +356,10 @@ class _AllToAll(torch.autograd.Function):
 
 def _local(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *, own: _Matrices) -> Tensor:
     x_TD, *parts = own.beside(x_TD)
-    return LocalExperts(*parts)(x_TD, _routed(experts_TK, weights_TK, parts[0].shape[0]))
+    return LocalExperts(*parts)(x_TD, routed(experts_TK, weights_TK, parts[0].shape[0]))
 
 
-def _routed(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Routed:
+def routed(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Routed:
     return Routed(experts_TK, weights_TK, _count(experts_TK, experts))
 
 

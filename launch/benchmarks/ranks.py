@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kernels.errors import UserError
+from launch.benchmarks.hosts import move_to
 from launch.benchmarks.timing import Call, Timing, interleaved
 from parallel.profiling import HEAD_START_CYCLES
 from parallel.topology import World, join, leave
@@ -22,18 +23,30 @@ Cases = TypeVar("Cases")
 Found = TypeVar("Found")
 
 
-def on_ranks(work: Callable[[World, Options, Cases], Found], ranks: int, options: Options, cases: Cases, kind: str) -> Found:
-    """What `work` returns on rank 0. Raises UserError without a GPU for every rank."""
+def on_ranks(
+    work: Callable[[World, Options, Cases], Found],
+    ranks: int,
+    options: Options,
+    cases: Cases,
+    kind: str,
+    hosts: Sequence[str] = (),
+) -> Found:
+    """What `work` returns on rank 0. `hosts` (hosts.py) get equally many ranks each. Raises UserError without a GPU for every
+    rank."""
     if kind == "cuda" and torch.cuda.device_count() < ranks:
         raise UserError(f"ranks = {ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
     queue = mp.get_context("spawn").SimpleQueue()
     with TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue), nprocs=ranks, start_method="spawn")
+        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue, hosts), nprocs=ranks, start_method="spawn")
         found: Found = queue.get()
     return found
 
 
-def _rank(rank: int, work: Any, ranks: int, options: Any, cases: Any, kind: str, folder: str, queue: Any) -> None:
+def _rank(
+    rank: int, work: Any, ranks: int, options: Any, cases: Any, kind: str, folder: str, queue: Any, hosts: Sequence[str]
+) -> None:
+    if hosts:
+        move_to(hosts[rank * len(hosts) // ranks])
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cpu":
         torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Schedules of MoE layers, predicted: ours against none, against fixed degrees and against FSMoE's closed form.
+"""Schedules of MoE layers: measured on the ranks of this machine (chunks.py); and predicted, ours against none, against fixed
+degrees and against FSMoE's closed form.
 
 Layers and link models are those of the paper (FSMoE, arXiv 2501.10714, sections 4 and 6). Of its 1,458 configurations 486
 differ here: the number of heads changes no time in this model. Compared are a forward and a backward pass, with an all-reduce
@@ -19,21 +20,26 @@ all-to-all; on B they are alike), probably misprints: `a` divides them by ten, `
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
+from kernels.errors import UserError
+from launch.benchmarks.chunks import Layer, measure_layer
+from launch.benchmarks.hosts import HOSTS, hosts
 from launch.benchmarks.options import SHAPES, ModelName, OneOrMore, Options
 from launch.benchmarks.placement import costs_of, owners
+from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import draw
 from launch.machines import BYTES, MachineName, read_machine, topology_of
@@ -88,6 +94,15 @@ TESTBEDS: Mapping[TestbedName, Testbed] = {
 
 
 class ScheduleOptions(Options):
+    ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
+    layer: ModelName = Field(description="that the ranks run")
+    rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
+    link_mbit: PositiveInt | None = Field(
+        None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
+    )
+    degrees: OneOrMore[Annotated[int, Field(ge=1, le=MOST_CHUNKS)]] = Field(
+        (1, 2, 4, 8), description="that the ranks run beside the plan"
+    )
     testbed: OneOrMore[TestbedName]
     every: PositiveInt = Field(description="takes each so manieth configuration of the grid")
     tokens: PositiveInt = Field(description="of a device, for our layers")
@@ -101,7 +116,11 @@ _BOTH: Mapping[str, Any] = {
     "model": "qwen3_235b_a22b", "testbed": "a,a_printed,b", "every": 1, "tokens": 16384, "machine": "h200", "devices": 1024,
     "memory": 4, "layers": 96,
 }  # fmt: skip
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"cuda": _BOTH, "cpu": _BOTH}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cuda": {**_BOTH, "layer": "qwen3_30b_a3b", "rank_tokens": "16384"},
+    "cpu": {**_BOTH, "layer": "tiny", "rank_tokens": "2048"},
+}
+LENGTH = 2048  # tokens of a row, in the attention of layers that run
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,13 @@ class ScheduleCase:
 def measure(
     options: ScheduleOptions, contenders: Mapping[str, None], device: torch.device, ceilings: Ceilings
 ) -> Iterator[ScheduleCase]:
-    """For each testbed the grid and the models of the paper; then layers of our own. Nothing runs on the device itself."""
+    """Layers that the ranks of this machine run. Then, predicted: for each testbed the grid and the models of the paper, and
+    layers of our own."""
+    if options.link_mbit and (device.type == "cuda" or options.ranks % HOSTS):
+        raise UserError(f"link_mbit joins two hosts with as many ranks each, on a CPU; ranks = {options.ranks}, {device.type}")
+    if options.ranks:
+        for tokens in options.rank_tokens:
+            yield _on_this_machine(options, tokens, device.type)
     for name in options.testbed:
         yield _grid(name, TESTBEDS[name], options.every)
     for name in options.testbed:
@@ -135,6 +160,33 @@ def measure(
                 yield _gradients(name, TESTBEDS[name], model)
     for shape in options.model:
         yield _own_layers(options, shape)
+
+
+# ---------------------------------------------------------------- a layer on the ranks of this machine
+
+
+def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> ScheduleCase:
+    shape = SHAPES[options.layer]
+    if shape.experts % options.ranks:
+        raise UserError(f"{shape.experts} experts do not divide evenly over ranks = {options.ranks}")
+    told = Layer(shape, tokens, math.gcd(tokens, LENGTH), options.degrees, options.seed, options.repeats)
+    with hosts(options.link_mbit) as names:
+        found = on_ranks(measure_layer, options.ranks, told, None, kind, names)
+    ours = found.measured_ms["plan"]
+    times = {**found.measured_ms, "bound": found.bound_ms}
+    compared = {name: Compared(ms / ours, ms / ours, float(ms <= 1.001 * ours), ms / 1e3) for name, ms in times.items()}
+    compared["plan"] = compared.pop("plan")  # ours is the last
+    errors = [f"{name} {found.predicted_ms[name] / ms - 1:+.0%}" for name, ms in found.measured_ms.items()]
+    notes = [
+        f"planned: {found.planned.forward} chunks forward, {found.planned.backward} backward, {ours / found.bound_ms:.2f} "
+        f"times the bound; predicted over measured: {', '.join(errors)}",
+        found.profile,
+    ]
+    link = f" on two hosts, {options.link_mbit:,} Mbit/s between them" if options.link_mbit else ""
+    ranks = f"{tokens:,} tokens a rank, {options.ranks} ranks{link}"
+    work = f"MoE layer of {options.layer} with attention, {ranks}, messages: measured"
+    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks, "link_mbit": options.link_mbit or 0}
+    return ScheduleCase(work, sizes, compared, {}, notes)
 
 
 # ---------------------------------------------------------------- one layer, the paper's grid
@@ -330,7 +382,7 @@ def _own_layers(options: ScheduleOptions, name: ModelName) -> ScheduleCase:
     planning_s = time.perf_counter() - started
     note = (
         f"degrees forward {_range(found.forward_degree_L)}, backward {_range(found.backward_degree_L)}; all of it planned in "
-        f"{planning_s:.2f} s. Tessera plans this and does not run it yet"
+        f"{planning_s:.2f} s. Slices of gradients are planned, not run"
     )
     where = f"{options.devices:,} x {options.machine}, room for {options.memory} copies"
     work_name = f"{options.layers} MoE layers of {name}, {options.tokens:,} tokens a device, {where}: predicted"

@@ -18,6 +18,17 @@ MOST_CHUNKS = 16
 ATTENTION, COPIES, GRADIENTS = "attention", "copies", "gradients"  # names of tasks; those of chunks end in their number
 
 
+@dataclass(frozen=True)
+class Degrees:
+    """In how many chunks a layer runs."""
+
+    forward: int
+    backward: int
+
+
+WHOLE = Degrees(1, 1)
+
+
 def add_layer(
     tasks: list[Task],
     chunk: Chunk,

@@ -28,6 +28,7 @@ from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import Floats, Ints, Placement
+from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
@@ -140,11 +141,14 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
 
 
-def spread(world: World, seeds: Sequence[int], offload: str, kind: TransportKind) -> list[dict[str, Any]]:
-    return [spread_case(world, case(seed, world.size), offload, kind) for seed in seeds]
+def spread(
+    world: World, seeds: Sequence[int], offload: str, kind: TransportKind, degrees: Sequence[Degrees] = (WHOLE,)
+) -> list[dict[str, Any]]:
+    """Layers have these degrees in turns."""
+    return [spread_case(world, case(seed, world.size), offload, kind, degrees) for seed in seeds]
 
 
-def spread_case(world: World, told: Case, offload: str, kind: TransportKind) -> dict[str, Any]:
+def spread_case(world: World, told: Case, offload: str, kind: TransportKind, degrees: Sequence[Degrees]) -> dict[str, Any]:
     world = replace(world, ranks_per_node=told.ranks_per_node)
     copies = SHAPE.layers * SHAPE.experts
     owned = told.owner_LE.size // world.size
@@ -155,7 +159,10 @@ def spread_case(world: World, told: Case, offload: str, kind: TransportKind) -> 
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
         shares_LED = [by_rank[world.rank] for by_rank in told.shares[step]]
         shards.arena.place(placements, shares_LED, rematerialise=told.rematerialise)
-        layers = [ShardedExperts(layer, shards.arena, calibrating(told, step, shards.arena)) for layer in range(SHAPE.layers)]
+        layers = [
+            ShardedExperts(layer, shards.arena, calibrating(told, step, shards.arena), degrees[layer % len(degrees)])
+            for layer in range(SHAPE.layers)
+        ]
         for micro in range(MICRO_BATCHES):
             x, logits = (leaf(part[step][micro][world.rank].to(world.device)) for part in (told.x, told.logits))
             y = forward(x, logits, layers, told.recompute)
@@ -208,15 +215,24 @@ def one_device(told: Case, size: int) -> dict[str, Any]:
     return found
 
 
-def test_memory_that_all_read_gives_the_bits_of_messages() -> None:
-    in_place, by_messages = (run_ranks(spread, 2, range(4), "none", kind) for kind in ("peer_memory", "messages"))
-    for one, other in zip(in_place, by_messages, strict=True):
-        for found, wanted in zip(one, other, strict=True):
-            assert found["norms"] == wanted["norms"]
-            for name, tensor in wanted["state"].items():
-                assert torch.equal(found["state"][name], tensor), name
-            for here, there in zip(found["tokens"], wanted["tokens"], strict=True):
-                assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
+def equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Bit for bit: outputs, gradients of tokens and logits, of weights by what three updates make of them."""
+    assert one["norms"] == other["norms"]
+    for here, there in zip(one["tokens"], other["tokens"], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
+    for name, tensor in other["state"].items():
+        assert torch.equal(one["state"][name], tensor), name
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_number_depends_on_the_degrees(size: int) -> None:
+    """Chunks without tokens among them: ranks have from 0 to 11."""
+    seeds = range(CASES if size < 8 else 4)
+    whole = run_ranks(spread, size, seeds, "none", "messages")
+    for degrees in ([Degrees(2, 1), Degrees(1, 3)], [Degrees(3, 5), Degrees(16, 16)], [Degrees(4, 4), Degrees(7, 2)]):
+        for one, other in zip(run_ranks(spread, size, seeds, "none", "messages", degrees), whole, strict=True):
+            for found, wanted in zip(one, other, strict=True):
+                equal(found, wanted)
 
 
 def close(found: Tensor, expected: Tensor, where: str) -> None:

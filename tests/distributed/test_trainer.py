@@ -20,7 +20,9 @@ from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
+from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.topology import World
+from parallel.transport import TransportKind
 from tests import checkpoints
 from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks
@@ -32,7 +34,7 @@ from trainer.config import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec
+from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec, fixed_degrees
 from trainer.worker import named_tensors
 
 STEPS = 3
@@ -113,6 +115,9 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (1, {"micro_rows": 4, "model": NOISY}),
         (2, {"micro_rows": 2, "model": NOISY, "recompute": True}),
         (2, {"micro_rows": 4, "model": COSINE, "parallel": parallel(zero_stage=2)}),
+        (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(transport="messages", schedule=3, rematerialise=True)}),
+        (4, {"micro_rows": 1, "parallel": parallel(policy="llep", transport="messages", schedule=16, memory=3)}),
+        (2, {"micro_rows": 2, "parallel": parallel(transport="messages", schedule="auto")}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),
         pytest.param(
@@ -130,7 +135,8 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
             "1-rank-noisy",
             "2-ranks-noisy-recompute",
         ],
-        *["2-ranks-cosine-zero2", "1-rank-offload", "2-ranks-offload-reshard"],
+        *["2-ranks-cosine-zero2", "2-ranks-3-chunks", "4-ranks-16-chunks", "2-ranks-planned"],
+        *["1-rank-offload", "2-ranks-offload-reshard"],
         "4-ranks-nvme-reshard",
     ],
 )
@@ -276,3 +282,14 @@ def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) ->
     for full, free in run_ranks(go_on_after_a_full_disk, 2, told, str(tmp_path)):
         assert full is not None and "no space to write" in full and free is None
     checkpoint.verify(tmp_path / "step_000001")
+
+
+def test_chunks_are_refused_where_nothing_travels_as_messages() -> None:
+    kinds: tuple[tuple[TransportKind, str], ...] = (("peer_memory", "each other's memory"), ("two_level", "two levels"))
+    for kind, reason in kinds:
+        assert fixed_degrees(parallel(schedule="off"), kind) == WHOLE
+        assert fixed_degrees(parallel(schedule="auto"), kind) is None
+        assert fixed_degrees(parallel(schedule=1), kind) == WHOLE
+        with pytest.raises(UserError, match=rf"parallel\.schedule=4 .*{reason}.* set parallel\.transport=messages"):
+            fixed_degrees(parallel(schedule=4), kind)
+    assert fixed_degrees(parallel(schedule=4), "messages") == Degrees(4, 4)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parallel.peer_exchange import Received
 from parallel.placement import Topology
-from parallel.token_exchange import Received
 from parallel.topology import World
 from parallel.two_level_exchange import TwoLevelTokens, rows_across
 from tests.distributed.ranks import run_ranks

@@ -1,7 +1,9 @@
-"""What an update says of itself: all that ranks send is timed as communication, and sums are the same on every rank."""
+"""What an update says of itself: all waits for what ranks send are timed as communication, and sums are the same on every
+rank."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -43,8 +45,19 @@ class Noting(Stopwatch):
         self.stop()
 
 
+class NotingWork:
+    """Of a collective that goes on by itself: the wait for it is what has to be timed."""
+
+    def __init__(self, work: dist.Work, note: Callable[[], None]) -> None:
+        self._work, self._note = work, note
+
+    def wait(self) -> None:
+        self._note()
+        self._work.wait()
+
+
 def note_untimed(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(collective, bytes) of all that run while `world.exposed` does not, from here on."""
+    """(collective, bytes) of all that run, or are waited for, while `world.exposed` does not, from here on."""
     watch, untimed = Noting(world.device), list[tuple[str, int]]()
     object.__setattr__(world, "exposed", watch)
 
@@ -52,9 +65,14 @@ def note_untimed(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int
         original = getattr(dist, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            if not watch.running:
-                tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
-                untimed.append((name, max(tensor.nbytes for tensor in tensors)))
+            def note() -> None:
+                if not watch.running:
+                    tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+                    untimed.append((name, max(tensor.nbytes for tensor in tensors)))
+
+            if named.get("async_op"):
+                return NotingWork(original(*arguments, **named), note)
+            note()
             return original(*arguments, **named)
 
         return call
@@ -64,20 +82,20 @@ def note_untimed(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int
     return untimed
 
 
-def work(world: World, transport: str) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
+def work(world: World, transport: str, schedule: str | int) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
     with pytest.MonkeyPatch.context() as patch:
         untimed = note_untimed(world, patch)
         worker = TrainWorker(world.rank)
         worker.world = world
-        worker.build(spec(tiny_model(), micro_rows=2, parallel=parallel(transport=transport, zero_stage=2)))
+        worker.build(spec(tiny_model(), micro_rows=2, parallel=parallel(transport=transport, schedule=schedule, zero_stage=2)))
         worker.learn(random_batch(0), cross_entropy, 1e-3)
         untimed.clear()  # building and the first plans are not of an update
         return [worker.learn(random_batch(seed), cross_entropy, 1e-3) for seed in (1, 2)], untimed
 
 
-@pytest.mark.parametrize("transport", ["messages", "peer_memory"])
-def test_what_ranks_send_is_timed_and_what_the_model_needed_is_counted(transport: str) -> None:
-    results = run_ranks(work, 2, transport)
+@pytest.mark.parametrize(("transport", "schedule"), [("messages", "off"), ("messages", 3), ("peer_memory", "off")])
+def test_what_ranks_send_is_timed_and_what_the_model_needed_is_counted(transport: str, schedule: str | int) -> None:
+    results = run_ranks(work, 2, transport, schedule)
     for told, untimed in results:
         assert [(name, size) for name, size in untimed if size > SMALL_BYTES] == []
         for seed, metrics in zip((1, 2), told, strict=True):

@@ -1,11 +1,10 @@
-"""GPUs that read each other's memory compute what one device computes, and what GPUs that send messages do, bit for bit."""
+"""GPUs that read each other's memory compute what one device computes, and so do GPUs that send messages, in chunks or not."""
 
 from __future__ import annotations
 
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from parallel.peer_memory import PeerMemory, view, within_reach
+from parallel.schedule.pipeline import Degrees
 from parallel.topology import World, join, leave
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_moe_layer import CASES, case, close, one_device, spread
+from tests.distributed.test_moe_layer import CASES, case, close, equal, one_device, spread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -58,8 +58,16 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
 
 def test_two_levels_equal_experts_on_one_device() -> None:
     """Of one node of two ranks, or two of one: each hop in turn has something to carry; four GPUs have both."""
-    size = torch.cuda.device_count()
-    by_rank = run_ranks(spread, size, range(CASES), "none", "two_level", kind="cuda")
+    check_against_one_device(torch.cuda.device_count(), "two_level")
+
+
+@pytest.mark.parametrize("kind", ["peer_memory", "messages"])
+def test_sharded_experts_equal_experts_on_one_device(kind: TransportKind) -> None:
+    check_against_one_device(2, kind)
+
+
+def check_against_one_device(size: int, kind: TransportKind) -> None:
+    by_rank = run_ranks(spread, size, range(CASES), "none", kind, kind="cuda")
     for seed in range(CASES):
         expected = one_device(case(seed, size), size)
         for micro, wanted in enumerate(expected["tokens"]):
@@ -68,17 +76,10 @@ def test_two_levels_equal_experts_on_one_device() -> None:
                 close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}")
 
 
-def test_sharded_experts_equal_experts_on_one_device() -> None:
-    def results(kind: TransportKind) -> list[list[dict[str, Any]]]:
-        return run_ranks(spread, 2, range(CASES), "none", kind, kind="cuda")
-
-    in_place, by_messages = results("peer_memory"), results("messages")
-    for seed in range(CASES):
-        expected = one_device(case(seed, 2), 2)
-        for micro, wanted in enumerate(expected["tokens"]):
-            for index in range(3):
-                parts = [rank[seed]["tokens"][micro][index].cpu() for rank in in_place]
-                close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}")
-        for one, other in zip(in_place, by_messages, strict=True):
-            for name, tensor in one[seed]["state"].items():
-                assert torch.equal(tensor, other[seed]["state"][name]), f"case {seed}, {name}"
+def test_no_number_depends_on_the_degrees() -> None:
+    """Float32 here; with the bfloat16 kernels in test_chunks.py."""
+    whole = run_ranks(spread, 2, range(CASES), "none", "messages", kind="cuda")
+    cut = run_ranks(spread, 2, range(CASES), "none", "messages", [Degrees(2, 3), Degrees(16, 1)], kind="cuda")
+    for one, other in zip(cut, whole, strict=True):
+        for found, wanted in zip(one, other, strict=True):
+            equal(found, wanted)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from matplotlib.patches import Rectangle
 
 from kernels.errors import UserError
-from launch.picture import COLOURS, IDLE, Panel, draw, save
-from parallel.schedule.cost import Chunk
+from launch.picture import COLOURS, IDLE, Panel, draw, draw_schedule, save
+from parallel.schedule import execution
+from parallel.schedule.cost import Chunk, Line
+from parallel.schedule.execution import ExecutionCosts, LayerWork
 from parallel.schedule.pipeline import Copies, backward_tasks, forward_tasks, layer_tasks
 from parallel.schedule.timeline import Task, simulate
+from parallel.scheduling import FILE
 
 CHUNK = Chunk(expert_s=2e-3, across_s=1e-3, within_s=0.5e-3)
 TIMELINES = [
     simulate(forward_tasks(CHUNK, 3, 2e-3, Copies(1e-3, 0.5e-3))),
     simulate(backward_tasks(CHUNK, 1, 4e-3, Copies(1e-3, 0.5e-3))),
+    simulate(execution.backward_tasks(ExecutionCosts(*[Line(1e-3, 1e-3)] * 6, announce_s=0.0), LayerWork(1.0, 1.0), 2)),
     simulate(layer_tasks(Chunk(expert_s=2e-3, across_s=1e-3, gather_s=1e-3, scatter_s=2e-3), 4, gradients_s=3e-3)),
 ]
 
@@ -61,3 +67,15 @@ def test_files_are_what_their_names_say_and_the_same_each_time(tmp_path: Path) -
     assert ">A heading<" in svg.decode() and ">attention<" in svg.decode()
     with pytest.raises(UserError, match="cannot be written"):
         save(draw([Panel("one", TIMELINES[0])], "", ""), tmp_path / "no" / "a.svg")
+
+
+def test_a_runs_first_layer_is_drawn_planned_and_measured(tmp_path: Path) -> None:
+    assert draw_schedule(tmp_path) is None
+    spans = [asdict(span) for span in TIMELINES[0].spans]
+    titles = ["forward, planned", "forward, measured"]
+    record = {"machine": {"ranks": 2, "device": "cpu"}, "timelines": dict.fromkeys(titles, spans)}
+    (tmp_path / FILE).write_text(json.dumps(record), encoding="utf-8")
+    drawn = draw_schedule(tmp_path)
+    assert drawn is not None
+    text = drawn.read_text(encoding="utf-8")
+    assert all(title in text for title in titles) and "on 2 ranks (cpu)" in text

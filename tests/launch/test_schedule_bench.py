@@ -10,13 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.bench import main
+from launch.benchmarks.chunks import Layer, measure_layer
+from launch.benchmarks.options import SHAPES
+from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.schedule import FIXED, MODELS, TESTBEDS, grid, one_link_tasks
 from parallel.schedule.cost import Chunk
 from parallel.schedule.pipeline import ACROSS, COMPUTE, layer_tasks
 from parallel.schedule.timeline import simulate
 from tests.parallel.schedule.chunks import esp_chunks
 
-SMALL = ["schedule", "every=60", "testbed=a,a_printed,b", "model=tiny", "devices=16", "tokens=256", "layers=3", "memory=1"]
+SMALL = [
+    "schedule",
+    "ranks=0",
+    "every=60",
+    "testbed=a,a_printed,b",
+    "model=tiny",
+    "devices=16",
+    "tokens=256",
+    "layers=3",
+    "memory=1",
+]
 
 
 def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
@@ -37,6 +50,14 @@ def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
         assert case["compared"]["plan"]["as_good"] == 1.0 and case["compared"]["in sequence"]["geometric_mean"] > 1.05
         assert "of the layers (the paper: 912 of 1458" in case["notes"][0] and "experts 1.000" in case["notes"][1]
     assert "planned in" in cases[-1]["notes"][0]
+
+
+def test_a_layer_on_real_ranks_beside_its_prediction() -> None:
+    told = Layer(SHAPES["tiny"], 64, 32, (1, 3), seed=0, repeats=2)
+    found = on_ranks(measure_layer, 2, told, None, "cpu")
+    assert set(found.measured_ms) == set(found.predicted_ms) == {"degree 1", "degree 3", "plan"}
+    assert min(found.measured_ms.values()) > 0 and min(found.predicted_ms.values()) >= found.bound_ms > 0
+    assert found.profile.count("r^2") == 6 and "exchange" in found.profile
 
 
 @pytest.mark.parametrize("name", TESTBEDS)

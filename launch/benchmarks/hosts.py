@@ -1,0 +1,62 @@
+"""Two hosts on one machine, joined by a link of any rate: network namespaces with a veth pair, for benchmarks on a CPU.
+
+Messages over such a link take time and no computing, as between machines. Needs root, and Linux with iproute2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kernels.errors import UserError
+
+HOSTS = 2
+NETWORK = 0x40000000  # CLONE_NEWNET, of Linux
+
+
+@contextmanager
+def hosts(mbit: int | None) -> Iterator[list[str]]:
+    """Names of two hosts whose link carries so many Mbit/s in each direction; they are gone afterwards. None are none."""
+    if mbit is None:
+        yield []
+        return
+    if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
+        raise UserError("link_mbit joins two hosts by network namespaces, which needs root and the commands ip and tc")
+    names = [f"tessera{os.getpid()}{side}" for side in "ab"]
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        # names of interfaces have at most 15 characters
+        ends = [f"tv{os.getpid()}{side}" for side in "ab"]
+        _run("ip", "link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
+            _run("ip", "-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            for device in ("lo", end):
+                _run("ip", "-n", name, "link", "set", device, "up")
+            shaped = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
+            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", end, "root", *shaped)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def move_to(host: str) -> None:
+    """This process, which has opened no connection yet, sends over the link of `host` from here on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path(f"/var/run/netns/{host}").open() as file:
+        if libc.setns(file.fileno(), NETWORK) != 0:
+            raise OSError(ctypes.get_errno(), f"the network of {host} cannot be entered")
+    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("tv"))
+
+
+def _run(*command: str) -> None:
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise UserError(f"{' '.join(command)} failed: {found.stderr.strip()}")

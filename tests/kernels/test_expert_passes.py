@@ -1,0 +1,86 @@
+"""Rows in any parts, other ones forward and backward, give the same bits; and what `expert_mlp` gives in one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp
+from kernels.expert_order import ExpertOrder, expert_order, parts_of
+from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
+from tests.kernels.test_expert_mlp import Case, different_experts, gpu, needs_hopper, without
+
+SLOTS = 3  # more than there are experts
+
+
+def in_an_arena(case: Case) -> ArenaExperts:
+    """Experts from the last slot on down."""
+    parts = (case.gate_up_ECD, case.down_EDF)
+    gate_up_SCD, down_SDF = (torch.cat([part.new_full((SLOTS, *part.shape[1:]), 9.0), part.flip(0)]) for part in parts)
+    experts = case.down_EDF.shape[0]
+    slots_E = torch.arange(experts - 1, -1, -1, dtype=torch.int32, device=case.x_TD.device) + SLOTS
+    return ArenaExperts(gate_up_SCD, down_SDF, slots_E)
+
+
+def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int]]) -> list[Tensor]:
+    """y, the gradients of tokens and weights, and those of the matrices. `starts`: where parts begin, forward and backward."""
+    rows, experts, place_TK = case.x_TD.shape[0], in_an_arena(case), order.place_N.view(case.experts_TK.shape)
+    weights_TK = case.weights_TK.float()
+
+    def parted(begin: list[int]) -> list[tuple[slice, ExpertOrder]]:
+        ends = [*begin[1:], rows]
+        part_R = torch.repeat_interleave(torch.tensor([end - start for start, end in zip(begin, ends, strict=True)]))
+        orders = parts_of(order, case.experts_TK, part_R.to(case.x_TD.device), len(begin))
+        return [(slice(start, end), part) for start, end, part in zip(begin, ends, orders, strict=True)]
+
+    ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
+    y = [ahead.rows(case.x_TD[here], place_TK[here], weights_TK[here], part) for here, part in parted(starts[0])]
+    back = BackwardPass(order, ahead.h, weights_TK, experts, d_y_TD)
+    found = [back.rows(d_y_TD[here], place_TK[here], part) for here, part in parted(starts[1])]
+    return [torch.cat(y), *map(torch.cat, zip(*found, strict=True)), *back.weights(case.x_TD, place_TK)]
+
+
+def check(case: Case, starts: list[list[int]], share: float, tolerance: float) -> None:
+    absent_TK = torch.rand(case.experts_TK.shape, generator=torch.Generator().manual_seed(3)) < share
+    case = without(case, absent_TK.to(case.x_TD.device))
+    order = expert_order(case.experts_TK, case.down_EDF.shape[0], num_entries=int((case.experts_TK >= 0).sum()))
+    d_y_TD = torch.randn(case.x_TD.shape, generator=torch.Generator().manual_seed(5)).to(case.x_TD)
+    whole, cut = passes(case, d_y_TD, order, [[0], [0]]), passes(case, d_y_TD, order, starts)
+    for one, other in zip(cut, whole, strict=True):
+        assert torch.equal(one, other)
+    case = replace(case, weights_TK=case.weights_TK.masked_fill(case.experts_TK < 0, 0))  # where autograd multiplies by zero
+    inputs = [part.clone().requires_grad_() for part in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    y_TD = expert_mlp(inputs[0], order, *inputs[1:])
+    for found, wanted in zip(whole, [y_TD, *torch.autograd.grad(y_TD, inputs, d_y_TD)], strict=True):
+        torch.testing.assert_close(found.to(wanted.dtype), wanted, rtol=tolerance, atol=tolerance)
+
+
+parts = st.lists(st.integers(0, 40), min_size=0, max_size=5)
+
+
+def begins(cuts: list[int], rows: int) -> list[int]:
+    return [0, *sorted(min(cut, rows) for cut in cuts)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 40), st.integers(1, 6), st.sampled_from([0.0, 0.5, 1.0]), parts, parts, st.integers(0, 99))
+def test_any_parts_give_the_same_bits(
+    rows: int, experts: int, share: float, ahead: list[int], back: list[int], seed: int
+) -> None:
+    routing = different_experts(rows, experts, min(2, experts), seed)
+    case = Case.draw(routing, experts, 16, 8, seed).to("cpu", torch.float32)
+    check(case, [begins(ahead, rows), begins(back, rows)], share, 1e-5)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_kernels_give_the_same_bits_in_any_parts(rows: int, share: float) -> None:
+    case = Case.draw(different_experts(rows, 8, 4, 0), 8, 128, 96).to("cuda", torch.bfloat16)
+    check(case, [[0, rows // 3, rows // 3, rows - 1], [0, 5]], share, 2e-2)

@@ -1,0 +1,50 @@
+"""Two hosts on one machine: ranks in networks of their own, that reach each other, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kernels.errors import UserError
+from launch.benchmarks.hosts import hosts
+from launch.benchmarks.ranks import on_ranks
+from parallel.topology import World
+
+
+def able() -> bool:
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "tessera_probe"], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", "tessera_probe"], capture_output=True, check=False)
+    return made
+
+
+def networks(world: World, options: None, cases: None) -> list[str]:
+    told: list[str] = [""] * world.size
+    dist.all_gather_object(told, str(Path("/proc/thread-self/ns/net").readlink()))
+    total = world.sum(torch.tensor(world.rank + 1))
+    assert int(total) == 3
+    return told
+
+
+@pytest.mark.skipif(not able(), reason="needs root and network namespaces")
+def test_ranks_have_networks_of_their_own_that_are_gone_afterwards() -> None:
+    with hosts(1000) as names:
+        assert all(Path(f"/var/run/netns/{name}").exists() for name in names)
+        one, other = on_ranks(networks, 2, None, None, "cpu", names)
+        assert len({one, other, str(Path("/proc/self/ns/net").readlink())}) == 3
+    assert not any(Path(f"/var/run/netns/{name}").exists() for name in names)
+    with hosts(None) as names:
+        assert names == []
+
+
+def test_who_may_not_make_hosts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(UserError, match=r"link_mbit .* needs root"), hosts(100):
+        pass

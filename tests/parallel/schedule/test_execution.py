@@ -1,0 +1,101 @@
+"""Layers as chunked_experts.py runs them: bounds, order, and no degree that is clearly faster than the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.flows import Plan
+from parallel.placement import Topology, even_owners, without_copies
+from parallel.schedule.cost import Line
+from parallel.schedule.execution import (
+    NEARLY,
+    ExecutionCosts,
+    LayerWork,
+    backward_tasks,
+    bound_s,
+    forward_tasks,
+    layer_work,
+    plan_layer,
+)
+from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE, Degrees
+from parallel.schedule.timeline import simulate
+from parallel.token_exchange import FINEST
+
+starts = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
+slopes = st.floats(1e-6, 10.0)
+lines = st.builds(Line, starts, slopes)
+costs = st.builds(ExecutionCosts, lines, lines, lines, lines, lines, lines, starts)
+works = st.builds(LayerWork, st.floats(0.0, 100.0), st.floats(0.0, 100.0))
+DEGREES = range(1, MOST_CHUNKS + 1)
+
+
+@given(costs, works, st.integers(1, 40))
+def test_no_degree_without_empty_chunks_is_clearly_faster(measured: ExecutionCosts, work: LayerWork, tokens: int) -> None:
+    found = plan_layer(measured, work, tokens)
+    for tasks_of, timeline, degree in (
+        (forward_tasks, found.forward, found.degrees.forward),
+        (backward_tasks, found.backward, found.degrees.backward),
+    ):
+        tried = {one: simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens}
+        assert tried[degree] == timeline.seconds <= (1 + NEARLY) * min(tried.values())
+        assert all(seconds > (1 + NEARLY) * min(tried.values()) for one, seconds in tried.items() if one < degree)
+
+
+@given(costs, works, st.integers(1, 40), st.sampled_from(DEGREES), st.sampled_from(DEGREES))
+def test_degrees_stay_while_they_are_nearly_the_fastest(
+    measured: ExecutionCosts, work: LayerWork, tokens: int, forward: int, backward: int
+) -> None:
+    found = plan_layer(measured, work, tokens, Degrees(forward, backward))
+    anew = plan_layer(measured, work, tokens)
+    for tasks_of, present, now, other in (
+        (forward_tasks, forward, found.degrees.forward, anew.degrees.forward),
+        (backward_tasks, backward, found.degrees.backward, anew.degrees.backward),
+    ):
+        fastest_s = min(simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens)
+        good = present <= tokens and simulate(tasks_of(measured, work, present)).seconds <= (1 + NEARLY) * fastest_s
+        assert now == (present if good else other)
+
+
+@given(costs, works, st.sampled_from(DEGREES))
+def test_every_degree_keeps_the_bound_and_the_order(measured: ExecutionCosts, work: LayerWork, degree: int) -> None:
+    ahead, back = (simulate(tasks_of(measured, work, degree)) for tasks_of in (forward_tasks, backward_tasks))
+    assert ahead.seconds + back.seconds >= bound_s(measured, work) * (1 - 1e-9)
+    for timeline in (ahead, back):
+        for resource in {span.task.resource for span in timeline.spans}:
+            begins = [span.start_s for span in timeline.spans if span.task.resource == resource]
+            assert begins == sorted(begins)
+
+
+def test_equal_messages_and_products_hide_all_but_the_first_and_the_last() -> None:
+    one, none = Line(0.0, 1.0), Line(0.0, 0.0)
+    measured = ExecutionCosts(one, none, Line(0.0, 2.0), Line(0.0, 2.0), Line(0.0, 2.0), none, 0.0)
+    work = LayerWork(8.0, 8.0)
+    # whole: 8 there, 16 of products, 8 back; in four chunks: 2 there, 16, 2 back
+    assert [simulate(forward_tasks(measured, work, degree)).seconds for degree in (1, 4)] == [32.0, 20.0]
+    # the gradients of the weights, 16, hide the way back
+    assert [simulate(backward_tasks(measured, work, degree)).seconds for degree in (1, 4)] == [40.0, 34.0]
+
+
+def test_what_costs_nothing_in_chunks_stays_whole() -> None:
+    measured = ExecutionCosts(*(Line(1.0, 1e-9) for _ in range(6)), announce_s=0.0)
+    assert plan_layer(measured, LayerWork(8.0, 8.0), tokens=100).degrees == WHOLE
+    assert (
+        plan_layer(replace(measured, exchange=Line(0.0, 1.0), forward=Line(0.0, 2.0)), LayerWork(8.0, 8.0), 1).degrees == WHOLE
+    )
+
+
+def test_the_work_of_a_layer_is_that_of_its_busiest_rank() -> None:
+    """Two ranks, two experts, top-1: of 30 tokens a rank gives, on average, so many as the other's expert has."""
+    plan = Plan(without_copies(even_owners(2, 2), 2))
+    work = layer_work(plan, np.array([40.0, 20.0]), Topology(2, 1), top_k=1, row_bytes=8)
+    assert work.entries == 40.0 and work.row_bytes == pytest.approx(20 * 8)
+    assert work.differs(LayerWork(work.row_bytes, 30.0), 0.2) and not work.differs(LayerWork(work.row_bytes, 39.0), 0.2)
+
+
+def test_every_degree_divides_the_finest_parts() -> None:
+    assert all(FINEST % degree == 0 for degree in DEGREES)
