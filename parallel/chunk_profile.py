@@ -89,7 +89,7 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
-    once = sum(_measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds)  # also warms up
+    once = sum(_measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds)
     slowest = torch.tensor(once, dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up.
@@ -168,7 +168,11 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
 
 
 def _typical(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median, as what is predicted is. Ranks begin together and call as often, so messages match."""
+    """The median, as what is predicted is. Ranks begin together and call as often, so messages match.
+
+    The first call does not count: on a GPU it may compile a kernel for this size, which takes a thousand times as long.
+    """
+    call()
     found = []
     for _ in range(repeats):
         dist.barrier()
