@@ -56,7 +56,7 @@ def layer(world: World) -> list[dict[str, Any]]:
             for total, gradient in zip(sums, gradients, strict=True):
                 total[row : row + gradient.shape[0]] += gradient
 
-        arena = ExpertArena(SHAPE, 4, 4, world, torch.bfloat16, add)
+        arena = ExpertArena(SHAPE, 4, 4, world, torch.bfloat16, add, "messages")
         for rows, part in zip(arena.rows, matrices(), strict=True):
             rows[:4].copy_(part[torch.from_numpy(owner_E == world.rank)])
         arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
