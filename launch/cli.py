@@ -28,7 +28,10 @@ from pydantic import BaseModel, ValidationError
 from kernels.errors import UserError
 from launch.problems import Problem, not_as_expected, report, unknown_option, written
 from trainer.cluster import ProcessLost
-from trainer.config import ModelConfig, PretrainConfig, Record, RLConfig
+from trainer.config.model import ModelConfig
+from trainer.config.record import Record
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 from trainer.estimate import budget_lines
 from trainer.guard import UpdateRefused
 from trainer.run_dir import as_yaml

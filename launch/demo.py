@@ -16,7 +16,8 @@ from launch.cli import guarded, load
 from launch.pretrain import pretrain
 from launch.report import write_report
 from launch.rl import reinforce
-from trainer.config import PretrainConfig, RLConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 from trainer.metrics import METRICS, Value, clock, read_records
 from trainer.run_dir import shown
 

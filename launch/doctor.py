@@ -35,7 +35,7 @@ from launch.cli import guarded, load
 from parallel.offload import check_offload
 from parallel.topology import World
 from trainer.cluster import choose_ranks, start_ray
-from trainer.config import ClusterConfig, LoggerConfig, PretrainConfig
+from trainer.config.run import ClusterConfig, LoggerConfig, PretrainConfig
 from trainer.places import REPOSITORY
 from trainer.run_dir import shown
 from trainer.step import choose_dtype

@@ -13,7 +13,8 @@ from kernels.errors import UserError
 from parallel.layer_cost import LayerCosts, Link
 from parallel.placement import Topology
 from parallel.schedule.cost import Fit, fit
-from trainer.config import LinkConfig, MachineConfig, Record
+from trainer.config.plan import LinkConfig, MachineConfig
+from trainer.config.record import Record
 
 CONF = Path(__file__).parents[1] / "conf"
 BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums

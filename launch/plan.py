@@ -21,7 +21,7 @@ from launch.cli import main
 from launch.machines import profiled
 from launch.picture import Panel, draw, save
 from launch.prediction import LEFT_OUT, LIBRARIES_GIB, SKEWED, Cluster, Pipeline, Prediction, best_of_each, chosen, pipeline
-from trainer.config import LinkConfig, PlanConfig
+from trainer.config.plan import LinkConfig, PlanConfig
 from trainer.estimate import GIB, in_gib, millions
 
 TABLE_WIDTH = 200  # columns where the output is no terminal

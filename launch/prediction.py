@@ -29,7 +29,8 @@ from parallel.profiling import SHARE_FOR_COPIES
 from parallel.schedule.cost import sharded_chunk, sharded_workload
 from parallel.schedule.pipeline import MOST_CHUNKS, Copies, backward_tasks, forward_tasks
 from parallel.schedule.timeline import Timeline, simulate
-from trainer.config import ParallelConfig, PlanConfig
+from trainer.config.plan import PlanConfig
+from trainer.config.run import ParallelConfig
 from trainer.estimate import GIB, Memory, flops_per_token, memory_per_rank
 from trainer.model.transformer import ParameterCounts, parameter_counts
 from trainer.worker import check_division

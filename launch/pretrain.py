@@ -12,7 +12,7 @@ from launch.cli import main, print_plan
 from launch.picture import draw_schedule
 from launch.report import write_report
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
-from trainer.config import PretrainConfig
+from trainer.config.run import PretrainConfig
 from trainer.data import prepare
 from trainer.estimate import budget_lines
 from trainer.loop import Pretraining

@@ -17,7 +17,8 @@ from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
 from trainer import checkpoint
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
-from trainer.config import ModelConfig, RLConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.model.hf import read_config
 from trainer.run_dir import RunDir

@@ -18,7 +18,8 @@ from string import Template
 from kernels.errors import UserError
 from launch.cli import guarded, load, usage
 from trainer.cluster import choose_ranks
-from trainer.config import PretrainConfig, RLConfig, RunConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig, RunConfig
 from trainer.run_dir import shown, write_atomically
 
 TEMPLATES = Path(__file__).parent / "slurm"

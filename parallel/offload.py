@@ -39,7 +39,7 @@ def expert_optimizer(
         return DeviceAdamW(StatesInMemory(rows, parts, device), settings)
     if offload == "cpu":
         return CPUAdamW(StatesInMemory(rows, parts, torch.device("cpu")), settings, device)
-    assert nvme_dir is not None, "trainer/config.py asks for it"
+    assert nvme_dir is not None, "trainer/config/run.py asks for it"
     return CPUAdamW(StatesOnDisk(rows, parts, nvme_dir), settings, device)
 
 

@@ -29,7 +29,9 @@ from rl.engine.pool import advancing, deal
 from rl.links import Links
 from rl.trajectory import Sample
 from trainer.cluster import Processes, ProcessLost, gather, reason_of, told_by
-from trainer.config import ClusterConfig, ModelConfig, SyncConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import SyncConfig
+from trainer.config.run import ClusterConfig
 from trainer.hangs import SHARE, StackWatch, tail, watched, whereabouts
 from trainer.places import WAIT_S, Placement, Say
 from trainer.run_dir import RunDir

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import Estimator
+from trainer.config.rl import Estimator
 
 STD_EPS = 1e-6
 

@@ -13,7 +13,7 @@ from rl.losses import cispo, dppo, gspo, ppo, sapo
 from rl.off_policy import Ratios, bounded_exp, bypass, decoupled, in_band, not_unlikely, recompute, sequence_mean
 from rl.returns import clipped_value_loss
 from trainer.batch import Predictions, TokenLoss, TrainBatch
-from trainer.config import AlgorithmConfig
+from trainer.config.rl import AlgorithmConfig
 
 
 @dataclass(frozen=True)

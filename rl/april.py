@@ -34,7 +34,7 @@ import numpy as np
 from kernels.errors import UserError
 from rl.length_bias import RoundLengths
 from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
-from trainer.config import RolloutConfig
+from trainer.config.rl import RolloutConfig
 
 
 class EnginePool(Protocol):

@@ -26,7 +26,8 @@ from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
 from trainer.cluster import Processes
-from trainer.config import ModelConfig, RLConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, load_newest, save, start_ranks

@@ -16,7 +16,7 @@ from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, RESPONSES
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
-from trainer.config import AlgorithmConfig
+from trainer.config.rl import AlgorithmConfig
 
 
 class Rows(TypedDict):

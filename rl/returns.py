@@ -17,7 +17,7 @@ from rl.advantages import STD_EPS
 from rl.extras import ADVANTAGES, PROXIMAL, REFERENCE, RESPONSES, RETURNS, VALUES
 from rl.kl import k1
 from trainer.batch import TrainBatch
-from trainer.config import PER_TOKEN, AlgorithmConfig
+from trainer.config.rl import PER_TOKEN, AlgorithmConfig
 
 
 def gae(

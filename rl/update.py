@@ -13,7 +13,7 @@ from rl.extras import PROXIMAL, REFERENCE, VALUES
 from rl.returns import with_token_advantages
 from trainer.batch import TrainBatch
 from trainer.cluster import Processes
-from trainer.config import PER_TOKEN, AlgorithmConfig
+from trainer.config.rl import PER_TOKEN, AlgorithmConfig
 from trainer.metrics import LOAD, Value
 
 ADDED_UP = (

@@ -8,7 +8,8 @@ import torch
 
 from parallel.adamw import AdamWSettings
 from trainer.batch import TrainBatch
-from trainer.config import BalanceConfig, ModelConfig, ParallelConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.guard import Guard
 from trainer.step import TrainerSpec
 

@@ -33,7 +33,8 @@ from tests import checkpoints
 from tests.models import tiny_model
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
-from trainer.config import JsonlSource, ParquetSource, PretrainConfig, RLConfig, TokenizerConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import JsonlSource, ParquetSource, PretrainConfig, TokenizerConfig
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import LanguageModel
 from trainer.sources import documents

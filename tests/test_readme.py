@@ -11,7 +11,10 @@ from launch.cli import group_choices, option_names
 from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
-from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig, TaskConfig
+from trainer.config.plan import PlanConfig
+from trainer.config.record import Record
+from trainer.config.rl import RLConfig, TaskConfig
+from trainer.config.run import PretrainConfig
 from trainer.metrics import METRICS, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.json_text import parsed
 from trainer.model.transformer import require_plausible
 

@@ -22,7 +22,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
 
 from kernels.errors import UserError
-from trainer.config import ClusterConfig
+from trainer.config.run import ClusterConfig
 from trainer.guard import UpdateRefused
 from trainer.hangs import CUT_OFF, NCCL_WAITS, TIMED_OUT, report, tail
 from trainer.places import WAIT_S, Say, nodes_alive

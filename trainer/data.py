@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from kernels.errors import UserError
-from trainer.config import TokenizerConfig
+from trainer.config.run import TokenizerConfig
 from trainer.sources import MIB, AnySource, SourceFile, documents, list_files, read_documents
 from trainer.stream import TokenArray, TokenStream
 from trainer.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer

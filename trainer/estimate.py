@@ -12,15 +12,9 @@ from kernels.vocab_loss import CPU_CHUNK_LOGITS, GRADIENT_BYTES
 from parallel.expert_arena import ExpertShape
 from parallel.nvme import IN_FLIGHT, expert_bytes
 from parallel.offload import UNDER_WAY_BYTES
-from trainer.config import (
-    CosineRouter,
-    ModelConfig,
-    NoisyTopKRouter,
-    ParallelConfig,
-    PretrainConfig,
-    RLConfig,
-    SyncConfig,
-)
+from trainer.config.model import CosineRouter, ModelConfig, NoisyTopKRouter
+from trainer.config.rl import RLConfig, SyncConfig
+from trainer.config.run import ParallelConfig, PretrainConfig
 from trainer.model.transformer import parameter_counts
 
 GIB = 2**30

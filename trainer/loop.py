@@ -11,7 +11,8 @@ from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes
-from trainer.config import ClusterConfig, ModelConfig, PretrainConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.data import Corpus
 from trainer.guard import Guard
 from trainer.optimizer import adamw_settings, learning_rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from parallel.adamw import AdamWSettings
-from trainer.config import OptimizerConfig
+from trainer.config.run import OptimizerConfig
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
-from trainer.config import ClusterConfig
+from trainer.config.run import ClusterConfig
 from trainer.stopping import Stopped
 
 Say = Callable[[str], None]

@@ -16,7 +16,7 @@ from parallel.placement import even_owners, without_copies
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
 from trainer import checkpoint
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.model.transformer import Transformer
 
 

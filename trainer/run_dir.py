@@ -32,7 +32,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from kernels.errors import UserError
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACES = "traces"

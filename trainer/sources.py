@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
-from trainer.config import JsonlSource, ParquetSource, StdlibSource, TextSource
+from trainer.config.run import JsonlSource, ParquetSource, StdlibSource, TextSource
 from trainer.json_text import parsed
 
 MIB = 1 << 20

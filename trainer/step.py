@@ -33,7 +33,8 @@ from parallel.transport import TransportKind, transport_kind
 from trainer import checkpoint
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
-from trainer.config import BalanceConfig, ModelConfig, NoisyTopKRouter, ParallelConfig
+from trainer.config.model import ModelConfig, NoisyTopKRouter
+from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.gate import NoisyGate, RouterNoise, router_noise

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.config import TokenizerConfig
+from trainer.config.run import TokenizerConfig
 from trainer.json_text import parsed
 from trainer.sources import MIB
 

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field, ValidationError
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.config import Record, TraceConfig
+from trainer.config.record import Record
+from trainer.config.run import TraceConfig
 from trainer.run_dir import RunDir, shown
 
 REQUEST = "trace_request.json"  # in the run's folder

@@ -18,7 +18,7 @@ from rich.table import Table
 from wandb.errors import CommError, UsageError
 
 from kernels.errors import UserError
-from trainer.config import LoggerConfig
+from trainer.config.run import LoggerConfig
 from trainer.memory import resident_gib
 from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, seconds_left, summary
 from trainer.run_dir import RunDir, shown

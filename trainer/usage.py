@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.topology import World
 from trainer.batch import TrainBatch
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.estimate import training_flops
 from trainer.model.attention import positions_of
 

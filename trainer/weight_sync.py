@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.config import SyncConfig
+from trainer.config.rl import SyncConfig
 from trainer.weight_delta import WeightDelta, difference
 from trainer.weights import PackedTensors, digests, unpack
 

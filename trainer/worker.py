@@ -27,7 +27,8 @@ from parallel.expert_shards import PARTS
 from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
-from trainer.config import ModelConfig, SyncConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained

@@ -28,7 +28,8 @@ from rl.engine.engine import Engine, EngineSettings, Row
 from rl.engine.pool import LocalPool
 from rl.engine.sampler import Sampling
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
-from trainer.config import ModelConfig, RolloutConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import RolloutConfig
 from trainer.estimate import vocab_size
 from trainer.model.transformer import LanguageModel
 from trainer.weight_pieces import Piece, put

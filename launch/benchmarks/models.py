@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from launch.benchmarks.options import Options
-from trainer.config import ModelConfig, TopKRouter
+from trainer.config.model import ModelConfig, TopKRouter
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
 
 

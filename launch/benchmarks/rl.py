@@ -33,7 +33,9 @@ from rl.rewards.task import Prompt
 from rl.rewards.workers import Response, RewardWorkers
 from rl.trajectory import Group, RolloutBuffer, Sample
 from trainer.batch import TrainBatch
-from trainer.config import AlgorithmConfig, BalanceConfig, ModelConfig, ParallelConfig, RewardConfig, TaskConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rl import AlgorithmConfig, RewardConfig, TaskConfig
+from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.estimate import flops_per_token, vocab_size
 from trainer.guard import Guard
 from trainer.step import Trainer, TrainerSpec

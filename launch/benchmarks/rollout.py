@@ -26,7 +26,7 @@ from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.model.transformer import LanguageModel, parameter_counts
 
 LOOK_EVERY = 32  # tokens between two looks at who has finished

@@ -25,7 +25,7 @@ from launch.benchmarks.models import ModelOptions, model_config, random_weights
 from launch.benchmarks.options import Listed
 from launch.benchmarks.timing import Ceilings
 from parallel.topology import serve_store
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import apply, difference
 from trainer.weight_links import Receiver, Sender, open_group, span_digests

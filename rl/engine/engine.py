@@ -28,7 +28,7 @@ from rl.engine.sampler import Sampling
 from rl.engine.stops import Stops
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
-from trainer.config import ExpertChoiceRouter, ModelConfig
+from trainer.config.model import ExpertChoiceRouter, ModelConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
 from trainer.weight_delta import WeightDelta, apply
 from trainer.weight_links import Offer, Receiver, span_digests

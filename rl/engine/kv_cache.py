@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention import attend_pages, put_pages
 from kernels.ragged import PAGE_TOKENS, Ragged
 from kernels.replay import record_dtype
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 
 
 class PagedCache:

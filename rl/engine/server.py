@@ -28,7 +28,7 @@ from rl.engine.completions import BadReply, Completion, parse
 from rl.engine.engine import EngineSettings
 from rl.trajectory import Sample
 from trainer.cluster import Processes
-from trainer.config import RolloutConfig, SyncConfig
+from trainer.config.rl import RolloutConfig, SyncConfig
 from trainer.json_text import parsed
 
 UNKNOWN = -1  # the version of weights that were not sent by this run

@@ -10,7 +10,7 @@ from rl.rewards.calculator import Calculator
 from rl.rewards.dataset import Dataset
 from rl.rewards.lists import Brackets, Countdown, Sort
 from rl.rewards.task import Task
-from trainer.config import TaskConfig
+from trainer.config.rl import TaskConfig
 
 TASKS: dict[str, type[Task]] = {
     "countdown": Countdown,

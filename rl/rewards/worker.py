@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.tasks import make_task
-from trainer.config import TaskConfig
+from trainer.config.rl import TaskConfig
 
 GRACE_S = 2.0  # the driver kills at its timeout; without a driver the worker ends so much later
 GIB = 1 << 30

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, Validation
 
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
-from trainer.config import RewardConfig, TaskConfig
+from trainer.config.rl import RewardConfig, TaskConfig
 
 START_TIMEOUT_S = 120.0  # importing and making the task
 STARTS = 3  # of a worker, where something from outside ends it each time

@@ -12,7 +12,8 @@ from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run import ParallelConfig
 from trainer.estimate import memory_per_rank
 from trainer.step import Trainer
 

@@ -15,7 +15,7 @@ from parallel.peer_memory import PeerMemory, view, within_reach
 from parallel.topology import World
 from parallel.transport import transport_kind
 from tests.distributed.ranks import run_ranks
-from trainer.config import ParallelConfig
+from trainer.config.run import ParallelConfig
 
 
 def exchange(world: World, folder: str) -> tuple[bool, list[list[float]], int]:

@@ -24,7 +24,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
-from trainer.config import AlgorithmConfig
+from trainer.config.rl import AlgorithmConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel
 from trainer.step import Trainer, TrainerSpec

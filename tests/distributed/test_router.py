@@ -17,7 +17,7 @@ from tests.distributed.test_trainer import learn as learn_steps
 from tests.distributed.test_trainer import own_state
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
-from trainer.config import SyncConfig
+from trainer.config.rl import SyncConfig
 from trainer.step import Trainer, TrainerSpec
 from trainer.weights import unpack
 from trainer.worker import TrainWorker

@@ -30,7 +30,7 @@ from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
 from trainer.checkpoint import Writer
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel

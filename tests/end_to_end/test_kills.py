@@ -13,7 +13,7 @@ import torch
 from tests.end_to_end.commands import records, run
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.models import tiny_model
-from trainer.config import TokenizerConfig
+from trainer.config.run import TokenizerConfig
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
 from trainer.tokenizer import train_tokenizer

@@ -27,7 +27,7 @@ from tests.distributed.test_trainer import (
 )
 from tests.distributed.test_value_head import go_on, told, train_and_save
 from tests.models import parallel, spec, tiny_model
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.step import Trainer, TrainerSpec
 
 GPUS = torch.cuda.device_count()

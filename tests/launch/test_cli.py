@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
-from trainer.config import CosineRouter, PretrainConfig, RLConfig, StdlibSource, TextSource
+from trainer.config.model import CosineRouter
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig, StdlibSource, TextSource
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from launch.doctor import (
     check_tracking,
     nvlinks,
 )
-from trainer.config import LoggerConfig
+from trainer.config.run import LoggerConfig
 
 REPOSITORY = Path(__file__).parents[2]
 TOPOLOGY = """\

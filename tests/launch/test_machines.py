@@ -20,7 +20,7 @@ from launch.machines import MachineName, layer_costs, link, profiled, read_machi
 from parallel.layer_cost import Setting, layer_time
 from parallel.placement import Budget, Topology, even_owners
 from parallel.policies import by_cost, plain
-from trainer.config import PlanConfig
+from trainer.config.plan import PlanConfig
 
 NAMES = group_choices(PlanConfig, "plan")["machine"]
 

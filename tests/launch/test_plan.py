@@ -15,7 +15,8 @@ from launch.benchmarks.placement import replay
 from launch.cli import load, main
 from launch.plan import plan
 from launch.prediction import EP, FSSDP, NEAR, Cluster, Layout, Prediction, best_of_each, chosen, pipeline
-from trainer.config import PlanConfig, PretrainConfig
+from trainer.config.plan import PlanConfig
+from trainer.config.run import PretrainConfig
 from trainer.estimate import GIB, flops_per_token, memory_per_rank
 from trainer.model.transformer import parameter_counts
 

@@ -12,7 +12,7 @@ from ray.dashboard.modules.job.cli import submit
 from ray.scripts import scripts
 
 from launch.cli import load
-from trainer.config import PretrainConfig
+from trainer.config.run import PretrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
 FILE = REPOSITORY / "launch" / "ray" / "cluster.yaml"

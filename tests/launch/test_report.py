@@ -15,7 +15,8 @@ import pytest
 from kernels.errors import UserError
 from launch.cli import load
 from launch.report import PANELS, write_report
-from trainer.config import PretrainConfig, RLConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 from trainer.metrics import METRICS, Value
 from trainer.run_dir import RunDir
 

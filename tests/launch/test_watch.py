@@ -18,7 +18,8 @@ from rich.console import Console
 from launch import watch
 from launch.cli import load
 from launch.watch import BARS, Curves, messages, picture, sparkline
-from trainer.config import PretrainConfig, RLConfig, RunConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig, RunConfig
 from trainer.metrics import seconds_left
 from trainer.run_dir import RunDir
 

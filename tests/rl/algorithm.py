@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import AlgorithmConfig
+from trainer.config.rl import AlgorithmConfig
 
 
 def algorithm_config(**changes: Any) -> AlgorithmConfig:

@@ -20,7 +20,8 @@ from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of
 from trainer.batch import cross_entropy
 from trainer.cluster import Processes, ProcessLost, start_ray
-from trainer.config import ClusterConfig, SyncConfig
+from trainer.config.rl import SyncConfig
+from trainer.config.run import ClusterConfig
 from trainer.model.transformer import LanguageModel
 from trainer.places import REPOSITORY
 from trainer.weight_sync import WeightSource, WeightUpdate

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.advantages import advantages, overlong_penalty, uncertainty_weight
-from trainer.config import Estimator
+from trainer.config.rl import Estimator
 
 # Rewards a thousandth apart: the eps beside a std that is nothing but rounding would compare noise with noise.
 groups = st.lists(st.one_of(st.none(), st.integers(-2000, 2000).map(lambda n: n / 1000)), min_size=1, max_size=8)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from rl.april import RoundResult, Score, complete, rollout_round, submitted_groups
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Segment
-from trainer.config import RolloutConfig
+from trainer.config.rl import RolloutConfig
 
 
 def rollout_config(**changes: Any) -> RolloutConfig:

@@ -14,7 +14,7 @@ from kernels.errors import UserError
 from rl.rewards.dataset import Dataset
 from rl.rewards.task import Task, is_held_out
 from rl.rewards.tasks import check_task, make_task
-from trainer.config import TaskConfig
+from trainer.config.rl import TaskConfig
 
 ROWS = [
     {

@@ -21,7 +21,8 @@ from rl.engine.sampler import Sampling
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
-from trainer.config import CosineRouter, RouterConfig, SyncConfig
+from trainer.config.model import CosineRouter, RouterConfig
+from trainer.config.rl import SyncConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta

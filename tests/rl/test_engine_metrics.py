@@ -15,7 +15,7 @@ from rl.april import complete
 from rl.engine.engine import Engine
 from rl.engine.metrics import PREFIX, serve_state
 from tests.rl.test_engine import CONFIG, MAX_NEW, LanguageModel, engine_for, requests, settings
-from trainer.config import RLConfig
+from trainer.config.rl import RLConfig
 
 LOOPBACK = "127.0.0.1"
 

@@ -19,7 +19,7 @@ from rl.losses import gspo, ppo
 from rl.off_policy import sequence_mean
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import Predictions, TrainBatch
-from trainer.config import AlgorithmConfig
+from trainer.config.rl import AlgorithmConfig
 
 ROWS, LENGTH = 3, 24
 

@@ -17,7 +17,7 @@ from rl.trajectory import Group, RolloutBuffer, Sample
 from tests.rl.test_april import ScriptedPool, configs, each, final_length, play, prompts, rollout_config, score, token
 from tests.rl.test_engine import CONFIG, MAX_NEW, engine_for, trainer_logprobs
 from tests.rl.test_server import wait_until
-from trainer.config import RLConfig, RolloutConfig
+from trainer.config.rl import RLConfig, RolloutConfig
 from trainer.model.transformer import LanguageModel
 
 LONGEST = 64

@@ -30,7 +30,7 @@ from tests.rl.algorithm import algorithm_config
 from tests.rl.test_engine import CONFIG, CPU, EOS, MAX_NEW, engine_for, requests, settings
 from tests.rl.test_turns import answers
 from trainer.batch import TrainBatch
-from trainer.config import RLConfig
+from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel, Output
 from trainer.step import Trainer, TrainerSpec

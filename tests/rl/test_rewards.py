@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from rl.rewards.task import Prompt, Task, item_reward
 from rl.rewards.tasks import TASKS, make_task
-from trainer.config import TaskConfig
+from trainer.config.rl import TaskConfig
 
 items = st.lists(st.sampled_from("abc"), min_size=1, max_size=6)
 

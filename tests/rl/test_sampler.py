@@ -16,7 +16,7 @@ from rl.april import complete
 from rl.engine.sampler import Sampling, kept, sample
 from rl.trajectory import Sample
 from tests.rl.test_engine import CONFIG, engine_for, requests
-from trainer.config import RLConfig
+from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
 

@@ -20,7 +20,7 @@ from rl.april import rollout_round
 from rl.engine.pool import LocalPool
 from rl.trajectory import Group, RolloutBuffer, Sample, Segment
 from tests.rl.test_april import ScriptedPool, configs, prompts, reward_of, rollout_config, score, token
-from trainer.config import RolloutConfig
+from trainer.config.rl import RolloutConfig
 
 ROUNDS, LONGEST = 5, 64
 EPOCH = 7  # prompts of the task

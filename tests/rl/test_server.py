@@ -26,7 +26,7 @@ from rl.trajectory import RolloutBuffer, Sample, Segment
 from tests.rl.completion_server import DROP, HOLD, CompletionServer, Events, Mutate, events_of
 from tests.rl.test_april import rollout_config
 from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, requests, settings, trainer_logprobs
-from trainer.config import RLConfig, SyncConfig
+from trainer.config.rl import RLConfig, SyncConfig
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
 

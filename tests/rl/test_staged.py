@@ -26,7 +26,7 @@ from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from tests.rl.test_april import each, rollout_config
 from trainer.batch import TrainBatch
-from trainer.config import BalanceConfig
+from trainer.config.run import BalanceConfig
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer
 

@@ -22,7 +22,7 @@ from tests.rl.completion_server import CompletionServer, Events
 from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, engine_for, requests
 from tests.rl.test_server import pool_at
 from tests.rl.test_turns import reinforcement, tokenizer  # noqa: F401 - fixtures
-from trainer.config import RLConfig
+from trainer.config.rl import RLConfig
 from trainer.model.transformer import LanguageModel
 from trainer.tokenizer import Tokenizer
 

@@ -25,7 +25,8 @@ from tests.rl.algorithm import algorithm_config
 from tests.rl.scorers import Talking
 from tests.rl.test_april import rollout_config
 from tests.rl.test_engine import CONFIG, EOS, LENGTH, MAX_NEW, engine_for, requests, trainer_logprobs
-from trainer.config import RLConfig, TokenizerConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import TokenizerConfig
 from trainer.model.transformer import LanguageModel
 from trainer.tokenizer import Tokenizer, train_tokenizer
 

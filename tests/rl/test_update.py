@@ -18,7 +18,7 @@ from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from tests.rl.test_staged import OneRank
 from trainer.batch import TrainBatch
-from trainer.config import BalanceConfig
+from trainer.config.run import BalanceConfig
 from trainer.metrics import Value
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel

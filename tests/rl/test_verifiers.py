@@ -15,7 +15,7 @@ from rl.rewards.task import Prompt
 from rl.rewards.verifiers import VERIFIERS, CodeIO, CodeTests, Exact, JsonSchema, Math, Regex, last_block, make_verifier
 from rl.rewards.workers import Response, RewardWorkers
 from tests.rl.test_sandbox import possible
-from trainer.config import RewardConfig, TaskConfig
+from trainer.config.rl import RewardConfig, TaskConfig
 
 isolated = pytest.mark.skipif(not possible("namespaces"), reason="no user namespaces for us")
 

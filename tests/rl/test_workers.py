@@ -18,7 +18,7 @@ from kernels.errors import UserError
 from rl.rewards.task import Prompt
 from rl.rewards.worker import answered
 from rl.rewards.workers import Reply, Response, RewardWorkers
-from trainer.config import RewardConfig, TaskConfig
+from trainer.config.rl import RewardConfig, TaskConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CLEAN = {"reward/timeouts": 0, "reward/errors": 0, "reward/deaths": 0}

@@ -10,7 +10,7 @@ import pytest
 from kernels.errors import UserError
 from launch.cli import load
 from trainer.cluster import ProcessLost, check_cluster, choose_ranks, rank_choices, supervise
-from trainer.config import ClusterConfig, PretrainConfig
+from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.worker import check_division
 
 

@@ -11,7 +11,10 @@ from omegaconf import OmegaConf
 from launch.cli import CONF, group_choices, load
 from rl.rewards.task import Task
 from rl.rewards.tasks import TASKS, make_task
-from trainer.config import PlanConfig, PretrainConfig, Record, RLConfig
+from trainer.config.plan import PlanConfig
+from trainer.config.record import Record
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 
 ROOTS: dict[str, type[Record]] = {"pretrain": PretrainConfig, "rl": RLConfig, "plan": PlanConfig}
 REQUIRED = {  # what a choice leaves to the person

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import trainer.data
 from kernels.errors import UserError
-from trainer.config import JsonlSource, ParquetSource, StdlibSource, TextSource, TokenizerConfig
+from trainer.config.run import JsonlSource, ParquetSource, StdlibSource, TextSource, TokenizerConfig
 from trainer.data import Corpus, TokenArray, documents, open_corpus, prepare
 from trainer.sources import PARQUET_BATCH_ROWS, list_files
 from trainer.tokenizer import Tokenizer

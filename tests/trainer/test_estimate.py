@@ -9,7 +9,9 @@ import torch
 
 from launch.cli import load
 from parallel.moe_layer import LocalExperts
-from trainer.config import CosineRouter, ModelConfig, PretrainConfig, RLConfig
+from trainer.config.model import CosineRouter, ModelConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 from trainer.estimate import Memory, budget_lines, flops_per_token, in_gib, memory_per_rank, millions, scaled
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel, parameter_counts

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels.errors import UserError
 from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
-from trainer.config import CosineRouter, NoisyTopKRouter, TokenizerConfig
+from trainer.config.model import CosineRouter, NoisyTopKRouter
+from trainer.config.run import TokenizerConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import LanguageModel

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import OptimizerConfig
+from trainer.config.run import OptimizerConfig
 from trainer.optimizer import learning_rate
 
 

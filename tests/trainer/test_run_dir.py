@@ -14,7 +14,8 @@ import yaml
 from kernels.errors import UserError
 from launch.cli import load
 from trainer import run_dir
-from trainer.config import PretrainConfig, RLConfig
+from trainer.config.rl import RLConfig
+from trainer.config.run import PretrainConfig
 from trainer.run_dir import RunDir, git_revision, read_status, write_atomically
 
 

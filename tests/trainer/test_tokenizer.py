@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from kernels.errors import UserError
-from trainer.config import TokenizerConfig
+from trainer.config.run import TokenizerConfig
 from trainer.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # naïve, 漢字, \U0001f600\n" * 3 for i in range(60)]

@@ -17,7 +17,7 @@ from kernels.errors import UserError
 from launch.cli import load
 from launch.trace import trace
 from parallel.topology import World
-from trainer.config import PretrainConfig, TraceConfig
+from trainer.config.run import PretrainConfig, TraceConfig
 from trainer.run_dir import RunDir, traces_of
 from trainer.tracing import REQUEST, TraceRequest, Traces, merge
 from trainer.worker import TrainWorker

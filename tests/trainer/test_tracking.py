@@ -12,7 +12,7 @@ from wandb.errors import CommError
 from kernels.errors import UserError
 from launch.cli import load
 from trainer import tracking
-from trainer.config import LoggerConfig, PretrainConfig
+from trainer.config.run import LoggerConfig, PretrainConfig
 from trainer.metrics import Change, read_records
 from trainer.run_dir import RunDir, read_status
 from trainer.tracking import Tracker, summary_table

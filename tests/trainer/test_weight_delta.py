@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.models import tiny_model
 from trainer import weight_delta
-from trainer.config import SyncConfig
+from trainer.config.rl import SyncConfig
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta, apply, bits, decode, difference, encode
 from trainer.weight_sync import WeightSource, WeightUpdate

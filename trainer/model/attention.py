@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from kernels.attention import attend
 from kernels.ragged import ragged
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 
 
 def rope(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

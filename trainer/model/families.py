@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 
 OUR_KEY = "tessera"  # in config.json: what the architecture has no word for; also the mark of a folder that we wrote
 

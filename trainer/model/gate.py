@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kernels.gates import cosine_logits, noisy_logits
 from kernels.linear import linear, linears
 from kernels.random_bits import normal_numbers
-from trainer.config import CosineRouter, ModelConfig, NoisyTopKRouter
+from trainer.config.model import CosineRouter, ModelConfig, NoisyTopKRouter
 from trainer.model.initial import fill_normal
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.json_text import parsed
 from trainer.model.families import OUR_KEY, config_json, family_of, parse_config, tensors_by_name
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, require_plausible

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.config import ModelConfig
+from trainer.config.model import ModelConfig
 
 
 def initial_expert(config: ModelConfig, seed: int, layer: int, expert: int) -> tuple[Tensor, Tensor]:

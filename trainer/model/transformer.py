@@ -28,7 +28,7 @@ from kernels.norm import add_rms_norm, rms_norm, rotate
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
 from parallel.moe_layer import LocalExperts
-from trainer.config import ExpertChoiceRouter, ModelConfig
+from trainer.config.model import ExpertChoiceRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std

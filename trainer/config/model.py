@@ -1,0 +1,104 @@
+"""The model and its router."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.record import Record
+
+
+class TopKRouter(Record):
+    """A token goes to the K experts of the largest score + bias; its logits are a linear map of it."""
+
+    kind: Literal["top_k"]
+
+
+class NoisyTopKRouter(Record):
+    """The same, with learned noise on the logits while it is pretrained (Shazeer et al. 1701.06538): none in evaluation, in
+    generation and in RL, which learns what was generated."""
+
+    kind: Literal["noisy_top_k"]
+
+
+class CosineRouter(Record):
+    """The logits are cosines between tokens and experts, over a learned temperature (X-MoE, 2204.09179)."""
+
+    kind: Literal["cosine"]
+    size: int = Field(gt=0)  # R, dimensions in which they are compared; the paper takes half the number of experts
+    temperature: float = Field(gt=0)  # at the start; the paper takes 0.3 for softmax scores and 0.07 for sigmoid ones
+
+
+class ExpertChoiceRouter(Record):
+    """Experts take tokens, each equally many of a micro-batch, and a token has top_k experts on average (2202.09368). A token's
+    experts depend on the tokens behind it: what is trained so cannot generate, and cannot go into RL."""
+
+    kind: Literal["expert_choice"]
+    most_experts: int = Field(gt=0)  # of a token; the paper takes all
+
+
+RouterConfig = Annotated[TopKRouter | NoisyTopKRouter | CosineRouter | ExpertChoiceRouter, Field(discriminator="kind")]
+
+
+class ModelConfig(Record):
+    """A decoder-only sparse mixture-of-experts model. Letters: D model, F expert hidden, E experts, K top-k, V vocabulary."""
+
+    hidden_size: int = Field(gt=0)  # D
+    num_layers: int = Field(gt=0, le=10_000)
+    num_dense_layers: int = Field(ge=0)  # the first layers have one plain SwiGLU MLP and no experts
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    dense_hidden_size: int = Field(gt=0)  # hidden size of the plain MLP of a dense layer
+    num_experts: int = Field(gt=0)  # E
+    top_k: int = Field(gt=0)  # K
+    expert_hidden_size: int = Field(gt=0)  # F
+    num_shared_experts: int = Field(ge=0)  # every token passes them; one MLP of hidden size n * F
+    router: RouterConfig  # where logits come from
+    router_scores: Literal["softmax", "sigmoid"]
+    renormalize: bool  # combine weights of a token sum to one before `routed_scale`
+    routed_scale: float = Field(gt=0)
+    selection_bias: bool  # a bias that moves the selection, never the combine weights (Wang et al. 2408.15664)
+    qk_norm: bool  # RMSNorm over head_dim of queries and keys
+    attention_bias: bool  # biases of the query, key and value projections
+    tie_embeddings: bool
+    rope_theta: float = Field(gt=0)
+    norm_eps: float = Field(gt=0)
+    init_std: float = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    vocab_size: int | None = None  # V; taken from the tokenizer when the run starts
+
+    @model_validator(mode="after")
+    def consistent(self) -> ModelConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); lower top_k or add experts"
+            )
+        if isinstance(self.router, ExpertChoiceRouter):
+            self._consistent_with_expert_choice(self.router)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd; rotary embeddings need an even one")
+        if self.num_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers ({self.num_dense_layers}) leaves no MoE layer of num_layers ({self.num_layers}); lower it"
+            )
+        return self
+
+    def _consistent_with_expert_choice(self, router: ExpertChoiceRouter) -> None:
+        if not self.top_k <= router.most_experts <= self.num_experts:
+            raise ValueError(
+                f"router.most_experts ({router.most_experts}) has to lie between top_k ({self.top_k}), which a token has on "
+                f"average, and num_experts ({self.num_experts})"
+            )
+        if self.selection_bias:
+            raise ValueError(
+                "router.kind=expert_choice fills all experts alike and has no use for a selection bias; set "
+                "model.selection_bias=false and balance=frozen"
+            )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers

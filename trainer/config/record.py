@@ -1,0 +1,16 @@
+"""What every option is: typed, frozen, validated once.
+
+Hydra composes the files under conf/; `launch.cli.load` turns the composed mapping into one of the roots `PretrainConfig`
+(run.py), `RLConfig` (rl.py) or `PlanConfig` (plan.py). Nothing past the entry point sees a Hydra object. A field's unit is in
+its name or its comment.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Frozen; an unknown key is an error, a wrong type is never silently accepted (`"2"` for an integer is)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

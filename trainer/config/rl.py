@@ -1,0 +1,246 @@
+"""Reinforcement learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.config.record import Record
+from trainer.config.run import RunConfig
+
+
+class TaskConfig(Record):
+    """Prompts and a verifiable reward: `name` of rl/rewards/tasks.py, or an import path `package.module:Class`."""
+
+    name: str
+    options: dict[str, int | float | str | bool]  # keyword arguments of the task's class
+    eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
+
+
+class RewardConfig(Record):
+    """Where rewards are computed: in child processes of the driver, which may hang or die without harm to the run."""
+
+    workers: int = Field(gt=0)  # processes
+    timeout_s: float = Field(gt=0)  # of one score; a scorer that takes longer is killed, and its sample has no reward
+    memory_gib: float = Field(gt=0)  # that a process may have
+
+
+class WarmupConfig(Record):
+    """A short supervised warm-up on the task's demonstrations, before the first rollout round."""
+
+    steps: int = Field(ge=0)
+    batch_rows: int = Field(gt=0)
+    lr: float = Field(gt=0)
+
+
+class RolloutConfig(Record):
+    """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
+
+    groups: int = Field(gt=0)  # N finished groups end a round
+    samples_per_group: int = Field(gt=1)  # n
+    over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
+    refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
+    max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
+    temperature: float = Field(gt=0)
+    top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
+    top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
+    min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
+    include_stop: bool  # whether the task sees the string that ended the text
+    replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
+    engines: int = Field(gt=0)
+    engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
+    cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
+    advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
+    overlap: bool  # the engines go on generating while the ranks learn
+    metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others behind it; 0: none does
+    server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
+    server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
+    server_timeout_s: float = Field(gt=0)  # without a byte of an answer
+    server_retries: int = Field(ge=0)  # requests in a row that bring no token
+
+
+class SyncConfig(Record):
+    """How new weights reach the engines.
+
+    store: rank 0 puts them into Ray's object store (trainer/weight_sync.py). direct: ranks show their memory to engines on the
+    same GPU and broadcast to the others (trainer/weight_links.py). auto: direct on GPUs, unless only changes are sent.
+    """
+
+    transport: Literal["auto", "store", "direct"]
+    anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
+    check: bool  # each engine hashes what it holds and compares with the trainer's hash
+
+    @model_validator(mode="after")
+    def _changes_need_the_store(self) -> Self:
+        if self.transport == "direct" and self.anchor_every > 1:
+            raise ValueError(
+                f"transport=direct sends all weights every time, but anchor_every = {self.anchor_every} asks for changes in "
+                "between; use anchor_every=1 (sync=full), or transport=store"
+            )
+        return self
+
+    def is_direct(self, on_gpu: bool) -> bool:
+        return self.transport == "direct" or (self.transport == "auto" and on_gpu and self.anchor_every == 1)
+
+
+Band = tuple[float, float]  # lowest and highest ratio
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+PER_TOKEN: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline", "gae")  # a token has an advantage of its own
+
+
+class AlgorithmConfig(Record):
+    """How rewards become an update; the formulas are in rl/advantages.py, rl/algorithms.py and rl/off_policy.py."""
+
+    advantage: Estimator
+    uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
+    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
+    gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
+    value_lambda: float = Field(ge=0, le=1)  # gae: gae_lambda of the returns that the value head learns (VC-PPO, 2503.01491)
+    value_decay: float = Field(gt=0, le=1)  # gae: what an update's returns still count in the value head's next fit
+    value_coefficient: float = Field(ge=0)  # gae: weight of the value loss in the trunk that policy and value head share
+    value_clip: float | None = Field(gt=0)  # gae: this loss trusts values that moved by at most so much
+    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
+    overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
+    overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
+    loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
+    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - clip_low; of dppo: by how much a probability may fall
+    clip_high: float = Field(gt=0)  # ratios stay below 1 + clip_high; of dppo: by how much a probability may rise
+    dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
+    sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
+    entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
+    kl_coefficient: float = Field(ge=0)  # weight of the divergence from the policy at the start of RL; 0: that is not kept
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
+    aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
+    updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
+    off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
+    truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
+    token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
+    sequence_band: Band | None  # the same for whole responses, of the geometric mean
+    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely
+
+    @model_validator(mode="after")
+    def consistent(self) -> AlgorithmConfig:
+        for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
+            if band is not None and not 0 <= band[0] <= 1 <= band[1]:
+                raise ValueError(f"{name} ({band[0]}, {band[1]}) does not contain the ratio 1 of equal probabilities; widen it")
+        if self.kl_in_reward and self.advantage not in PER_TOKEN:
+            raise ValueError(
+                f"kl_estimator=k1 stands in the rewards of single tokens, and advantage={self.advantage} has one reward for a "
+                f"response; choose kl_estimator=k3, k2 or unbiased, or advantage={', '.join(PER_TOKEN)}"
+            )
+        if self.uncertainty_focus > 0 and self.advantage in PER_TOKEN:
+            raise ValueError(
+                f"uncertainty_focus ({self.uncertainty_focus}) weighs groups, and advantage={self.advantage} compares tokens "
+                "of all groups; set uncertainty_focus=0, or choose advantage=grpo"
+            )
+        if self.dual_clip is not None and self.loss != "ppo":
+            raise ValueError(f"dual_clip ({self.dual_clip}) is a part of loss=ppo; set dual_clip=null for loss={self.loss}")
+        if min(self.sapo_temperatures) <= 0:
+            raise ValueError(f"sapo_temperatures {self.sapo_temperatures} must both be positive; published are 1.0 and 1.05")
+        return self
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coefficient > 0 and self.kl_estimator == "k1"
+
+
+class LoopConfig(Record):
+    rounds: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)  # samples are packed into rows of so many tokens
+    micro_rows: int = Field(gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"]
+    recompute: bool
+    freeze_router: bool  # the gates keep their weights; the selection bias follows `balance`
+    eval_every: int = Field(gt=0)  # rounds
+    checkpoint_every: int = Field(gt=0)  # rounds
+    keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
+
+
+class RLConfig(RunConfig):
+    checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
+    task: TaskConfig
+    reward: RewardConfig
+    warmup: WarmupConfig
+    rollout: RolloutConfig
+    sync: SyncConfig
+    algorithm: AlgorithmConfig
+    loop: LoopConfig
+
+    @model_validator(mode="after")
+    def consistent(self) -> RLConfig:
+        if self.rollout.max_new_tokens >= self.loop.sequence_length:
+            raise ValueError(
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in a row of "
+                f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
+            )
+        if self.algorithm.overlong_margin > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
+                f"({self.rollout.max_new_tokens}); lower it"
+            )
+        if self.rollout.overlap and self.rollout.max_staleness == 0:
+            raise ValueError(
+                "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
+                "(0) throws all of them away; raise it, or choose rollout=april"
+            )
+        if self.rollout.overlap and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
+                "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
+            )
+        whole = self.rollout.top_k is None and self.rollout.top_p == 1 and self.rollout.min_p == 0
+        if not whole and self.algorithm.off_policy in ("recompute", "mask", "staged"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "and rollout.top_k, top_p and min_p leave tokens out that the trainer does not; choose "
+                "algorithm.off_policy=decoupled or bypass, or set them to null, 1.0 and 0.0"
+            )
+        if self.rollout.server is not None:
+            self._consistent_with_server()
+        elif self.rollout.server_reload is not None:
+            raise ValueError("rollout.server_reload tells a server to load weights, but there is none; set rollout.server")
+        elif self.rollout.metrics_port + self.rollout.engines > 65536:
+            raise ValueError(
+                f"rollout.metrics_port ({self.rollout.metrics_port}) leaves no ports for {self.rollout.engines} engines; "
+                "lower it"
+            )
+        return self
+
+    def _consistent_with_server(self) -> None:
+        if self.rollout.metrics_port:
+            raise ValueError(
+                "rollout.metrics_port is of our engines, and rollout.server is another, with an endpoint of its own; "
+                "set rollout.metrics_port=0"
+            )
+        if self.algorithm.off_policy in ("recompute", "mask"):
+            raise ValueError(
+                f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
+                "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
+                "or bypass"
+            )
+        if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":
+            raise ValueError(
+                "algorithm.off_policy=staged needs engines with the trainer's weights, and rollout.server keeps its own "
+                "without rollout.server_reload; name it, or choose algorithm.off_policy=decoupled"
+            )
+        if self.rollout.server_reload is None and (self.rollout.over_provision > 1 or self.rollout.overlap):
+            raise ValueError(
+                "rollout.server keeps its weights without rollout.server_reload, so what a round leaves unfinished is too old "
+                "for the next one, and long samples would never end; set rollout=sync, or name rollout.server_reload"
+            )
+        if self.rollout.replay_routing:
+            raise ValueError(
+                "rollout.replay_routing needs the experts of every token, those of interrupted samples too, and completion "
+                "servers send them in no agreed form, if at all; generate with our engines, or set replay_routing=false and "
+                "let algorithm.token_band drop the tokens whose probabilities differ"
+            )
+        if self.sync.anchor_every > 1 or self.sync.check:
+            raise ValueError(
+                "sync.anchor_every and sync.check are of our engines, and rollout.server is another; set sync=full"
+            )

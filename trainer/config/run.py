@@ -1,0 +1,245 @@
+"""What a run trains on, how, where, and what it tells; pretraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from parallel.schedule.pipeline import MOST_CHUNKS
+from trainer.config.model import ModelConfig
+from trainer.config.record import Record
+
+
+class TokenizerConfig(Record):
+    vocab_size: int = Field(ge=260)  # 256 bytes and the special tokens are always in it
+    train_mib: float = Field(gt=0)  # how much text the tokenizer is trained on
+    file: Path | None = None  # an existing tokenizer.json; then nothing is trained
+
+
+class Source(Record):
+    """What every source of text has."""
+
+    validation_share: float = Field(gt=0, lt=1)  # documents held out, chosen by a hash of their text
+    max_mib: float | None = Field(default=None, gt=0)  # stop reading after so much text; null reads everything
+    cache_dir: Path  # token arrays and trained tokenizers, keyed by what they were made from
+
+
+class StdlibSource(Source):
+    """The source text of the running Python's standard library: real text, on every machine."""
+
+    kind: Literal["stdlib"]
+
+
+class TextSource(Source):
+    """Text files, folders (every file below) and globs; one document a file."""
+
+    kind: Literal["text"]
+    paths: tuple[str, ...] = Field(min_length=1)
+
+
+class JsonlSource(Source):
+    """JSON lines; one document a line, its text under `field`."""
+
+    kind: Literal["jsonl"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    field: str
+
+
+class ParquetSource(Source):
+    """Parquet files; one document a row, its text in column `field`."""
+
+    kind: Literal["parquet"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    field: str
+
+
+DataConfig = Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Record):
+    """AdamW. The learning rate warms up linearly, then follows the schedule down to `final_lr_share * lr`."""
+
+    lr: float = Field(gt=0)
+    schedule: Literal["cosine", "wsd", "constant"]  # wsd: warm-up, stable, then a linear decay over the last `decay_share`
+    warmup_steps: int = Field(ge=0)
+    decay_share: float = Field(ge=0, le=1)
+    final_lr_share: float = Field(ge=0, le=1)
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip_norm: float = Field(gt=0)  # of the one global gradient norm over dense and expert parameters
+
+
+class BalanceConfig(Record):
+    """Auxiliary-loss-free balancing: once per global batch, the selection bias moves against the load."""
+
+    rule: Literal["sign", "proportional"]
+    rate: float = Field(ge=0)  # 0 freezes the bias
+
+
+class ParallelConfig(Record):
+    """An expert is owned by one rank and copied, step by step, to where its tokens are (FSSDP); the dense parameters are data
+    parallel under DeepSpeed ZeRO. Without copies this is plain expert parallelism."""
+
+    zero_stage: Literal[1, 2]
+    policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
+    # auto: ranks read each other's memory where all can, as on one node; else two_level, where several nodes have several ranks
+    # each: a token crosses to a node once; else messages, in which it goes to every rank that serves it.
+    transport: Literal["auto", "messages", "two_level", "peer_memory"]
+    # In how many chunks an MoE layer runs whose tokens travel as messages (parallel/chunked_experts.py); off: one; auto: as
+    # many, forward and backward apart, as measured parts of the layer let expect to be the fastest, one with other transports.
+    schedule: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
+    overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
+    memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
+    rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
+    reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
+    calibrate: bool  # plan a layer's copies again once its gate has decided, where the gain pays for the wait
+    # Experts' masters, gradients and moments. cpu: in the memory of the host, stepped there; nvme: gradients there, the rest on
+    # its disk.
+    offload: Literal["none", "cpu", "nvme"]
+    nvme_dir: Path | None  # of offload=nvme: a folder on a local disk of every node; its files go with the run
+
+    @model_validator(mode="after")
+    def consistent(self) -> ParallelConfig:
+        if self.policy == "plain" and self.memory != 0:
+            raise ValueError(
+                f"policy=plain makes no copies, but memory ({self.memory}) keeps room for them; set memory=0, as parallel=ep "
+                "does, or choose another policy"
+            )
+        if self.offload == "nvme" and self.nvme_dir is None:
+            raise ValueError("offload=nvme needs nvme_dir, a folder on a local disk: set parallel.nvme_dir=FOLDER")
+        if self.nvme_dir is not None and not self.nvme_dir.is_absolute():
+            raise ValueError(f"nvme_dir ({self.nvme_dir}) is looked for on every rank's node; write the whole path, from / on")
+        return self
+
+    def copies_kept(self, layers: int, ranks: int) -> int:
+        """For how many copies of experts a rank keeps room; those that only a running rank can tell are not counted."""
+        in_a_layer = 0 if ranks == 1 or self.memory == "auto" else self.memory
+        return in_a_layer * (1 if self.rematerialise else layers)
+
+
+class TrainConfig(Record):
+    """One optimizer step takes `batch_rows` rows of `sequence_length` tokens, all ranks together."""
+
+    steps: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)  # S
+    batch_rows: int = Field(gt=0)
+    micro_rows: int = Field(gt=0)  # rows that one rank takes through the model at once
+    dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on GPUs, float32 on CPUs
+    recompute: bool  # recompute activations in the backward pass
+    eval_every: int = Field(gt=0)  # steps
+    eval_rows: int = Field(gt=0)
+    checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
+    keep_checkpoints: int = Field(gt=0)
+    skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
+    spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
+    spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
+    on_spike: Literal["skip", "stop"]
+
+
+class SlurmConfig(Record):
+    """What `launch.submit` asks SLURM for. Nodes are the run's own; a Ray node runs on each for as long as the job."""
+
+    nodes: int = Field(gt=0)
+    gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one a node
+    time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")  # as sbatch takes it
+    partition: str | None
+    account: str | None
+    stop_before_s: int = Field(gt=0)  # so long before the limit the run writes a checkpoint and queues again
+    max_requeues: int = Field(ge=0)
+    sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']
+    shell: tuple[str, ...]  # lines before Python starts: module load cuda
+
+
+class ClusterConfig(Record):
+    """Where the processes run. What this run starts on its own machine binds to `host`."""
+
+    address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
+    nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
+    ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
+    min_ranks: int | None = Field(gt=0)  # as many are enough where lost nodes leave no place for all; null: it waits for them
+    shrink_after_s: float = Field(ge=0)  # so long a place for all is waited for before it goes on with fewer
+    gpu_type: str | None  # Ray's name of the GPUs that ranks run on: H100; null: any
+    threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
+    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint; of an engine: in a row
+    start_timeout_s: float = Field(gt=0)
+    collective_timeout_s: float = Field(gt=0)
+    engine_timeout_s: float = Field(gt=0)  # without an answer, after which an engine of RL is replaced
+    object_store_mib: int = Field(ge=80)
+    host: str
+    dashboard: bool
+    dashboard_port: int = Field(gt=0, lt=65536)
+    dollars_per_gpu_hour: float | None = Field(gt=0)  # of each rank's GPU; null: no metric tells costs
+    slurm: SlurmConfig | None
+
+    @model_validator(mode="after")
+    def consistent(self) -> ClusterConfig:
+        if self.min_ranks is not None and self.ranks != "auto" and self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks ({self.min_ranks}) is larger than ranks ({self.ranks}); lower it")
+        if self.min_ranks is not None and (self.nodes is not None or self.slurm is not None):
+            raise ValueError(
+                f"min_ranks ({self.min_ranks}) goes on without a lost node, and nodes says that all of them take part, as in a "
+                "SLURM job, which is queued again; set min_ranks=null"
+            )
+        return self
+
+
+class LoggerConfig(Record):
+    wandb: Literal["auto", "online", "offline", "off"]  # auto: online when WANDB_API_KEY is set, else offline
+    project: str
+    entity: str | None
+
+
+class TraceConfig(Record):
+    """Steps that the profiler watches; trainer/tracing.py. `python -m launch.trace` asks for others while a run goes on."""
+
+    range: tuple[int, int] | None  # the first and the last step or round; null: none
+    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
+    memory: bool  # also what the allocators of GPUs did
+
+    @model_validator(mode="after")
+    def consistent(self) -> TraceConfig:
+        if self.range is not None and not 1 <= self.range[0] <= self.range[1] < self.range[0] + 100:
+            raise ValueError(f"trace.range {list(self.range)} should be the first and the last of 1 to 100 steps")
+        return self
+
+
+class RunConfig(Record):
+    """What the two roots share."""
+
+    seed: int = Field(ge=0)
+    dry_run: bool  # print the resolved configuration and the estimates, then stop
+    resume: Literal["never", "auto"]  # auto: continue `run_name`, or the newest unfinished run of this kind
+    runs_dir: Path
+    run_name: str | None  # null: kind, date and time
+    optimizer: OptimizerConfig
+    balance: BalanceConfig
+    parallel: ParallelConfig
+    cluster: ClusterConfig
+    logger: LoggerConfig
+    trace: TraceConfig
+
+
+class PretrainConfig(RunConfig):
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def consistent(self) -> PretrainConfig:
+        if self.train.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"train.sequence_length ({self.train.sequence_length}) is larger than model.max_positions "
+                f"({self.model.max_positions}); shorten the rows or raise max_positions"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
+        if self.balance.rate > 0 and not self.model.selection_bias:
+            raise ValueError(
+                f"balance.rate ({self.balance.rate}) moves a selection bias that the model does not have; "
+                "set model.selection_bias=true or choose balance=frozen"
+            )
+        return self
