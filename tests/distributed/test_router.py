@@ -79,6 +79,18 @@ def test_each_router_trains_to_a_lower_loss(router: dict[str, Any]) -> None:
     assert all(bool(tensor.any()) for tensor in gate)
 
 
+def test_experts_that_take_tokens_give_the_same_bits_in_chunks() -> None:
+    """Where a token may have no expert at all."""
+    model = tiny_model(router=ROUTERS[2], selection_bias=False)
+    (whole, wanted), (cut, found) = (
+        run_ranks(
+            losses_of_one_batch, 2, spec(model, micro_rows=2, parallel=parallel(transport="messages", schedule=schedule))
+        )[0]
+        for schedule in ("off", 3)
+    )
+    assert cut == whole and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_where_passes_must_equal_generation_no_noise_is_drawn_or_learned(stage: int) -> None:
     options: dict[str, Any] = {"micro_rows": 2, "batch_invariant": True, "parallel": parallel(zero_stage=stage)}
