@@ -315,7 +315,7 @@ def test_a_record_that_has_no_end_is_not_waited_for(tmp_path: Path) -> None:
 def test_states_of_rollouts(data: st.DataObject) -> None:
     sample = {"uid": 1, "prompt_ids": [1], "status": "partial", "reward": None}
     sample["segments"] = [{"token_ids": [2], "logprobs": [-0.5], "weight_version": 0, "sampled": True}]
-    lengths = [{"first": 0, "trained": [[0, 2, 9]], "replaced": []}]
+    lengths = [{"first": 0, "trained": [[0, [2, 9]]], "replaced": []}]
     group = {"id": 0, "samples": [sample]}
     whole = {"next_group": 4, "lengths": lengths, "surplus": [], "recycled": [group]}
     with folder() as place:

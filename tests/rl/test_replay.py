@@ -191,7 +191,7 @@ def test_with_replay_the_routing_is_the_engines_whatever_the_weights() -> None:
     low, high = 1 - OBJECTIVE.config.clip_low, 1 + OBJECTIVE.config.clip_high
     loss = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages).mean()
     shares = output.counts_LE / output.counts_LE.sum(dim=1, keepdim=True)
-    gates = model.dense.gate_weights()
+    gates = [gate.weight for gate in model.dense.gates()]
     gradients = torch.autograd.grad(loss, gates)
     assert all(gradient.any() for gradient in gradients), "the gates learn"
     for ranks in (1, 2):
