@@ -148,7 +148,7 @@ def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(c
     expected = complete(reference, samples(24), 40)
     pool.submit(samples(24))
     done = pool.advance(3)
-    victim = process_of("engine/0")
+    victim = process_of("engine/0", folder=tmp_path)
     assert victim is not None
     victim.kill()
     while not pool.counts()["rollout/engines_returned"]:
@@ -158,14 +158,13 @@ def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(c
     pool.submit(interrupted)
     assert any(sample.status == "partial" for sample in interrupted) or len(done) == 24
     pool.submit([Sample(uid, uid, (4, 5, 6)) for uid in range(100, 108)])
-    dead, silent = process_of("engine/0"), process_of("engine/1")
+    dead, silent = process_of("engine/0", folder=tmp_path), process_of("engine/1", folder=tmp_path)
     assert dead is not None and silent is not None
     dead.kill()
     silent.suspend()
     while len(done) < 32:
         done += pool.advance(4)
-    # Where it stands it cannot say now; on a slow machine its log has a stack from its start.
-    assert any(line.startswith("engine/1 hangs: no answer in 5 s (") for line in engines.said), engines.said
+    assert any("engine/1 hangs: no answer in 5 s (it wrote no stack)" in line for line in engines.said), engines.said
     assert pool.counts()["rollout/engines_lost"] >= 2
     assert pool.drain() == []
     assert not psutil.wait_procs([silent], timeout=30)[1], "the silent one is still there"
