@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
-from kernels.limits import require_hopper, require_multiple
+from kernels.limits import require_hopper, require_multiple, takes_kernels
 from kernels.linear import linear
 from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
 from kernels.sigmoid import sigmoid
@@ -51,7 +51,7 @@ def expert_mlp(
     """
     # Backward comes only to what needs a gradient, and tokens and weights may be constants.
     anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()
-    if x_TD.is_cuda and x_TD.dtype not in (torch.float32, torch.float64):
+    if takes_kernels(x_TD):
         check_hopper(x_TD, gate_up_SCD, down_SDF)
         y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, anchor)
         return y_TD

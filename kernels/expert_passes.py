@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.expert_mlp import check_hopper, swiglu
 from kernels.expert_order import ExpertOrder
+from kernels.limits import takes_kernels
 from kernels.linear import product
 from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
 
@@ -37,10 +38,6 @@ class ArenaExperts:
         """(places of its entries in this part, gate_up_CD, down_DF) of each expert."""
         for count, end, slot in zip(order.counts_E.tolist(), order.ends_E.tolist(), self.slots_E.tolist(), strict=False):
             yield slice(end - count, end), self.gate_up_SCD[slot], self.down_SDF[slot]
-
-
-def takes_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype not in (torch.float32, torch.float64)
 
 
 class ForwardPass:

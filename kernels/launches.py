@@ -8,6 +8,8 @@ that it may read weights, which nothing changes that is itself launched so.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,11 @@ def begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def early(device: torch.device, rows: int) -> dict[str, bool]:
     """The options of a launch for so many rows."""
-    if device.type == "cuda" and rows <= FEW_ROWS and torch.cuda.get_device_capability(device)[0] >= 9:
+    if rows <= FEW_ROWS and _overlaps(device):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kernels.errors import UserError
 
@@ -24,3 +25,8 @@ def require_multiple(name: str, size: int, step: int, whose: str) -> None:
             f"{name}={size} is not a multiple of {step}, which {whose} bfloat16 kernels need; "
             f"use {-(-size // step) * step}, or float32, which takes the reference"
         )
+
+
+def takes_kernels(x: Tensor) -> bool:
+    """Whether a GPU's products of this dtype are those of kernels/hopper; float32 and float64 take the references."""
+    return x.is_cuda and x.dtype not in (torch.float32, torch.float64)

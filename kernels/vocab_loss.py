@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.errors import UserError
-from kernels.limits import require_hopper, require_multiple
+from kernels.limits import require_hopper, require_multiple, takes_kernels
 from kernels.linear import product
 
 CPU_CHUNK_LOGITS = 1 << 18  # 1 MiB of float32: the logits of a chunk stay in the cache
@@ -31,7 +31,7 @@ def token_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, tem
     (float64 stays float64). bfloat16 on a GPU takes kernels/hopper/vocabulary.py: D must be a multiple of 64, a token's results
     do not depend on the other tokens, and backward needs 0.5 GB and 8 T D bytes beside the gradients.
     """
-    if hidden_TD.is_cuda and hidden_TD.dtype not in (torch.float32, torch.float64):
+    if takes_kernels(hidden_TD):
         _check_hopper(hidden_TD, head_VD, targets_T)
         if (
             hidden_TD.stride(1) != 1

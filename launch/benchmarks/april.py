@@ -23,6 +23,7 @@ from rich.table import Table
 
 from launch.benchmarks.models import ModelOptions, floor_bytes
 from launch.benchmarks.options import Listed, OneOrMore
+from launch.benchmarks.record import one_row
 from rl.april import Prompts, Score, rollout_round, submitted_groups
 from rl.engine.engine import Engine, EngineSettings, Row
 from rl.engine.pool import LocalPool
@@ -281,7 +282,6 @@ def _tokens(groups: Sequence[Group]) -> int:
 
 
 def table(case: Rounds) -> Table:
-    shown = Table(title=case.work, title_justify="left")
     generated, rounds = case.generated, case.rounds
     row = {
         "N'/N": f"{case.over_provision:g}",
@@ -298,7 +298,4 @@ def table(case: Rounds) -> Table:
         "recomputed": f"{sum(one.recomputed_tokens for one in rounds) / generated:.0%}",
         "length bias": f"{rounds[-1].length_bias:.2f}",
     }
-    for name in row:
-        shown.add_column(name, justify="right")
-    shown.add_row(*row.values())
-    return shown
+    return one_row(case.work, row)

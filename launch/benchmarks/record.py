@@ -104,3 +104,12 @@ def gigabytes(side: Side, which: str) -> str:
     if which == "saved":
         return f"{side.memory.saved / 1e9:.2f}"
     return f"{side.memory.peak / 1e9:.2f} ({side.memory.matrix_gradients / 1e9:.2f})"
+
+
+def one_row(title: str, row: Mapping[str, str]) -> Table:
+    """A case that is one line: its values below their names."""
+    shown = Table(title=title, title_justify="left")
+    for name in row:
+        shown.add_column(name, justify="right")
+    shown.add_row(*row.values())
+    return shown

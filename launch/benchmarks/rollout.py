@@ -22,6 +22,7 @@ from launch.benchmarks import april
 from launch.benchmarks.april import NO_TOKEN, Rounds, SweepOptions
 from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import Listed
+from launch.benchmarks.record import one_row
 from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
 from rl.engine.sampler import Sampling
@@ -129,7 +130,6 @@ def _generate(
 def table(case: Rollout | Rounds) -> Table:
     if isinstance(case, Rounds):
         return april.table(case)
-    shown = Table(title=case.work, title_justify="left")
     row = {
         "batch": f"{case.batch}",
         "prompt": f"{case.prompt}",
@@ -140,7 +140,4 @@ def table(case: Rollout | Rounds) -> Table:
         "floor ms": f"{case.floor_ms:.3f}",
         "of floor": f"{case.floor_ms / case.step_ms:.0%}",
     }
-    for name in row:
-        shown.add_column(name, justify="right")
-    shown.add_row(*row.values())
-    return shown
+    return one_row(case.work, row)
