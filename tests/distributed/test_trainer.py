@@ -82,12 +82,12 @@ def expert_parts(model: LanguageModel) -> tuple[Tensor, Tensor]:
     return model.experts.gate_up_LECD, model.experts.down_LEDF
 
 
-def learn(trainer: Trainer, world: World, first: int, last: int) -> list[dict[str, Any]]:
+def learn(trainer: Trainer, world: World, first: int, last: int, lr: float = LR) -> list[dict[str, Any]]:
     history = []
     for step in range(first, last):
         batch = random_batch(step)
         share = batch.num_rows // world.size
-        history.append(trainer.learn(batch.rows(world.rank * share, (world.rank + 1) * share), cross_entropy, LR))
+        history.append(trainer.learn(batch.rows(world.rank * share, (world.rank + 1) * share), cross_entropy, lr))
     return history
 
 

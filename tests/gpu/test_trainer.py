@@ -61,15 +61,32 @@ def test_each_router_on_a_gpu_gives_the_updates_of_a_cpu(model: ModelConfig) -> 
         assert found["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-4)
 
 
+def learn_slowly(world: World, told: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """So slowly that a choice of experts which rounding turns changes that token, and no later update."""
+    trainer = Trainer(told, world)
+    history = learn(trainer, world, 0, STEPS, lr=1e-4)
+    return history, own_state(trainer, with_moments=True)
+
+
+def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Of the mean gradients, relative to their norm."""
+    names = [name for name in exact if name.endswith("exp_avg")]
+    squared = sum(float((found[name].cpu() - exact[name]).double().square().sum()) for name in names)
+    return float((squared / sum(float(exact[name].double().square().sum()) for name in names)) ** 0.5)
+
+
 @sizes
 @pytest.mark.parametrize("changes", [{}, *({"router": m.router} for m in (NOISY, COSINE))], ids=["top_k", "noisy", "cosine"])
-def test_bfloat16_updates_on_gpus_stay_near_float32(size: int, changes: dict[str, Any]) -> None:
+def test_bfloat16_updates_on_gpus_are_as_exact_as_those_of_a_cpu(size: int, changes: dict[str, Any]) -> None:
     smallest = SMALLEST.model_copy(update=changes)
-    expected_history, _ = plain_loop(spec(smallest, micro_rows=4))
-    results = run_ranks(train, size, spec(smallest, micro_rows=4, dtype="bfloat16"), kind="cuda")
-    for step, wanted in enumerate(expected_history):
-        assert results[0][0][step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=3e-2)
-        assert results[0][0][step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=0.15)
+    rounded = spec(smallest, micro_rows=4, dtype="bfloat16")
+    ((exact_history, exact),) = run_ranks(learn_slowly, 1, spec(smallest, micro_rows=4))
+    on_cpus, on_gpus = (run_ranks(learn_slowly, size, rounded, kind=kind) for kind in ("cpu", "cuda"))
+    expected, found = (distance(whole([state for _, state in results]), exact) for results in (on_cpus, on_gpus))
+    assert found < 1.5 * expected, f"{found} on GPUs, {expected} on CPUs"
+    for step, wanted in enumerate(exact_history):
+        assert on_gpus[0][0][step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=2e-2)
+        assert on_gpus[0][0][step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=6e-2)
 
 
 def first_update_and_more(world: World, told: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
