@@ -21,6 +21,7 @@ from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
+    GROUP,
     HALF,
     PIECE,
     REGISTERS,
@@ -33,6 +34,7 @@ from kernels.hopper.ring import (
     multiply,
     multiprocessors,
     pieces_of,
+    place,
     stacked_rows,
     swizzled,
 )
@@ -51,8 +53,8 @@ def tile_at(turn):
 @gluon.jit
 def locate(experts, tile, m_tiles, n_tiles):
     """(expert, row tile, column tile); `experts` is (by load, counts, ends)."""
-    expert = gl.load(experts[0] + tile // (m_tiles * n_tiles))
-    return expert, tile // n_tiles % m_tiles, tile % n_tiles
+    m, n = place(tile % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP)
+    return gl.load(experts[0] + tile // (m_tiles * n_tiles)), m, n
 
 
 @gluon.jit

@@ -31,6 +31,7 @@ from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
+    GROUP,
     HALF,
     PIECE,
     REGISTERS,
@@ -50,6 +51,7 @@ from kernels.hopper.ring import (
     multiply,
     multiprocessors,
     pieces_of,
+    place,
     release,
     send,
     stacked_rows,
@@ -71,12 +73,12 @@ def sigmoid(x):
 
 
 @gluon.jit
-def locate(tiles, tile, n_tiles):
+def locate(tiles, tile, m_tiles, n_tiles):
     """(column tile, expert, first row, rows of the expert from there on) of a tile."""
-    m = tile // n_tiles
+    m, n = place(tile, m_tiles, n_tiles, GROUP)
     expert = gl.load(tiles[1] + m)
     row = gl.load(tiles[2] + m)
-    return tile % n_tiles, expert, row, gl.load(tiles[3] + expert) - row
+    return n, expert, row, gl.load(tiles[3] + expert) - row
 
 
 @gluon.jit
@@ -102,10 +104,10 @@ def hidden_up(ring, stage, HALF_INDEX: gl.constexpr):
 @gluon.jit
 def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr):
     """`loads` is the views (left, right, gates, ups)."""
-    total = gl.load(tiles[0]) * n_tiles
+    m_tiles = gl.load(tiles[0])
     step = 0
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, expert, row, rows_left = locate(tiles, tile, n_tiles)
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        n, expert, row, rows_left = locate(tiles, tile, m_tiles, n_tiles)
         slot = expert if slots is None else gl.load(slots + expert)
         slot_row = slot * slot_rows
         for k in range(0, depth, DEPTH):
@@ -224,13 +226,13 @@ def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots,
 @gluon.jit
 def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles,
              KIND: gl.constexpr, N: gl.constexpr):  # fmt: skip
-    total = gl.load(tiles[0]) * n_tiles
+    m_tiles = gl.load(tiles[0])
     steps = gl.cdiv(depth, DEPTH)
     gl.assume(steps > 0)  # or the assembler cannot tell that the products before a result are done, and runs them one by one
     further: gl.constexpr = N // PIECE if KIND == "d_hidden" else 0
     step = 0
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, _, row, left = locate(tiles, tile, n_tiles)
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        n, _, row, left = locate(tiles, tile, m_tiles, n_tiles)
         row += SECOND * HALF
         valid = gl.minimum(left - SECOND * HALF, HALF)
         if valid > 0:
@@ -377,9 +379,9 @@ def _launch(
     kernel[(multiprocessors(left.device),)](
         blocks(left, half),
         right,
-        *(blocks(matrix, half) for matrix in gate_and_up(left if h_in is None else h_in)),
+        *((None, None) if h_in is None else (blocks(matrix, half) for matrix in gate_and_up(h_in))),
         clipped(out, half),
-        *(clipped(matrix, half) for matrix in gate_and_up(out if h is None else h)),
+        *((None, None) if h is None else (clipped(matrix, half) for matrix in gate_and_up(h))),
         weights_N,
         order.entry_N,
         dots,

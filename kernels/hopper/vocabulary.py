@@ -36,6 +36,7 @@ from kernels.hopper.ring import (
     multiply,
     multiprocessors,
     pieces_of,
+    place,
     swizzled,
 )
 
@@ -46,20 +47,10 @@ REDUCE_TOKENS, REDUCE_TILES = 32, 64
 
 
 @gluon.jit
-def locate(tile, tiles, m_tiles):
-    """(row tile, column tile). Blocks that run together share columns of the head and the rows of a group."""
-    of_group = GROUP * (tiles // m_tiles)
-    first = tile // of_group * GROUP
-    size = gl.minimum(m_tiles - first, GROUP)
-    within = tile % of_group
-    return first + within % size, within // size
-
-
-@gluon.jit
-def producer(ring, hidden_desc, head_desc, tiles, m_tiles, first_column, depth, N: gl.constexpr):
+def producer(ring, hidden_desc, head_desc, m_tiles, n_tiles, first_column, depth, N: gl.constexpr):
     step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = locate(tile, tiles, m_tiles)
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, m_tiles, n_tiles, GROUP)
         row = m * ROWS
         column = first_column + n * N
         for k in range(0, depth, DEPTH):
@@ -135,13 +126,13 @@ def gradient(product, constants, results, out_desc, targets, column, out_column,
 
 
 @gluon.jit
-def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_logit, constants, targets, tiles, m_tiles,
+def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles,
              first_column, depth, rows, vocabulary, scale, N: gl.constexpr):  # fmt: skip
     steps = gl.cdiv(depth, DEPTH)
     gl.assume(steps > 0)
     step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = locate(tile, tiles, m_tiles)
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, m_tiles, n_tiles, GROUP)
         row = m * ROWS + SECOND * HALF
         product, step = multiply(ring, step, steps, SECOND, False, False, N)
         if constants is None:
@@ -151,18 +142,18 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_log
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "m_tiles", "first_column", "depth", "rows", "vocabulary"])
-def kernel(hidden_desc, head_desc, out_desc, partials, target_logit, constants, targets, tiles, m_tiles, first_column, depth,
+@gluon.jit(do_not_specialize=["m_tiles", "n_tiles", "first_column", "depth", "rows", "vocabulary"])
+def kernel(hidden_desc, head_desc, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles, first_column, depth,
            rows, vocabulary, scale, N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Statistics of the logits where `constants` is None, else their gradient."""
     ring, results, others = allocate_ring((HALF, DEPTH), (N, DEPTH), LAYOUT)
     gl.warp_specialize(
         [
-            (consumer, (0, ring, results, out_desc, partials, target_logit, constants, targets, tiles, m_tiles, first_column,
+            (consumer, (0, ring, results, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles, first_column,
                         depth, rows, vocabulary, scale, N)),
-            (consumer, (1, ring, others, out_desc, partials, target_logit, constants, targets, tiles, m_tiles, first_column,
+            (consumer, (1, ring, others, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles, first_column,
                         depth, rows, vocabulary, scale, N)),
-            (producer, (ring, hidden_desc, head_desc, tiles, m_tiles, first_column, depth, N)),
+            (producer, (ring, hidden_desc, head_desc, m_tiles, n_tiles, first_column, depth, N)),
         ],
         WARPS,
         REGISTERS,
@@ -244,7 +235,6 @@ def _launch(
     constants_4T: Tensor | None = None,
 ) -> None:
     tokens, hidden = hidden_TD.shape
-    m_tiles = triton.cdiv(tokens, ROWS.value)
     kernel[(multiprocessors(hidden_TD.device),)](
         blocks(hidden_TD, (HALF.value, DEPTH.value)),
         blocks(head_VD, (WIDTH, DEPTH.value)),
@@ -253,8 +243,8 @@ def _launch(
         target_logit_T,
         constants_4T,
         targets_T,
-        tiles * m_tiles,
-        m_tiles,
+        triton.cdiv(tokens, ROWS.value),
+        tiles,
         first,
         hidden,
         tokens,
