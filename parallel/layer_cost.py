@@ -121,6 +121,17 @@ def pass_times(found: Flows, setting: Setting) -> tuple[float, float]:
     return 3 * products_s, 4 * exchange_time(found, setting) + costs.exchange_s
 
 
+def least_pass_s(crossing: float, busiest: float, entries: float, setting: Setting) -> float:
+    """No plan of a layer with so many entries takes less for products and tokens (`pass_times`), if so many of them go to other
+    nodes and one device computes so many, or the mean where that is more."""
+    topology, costs = setting.topology, setting.costs
+    mean = entries / topology.devices
+    tokens, far = mean / setting.top_k, topology.devices - topology.devices_per_node
+    rows = float(_rows(np.array([crossing / topology.devices]), far, tokens, setting.top_k)[0])  # somebody takes the mean
+    exchange_s = _travel(rows * costs.row_bytes, costs.across) + (tokens + rows) * costs.row_s
+    return 3 * max(busiest, mean) * costs.entry_s + 4 * exchange_s + costs.exchange_s
+
+
 def exchange_time(found: Flows, setting: Setting) -> float:
     """One exchange of tokens in one direction; both kinds of links work at the same time."""
     sent, costs = exchanged(found, setting), setting.costs

@@ -11,10 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.flows import Plan, device_loads, flows, imbalance
-from parallel.layer_cost import LayerCosts, Link, Setting, copy_times, exchange_time, hidden_copies, layer_time
+from parallel.layer_cost import (
+    LayerCosts,
+    Link,
+    Setting,
+    copy_times,
+    exchange_time,
+    hidden_copies,
+    layer_time,
+    least_pass_s,
+    pass_times,
+)
 from parallel.placement import Budget, Placement, Topology, without_copies
-from parallel.policies import POLICIES, by_cost, even_replicas, pack, plain
-from tests.parallel.plans import loads, owners, settings, topologies
+from parallel.policies import POLICIES, by_cost, even_replicas, fewest_crossing, pack, plain
+from tests.parallel.plans import loads, owners, plans, settings, topologies
 
 H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
     entry_s=1.6e-8,
@@ -116,6 +126,18 @@ def test_copies_go_where_least_is_one_by_one(topology: Topology, experts: int, m
                 load_D[device] += each_E[expert]
                 room_D[device] -= 1
     assert (pack(extra_E, loads_E, owner_E, topology, memory) == wanted_ED).all()
+
+
+@given(topologies(), st.integers(1, 16), st.integers(0, 9999))
+def test_no_plan_takes_less_than_the_least(topology: Topology, experts: int, seed: int) -> None:
+    plan, loads_E, setting = plans(seed, topology, experts), loads(seed, experts), settings(seed, topology, 0)
+    found, entries = flows(plan, topology, loads_E), float(loads_E.sum())
+    least_s = least_pass_s(float(found.across_in_D.sum()), float(found.entries_D.max()), entries, setting)
+    assert least_s <= sum(pass_times(found, setting)) * (1 + 1e-9)
+    even = Plan(plan.placement)
+    replicas_E = plan.placement.copies_ED.sum(axis=1)
+    crossing = flows(even, topology, loads_E).across_in_D.sum()
+    assert fewest_crossing(replicas_E - 1, loads_E, topology) <= crossing * (1 + 1e-9) + 1e-9
 
 
 def test_times_by_hand() -> None:
