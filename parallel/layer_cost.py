@@ -82,6 +82,7 @@ class Setting:
     budget: Budget
     rematerialise: bool  # copies are fetched again for the backward pass
     costs: LayerCosts
+    two_level: bool = False  # tokens cross to a node once, and go on inside it (two_level_exchange.py)
 
 
 def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
@@ -124,40 +125,82 @@ def pass_times(found: Flows, setting: Setting) -> tuple[float, float]:
 def least_pass_s(crossing: float, busiest: float, entries: float, setting: Setting) -> float:
     """No plan of a layer with so many entries takes less for products and tokens (`pass_times`), if so many of them go to other
     nodes and one device computes so many, or the mean where that is more."""
-    topology, costs = setting.topology, setting.costs
+    topology, costs, per_node = setting.topology, setting.costs, setting.topology.devices_per_node
     mean = entries / topology.devices
-    tokens, far = mean / setting.top_k, topology.devices - topology.devices_per_node
-    rows = float(_rows(np.array([crossing / topology.devices]), far, tokens, setting.top_k)[0])  # somebody takes the mean
-    exchange_s = _travel(rows * costs.row_bytes, costs.across) + (tokens + rows) * costs.row_s
-    return 3 * max(busiest, mean) * costs.entry_s + 4 * exchange_s + costs.exchange_s
+    tokens, far = mean / setting.top_k, topology.devices - per_node
+    taken = np.array([crossing / topology.devices, crossing / topology.nodes])  # some device and some node take the mean
+    to_device, to_node = _rows(taken, far, tokens, setting.top_k).tolist()
+    if setting.two_level:
+        relayed, inside = to_node / per_node, to_device * (per_node - 1) / per_node
+        sent = Exchanged(inside * costs.row_bytes, relayed * costs.row_bytes, tokens + 2 * relayed + to_device)
+    else:
+        sent = Exchanged(0.0, to_device * costs.row_bytes, tokens + to_device)
+    return 3 * max(busiest, mean) * costs.entry_s + 4 * _exchange_s(sent, setting) + costs.exchange_s
 
 
 def exchange_time(found: Flows, setting: Setting) -> float:
-    """One exchange of tokens in one direction; both kinds of links work at the same time."""
-    sent, costs = exchanged(found, setting), setting.costs
-    return max(_travel(sent.within_bytes, costs.within), _travel(sent.across_bytes, costs.across)) + sent.rows * costs.row_s
+    """One exchange of tokens in one direction."""
+    return _exchange_s(exchanged(found, setting), setting)
+
+
+def _exchange_s(sent: Exchanged, setting: Setting) -> float:
+    """Both kinds of links work at the same time; in two levels one after the other."""
+    costs = setting.costs
+    within_s, across_s = _travel(sent.within_bytes, costs.within), _travel(sent.across_bytes, costs.across)
+    return (within_s + across_s if setting.two_level else max(within_s, across_s)) + sent.rows * costs.row_s
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """In one exchange of tokens. A token's row goes to a device once, whatever number of its choices that device serves."""
+    """In one exchange of tokens."""
 
     within_bytes: float  # the most that a device gives to or takes from others of its node
     across_bytes: float  # and other nodes
-    rows: float  # the most that a device has of its own tokens and of those that come to it, from itself too
+    rows: float  # the most that a device lays out of its own tokens and puts in place of those that come, from itself too
 
 
 def exchanged(found: Flows, setting: Setting) -> Exchanged:
+    """A token's row goes to a device once, whatever number of its choices that device serves; in two levels to a node once."""
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
     near, tokens = topology.devices_per_node - 1, float(found.entries_D.sum()) / top_k / topology.devices
     far = topology.devices - near - 1
     own_D = found.entries_D - found.within_in_D - found.across_in_D
     kinds = ((found.within_in_D, near), (found.across_in_D, far), (own_D, 1))
     within_D, across_D, here_D = (_rows(in_D, sources, tokens, top_k) for in_D, sources in kinds)
+    rows_D = within_D + across_D + here_D
+    if setting.two_level:
+        return _in_two_levels(found, within_D, across_D, rows_D, setting)
     return Exchanged(
         _most(within_D, found.within_in_D, found.within_out_D) * costs.row_bytes,
         _most(across_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
-        tokens + float((within_D + across_D + here_D).max()),
+        tokens + float(rows_D.max()),
+    )
+
+
+def _in_two_levels(found: Flows, within_D: Floats, across_D: Floats, rows_D: Floats, setting: Setting) -> Exchanged:
+    """Rows for a node come to its devices alike, each from those at its place in other nodes; every device passes on what came
+    to it, and its own tokens' rows, to those that serve them.
+
+    Args:
+        within_D, across_D: rows of tokens of this node and of others that each device serves.
+        rows_D: all that it serves.
+    """
+    topology, top_k, costs, size = setting.topology, setting.top_k, setting.costs, setting.topology.devices_per_node
+    tokens = float(found.entries_D.sum()) / top_k / topology.devices
+
+    def of_node(amount_D: Floats) -> Floats:
+        """Equal parts of the sum over its devices, (D,)."""
+        return np.repeat(amount_D.reshape(topology.nodes, size).sum(axis=1) / size, size)
+
+    relayed_D = _rows(of_node(found.across_in_D) * size, topology.devices - size, tokens, top_k) / size
+    passed_D = relayed_D + _rows(tokens * top_k - found.across_out_D, 1, tokens, top_k)  # those of its own tokens too
+    elsewhere = (size - 1) / size  # of what others send to a node's device so much comes through other devices there
+    in_D = found.within_in_D + found.across_in_D * elsewhere
+    out_D = found.within_out_D + of_node(found.across_in_D) - found.across_in_D / size
+    return Exchanged(
+        _most(within_D + across_D * elsewhere, in_D, out_D) * costs.row_bytes,
+        _most(relayed_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
+        float((tokens + 2 * passed_D + rows_D).max()),
     )
 
 

@@ -119,7 +119,8 @@ class Materialisation:
         memory = copies_that_fit(arena, layers_kept) if settings.memory is None else settings.memory
 
         def planning(costs: LayerCosts) -> Plan:
-            setting = Setting(world.topology, settings.top_k, Budget(arena.shape.experts, memory), False, costs)
+            budget = Budget(arena.shape.experts, memory)
+            setting = Setting(world.topology, settings.top_k, budget, False, costs, arena.two_level)
             return settings.policy(self.loads[-1][0], self.shards.owner_LE[0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
@@ -131,7 +132,7 @@ class Materialisation:
     def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
         arena, settings, world = self.shards.arena, self.settings, self.shards.world
         budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
-        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs)
+        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
         arena.attention = None
         arena.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
         log.info("copies: %s, %s", budget, costs)

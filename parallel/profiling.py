@@ -111,7 +111,7 @@ def _exchange_costs(arena: ExpertArena, costs: LayerCosts, tokens: int, top_k: i
     and back, forward and backward, when the model's time on links has been taken off. Choices are even."""
     topology = arena.world.topology
     plan = Plan(without_copies(np.arange(arena.shape.experts) % topology.devices, topology.devices))
-    setting = Setting(topology, top_k, Budget(0, 0), False, costs)
+    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.two_level)
 
     def left(tokens: int) -> tuple[float, float]:
         """(rows in one direction, seconds)"""

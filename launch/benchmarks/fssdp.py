@@ -172,7 +172,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     unused = arena_of(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
-    setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
+    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind == "two_level")
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
     works: dict[str, Work] = {
         OURS: _sharded(told.shape, world, parts, plan, kind),
