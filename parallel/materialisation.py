@@ -50,6 +50,8 @@ class Materialisation:
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self.setting: Setting | None = None  # nothing is copied before it is known
         self._calibrated = 0  # layers, in this step
+        if settings.memory == 0:  # nothing will ever travel under it
+            shards.arena.attention = None
         self.place()
 
     def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
@@ -66,7 +68,10 @@ class Materialisation:
         loads_LE = counts_LE.double().cpu().numpy() / micro_batches
         metrics = self._measured(loads_LE)
         self.loads.append(loads_LE)
-        if self.setting is None and self.settings.memory != 0 and updates >= MEASURED_AFTER:
+        attention = self.shards.arena.attention
+        if attention is not None and updates < MEASURED_AFTER:
+            attention.forget()
+        elif attention is not None:
             self._measure()
         every = self.settings.reshard_every
         if self.setting is not None and every and updates % every == 0:
