@@ -134,21 +134,41 @@ def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callab
     """Tokens with random choices to the ranks of their experts and back, and their gradients. Collective."""
     world, experts = arena.world, arena.shape.experts
     generator = torch.Generator(world.device).manual_seed(world.rank)
-    x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype).requires_grad_()
-    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device).requires_grad_()
+    x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype)
+    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
     experts_TK = torch.rand(tokens, experts, device=world.device, generator=generator).topk(top_k).indices
     ends_ED, phase_E = (torch.from_numpy(part).to(world.device) for part in boundaries(plan.weights_ED, world.rank))
     here_E = torch.from_numpy(plan.placement.owner_E == world.rank)
     here = torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device), int(here_E.sum())
+    destination = partial(destinations, experts_TK, None, ends_ED, phase_E)
+    return exchange_call(arena, x_TD, weights_TK, experts_TK, destination, here)
+
+
+def exchange_call(
+    arena: ExpertArena,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    destination: Callable[[], Tensor],
+    here: tuple[Tensor, int],
+) -> Callable[[], object]:
+    """The exchange of a layer alone, forward and backward: results are the tokens that came.
+
+    Args:
+        destination: says who serves each choice, (T, K) int32; its time counts.
+        here: which of this rank's experts each expert is (int32, -1 of those elsewhere), and how many there are.
+    """
+    world = arena.world
+    x_TD, weights_TK = (part.detach().requires_grad_() for part in (x_TD, weights_TK))
 
     @torch.enable_grad()
     def whole(tokens: WholeLayerTokens) -> object:
-        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        rank_TK = destination()
         received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
 
     def as_messages() -> object:
-        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        rank_TK = destination()
         sent = exchange(world, weights_TK, experts_TK, rank_TK, *here, WHOLE)
         for way in (sent.forward, sent.backward):
             rows_RD = way.send(way.pack(x_TD, 0), 0).wait()

@@ -12,7 +12,7 @@ Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,13 +26,14 @@ from kernels.errors import UserError
 from kernels.router import Routing as Routed
 from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
 from launch.benchmarks.experts import draw_inputs, draw_matrices, expert_amount, zipf_ranks
+from launch.benchmarks.layer_parts import Predicted, compared, measured_parts, predicted
 from launch.benchmarks.options import OneOrMore, Shape, TokenOptions
 from launch.benchmarks.peers import torch_experts
 from launch.benchmarks.ranks import on_ranks, slowest
 from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
-from parallel.layer_cost import LayerCosts, LayerTime, Setting, layer_time
+from parallel.layer_cost import LayerCosts, Setting
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
 from parallel.policies import POLICIES
@@ -85,7 +86,8 @@ class Told:
 class Measured:
     times: dict[str, dict[Direction, Timing]]  # of each competitor
     errors: dict[str, dict[str, float]]
-    predicted: dict[str, tuple[LayerTime, LayerTime]]  # forward and backward, with the costs before and behind the timings
+    parts: dict[str, dict[str, Timing]]  # of a plan's layer, forward and backward, each alone
+    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and behind the timings
     costs: tuple[LayerCosts, LayerCosts]
     across_bytes: tuple[int, int]  # tokens between nodes on one way, experts on their owners: a row a rank, and a row a node
 
@@ -125,7 +127,10 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         for name, side in by_name.items():
             rows.append(Row(told.work, direction, name, side, best, side.time.median_ms / best.time.median_ms, fraction))
     sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
-    notes = [_predicted(name, measured.times[name], *both) for name, both in measured.predicted.items()]
+    notes = [
+        compared(name, measured.times[name]["forward+backward"], measured.parts[name], *both)
+        for name, both in measured.predicted.items()
+    ]
     notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
     if measured.across_bytes[0]:
         by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
@@ -134,15 +139,6 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
             f"rank, {by_node:.3g} MiB with a row for each node (transport=two_level), {1 - by_node / by_rank:.0%} less"
         )
     return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {}, notes)
-
-
-def _predicted(name: str, times: Mapping[Direction, Timing], before: LayerTime, behind: LayerTime) -> str:
-    """Costs are measured twice, because others may disturb a machine: where the two differ much, neither says anything."""
-    found_ms = times["forward+backward"].median_ms
-    errors = " and ".join(f"{1e3 * one.total_s:.3g} ({1e3 * one.total_s / found_ms - 1:+.0%})" for one in (before, behind))
-    names = ("products", "tokens", "weights", "sums")
-    parts = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in zip(names, astuple(before), strict=True))
-    return f"{name}: {found_ms:.3g} ms forward+backward, predicted {errors}: {parts}"
 
 
 def _in_words(costs: LayerCosts) -> str:
@@ -174,10 +170,12 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind == "two_level")
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
+    plans = {OURS: plan, "no_copies": bare}
+    arenas = {name: _placed(told.shape, world, parts, one, kind) for name, one in plans.items()}
     works: dict[str, Work] = {
-        OURS: _sharded(told.shape, world, parts, plan, kind),
+        OURS: _sharded(arenas[OURS]),
         "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
-        "no_copies": _sharded(told.shape, world, parts, bare, kind),
+        "no_copies": _sharded(arenas["no_copies"]),
         "local": partial(_local, own=_Matrices(parts)),
     }
     errors = _errors(works, inputs, world)
@@ -186,12 +184,10 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
         calls: dict[str, Call] = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
         for name, timing in slowest(calls, world, options.repeats).items():
             times[name][direction] = timing
+    alone = {name: measured_parts(arena, inputs, options.repeats) for name, arena in arenas.items()}
     again = replace(setting, costs=costs_of())
-    predicted = {
-        name: (layer_time(one, loads_E, setting), layer_time(one, loads_E, again))
-        for name, one in ((OURS, plan), ("no_copies", bare))
-    }
-    return Measured(times, errors, predicted, (costs, again.costs), _across_bytes(inputs, owner_E, world))
+    both = {name: (predicted(one, loads_E, setting), predicted(one, loads_E, again)) for name, one in plans.items()}
+    return Measured(times, errors, alone, both, (costs, again.costs), _across_bytes(inputs, owner_E, world))
 
 
 def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:
@@ -268,8 +264,8 @@ class _AddHere(torch.autograd.Function):
         return d_x_TD, None
 
 
-def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: TransportKind) -> Work:
-    """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
+def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: TransportKind) -> ExpertArena:
+    """With a plan's experts; gradients are added in float32 at the owners."""
     sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
 
     def add(row: int, gradients: Parts) -> None:
@@ -279,12 +275,17 @@ def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpo
     arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
+    return arena
+
+
+def _sharded(arena: ExpertArena) -> Work:
+    """Our layer. Copies are fetched in every call."""
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         arena.outdated()
         layer.prepare()
-        return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, shape.experts))
+        return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, arena.shape.experts))
 
     return work
 
