@@ -20,6 +20,7 @@ from parallel.placement import Budget, Floats, Ints, Placement, Topology, missin
 from parallel.routes import WHOLE, Routes, routes
 
 NUMBERS = 14  # in LayerCosts.numbers
+TINY = 1e-300  # divides nothing by something
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def least_pass_s(crossing: float, busiest: float, entries: float, setting: Setti
     mean = entries / topology.devices
     tokens, far = mean / setting.top_k, topology.devices - per_node
     taken = np.array([crossing / topology.devices, crossing / topology.nodes])  # some device and some node take the mean
-    to_device, to_node = _rows(taken, far, tokens, setting.top_k).tolist()
+    to_device, to_node = _rows(taken[:, None], (far, far), tokens, setting.top_k)[:, 0].tolist()
     if setting.two_level:
         relayed, inside = to_node / per_node, to_device * (per_node - 1) / per_node
         sent = Exchanged(inside * costs.row_bytes, relayed * costs.row_bytes, tokens + 2 * relayed + to_device)
@@ -165,53 +166,45 @@ def exchanged(found: Flows, setting: Setting) -> Exchanged:
     near, tokens = topology.devices_per_node - 1, float(found.entries_D.sum()) / top_k / topology.devices
     far = topology.devices - near - 1
     own_D = found.entries_D - found.within_in_D - found.across_in_D
-    kinds = ((found.within_in_D, near), (found.across_in_D, far), (own_D, 1))
-    within_D, across_D, here_D = (_rows(in_D, sources, tokens, top_k) for in_D, sources in kinds)
-    rows_D = within_D + across_D + here_D
     if setting.two_level:
-        return _in_two_levels(found, within_D, across_D, rows_D, setting)
+        return _in_two_levels(found, own_D, tokens, setting)
+    within_D, across_D, here_D = _rows(np.array([found.within_in_D, found.across_in_D, own_D]), (near, far, 1), tokens, top_k)
     return Exchanged(
         _most(within_D, found.within_in_D, found.within_out_D) * costs.row_bytes,
         _most(across_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
-        tokens + float(rows_D.max()),
+        tokens + float((within_D + across_D + here_D).max()),
     )
 
 
-def _in_two_levels(found: Flows, within_D: Floats, across_D: Floats, rows_D: Floats, setting: Setting) -> Exchanged:
+def _in_two_levels(found: Flows, own_D: Floats, tokens: float, setting: Setting) -> Exchanged:
     """Rows for a node come to its devices alike, each from those at its place in other nodes; every device passes on what came
-    to it, and its own tokens' rows, to those that serve them.
-
-    Args:
-        within_D, across_D: rows of tokens of this node and of others that each device serves.
-        rows_D: all that it serves.
-    """
+    to it, and its own tokens' rows, to those that serve them."""
     topology, top_k, costs, size = setting.topology, setting.top_k, setting.costs, setting.topology.devices_per_node
-    tokens = float(found.entries_D.sum()) / top_k / topology.devices
-
-    def of_node(amount_D: Floats) -> Floats:
-        """Equal parts of the sum over its devices, (D,)."""
-        return np.repeat(amount_D.reshape(topology.nodes, size).sum(axis=1) / size, size)
-
-    relayed_D = _rows(of_node(found.across_in_D) * size, topology.devices - size, tokens, top_k) / size
-    passed_D = relayed_D + _rows(tokens * top_k - found.across_out_D, 1, tokens, top_k)  # those of its own tokens too
-    elsewhere = (size - 1) / size  # of what others send to a node's device so much comes through other devices there
+    near, far = size - 1, topology.devices - size
+    to_node_D = np.repeat(found.across_in_D.reshape(topology.nodes, size).sum(axis=1), size)
+    stays_D = tokens * top_k - found.across_out_D
+    kinds_KD = np.array([found.within_in_D, found.across_in_D, own_D, to_node_D, stays_D])
+    within_D, across_D, here_D, relayed_D, stays_D = _rows(kinds_KD, (near, far, 1, far, 1), tokens, top_k)
+    relayed_D = relayed_D / size
+    elsewhere = near / size  # of what others send to a node's device so much comes through other devices there
     in_D = found.within_in_D + found.across_in_D * elsewhere
-    out_D = found.within_out_D + of_node(found.across_in_D) - found.across_in_D / size
+    out_D = found.within_out_D + (to_node_D - found.across_in_D) / size
     return Exchanged(
         _most(within_D + across_D * elsewhere, in_D, out_D) * costs.row_bytes,
         _most(relayed_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
-        float((tokens + 2 * passed_D + rows_D).max()),
+        tokens + float((2 * (relayed_D + stays_D) + within_D + across_D + here_D).max()),
     )
 
 
-def _rows(in_D: Floats, sources: int, tokens: float, top_k: int) -> Floats:
-    """The rows that come to each device with so many entries from `sources` devices that have `tokens` each.
+def _rows(in_KD: Floats, sources: tuple[int, ...], tokens: float, top_k: int) -> Floats:
+    """The rows that come to each device with so many entries from other numbers of `sources`, devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
     tokens go there.
     """
-    most = sources * tokens
-    return most * (1 - (1 - np.minimum(in_D / (most * top_k), 1.0)) ** top_k) if most else np.zeros_like(in_D)
+    most_K1 = np.array(sources)[:, None] * tokens
+    part_KD = np.minimum(in_KD / np.maximum(most_K1 * top_k, TINY), 1.0)
+    return np.asarray(most_K1 * (1 - (1 - part_KD) ** top_k))
 
 
 def _most(rows_D: Floats, in_D: Floats, out_D: Floats) -> float:
