@@ -3,9 +3,11 @@
     ep          every entry travels to its expert's owner: an all-to-all of K rows a token, and plain torch's experts
     no_copies   our exchange, one row a token and rank, and our experts; experts on their owners alone
     local       all experts on every rank and no communication: what no exchange can beat with our experts
+    waits       as ours, but tokens set out when the copies are there
     ours        with copies placed for this very load, fetched and their gradients returned in every call
 
-No attention surrounds the layer, so nothing hides the copies' way. A rank's time is its own; the slowest rank's median counts.
+No attention surrounds the layer, so only the tokens' dispatch hides the copies' way. A rank's time is its own; the slowest
+rank's median counts.
 Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 """
 
@@ -44,7 +46,7 @@ from parallel.transport import TransportKind, transport_kind
 from parallel.two_level_exchange import check_two_levels, rows_across
 
 Routing = Literal["even", "zipf", "hot"]
-PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
+PEERS: Mapping[str, None] = dict.fromkeys(("ep", "no_copies", "local", "waits"))  # the ranks make them, in their process group
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "memory": 32},
     "cpu": {"model": "tiny", "tokens": "256", "routing": "even,zipf,hot", "memory": 4},
@@ -177,6 +179,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
         "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
         "no_copies": _sharded(arenas["no_copies"]),
         "local": partial(_local, own=_Matrices(parts)),
+        "waits": _sharded(arenas[OURS], waits=True),
     }
     errors = _errors(works, inputs, world)
     times: dict[str, dict[Direction, Timing]] = {name: {} for name in works}
@@ -278,13 +281,15 @@ def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpor
     return arena
 
 
-def _sharded(arena: ExpertArena) -> Work:
-    """Our layer. Copies are fetched in every call."""
+def _sharded(arena: ExpertArena, *, waits: bool = False) -> Work:
+    """Our layer. Copies are fetched in every call; it may wait for them before its tokens set out."""
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         arena.outdated()
         layer.prepare()
+        if waits:
+            arena.materialised(0)
         return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, arena.shape.experts))
 
     return work

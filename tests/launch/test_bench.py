@@ -32,7 +32,7 @@ PEERS = {
     "experts": {"torch"},
     "vocab_loss": {"naive", "chunked"},
     "router": {"torch"},
-    "fssdp": {"ep", "no_copies", "local"},
+    "fssdp": {"ep", "no_copies", "local", "waits"},
 }
 
 
