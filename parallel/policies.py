@@ -24,7 +24,7 @@ from parallel.planning import LESS, hottest, materialise
 
 REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
 FLATTENED = 0.75  # the power of loads in proportion to which experts get replicas
-HALVINGS = 30
+HALVINGS = 20  # of the largest load per replica; more of them change no plan
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
