@@ -100,6 +100,8 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
     best, entries, best_least_s = bare, float(loads_E.sum()), 0.0
     for extra_E in _numbers_of_copies(loads_E, topology, memory):
         least_s = least_pass_s(fewest_crossing(extra_E, loads_E, topology), 0.0, entries, setting)
+        if least_s >= best.total_s * LESS:
+            continue
         if best is not bare and least_s - best_least_s >= best.weights.waited_s:
             break  # what more tokens on their way take is more than fewer copies can save
         placement = Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))
