@@ -29,6 +29,7 @@ from parallel.profiling import SHARE_FOR_COPIES
 from parallel.schedule.cost import sharded_chunk, sharded_workload
 from parallel.schedule.pipeline import MOST_CHUNKS, Copies, backward_tasks, forward_tasks
 from parallel.schedule.timeline import Timeline, simulate
+from parallel.two_level_exchange import has_two_levels
 from trainer.config.plan import PlanConfig
 from trainer.config.run import ParallelConfig
 from trainer.estimate import GIB, Memory, flops_per_token, memory_per_rank
@@ -277,7 +278,7 @@ class Cluster:
     def _predicted_layer(self, micro_rows: int, policy: str, rematerialise: bool, memory: int, loads: str) -> LayerPrediction:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
-        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs)
+        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, has_two_levels(self.topology))
         replayed = replay(policy, self.loads(micro_rows, loads)[:, None], setting)
         return LayerPrediction(
             products_s=mean(time.products_s for time in replayed.times),

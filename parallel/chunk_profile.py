@@ -24,6 +24,7 @@ from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts
 from parallel.schedule.pipeline import WHOLE
 from parallel.token_exchange import Exchange, exchange
+from parallel.topology import World
 
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
@@ -162,19 +163,15 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
         lambda: attend(tokens),
         announce,
     ]
-    seconds = tuple(_typical(call, world.device, repeats) for call in calls)
+    seconds = tuple(_typical(call, world, repeats) for call in calls)
     others = [max(sum(rows) - rows[world.rank], 0) for rows in (splits.send_W, splits.receive_W)]
     return _Times((max(others) * shape.hidden * arena.dtype.itemsize, entries, tokens), seconds)
 
 
-def _typical(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+def _typical(call: Callable[[], object], world: World, repeats: int) -> float:
     """The median, as what is predicted is. Ranks begin together and call as often, so messages match.
 
     The first call does not count: on a GPU it may compile a kernel for this size, which takes a thousand times as long.
     """
     call()
-    found = []
-    for _ in range(repeats):
-        dist.barrier()
-        found.append(timed(call, device))
-    return median(found)
+    return median(timed(call, world) for _ in range(repeats))

@@ -30,7 +30,7 @@ class Chunked:
 
     exchange: Exchange
     experts: ArenaExperts
-    before_backward: Callable[[], None]  # the experts have to be there once it returns
+    await_experts: Callable[[], None]  # once it returns they are there, for a pass
     gradients: WeightGradients  # takes them, once in a backward pass
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
 
@@ -54,6 +54,7 @@ class _Layer(torch.autograd.Function):
         place_RK, weights_RK = exchange.places(way), exchange.weights_RK[way.row_R]
         run.mark(begins("forward"))
         arriving = _sent(way, x_TD.contiguous())
+        run.await_experts()
         run.mark("pack")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_TD)
         rows: list[Tensor] = []
@@ -77,7 +78,7 @@ class _Layer(torch.autograd.Function):
         arrived_RD, h, arrived_RK = ctx.saved_tensors
         run.mark(begins("backward"))
         arriving = _sent(way, d_y_TD.contiguous())
-        run.before_backward()
+        run.await_experts()
         run.mark("pack")
         place_RK = exchange.places(way)
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)

@@ -85,7 +85,7 @@ class ExpertArena:
         `kind`: as transport.transport_kind finds it.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self.peer_memory = kind == "peer_memory"
+        self.peer_memory, self.two_level = kind == "peer_memory", kind == "two_level"
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind)
         self._add_gradients = add_gradients

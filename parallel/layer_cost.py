@@ -20,6 +20,7 @@ from parallel.placement import Budget, Floats, Ints, Placement, Topology, missin
 from parallel.routes import WHOLE, Routes, routes
 
 NUMBERS = 14  # in LayerCosts.numbers
+TINY = 1e-300  # divides nothing by something
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Setting:
     budget: Budget
     rematerialise: bool  # copies are fetched again for the backward pass
     costs: LayerCosts
+    two_level: bool = False  # tokens cross to a node once, and go on inside it (two_level_exchange.py)
 
 
 def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
@@ -121,28 +123,52 @@ def pass_times(found: Flows, setting: Setting) -> tuple[float, float]:
     return 3 * products_s, 4 * exchange_time(found, setting) + costs.exchange_s
 
 
+def least_pass_s(crossing: float, busiest: float, entries: float, setting: Setting) -> float:
+    """No plan of a layer with so many entries takes less for products and tokens (`pass_times`), if so many of them go to other
+    nodes and one device computes so many, or the mean where that is more."""
+    topology, costs, per_node = setting.topology, setting.costs, setting.topology.devices_per_node
+    mean = entries / topology.devices
+    tokens, far = mean / setting.top_k, topology.devices - per_node
+    taken = np.array([crossing / topology.devices, crossing / topology.nodes])  # some device and some node take the mean
+    to_device, to_node = _rows(taken[:, None], (far, far), tokens, setting.top_k)[:, 0].tolist()
+    if setting.two_level:
+        relayed, inside = to_node / per_node, to_device * (per_node - 1) / per_node
+        sent = Exchanged(inside * costs.row_bytes, relayed * costs.row_bytes, tokens + 2 * relayed + to_device)
+    else:
+        sent = Exchanged(0.0, to_device * costs.row_bytes, tokens + to_device)
+    return 3 * max(busiest, mean) * costs.entry_s + 4 * _exchange_s(sent, setting) + costs.exchange_s
+
+
 def exchange_time(found: Flows, setting: Setting) -> float:
-    """One exchange of tokens in one direction; both kinds of links work at the same time."""
-    sent, costs = exchanged(found, setting), setting.costs
-    return max(_travel(sent.within_bytes, costs.within), _travel(sent.across_bytes, costs.across)) + sent.rows * costs.row_s
+    """One exchange of tokens in one direction."""
+    return _exchange_s(exchanged(found, setting), setting)
+
+
+def _exchange_s(sent: Exchanged, setting: Setting) -> float:
+    """Both kinds of links work at the same time; in two levels one after the other."""
+    costs = setting.costs
+    within_s, across_s = _travel(sent.within_bytes, costs.within), _travel(sent.across_bytes, costs.across)
+    return (within_s + across_s if setting.two_level else max(within_s, across_s)) + sent.rows * costs.row_s
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """In one exchange of tokens. A token's row goes to a device once, whatever number of its choices that device serves."""
+    """In one exchange of tokens."""
 
     within_bytes: float  # the most that a device gives to or takes from others of its node
     across_bytes: float  # and other nodes
-    rows: float  # the most that a device has of its own tokens and of those that come to it, from itself too
+    rows: float  # the most that a device lays out of its own tokens and puts in place of those that come, from itself too
 
 
 def exchanged(found: Flows, setting: Setting) -> Exchanged:
+    """A token's row goes to a device once, whatever number of its choices that device serves; in two levels to a node once."""
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
     near, tokens = topology.devices_per_node - 1, float(found.entries_D.sum()) / top_k / topology.devices
     far = topology.devices - near - 1
     own_D = found.entries_D - found.within_in_D - found.across_in_D
-    kinds = ((found.within_in_D, near), (found.across_in_D, far), (own_D, 1))
-    within_D, across_D, here_D = (_rows(in_D, sources, tokens, top_k) for in_D, sources in kinds)
+    if setting.two_level:
+        return _in_two_levels(found, own_D, tokens, setting)
+    within_D, across_D, here_D = _rows(np.array([found.within_in_D, found.across_in_D, own_D]), (near, far, 1), tokens, top_k)
     return Exchanged(
         _most(within_D, found.within_in_D, found.within_out_D) * costs.row_bytes,
         _most(across_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
@@ -150,14 +176,35 @@ def exchanged(found: Flows, setting: Setting) -> Exchanged:
     )
 
 
-def _rows(in_D: Floats, sources: int, tokens: float, top_k: int) -> Floats:
-    """The rows that come to each device with so many entries from `sources` devices that have `tokens` each.
+def _in_two_levels(found: Flows, own_D: Floats, tokens: float, setting: Setting) -> Exchanged:
+    """Rows for a node come to its devices alike, each from those at its place in other nodes; every device passes on what came
+    to it, and its own tokens' rows, to those that serve them."""
+    topology, top_k, costs, size = setting.topology, setting.top_k, setting.costs, setting.topology.devices_per_node
+    near, far = size - 1, topology.devices - size
+    to_node_D = np.repeat(found.across_in_D.reshape(topology.nodes, size).sum(axis=1), size)
+    stays_D = tokens * top_k - found.across_out_D
+    kinds_KD = np.array([found.within_in_D, found.across_in_D, own_D, to_node_D, stays_D])
+    within_D, across_D, here_D, relayed_D, stays_D = _rows(kinds_KD, (near, far, 1, far, 1), tokens, top_k)
+    relayed_D = relayed_D / size
+    elsewhere = near / size  # of what others send to a node's device so much comes through other devices there
+    in_D = found.within_in_D + found.across_in_D * elsewhere
+    out_D = found.within_out_D + (to_node_D - found.across_in_D) / size
+    return Exchanged(
+        _most(within_D + across_D * elsewhere, in_D, out_D) * costs.row_bytes,
+        _most(relayed_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
+        tokens + float((2 * (relayed_D + stays_D) + within_D + across_D + here_D).max()),
+    )
+
+
+def _rows(in_KD: Floats, sources: tuple[int, ...], tokens: float, top_k: int) -> Floats:
+    """The rows that come to each device with so many entries from other numbers of `sources`, devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
     tokens go there.
     """
-    most = sources * tokens
-    return most * (1 - (1 - np.minimum(in_D / (most * top_k), 1.0)) ** top_k) if most else np.zeros_like(in_D)
+    most_K1 = np.array(sources)[:, None] * tokens
+    part_KD = np.minimum(in_KD / np.maximum(most_K1 * top_k, TINY), 1.0)
+    return np.asarray(most_K1 * (1 - (1 - part_KD) ** top_k))
 
 
 def _most(rows_D: Floats, in_D: Floats, out_D: Floats) -> float:

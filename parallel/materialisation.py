@@ -50,6 +50,8 @@ class Materialisation:
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self.setting: Setting | None = None  # nothing is copied before it is known
         self._calibrated = 0  # layers, in this step
+        if settings.memory == 0:  # nothing will ever travel under it
+            shards.arena.attention = None
         self.place()
 
     def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
@@ -66,7 +68,10 @@ class Materialisation:
         loads_LE = counts_LE.double().cpu().numpy() / micro_batches
         metrics = self._measured(loads_LE)
         self.loads.append(loads_LE)
-        if self.setting is None and self.settings.memory != 0 and updates >= MEASURED_AFTER:
+        attention = self.shards.arena.attention
+        if attention is not None and updates < MEASURED_AFTER:
+            attention.forget()
+        elif attention is not None:
             self._measure()
         every = self.settings.reshard_every
         if self.setting is not None and every and updates % every == 0:
@@ -119,7 +124,8 @@ class Materialisation:
         memory = copies_that_fit(arena, layers_kept) if settings.memory is None else settings.memory
 
         def planning(costs: LayerCosts) -> Plan:
-            setting = Setting(world.topology, settings.top_k, Budget(arena.shape.experts, memory), False, costs)
+            budget = Budget(arena.shape.experts, memory)
+            setting = Setting(world.topology, settings.top_k, budget, False, costs, arena.two_level)
             return settings.policy(self.loads[-1][0], self.shards.owner_LE[0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
@@ -131,7 +137,7 @@ class Materialisation:
     def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
         arena, settings, world = self.shards.arena, self.settings, self.shards.world
         budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
-        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs)
+        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
         arena.attention = None
         arena.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
         log.info("copies: %s, %s", budget, costs)

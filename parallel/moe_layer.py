@@ -57,7 +57,7 @@ class ShardedExperts:
     mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
 
     def prepare(self) -> None:
-        """Copies set out; what is computed between here and the call hides their way."""
+        """Copies set out; what is computed between here and the experts' products, the dispatch too, hides their way."""
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
             self.arena.attention.start()
@@ -65,11 +65,12 @@ class ShardedExperts:
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if self.arena.attention is not None:
             self.arena.attention.stop()
-        experts = self.arena.materialised(self.layer)
+        self.arena.fetch(self.layer)
         # Activations that are recomputed must go where they went, and evaluation leaves the plans of training alone.
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
+            self.arena.materialised(self.layer)  # new copies may take the rows of those under way
             self.calibrate(self.layer, routing.counts_E)
-            experts = self.arena.layers[self.layer]
+        experts = self.arena.layers[self.layer]
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
@@ -85,12 +86,13 @@ class ShardedExperts:
         sent = exchange(self.arena.world, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        run = Chunked(sent, slots, self._fetch_again, self._return_gradients, self.mark)
+        run = Chunked(sent, slots, self._await_experts, self._return_gradients, self.mark)
         y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
 
     def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
+        self._await_experts()
         gate_up_SCD, down_SDF = self.arena.rows
         y_RD = expert_mlp(
             x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
@@ -100,8 +102,8 @@ class ShardedExperts:
             self.arena.release(self.layer)
         return y_RD
 
-    def _fetch_again(self) -> None:
-        """Backward waits until the copies are there again."""
+    def _await_experts(self) -> None:
+        """Until the copies are there, in backward perhaps again."""
         self.arena.materialised(self.layer)
 
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:

@@ -54,9 +54,13 @@ class PeerMemory:
 
     def barrier(self, channel: int = 0) -> None:
         """Behind it every rank sees what all had written before it. Streams that may wait at the same time take channels of
-        their own."""
+        their own.
+
+        Who waits longer than a collective may says for which rank, on standard output, and fails: a GPU whose peer is gone
+        would wait for as long as its process lives, and its host would not see it.
+        """
         if self.world.device.type == "cuda":
-            self._handle.barrier(channel=channel)
+            self._handle.barrier(channel=channel, timeout_ms=int(1000 * self.world.timeout_s))
         else:
             self.world.barrier()
 

@@ -18,13 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from parallel.flows import Plan, flows, imbalance
-from parallel.layer_cost import Setting, WeightsTime, exchange_time, pass_times, weights_time
+from parallel.layer_cost import Setting, WeightsTime, exchange_time, least_pass_s, pass_times, weights_time
 from parallel.placement import Bools, Floats, Ints, Placement, Topology, on_owners, without_copies
 from parallel.planning import LESS, hottest, materialise
 
 REPLICA_PARTS = (1 / 9, 1 / 3, 1.0)  # of the mean load of a device: what one replica of an expert may have at most
 FLATTENED = 0.75  # the power of loads in proportion to which experts get replicas
-HALVINGS = 30
+HALVINGS = 20  # of the largest load per replica; more of them change no plan
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
@@ -97,22 +97,37 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
     topology, memory, owner_E = setting.topology, setting.budget.memory, bare.plan.placement.owner_E
     if memory == 0 or topology.devices == 1 or not loads_E.any():
         return bare.plan
-    best = bare
-    for placement in _candidates(loads_E, owner_E, topology, memory):
+    best, entries, best_least_s = bare, float(loads_E.sum()), 0.0
+    for extra_E in _numbers_of_copies(loads_E, topology, memory):
+        least_s = least_pass_s(fewest_crossing(extra_E, loads_E, topology), 0.0, entries, setting)
+        if least_s >= best.total_s * LESS:
+            continue
+        if best is not bare and least_s - best_least_s >= best.weights.waited_s:
+            break  # what more tokens on their way take is more than fewer copies can save
+        placement = Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))
         found = _timed(Plan(placement), loads_E, setting, weights_time(placement, setting, present))
         if found.total_s < best.total_s * LESS:
-            best = found
+            best, best_least_s = found, least_s
         elif best is not bare:
             break  # from here on there are too few
         if found.weights.waited_s == 0:
             break  # nothing waits for copies, so fewer of them gain next to nothing
     best = _levelled(best, loads_E, setting)
-    if best.weights.waited_s > 0 or imbalance(best.load_D) >= EVEN_ENOUGH:
-        fewest = llep(loads_E, owner_E, setting)  # copies, each of which serves all that it can
-        spare_s = best.total_s * LESS - _timed(fewest, loads_E, setting, NO_WEIGHTS).passing_s
-        if spare_s > 0 and weights_time(fewest.placement, setting, present).total_s < spare_s:
-            return fewest
-    return best.plan
+    return _with_fewest(best, loads_E, setting, present) or best.plan
+
+
+def _with_fewest(best: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan | None:
+    """Copies each of which serves all that it can, where `best` is uneven or waits for its copies, and they take less time."""
+    if best.weights.waited_s == 0 and imbalance(best.load_D) < EVEN_ENOUGH:
+        return None
+    topology, owner_E, entries = setting.topology, best.plan.placement.owner_E, float(loads_E.sum())
+    busiest = min(float(np.bincount(owner_E, weights=loads_E).max()), HEADROOM * entries / topology.devices)
+    crossing = entries * (1 - topology.devices_per_node / topology.devices)  # to whoever serves, wherever
+    if least_pass_s(crossing, busiest, entries, setting) >= best.total_s * LESS:
+        return None
+    plan = llep(loads_E, owner_E, setting)
+    spare_s = best.total_s * LESS - _timed(plan, loads_E, setting, NO_WEIGHTS).passing_s
+    return plan if spare_s > 0 and weights_time(plan.placement, setting, present).total_s < spare_s else None
 
 
 def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
@@ -128,20 +143,26 @@ def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
     return best
 
 
-def _candidates(loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Iterator[Placement]:
-    """All room used; then fewer and fewer copies."""
+def _numbers_of_copies(loads_E: Floats, topology: Topology, memory: int) -> Iterator[Ints]:
+    """Of each expert, (E,): all room used; then fewer and fewer."""
     devices, seats = topology.devices, topology.devices * memory
     # In proportion to loads the largest load per replica is least, to their square root the sum of them all (Cohen and Shenker,
     # SIGCOMM 2002), to the power of p / (p + 1) their p-norm. In between, cold experts have copies nearer to tokens, and sooner
     # those that are about to become hot.
     before_E = even_replicas(loads_E**FLATTENED, seats, devices - 1)
-    yield Placement(owner_E, pack(before_E, loads_E, owner_E, topology, memory))
+    yield before_E
     mean = float(loads_E.sum()) / devices
     for part in REPLICA_PARTS:
         extra_E = np.ceil(loads_E / (part * mean)).astype(np.int64).clip(1, devices) - 1
         if 0 < extra_E.sum() < before_E.sum():
-            yield Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))
+            yield extra_E
             before_E = extra_E
+
+
+def fewest_crossing(extra_E: Ints, loads_E: Floats, topology: Topology) -> float:
+    """At least so many entries go to other nodes, with so many copies of each expert beside the owner's; so many if they lie on
+    as many nodes as can be, and the nearest serve."""
+    return float(loads_E @ (1 - np.minimum(extra_E + 1, topology.nodes) / topology.nodes))
 
 
 def even_replicas(weights_E: Floats, seats: int, most: int) -> Ints:
@@ -218,33 +239,47 @@ class _Room:
 
         One of each node but the owner's, then a second, and one of that node, and so on, the least loaded first.
         """
-        lines, per_node, home = self.lines, self.per_node, owner // self.per_node
-        if lines[home]:
-            self.first.remove(lines[home][0])
-        taken = self.first[:copies]
-        more = len(taken) < copies  # than nodes
-        if more:
-            others = [(0.0, owner), *(entry for entry in lines[home][: copies + 1] if entry[1] != owner)]
-            seen = [*lines[:home], others, *lines[home + 1 :]]
-            for place in range(1, per_node):
-                taken += sorted(line[place] for line in seen if len(line) > place)[: copies - len(taken)]
-                if len(taken) == copies:
-                    break
-        for before, device in taken:
-            line = lines[device // per_node]
-            line.remove((before, device))
-            self.left[device] -= 1
-            if self.left[device]:
-                insort(line, (before + load, device))
-        devices = [device for _, device in taken]
-        if more:
-            self.first = sorted(line[0] for line in lines if line)
+        lines, first, home = self.lines, self.first, owner // self.per_node
+        if copies > len(first) - bool(lines[home]):
+            return self._take_everywhere(copies, owner, load)
+        taken = first[:copies]
+        if lines[home] and lines[home][0] in taken:  # its turn comes with the next expert
+            own = lines[home][0]
+            taken = first[: copies + 1]
+            taken.remove(own)
+            first[: copies + 1] = [own]
         else:
-            del self.first[:copies]
-            for device in (owner, *devices):
-                if line := lines[device // per_node]:
-                    insort(self.first, line[0])
-        return devices
+            del first[:copies]
+        for before, device in taken:
+            line = lines[device // self.per_node]
+            del line[0]
+            self._charge(line, device, before + load)
+            if line:
+                insort(first, line[0])
+        return [device for _, device in taken]
+
+    def _charge(self, line: list[tuple[float, int]], device: int, load: float) -> None:
+        """A copy lies on a device, which has so much load then; `line` is that of its node, without it."""
+        self.left[device] -= 1
+        if self.left[device]:
+            insort(line, (load, device))
+
+    def _take_everywhere(self, copies: int, owner: int, load: float) -> list[int]:
+        """More copies than nodes beside the owner's."""
+        lines, home = self.lines, owner // self.per_node
+        taken = [line[0] for node, line in enumerate(lines) if line and node != home]
+        others = [(0.0, owner), *(entry for entry in lines[home][: copies + 1] if entry[1] != owner)]
+        seen = [*lines[:home], others, *lines[home + 1 :]]
+        for place in range(1, self.per_node):
+            taken += sorted(line[place] for line in seen if len(line) > place)[: copies - len(taken)]
+            if len(taken) == copies:
+                break
+        for before, device in taken:
+            line = lines[device // self.per_node]
+            line.remove((before, device))
+            self._charge(line, device, before + load)
+        self.first = sorted(line[0] for line in lines if line)
+        return [device for _, device in taken]
 
 
 # ---------------------------------------------------------------- other systems

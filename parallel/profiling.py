@@ -1,7 +1,9 @@
 """How fast this machine is: products of experts, exchanges of tokens, messages within and between nodes, sums of gradients; and
 its free memory. Measured, not guessed.
 
-Every function here is collective and gives every rank the same numbers: the slowest rank's.
+Every function here is collective and gives every rank the same numbers: the slowest rank's. What is timed is what a step finds:
+GPUs begin together when their hosts have started the work, products run until clocks have settled under their load, and a first
+call, which may compile a kernel, never counts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -27,13 +30,16 @@ from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchan
 from parallel.placement import Budget, without_copies
 from parallel.schedule.pipeline import WHOLE
 from parallel.token_exchange import boundaries, exchange
+from parallel.topology import World
 from parallel.transport import WholeLayerTokens
 
 FLOAT32 = 4
-REPEATS = 5
+WARM_UPS, REPEATS = 2, 5
 SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
 LARGE = {"cpu": 2**22, "cuda": 2**26}
 HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
+SETTLED_S = 0.2  # of products, after which a GPU has the clock that it keeps under them
+MOST_CALLS = 1000
 MOST_ENTRIES = 2**14  # in the products that are timed
 MOST_TOKENS = 2**14  # in the exchanges that are timed
 MOST_EXPERTS = 8  # in the products and sums that are timed
@@ -42,7 +48,7 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 @torch.no_grad()
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
-    """The costs of a layer for a rank with so many tokens; takes about a second.
+    """The costs of a layer for a rank with so many tokens; takes about two seconds.
 
     `planning` plans a layer as it will be planned, with the costs that it is given.
     """
@@ -67,7 +73,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
     )
     row_s, exchange_s = _exchange_costs(arena, measured, min(max(tokens, 64), MOST_TOKENS), top_k)
     measured = replace(measured, row_s=row_s, exchange_s=exchange_s)
-    measured = replace(measured, planning_s=_seconds(lambda: planning(measured), torch.device("cpu")))
+    measured = replace(measured, planning_s=median(_on_host(lambda: planning(measured)) for _ in range(REPEATS)))
     slowest = torch.tensor(measured.numbers, dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return LayerCosts.from_numbers(slowest.tolist())
@@ -98,7 +104,7 @@ def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
         def product() -> Tensor:
             return expert_mlp(x_TD, order, weights_TK, *arena.rows, slots_E=slots_E, gradients=None)
 
-        return _seconds(product, device)
+        return _steady_seconds(product, arena.world)
 
     few, many = seconds(entries, experts), seconds(4 * entries, experts)
     _, entry_s = line(entries, few, 4 * entries, many)
@@ -111,13 +117,13 @@ def _exchange_costs(arena: ExpertArena, costs: LayerCosts, tokens: int, top_k: i
     and back, forward and backward, when the model's time on links has been taken off. Choices are even."""
     topology = arena.world.topology
     plan = Plan(without_copies(np.arange(arena.shape.experts) % topology.devices, topology.devices))
-    setting = Setting(topology, top_k, Budget(0, 0), False, costs)
+    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.two_level)
 
     def left(tokens: int) -> tuple[float, float]:
         """(rows in one direction, seconds)"""
         loads_E = np.full(arena.shape.experts, tokens * top_k * topology.devices / arena.shape.experts)
         found = flows(plan, topology, loads_E)
-        both_s = _seconds(_exchange(arena, plan, tokens, top_k), arena.world.device)
+        both_s = _seconds(_exchange(arena, plan, tokens, top_k), arena.world)
         return exchanged(found, setting).rows, max(both_s - 4 * exchange_time(found, setting), 0.0)
 
     exchange_s, row_s = line(*left(tokens // 2), *left(tokens))  # with much fewer a GPU would wait for its host
@@ -128,21 +134,41 @@ def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callab
     """Tokens with random choices to the ranks of their experts and back, and their gradients. Collective."""
     world, experts = arena.world, arena.shape.experts
     generator = torch.Generator(world.device).manual_seed(world.rank)
-    x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype).requires_grad_()
-    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device).requires_grad_()
+    x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype)
+    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
     experts_TK = torch.rand(tokens, experts, device=world.device, generator=generator).topk(top_k).indices
     ends_ED, phase_E = (torch.from_numpy(part).to(world.device) for part in boundaries(plan.weights_ED, world.rank))
     here_E = torch.from_numpy(plan.placement.owner_E == world.rank)
     here = torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device), int(here_E.sum())
+    destination = partial(destinations, experts_TK, None, ends_ED, phase_E)
+    return exchange_call(arena, x_TD, weights_TK, experts_TK, destination, here)
+
+
+def exchange_call(
+    arena: ExpertArena,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    destination: Callable[[], Tensor],
+    here: tuple[Tensor, int],
+) -> Callable[[], object]:
+    """The exchange of a layer alone, forward and backward: results are the tokens that came.
+
+    Args:
+        destination: says who serves each choice, (T, K) int32; its time counts.
+        here: which of this rank's experts each expert is (int32, -1 of those elsewhere), and how many there are.
+    """
+    world = arena.world
+    x_TD, weights_TK = (part.detach().requires_grad_() for part in (x_TD, weights_TK))
 
     @torch.enable_grad()
     def whole(tokens: WholeLayerTokens) -> object:
-        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        rank_TK = destination()
         received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
 
     def as_messages() -> object:
-        rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
+        rank_TK = destination()
         sent = exchange(world, weights_TK, experts_TK, rank_TK, *here, WHOLE)
         for way in (sent.forward, sent.backward):
             rows_RD = way.send(way.pack(x_TD, 0), 0).wait()
@@ -164,7 +190,7 @@ def _sum_cost(arena: ExpertArena) -> float:
         for total, rows in zip(totals, arena.rows, strict=True):
             accumulate(total, rows[:experts])
 
-    return _seconds(add, arena.world.device) / max(experts, 1)
+    return _seconds(add, arena.world) / max(experts, 1)
 
 
 def _links(arena: ExpertArena) -> tuple[Link, Link]:
@@ -184,14 +210,10 @@ def _links(arena: ExpertArena) -> tuple[Link, Link]:
 
 
 def _link(arena: ExpertArena, target: int, source: int) -> Link:
-    device = arena.world.device
-
     def seconds(size: int) -> float:
-        move = arena.transport.probe(size, target, source)
-        arena.world.barrier()
-        return _seconds(move, device)
+        return _seconds(arena.transport.probe(size, target, source), arena.world)
 
-    large = LARGE[device.type]
+    large = LARGE[arena.world.device.type]
     return Link(*line(SMALL, seconds(SMALL), large, seconds(large)))
 
 
@@ -205,14 +227,33 @@ def line(few: float, few_s: float, many: float, many_s: float) -> tuple[float, f
     return max(few_s - few * each_s, 0.0), each_s
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some calls, after two for warming up. Ranks call as often, so messages match."""
-    return min([timed(call, device) for _ in range(2 + REPEATS)][2:])
+def _seconds(call: Callable[[], object], world: World) -> float:
+    """The median of some calls, as what is predicted is, after two for warming up. Ranks call as often, so messages match."""
+    return median([timed(call, world) for _ in range(WARM_UPS + REPEATS)][WARM_UPS:])
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    return _on_gpu(call) if device.type == "cuda" else _on_host(call)
+def _steady_seconds(call: Callable[[], object], world: World) -> float:
+    """Of work that a GPU does at a lower clock once it has done it for a while: calls in a row, of which the last count."""
+    once_s = _seconds(call, world)
+    if world.device.type == "cpu":
+        return once_s
+    ahead = min(int(SETTLED_S / max(once_s, 1e-6)), MOST_CALLS)
+    events = []
+    for _ in range(ahead + REPEATS):
+        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        events[-1][0].record()
+        call()
+        events[-1][1].record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) / 1e3 for start, end in events[-REPEATS:])
+
+
+def timed(call: Callable[[], object], world: World) -> float:
+    """Seconds of one call, which all ranks begin at the same time."""
+    if world.device.type == "cuda":
+        return _on_gpu(call, world)
+    world.barrier()
+    return _on_host(call)
 
 
 def _on_host(call: Callable[[], object]) -> float:
@@ -221,11 +262,14 @@ def _on_host(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _on_gpu(call: Callable[[], object]) -> float:
-    """As in training, where the host is ahead: what it takes to start kernels does not count."""
+def _on_gpu(call: Callable[[], object], world: World) -> float:
+    """As in training, where the host is ahead: what it takes to start kernels does not count, nor do other ranks' delays."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    meeting = torch.zeros(1, device=world.device)
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
+    if world.size > 1:
+        dist.all_reduce(meeting)  # GPUs wait for each other in it, hosts go on
     start.record()
     call()
     end.record()

@@ -25,6 +25,7 @@ class World:
     size: int
     device: torch.device
     ranks_per_node: int  # consecutive ranks share a node
+    timeout_s: float = 0.0  # after which a wait for another rank is an error; 0: never
     exposed: Stopwatch = field(init=False, repr=False, compare=False)  # of communication that computation waits for
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
     )
-    return World(rank, size, device, _ranks_per_node(size))
+    return World(rank, size, device, _ranks_per_node(size), timeout_s)
 
 
 def _ranks_per_node(size: int) -> int:

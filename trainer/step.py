@@ -39,7 +39,8 @@ from trainer.guard import Fault, FaultFinder, Guard, LossWindow, UpdateRefused, 
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.gate import NoisyGate, RouterNoise, router_noise
 from trainer.model.initial import initial_expert
-from trainer.model.transformer import Attend, Transformer
+from trainer.model.layers import Attend
+from trainer.model.transformer import Transformer
 from trainer.reference import Weights, read_reference
 from trainer.value_head import ValueHead
 

@@ -3,16 +3,18 @@
     ep          every entry travels to its expert's owner: an all-to-all of K rows a token, and plain torch's experts
     no_copies   our exchange, one row a token and rank, and our experts; experts on their owners alone
     local       all experts on every rank and no communication: what no exchange can beat with our experts
+    waits       as ours, but tokens set out when the copies are there
     ours        with copies placed for this very load, fetched and their gradients returned in every call
 
-No attention surrounds the layer, so nothing hides the copies' way. A rank's time is its own; the slowest rank's median counts.
+No attention surrounds the layer, so only the tokens' dispatch hides the copies' way. A rank's time is its own; the slowest
+rank's median counts.
 Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,13 +28,14 @@ from kernels.errors import UserError
 from kernels.router import Routing as Routed
 from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
 from launch.benchmarks.experts import draw_inputs, draw_matrices, expert_amount, zipf_ranks
+from launch.benchmarks.layer_parts import Predicted, compared, measured_parts, predicted
 from launch.benchmarks.options import OneOrMore, Shape, TokenOptions
 from launch.benchmarks.peers import torch_experts
 from launch.benchmarks.ranks import on_ranks, slowest
 from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
-from parallel.layer_cost import LayerCosts, LayerTime, Setting, layer_time
+from parallel.layer_cost import LayerCosts, Setting
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
 from parallel.policies import POLICIES
@@ -43,7 +46,7 @@ from parallel.transport import TransportKind, transport_kind
 from parallel.two_level_exchange import check_two_levels, rows_across
 
 Routing = Literal["even", "zipf", "hot"]
-PEERS: Mapping[str, None] = {"ep": None, "no_copies": None, "local": None}  # the ranks make them, in their process group
+PEERS: Mapping[str, None] = dict.fromkeys(("ep", "no_copies", "local", "waits"))  # the ranks make them, in their process group
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {"model": "qwen3_30b_a3b", "tokens": "16384", "routing": "even,zipf,hot", "memory": 32},
     "cpu": {"model": "tiny", "tokens": "256", "routing": "even,zipf,hot", "memory": 4},
@@ -85,7 +88,8 @@ class Told:
 class Measured:
     times: dict[str, dict[Direction, Timing]]  # of each competitor
     errors: dict[str, dict[str, float]]
-    predicted: dict[str, tuple[LayerTime, LayerTime]]  # forward and backward, with the costs before and behind the timings
+    parts: dict[str, dict[str, Timing]]  # of a plan's layer, forward and backward, each alone
+    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and behind the timings
     costs: tuple[LayerCosts, LayerCosts]
     across_bytes: tuple[int, int]  # tokens between nodes on one way, experts on their owners: a row a rank, and a row a node
 
@@ -125,7 +129,10 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         for name, side in by_name.items():
             rows.append(Row(told.work, direction, name, side, best, side.time.median_ms / best.time.median_ms, fraction))
     sizes = {"model": told.model, **vars(told.shape), "tokens": told.tokens, "routing": told.routing, "ranks": options.ranks}
-    notes = [_predicted(name, measured.times[name], *both) for name, both in measured.predicted.items()]
+    notes = [
+        compared(name, measured.times[name]["forward+backward"], measured.parts[name], *both)
+        for name, both in measured.predicted.items()
+    ]
     notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
     if measured.across_bytes[0]:
         by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
@@ -134,15 +141,6 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
             f"rank, {by_node:.3g} MiB with a row for each node (transport=two_level), {1 - by_node / by_rank:.0%} less"
         )
     return Case(f"{told.work}, {options.ranks} ranks", sizes, amount.unit, amount.count, 1, rows, {}, notes)
-
-
-def _predicted(name: str, times: Mapping[Direction, Timing], before: LayerTime, behind: LayerTime) -> str:
-    """Costs are measured twice, because others may disturb a machine: where the two differ much, neither says anything."""
-    found_ms = times["forward+backward"].median_ms
-    errors = " and ".join(f"{1e3 * one.total_s:.3g} ({1e3 * one.total_s / found_ms - 1:+.0%})" for one in (before, behind))
-    names = ("products", "tokens", "weights", "sums")
-    parts = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in zip(names, astuple(before), strict=True))
-    return f"{name}: {found_ms:.3g} ms forward+backward, predicted {errors}: {parts}"
 
 
 def _in_words(costs: LayerCosts) -> str:
@@ -172,13 +170,16 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     unused = arena_of(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
-    setting = Setting(world.topology, told.shape.top_k, budget, False, costs)
+    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind == "two_level")
     plan = POLICIES[options.policy](loads_E, owner_E, setting)
+    plans = {OURS: plan, "no_copies": bare}
+    arenas = {name: _placed(told.shape, world, parts, one, kind) for name, one in plans.items()}
     works: dict[str, Work] = {
-        OURS: _sharded(told.shape, world, parts, plan, kind),
+        OURS: _sharded(arenas[OURS]),
         "ep": partial(_expert_parallel, own=_Matrices(tuple(_own(part, world) for part in parts)), world=world),
-        "no_copies": _sharded(told.shape, world, parts, bare, kind),
+        "no_copies": _sharded(arenas["no_copies"]),
         "local": partial(_local, own=_Matrices(parts)),
+        "waits": _sharded(arenas[OURS], waits=True),
     }
     errors = _errors(works, inputs, world)
     times: dict[str, dict[Direction, Timing]] = {name: {} for name in works}
@@ -186,12 +187,10 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
         calls: dict[str, Call] = {name: partial(_call, work, inputs, direction) for name, work in works.items()}
         for name, timing in slowest(calls, world, options.repeats).items():
             times[name][direction] = timing
+    alone = {name: measured_parts(arena, inputs, options.repeats) for name, arena in arenas.items()}
     again = replace(setting, costs=costs_of())
-    predicted = {
-        name: (layer_time(one, loads_E, setting), layer_time(one, loads_E, again))
-        for name, one in ((OURS, plan), ("no_copies", bare))
-    }
-    return Measured(times, errors, predicted, (costs, again.costs), _across_bytes(inputs, owner_E, world))
+    both = {name: (predicted(one, loads_E, setting), predicted(one, loads_E, again)) for name, one in plans.items()}
+    return Measured(times, errors, alone, both, (costs, again.costs), _across_bytes(inputs, owner_E, world))
 
 
 def _inputs(told: Told, options: FssdpOptions, world: World, matrices: Mapping[str, Tensor]) -> Inputs:
@@ -268,8 +267,8 @@ class _AddHere(torch.autograd.Function):
         return d_x_TD, None
 
 
-def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: TransportKind) -> Work:
-    """Our layer under a plan. Copies are fetched in every call; gradients are added in float32 at the owners."""
+def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: TransportKind) -> ExpertArena:
+    """With a plan's experts; gradients are added in float32 at the owners."""
     sums = _expert_shape(shape).matrices(shape.experts // world.size, torch.float32, world.device)
 
     def add(row: int, gradients: Parts) -> None:
@@ -279,12 +278,19 @@ def _sharded(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpo
     arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
+    return arena
+
+
+def _sharded(arena: ExpertArena, *, waits: bool = False) -> Work:
+    """Our layer. Copies are fetched in every call; it may wait for them before its tokens set out."""
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         arena.outdated()
         layer.prepare()
-        return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, shape.experts))
+        if waits:
+            arena.materialised(0)
+        return layer(FinishBackward.apply(x_TD, arena), routed(experts_TK, weights_TK, arena.shape.experts))
 
     return work
 

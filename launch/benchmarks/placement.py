@@ -12,8 +12,9 @@ Every system keeps its own policy and its own timing of plans and weights:
     faster_moe, llep      plan after the gate, from the true loads; weights are waited for
     plain                 no copies
 
-First owners, dispatch of tokens (but for eplb and llep, which split entries alike everywhere), room for copies and the model of
-time (parallel/layer_cost.py) are the same for all. Who plans behind the gate waits as long as that takes here.
+First owners, dispatch of tokens (but for eplb and llep, which split entries alike everywhere), their way (in two levels over
+nodes of several devices), room for copies and the model of time (parallel/layer_cost.py) are the same for all. Who plans behind
+the gate waits as long as that takes here.
 
 Letters: L layers, E experts, D devices, G devices of a node, S steps of a trace.
 """
@@ -45,6 +46,7 @@ from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
 from parallel.planning import predict, reshard
 from parallel.policies import POLICIES, calibrated
+from parallel.two_level_exchange import has_two_levels
 
 SEQUENCE = 4096  # tokens of a row, for the attention's time
 STATES = 3  # masters and moments, each as large as a gradient in float32
@@ -166,7 +168,7 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     topology = Topology(devices, options.per_node if devices % options.per_node == 0 else 1)
     costs = costs_of(machine, shape, tokens)
     budget = Budget(hidden_copies(costs, topology.nodes), options.memory)
-    setting = Setting(topology, shape.top_k, budget, False, costs)
+    setting = Setting(topology, shape.top_k, budget, False, costs, has_two_levels(topology))
     setting = replace(setting, costs=replace(costs, planning_s=_planning_s(next(iter(traces.values()))[-1, 0], setting)))
     replayed = {
         policy: {name: replay(policy, loads_SLE, setting, options.reshard_every) for name, loads_SLE in traces.items()}

@@ -64,7 +64,7 @@ class Chunk:
     expert_s: float  # with what the device does beside the products
     across_s: float = 0.0  # tokens between nodes
     within_s: float = 0.0  # tokens between devices of a node, at the same time
-    gather_s: float = 0.0  # tokens to all devices that hold a part of their expert, once they are on its node
+    gather_s: float = 0.0  # tokens to all devices that serve them, or hold a part of their expert, once they are on its node
     scatter_s: float = 0.0  # and the sums of their results
 
 
@@ -128,6 +128,7 @@ class ShardedWorkload:
     rows_s: float  # on the device, of one exchange in one direction
     product_s: float  # of all entries, forward
     weights_s: float  # of all experts that have entries, beside them, forward
+    two_level: bool  # tokens go to other nodes first, then on inside
 
 
 def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWorkload:
@@ -141,6 +142,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
         rows_s=sent.rows * costs.row_s,
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
+        two_level=setting.two_level,
     )
 
 
@@ -148,11 +150,12 @@ def sharded_chunk(costs: LayerCosts, work: ShardedWorkload, degree: int, *, back
     """Every chunk reads the weights of all experts anew, fills as many last tiles, and plans an exchange of its own."""
     products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, costs.exchange_s)
     device_s = products * (work.product_s / degree + work.weights_s)
-    return Chunk(
-        expert_s=device_s + 2 * work.rows_s / degree + planned_s,
-        across_s=_line(costs.across).seconds(work.across_bytes / degree),
-        within_s=_line(costs.within).seconds(work.within_bytes / degree),
-    )
+    expert_s = device_s + 2 * work.rows_s / degree + planned_s
+    across_s = _line(costs.across).seconds(work.across_bytes / degree)
+    within_s = _line(costs.within).seconds(work.within_bytes / degree)
+    if work.two_level:
+        return Chunk(expert_s, across_s, gather_s=within_s, scatter_s=within_s)
+    return Chunk(expert_s, across_s, within_s)
 
 
 def _line(link: Link) -> Line:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,28 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
     for rank in range(size):
         reachable, found = pickle.loads((tmp_path / str(rank)).read_bytes())
         assert reachable and found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
+
+
+def never_met(rank: int, size: int, folder: str) -> None:
+    """Rank 0 waits for rank 1, which lives and does not come."""
+    world = join(dist.FileStore(f"{folder}/store", size), rank, size, torch.device("cuda", rank), timeout_s=5)
+    block, told = PeerMemory(world, 4096), Path(folder) / "told"
+    if rank == 0:
+        block.barrier()
+        with pytest.raises(RuntimeError):
+            torch.cuda.synchronize()
+        told.touch()
+    while not told.exists():
+        time.sleep(0.1)
+    sys.stdout.flush()
+    os._exit(0)  # nothing can be done with this GPU any more, nor with the group
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    mp.start_processes(never_met, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    assert time.monotonic() - started < 90
+    assert "rank 0 failed to receive signal from rank 1" in capfd.readouterr().out
 
 
 def test_two_levels_equal_experts_on_one_device() -> None:

@@ -32,7 +32,7 @@ PEERS = {
     "experts": {"torch"},
     "vocab_loss": {"naive", "chunked"},
     "router": {"torch"},
-    "fssdp": {"ep", "no_copies", "local"},
+    "fssdp": {"ep", "no_copies", "local", "waits"},
 }
 
 
@@ -46,7 +46,9 @@ def run(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[
 
 def test_ranks_act_as_if_on_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fssdp", *SMALL["fssdp"], "repeats=3", "nodes=2", f"out={tmp_path / 'bench.json'}"]) == 0
-    assert capsys.readouterr().out.count("tokens between 2 nodes, one way, experts on their owners: ") == CASES["fssdp"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("tokens between 2 nodes, one way, experts on their owners: ") == CASES["fssdp"]
+    assert printed.count("its parts alone (predicted): products ") == 2 * CASES["fssdp"], "with copies and without"
     for wrong, message in (
         ("nodes=3", "do not spread evenly over nodes = 3"),
         ("nodes=1 transport=two_level", "leave one level"),

@@ -7,14 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.flows import Plan, device_loads, flows, imbalance
-from parallel.layer_cost import LayerCosts, Link, Setting, copy_times, exchange_time, hidden_copies, layer_time
+from parallel.layer_cost import (
+    LayerCosts,
+    Link,
+    Setting,
+    copy_times,
+    exchange_time,
+    exchanged,
+    hidden_copies,
+    layer_time,
+    least_pass_s,
+    pass_times,
+)
 from parallel.placement import Budget, Placement, Topology, without_copies
-from parallel.policies import POLICIES, by_cost, even_replicas, pack, plain
-from tests.parallel.plans import loads, owners, settings, topologies
+from parallel.policies import POLICIES, by_cost, even_replicas, fewest_crossing, pack, plain
+from parallel.two_level_exchange import rows_across
+from tests.parallel.plans import loads, owners, plans, settings, topologies
 
 H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
     entry_s=1.6e-8,
@@ -118,6 +131,18 @@ def test_copies_go_where_least_is_one_by_one(topology: Topology, experts: int, m
     assert (pack(extra_E, loads_E, owner_E, topology, memory) == wanted_ED).all()
 
 
+@given(topologies(), st.integers(1, 16), st.integers(0, 9999))
+def test_no_plan_takes_less_than_the_least(topology: Topology, experts: int, seed: int) -> None:
+    plan, loads_E, setting = plans(seed, topology, experts), loads(seed, experts), settings(seed, topology, 0)
+    found, entries = flows(plan, topology, loads_E), float(loads_E.sum())
+    least_s = least_pass_s(float(found.across_in_D.sum()), float(found.entries_D.max()), entries, setting)
+    assert least_s <= sum(pass_times(found, setting)) * (1 + 1e-9)
+    even = Plan(plan.placement)
+    replicas_E = plan.placement.copies_ED.sum(axis=1)
+    crossing = flows(even, topology, loads_E).across_in_D.sum()
+    assert fewest_crossing(replicas_E - 1, loads_E, topology) <= crossing * (1 + 1e-9) + 1e-9
+
+
 def test_times_by_hand() -> None:
     """Two nodes of two; expert 0 lies on devices 0 and 2, expert 1 on device 3; 40 entries each."""
     topology = Topology(4, 2)
@@ -135,6 +160,10 @@ def test_times_by_hand() -> None:
     # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides. It
     # has 20 tokens of its own, and the rows of 40 come to it, 10 of them its own.
     assert exchange_time(found, setting) == pytest.approx((2 + 20 * 2 * 0.5) + (20 + 40) * 3)
+    # In two levels devices 2 and 3 take 10 of the 20 each. Device 3 takes 10 of its neighbour's own and 10 that came to it. It
+    # lays out its own 20, passes these and the 10 that came on (in place, and laid out again), and serves 40.
+    two_level = replace(setting, two_level=True)
+    assert exchange_time(found, two_level) == pytest.approx((2 + 10 * 2 * 0.5) + (1 + 20 * 2 * 0.1) + (20 + 2 * 30 + 40) * 3)
     times = copy_times(plan.placement, topology, costs)  # one expert, once across, and one gradient added
     assert (times.gather_s, times.return_s) == (pytest.approx(2 + 100 * 0.5), pytest.approx(2 + 200 * 0.5))
     time = layer_time(plan, loads_E, setting)
@@ -146,6 +175,21 @@ def test_times_by_hand() -> None:
     assert LayerCosts.from_numbers(costs.numbers) == costs
     bare = layer_time(Plan(without_copies(np.array([0, 3]), 4)), loads_E, setting)
     assert bare.weights_s == 0 and imbalance(np.zeros(4)) == 1.0
+
+
+@given(st.sampled_from([(2, 2), (2, 4), (4, 2), (3, 3)]), st.integers(1, 4), st.integers(0, 9))
+def test_in_two_levels_a_token_crosses_to_a_node_once(nodes_of: tuple[int, int], top_k: int, seed: int) -> None:
+    """Even choices of random experts, one of each device: against rows that are counted."""
+    topology = Topology(nodes_of[0] * nodes_of[1], nodes_of[1])
+    tokens, generator = 4000, torch.Generator().manual_seed(seed)
+    rank_TK = torch.randint(topology.devices, (tokens, top_k), generator=generator)
+    by_rank, by_node = rows_across(rank_TK, 0, topology)
+    bare = Plan(without_copies(np.arange(topology.devices), topology.devices))
+    loads_E = np.full(topology.devices, float(tokens * top_k))
+    setting = replace(settings(seed, topology, 0), top_k=top_k, costs=replace(H200, row_bytes=1.0))
+    for two_level, rows in ((False, by_rank), (True, by_node)):
+        sent = exchanged(flows(bare, topology, loads_E), replace(setting, two_level=two_level))
+        assert sent.across_bytes == pytest.approx(rows, rel=0.1)
 
 
 def test_a_token_goes_to_a_device_once_whatever_its_choices() -> None:

@@ -5,7 +5,7 @@ serves a single device, expert-parallel ranks and a decoding engine. It keeps no
 documents are arguments, the load of the experts is an output. `LanguageModel` puts everything into one process.
 
 Shape letters: B batch, S sequence, T = B * S tokens, D model, F expert hidden, C = 2F, E experts, K top-k, V vocabulary,
-H query heads, G key/value heads, d head_dim, L MoE layers.
+L MoE layers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
 from kernels.expert_choice import choose_tokens
-from kernels.expert_mlp import swiglu
-from kernels.linear import linears
-from kernels.norm import add_rms_norm, rms_norm, rotate
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
 from parallel.moe_layer import LocalExperts
@@ -32,6 +29,7 @@ from trainer.config.model import ExpertChoiceRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
+from trainer.model.layers import Angles, Attend, Attention, Linear, RMSNorm, SwiGLU, linear
 
 
 class LayerExperts(Protocol):
@@ -44,13 +42,6 @@ class LayerExperts(Protocol):
         """y_TD: for every token the sum over k of its combine weight times the output of its expert k."""
 
 
-class Attend(Protocol):
-    """Causal attention that respects documents; also what a decoding engine puts a cache behind."""
-
-    def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-        """out_BHSd, from rotated queries and keys. `layer` counts all layers from zero."""
-
-
 @dataclass(frozen=True)
 class Output:
     hidden_BSD: Tensor  # after the final norm
@@ -58,13 +49,6 @@ class Output:
     experts_LTK: tuple[Tensor, ...]  # int64; the experts of every token
     depths_BSD: tuple[Tensor, ...]  # hidden states behind the layers that were asked for
     replaced_BS: Tensor | None  # float32; of a replay: the share of a token's experts that its router would not have chosen
-
-
-class Angles(NamedTuple):
-    """Rotary cosines and sines, (B * S, d) float32."""
-
-    cosines: Tensor
-    sines: Tensor
 
 
 class Choice(NamedTuple):
@@ -82,84 +66,6 @@ class Weighing(TypedDict):
     renormalize: bool
     scale: float
     valid_T: Tensor
-
-
-class Linear(nn.Linear):
-    """By the library's product, or by the one whose rows do not depend on the batch (kernels/linear.py)."""
-
-    batch_invariant = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return side_by_side(x, self)[0]
-
-
-def side_by_side(x: Tensor, *maps: Linear) -> list[Tensor]:
-    """Each of up to three linear maps of `x`; batch-invariant ones in one launch on a GPU."""
-    if not maps[0].batch_invariant:
-        return [functional.linear(x, linear.weight, linear.bias) for linear in maps]
-    results = linears(x, [linear.weight for linear in maps])
-    return [y if linear.bias is None else y + linear.bias for y, linear in zip(results, maps, strict=True)]
-
-
-def linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
-    """Without torch's own initialisation, which costs time and draws from the global generator."""
-    return nn.utils.skip_init(Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def updated(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(the residual stream `x` with its update, that normed), in one pass over memory."""
-        return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """The MLP of a dense layer, and the shared experts of an MoE layer; rows 0..F of `gate_up` are the gate."""
-
-    def __init__(self, size: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = linear(size, 2 * hidden)
-        self.down = linear(hidden, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(swiglu(self.gate_up(x)))
-        return y
-
-
-class Attention(nn.Module):
-    """Grouped-query attention around an `Attend`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.query = linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.attention_bias)
-        self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
-        self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
-        self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        query_BSHd, key_BSGd, value_BSGd = (x.view(heads) for x in side_by_side(x_BSD, self.query, self.key, self.value))
-        query_BSHd = self._turned(self.query_norm(query_BSHd), angles)
-        key_BSGd = self._turned(self.key_norm(key_BSGd), angles)
-        out_BHSd = attend(layer, query_BSHd.transpose(1, 2), key_BSGd.transpose(1, 2), value_BSGd.transpose(1, 2))
-        out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
-        return out_BSD
-
-    @staticmethod
-    def _turned(x_BSHd: Tensor, angles: Angles) -> Tensor:
-        return rotate(x_BSHd.flatten(0, 1), *angles).view_as(x_BSHd)
 
 
 class MoE(nn.Module):
@@ -430,7 +336,6 @@ class ParameterCounts:
     per_expert: int
 
 
-@cache
 @cache
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Numbers of trained parameters, exact; the selection bias is not trained and not counted."""

@@ -80,11 +80,11 @@ def test_our_workload_is_what_the_model_of_placements_counts(nodes_of: tuple[int
     topology = Topology(nodes * per_node, per_node)
     loads_E = np.random.default_rng(seed).integers(0, 1000, 16).astype(float)
     plan = Plan(without_copies(even_owners(16, topology.devices), topology.devices))
-    setting = Setting(topology, top_k, Budget(0, 0), False, COSTS)
+    setting = Setting(topology, top_k, Budget(0, 0), False, COSTS, two_level=seed % 2 == 0)
     work = sharded_workload(plan, loads_E, setting)
     forward, backward = (sharded_chunk(COSTS, work, 1, backward=way) for way in (False, True))
     products_s, tokens_s = pass_times(flows(plan, setting.topology, loads_E), setting)
-    links_s = 4 * max(forward.across_s, forward.within_s)
+    links_s = 4 * (max(forward.across_s, forward.within_s) + forward.gather_s)
     assert forward.expert_s + backward.expert_s == pytest.approx(products_s + tokens_s - links_s)
     assert tokens_s - links_s == pytest.approx(4 * work.rows_s + COSTS.exchange_s) and work.rows_s > 0
     assert (forward.across_s > 0) == bool(flows(plan, topology, loads_E).across_in_D.any())
