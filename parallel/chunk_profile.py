@@ -1,4 +1,4 @@
-"""What the parts of an MoE layer take on these ranks: lines through a few measured times.
+"""What the parts of an MoE layer whose tokens travel as messages take on these ranks: lines through a few measured times.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1.
 
@@ -19,15 +19,22 @@ import torch.distributed as dist
 
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.expert_arena import ExpertArena
+from parallel.peer_exchange import PeerTokens
 from parallel.profiling import timed
 from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import Exchange, exchange
+from parallel.token_exchange import Exchange, Leg, exchange
 
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
 BUDGET_S = 15.0
+MIB, ENTRIES, TOKENS = ("MiB", 2**20), ("1,000 entries", 1000), ("1,000 tokens", 1000)
+LINES = {  # the unit in which each is told
+    "exchange": MIB, "copy": MIB, "forward": ENTRIES, "backward": ENTRIES, "weights": ENTRIES, "attention": TOKENS,
+    "inside": MIB, "relay": MIB,
+}  # fmt: skip
+UNUSED = Fit(Line(0.0, 0.0), 1.0)
 log = logging.getLogger("tessera")
 Attend = Callable[[int], object]  # computes, forward, what lies before a layer for so many tokens
 
@@ -42,6 +49,8 @@ class Profile:
     backward: Fit
     weights: Fit
     attention: Fit
+    inside: Fit  # this and the next only where tokens travel over two levels, else nothing
+    relay: Fit
     announce_s: float
     tokens: int  # of a rank, at most
 
@@ -52,31 +61,20 @@ class Profile:
         def line(part: str) -> Fit:
             return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
 
-        computed = (line("forward"), line("backward"), line("weights"), line("attention"))
-        return Profile(line("exchange"), line("copy"), *computed, kept["announce_s"], kept["tokens"])
+        lines = {name: line(name) for name in LINES}
+        return Profile(**lines, announce_s=kept["announce_s"], tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
-        return ExecutionCosts(
-            exchange=self.exchange.line,
-            copy=self.copy.line,
-            forward=self.forward.line,
-            backward=self.backward.line,
-            weights=self.weights.line,
-            attention=self.attention.line,
-            announce_s=self.announce_s,
-        )
+        lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
+        return ExecutionCosts(**lines, announce_s=self.announce_s)
+
+    def _fits(self) -> list[tuple[str, Fit]]:
+        return [(name, getattr(self, name)) for name in LINES]
 
     def __str__(self) -> str:
-        lines = (
-            ("exchange", self.exchange, "MiB", 2**20),
-            ("copy", self.copy, "MiB", 2**20),
-            ("forward", self.forward, "1,000 entries", 1000),
-            ("backward", self.backward, "1,000 entries", 1000),
-            ("weights", self.weights, "1,000 entries", 1000),
-            ("attention", self.attention, "1,000 tokens", 1000),
-        )
-        return "; ".join(f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in lines)
+        shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
+        return "; ".join(f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown)
 
 
 def _told(one: Fit, amount: float) -> str:
@@ -97,8 +95,11 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
     times = torch.tensor([[*one.amounts, *one.seconds] for one in found], dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    row_bytes, entries, many, exchange_s, copies_s, *computed, announce_s = times.t().tolist()
-    forward_s, backward_s, weights_s, attention_s = computed
+    row_bytes, inside_bytes, entries, many, *rows = times.t().tolist()
+    exchange_s, copies_s, forward_s, backward_s, weights_s, attention_s, announce_s, *within = rows
+    inside, relay = UNUSED, UNUSED
+    if within:
+        inside, relay = fit(inside_bytes, within[0]), fit(inside_bytes, [both / 2 for both in within[1]])
     profile = Profile(
         exchange=fit(row_bytes, exchange_s),
         copy=fit(row_bytes, [both / 2 for both in copies_s]),
@@ -106,6 +107,8 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
         backward=fit(entries, backward_s),
         weights=fit(entries, weights_s),
         attention=fit(many, attention_s),
+        inside=inside,
+        relay=relay,
         announce_s=announce_s[-1],
         tokens=tokens,
     )
@@ -115,8 +118,8 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
 
 @dataclass(frozen=True)
 class _Times:
-    amounts: tuple[float, float, float]  # bytes sent or received, entries, tokens
-    seconds: tuple[float, ...]  # exchange, both copies, forward, backward, weights, attention, announce
+    amounts: tuple[float, ...]  # bytes sent or received on the first leg, and on the second; entries, tokens
+    seconds: tuple[float, ...]  # exchange, copies, forward, backward, weights, attention, announce; inside, relays
 
 
 def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, repeats: int) -> _Times:
@@ -129,15 +132,18 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
     owner_E = torch.from_numpy(found.placement.owner_E).to(world.device)
     index_E, here = found.index_E, found.slots_E.shape[0]
 
+    levels = arena.transport.tokens
+    assert not isinstance(levels, PeerTokens), "nothing travels"
+
     def announce() -> Exchange:
-        return exchange(world, weights_TK, experts_TK, owner_E[experts_TK].int(), index_E, here, WHOLE)
+        return exchange(levels, weights_TK, experts_TK, owner_E[experts_TK].int(), index_E, here, WHOLE)
 
     sent = announce()
-    way, splits = sent.forward, sent.splits
+    way, first = sent.forward, sent.forward.legs[0]
     gate_up_SCD, down_SDF = arena.rows
     experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
-    rows_SD = way.pack(x_TD, 0)
-    rows_RD, place_RK, weights_RK = way.send(rows_SD, 0).wait(), sent.places(way), sent.weights_RK[way.row_R]
+    rows_SD = first.pack(x_TD, 0)
+    rows_RD, place_RK, weights_RK = way.there(x_TD), sent.places(way), sent.weights_RK[way.row_R]
     entries = sent.order.entry_N.shape[0]
 
     def forward() -> ForwardPass:
@@ -154,17 +160,29 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
 
     behind = back()
     calls: list[Callable[[], object]] = [
-        lambda: way.send(rows_SD, 0).wait(),
-        lambda: way.collect(way.pack(x_TD, 0), 0),
+        lambda: first.send(rows_SD, 0).wait(),
+        lambda: first.collect(first.pack(x_TD, 0), 0),
         forward,
         back,
         lambda: behind.weights(rows_RD, place_RK),
         lambda: attend(tokens),
         announce,
     ]
+    if len(way.legs) > 1:
+        last, came = way.legs[1], first.send(rows_SD, 0).wait()
+        passed = last.pack(came, 0)
+        calls += [lambda: last.send(passed, 0).wait(), lambda: last.collect(last.pack(came, 0), 0)]
     seconds = tuple(_typical(call, world.device, repeats) for call in calls)
-    others = [max(sum(rows) - rows[world.rank], 0) for rows in (splits.send_W, splits.receive_W)]
-    return _Times((max(others) * shape.hidden * arena.dtype.itemsize, entries, tokens), seconds)
+    row_bytes = shape.hidden * arena.dtype.itemsize
+    bytes_of = [row_bytes * _others(leg, world.rank) for leg in way.legs]
+    return _Times((bytes_of[0], bytes_of[-1], entries, tokens), seconds)
+
+
+def _others(leg: Leg, rank: int) -> int:
+    """Rows that a rank sends to other members of a level, or takes from them, whichever are more."""
+    own = rank // leg.level.each % leg.level.size
+    splits = leg.splits[0]
+    return max(sum(rows) - rows[own] for rows in (splits.send_W, splits.receive_W))
 
 
 def _typical(call: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -150,6 +150,21 @@ def exchanged(found: Flows, setting: Setting) -> Exchanged:
     )
 
 
+def rows_of_two_levels(found: Flows, topology: Topology, top_k: int) -> tuple[float, float]:
+    """(the most rows that a device gives to or takes from other nodes, and other devices of its node) in one exchange in one
+    direction over two levels: a token's row goes to a node once, to the device that stands there where its own does."""
+    nodes, size = topology.nodes, topology.devices_per_node
+    tokens = float(found.entries_D.sum()) / top_k / topology.devices
+    crossing_N = found.across_in_D.reshape(nodes, size).sum(axis=1)
+    relayed_D = np.repeat(crossing_N / size, size)  # entries that come to each device from other nodes, for all of its own
+    rows_D = np.repeat(_rows(crossing_N, topology.devices - size, tokens, top_k) / size, size)
+    others = (size - 1) / size
+    inside_in_D = found.within_in_D + found.across_in_D * others
+    inside_D = _rows(inside_in_D, (size - 1) * nodes, tokens, top_k)  # from each of them, its own rows and those it relays
+    across = _most(rows_D, relayed_D, found.across_out_D)
+    return across, _most(inside_D, inside_in_D, found.within_out_D + relayed_D * others)
+
+
 def _rows(in_D: Floats, sources: int, tokens: float, top_k: int) -> Floats:
     """The rows that come to each device with so many entries from `sources` devices that have `tokens` each.
 

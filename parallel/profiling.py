@@ -24,10 +24,10 @@ from kernels.expert_order import expert_order
 from parallel.expert_arena import ExpertArena
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchanged
+from parallel.peer_exchange import PeerTokens
 from parallel.placement import Budget, without_copies
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import boundaries, exchange
-from parallel.transport import WholeLayerTokens
+from parallel.token_exchange import Levels, boundaries, exchange
 
 FLOAT32 = 4
 REPEATS = 5
@@ -136,21 +136,20 @@ def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callab
     here = torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device), int(here_E.sum())
 
     @torch.enable_grad()
-    def whole(tokens: WholeLayerTokens) -> object:
+    def in_place(tokens: PeerTokens) -> object:
         rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
         received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
 
-    def as_messages() -> object:
+    def as_messages(levels: Levels) -> object:
         rank_TK = destinations(experts_TK, None, ends_ED, phase_E)
-        sent = exchange(world, weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        sent = exchange(levels, weights_TK, experts_TK, rank_TK, *here, WHOLE)
         for way in (sent.forward, sent.backward):
-            rows_RD = way.send(way.pack(x_TD, 0), 0).wait()
-            way.collect(way.give_back(rows_RD, 0).wait(), 0)
-        return sent.collect_weights(sent.return_weights(sent.weights_RK[sent.backward.row_R]))
+            way.back(way.there(x_TD))
+        return sent.collect_weights(sent.pass_weights_on(sent.return_weights(sent.weights_RK[sent.backward.row_R])))
 
-    tokens_end = arena.transport.tokens
-    return as_messages if tokens_end is None else partial(whole, tokens_end)
+    ends = arena.transport.tokens
+    return partial(in_place, ends) if isinstance(ends, PeerTokens) else partial(as_messages, ends)
 
 
 def _sum_cost(arena: ExpertArena) -> float:
