@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,7 @@ from parallel.profiling import timed
 from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import Exchange, Leg, exchange
+from parallel.token_exchange import Leg, exchange
 
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
@@ -122,60 +123,80 @@ class _Times:
     seconds: tuple[float, ...]  # exchange, copies, forward, backward, weights, attention, announce; inside, relays
 
 
-def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, repeats: int) -> _Times:
-    world, shape, found = arena.world, arena.shape, arena.layers[0]
-    generator = torch.Generator(world.device).manual_seed(world.rank)
-    x_TD = torch.randn(tokens, shape.hidden, device=world.device, generator=generator).to(arena.dtype)
-    chosen_TE = torch.rand(tokens, shape.experts, device=world.device, generator=generator)
-    experts_TK = chosen_TE.topk(top_k, dim=1).indices
-    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
-    owner_E = torch.from_numpy(found.placement.owner_E).to(world.device)
-    index_E, here = found.index_E, found.slots_E.shape[0]
+class LayerParts:
+    """What a layer of so many tokens a rank with random choices does, part by part, each as often as one likes. Collective."""
 
-    levels = arena.transport.tokens
-    assert not isinstance(levels, PeerTokens), "nothing travels"
+    def __init__(self, arena: ExpertArena, tokens: int, top_k: int) -> None:
+        levels, world, shape, found = arena.transport.tokens, arena.world, arena.shape, arena.layers[0]
+        assert not isinstance(levels, PeerTokens), "nothing travels"
+        generator = torch.Generator(world.device).manual_seed(world.rank)
+        self._x_TD = torch.randn(tokens, shape.hidden, device=world.device, generator=generator).to(arena.dtype)
+        chosen_TE = torch.rand(tokens, shape.experts, device=world.device, generator=generator)
+        experts_TK = chosen_TE.topk(top_k, dim=1).indices
+        weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
+        rank_TK = torch.from_numpy(found.placement.owner_E).to(world.device)[experts_TK].int()
+        here = found.index_E, found.slots_E.shape[0]
+        self._announce = partial(exchange, levels, weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        self._sent = self._announce()
+        self._way = way = self._sent.forward
+        self.entries = self._sent.order.entry_N.shape[0]
+        row_bytes = shape.hidden * arena.dtype.itemsize
+        self.bytes = [row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
+        gate_up_SCD, down_SDF = arena.rows
+        self._experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
+        self._rows_SD = way.legs[0].pack(self._x_TD, 0)
+        # What sets out on the last leg, which may be the first.
+        self._last_RD = way.legs[0].send(self._rows_SD, 0).wait() if len(way.legs) > 1 else self._x_TD
+        self._last_SD = way.legs[-1].pack(self._last_RD, 0)
+        self._rows_RD = way.there(self._x_TD)
+        self._place_RK, self._weights_RK = self._sent.places(way), self._sent.weights_RK[way.row_R]
+        self._ahead = self.forward()
+        self._behind = self.backward()
 
-    def announce() -> Exchange:
-        return exchange(levels, weights_TK, experts_TK, owner_E[experts_TK].int(), index_E, here, WHOLE)
+    def announce(self) -> object:
+        return self._announce()
 
-    sent = announce()
-    way, first = sent.forward, sent.forward.legs[0]
-    gate_up_SCD, down_SDF = arena.rows
-    experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
-    rows_SD = first.pack(x_TD, 0)
-    rows_RD, place_RK, weights_RK = way.there(x_TD), sent.places(way), sent.weights_RK[way.row_R]
-    entries = sent.order.entry_N.shape[0]
+    def send(self) -> object:
+        return self._way.legs[0].send(self._rows_SD, 0).wait()
 
-    def forward() -> ForwardPass:
-        ahead = ForwardPass(entries, experts, x_TD)
-        ahead.rows(rows_RD, place_RK, weights_RK, sent.order)
+    def copies(self) -> object:
+        return self._way.legs[0].collect(self._way.legs[0].pack(self._x_TD, 0), 0)
+
+    def send_inside(self) -> object:
+        return self._way.legs[-1].send(self._last_SD, 0).wait()
+
+    def send_all(self) -> object:
+        """Over all legs at once, as different chunks do."""
+        messages = [self._way.legs[0].send(self._rows_SD, 0)]
+        if len(self._way.legs) > 1:
+            messages.append(self._way.legs[-1].send(self._last_SD, 0))
+        return [message.wait() for message in messages]
+
+    def relays(self) -> object:
+        return self._way.legs[-1].collect(self._way.legs[-1].pack(self._last_RD, 0), 0)
+
+    def forward(self) -> ForwardPass:
+        ahead = ForwardPass(self.entries, self._experts, self._x_TD)
+        ahead.rows(self._rows_RD, self._place_RK, self._weights_RK, self._sent.order)
         return ahead
 
-    ahead = forward()
+    def backward(self) -> BackwardPass:
+        behind = BackwardPass(self._sent.order, self._ahead.h, self._sent.weights_RK, self._experts, self._x_TD)
+        behind.rows(self._rows_RD, self._place_RK, self._sent.order)
+        return behind
 
-    def back() -> BackwardPass:
-        computing = BackwardPass(sent.order, ahead.h, sent.weights_RK, experts, x_TD)
-        computing.rows(rows_RD, place_RK, sent.order)
-        return computing
+    def weights(self) -> object:
+        return self._behind.weights(self._rows_RD, self._place_RK)
 
-    behind = back()
-    calls: list[Callable[[], object]] = [
-        lambda: first.send(rows_SD, 0).wait(),
-        lambda: first.collect(first.pack(x_TD, 0), 0),
-        forward,
-        back,
-        lambda: behind.weights(rows_RD, place_RK),
-        lambda: attend(tokens),
-        announce,
-    ]
-    if len(way.legs) > 1:
-        last, came = way.legs[1], first.send(rows_SD, 0).wait()
-        passed = last.pack(came, 0)
-        calls += [lambda: last.send(passed, 0).wait(), lambda: last.collect(last.pack(came, 0), 0)]
-    seconds = tuple(_typical(call, world.device, repeats) for call in calls)
-    row_bytes = shape.hidden * arena.dtype.itemsize
-    bytes_of = [row_bytes * _others(leg, world.rank) for leg in way.legs]
-    return _Times((bytes_of[0], bytes_of[-1], entries, tokens), seconds)
+
+def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, repeats: int) -> _Times:
+    parts = LayerParts(arena, tokens, top_k)
+    calls: list[Callable[[], object]] = [parts.send, parts.copies, parts.forward, parts.backward, parts.weights]
+    calls += [lambda: attend(tokens), parts.announce]
+    if len(parts.bytes) > 1:
+        calls += [parts.send_inside, parts.relays]
+    seconds = tuple(_typical(call, arena.world.device, repeats) for call in calls)
+    return _Times((parts.bytes[0], parts.bytes[-1], parts.entries, tokens), seconds)
 
 
 def _others(leg: Leg, rank: int) -> int:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from launch.bench import main
 from launch.benchmarks.chunks import Layer, measure_layer
 from launch.benchmarks.options import SHAPES
+from launch.benchmarks.planned import FIXED, MODELS, TESTBEDS, grid, one_link_tasks
 from launch.benchmarks.ranks import on_ranks
-from launch.benchmarks.schedule import FIXED, MODELS, TESTBEDS, grid, one_link_tasks
 from parallel.schedule.cost import Chunk
 from parallel.schedule.pipeline import ACROSS, COMPUTE, layer_tasks
 from parallel.schedule.timeline import simulate
