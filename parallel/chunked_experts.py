@@ -87,9 +87,9 @@ class _Layer(torch.autograd.Function):
             d_x_PD, d_weights_PK = computing.rows(passing.arrived(chunk), place_RK[way.arrived(chunk)], part)
             passing.give_back(d_x_PD, chunk)
             d_weights.append(d_weights_PK)
-        returning_weights = passing.set_out(exchange.return_weights(torch.cat(d_weights)))
+        returning_weights = passing.set_out(exchange.return_weights(torch.cat(d_weights)), "combine")
         passing.give_back_last()
-        returning_weights = passing.set_out(exchange.pass_weights_on(returning_weights))
+        returning_weights = passing.set_out(exchange.pass_weights_on(returning_weights), "combine")
         gradients = computing.weights(arrived_RD, arrived_RK)
         run.mark("weights")
         run.gradients(*gradients)
@@ -110,17 +110,21 @@ class _Passing:
         first, x_TD = way.legs[0], x_TD.contiguous()
         packed = (first.pack(x_TD[first.of_chunk(chunk)], chunk) for chunk in range(len(way)))
         # Of each leg, there and back, in the order of the chunks; gone when they are there.
-        self._crossing = deque(self.set_out(first.send(rows_SD, chunk)) for chunk, rows_SD in enumerate(packed))
+        self._crossing = deque(first.send(rows_SD, chunk) for chunk, rows_SD in enumerate(packed))
         run.mark("pack")
+        for message in self._crossing:
+            self.set_out(message, "dispatch")
         self._inside: deque[InFlight] = deque()
         self._back_inside: deque[InFlight] = deque()
         self._back: deque[InFlight] = deque()
         if len(way.legs) > 1:
             self._pass_on(0)
 
-    def set_out(self, message: InFlight) -> InFlight:
+    def set_out(self, message: InFlight, name: str) -> InFlight:
+        """It has set out; in sequence it is waited for here."""
         if self._run.in_sequence:
             message.wait()
+            self._run.mark(name)
         return message
 
     def arrived(self, chunk: int) -> Tensor:
@@ -139,17 +143,18 @@ class _Passing:
         rows_PD = self._crossing.popleft().wait()
         self._run.mark(f"dispatch {chunk + 1}")
         last = self._way.legs[-1]
-        self._inside.append(self.set_out(last.send(last.pack(rows_PD, chunk), chunk)))
+        self._inside.append(last.send(last.pack(rows_PD, chunk), chunk))
         self._run.mark(f"relay {chunk + 1}")
+        self.set_out(self._inside[-1], "gather")
 
     def give_back(self, y_PD: Tensor, chunk: int) -> None:
         """The results of a chunk, which is computed."""
-        message = self.set_out(self._way.legs[-1].give_back(y_PD, chunk))
+        message = self._way.legs[-1].give_back(y_PD, chunk)
         self._run.mark(f"experts {chunk + 1}")
         if len(self._way.legs) == 1:
-            self._back.append(message)
+            self._back.append(self.set_out(message, "combine"))
             return
-        self._back_inside.append(message)
+        self._back_inside.append(self.set_out(message, "scatter"))
         if chunk > 0:
             self._sum(chunk - 1)
 
@@ -162,8 +167,9 @@ class _Passing:
         first, last = self._way.legs
         rows_SD = self._back_inside.popleft().wait()
         self._run.mark(f"scatter {chunk + 1}")
-        self._back.append(self.set_out(first.give_back(last.collect(rows_SD, chunk), chunk)))
+        self._back.append(first.give_back(last.collect(rows_SD, chunk), chunk))
         self._run.mark(f"sum {chunk + 1}")
+        self.set_out(self._back[-1], "combine")
 
     def collect(self) -> Tensor:
         """(T, D): what has come back."""

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.placement import Topology
-from parallel.token_exchange import Level, Levels, one_level
+from parallel.token_exchange import Level, Levels
 from parallel.topology import World
 
 
 def two_levels(world: World) -> Levels:
-    """Between nodes, then inside them; a level of one rank is left out. Makes process groups: all ranks call it together."""
+    """Between nodes, then inside them. Makes process groups: all ranks call it together."""
     topology = world.topology
     size, nodes = topology.devices_per_node, topology.nodes
     node, place = divmod(world.rank, size)
-    if nodes == 1 or size == 1:
-        return one_level(world)
     across = _groups([range(one, topology.devices, size) for one in range(size)])
     inside = _groups([range(one * size, (one + 1) * size) for one in range(nodes)])
     return Level(world, across[place], nodes, size), Level(world, inside[node], size, 1)

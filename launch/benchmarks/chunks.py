@@ -174,10 +174,10 @@ class _Sides:
     def computing(self, number: int) -> object:
         _attention(self._attention, self._inputs)
         with torch.no_grad():
-            return self._parts.forward(), self._parts.backward(), self._parts.weights()
+            return self._parts.forward(), self._parts.backward()
 
     def communication(self, number: int) -> object:
-        return [self._parts.send_all() for _ in range(WAYS)]
+        return [self._parts.send() for _ in range(WAYS)]
 
 
 WAYS = 4  # tokens and results, forward and backward

@@ -36,6 +36,7 @@ class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
+    length: PositiveInt = Field(2048, description="tokens of a row, in its attention")
     link_mbit: PositiveInt | None = Field(
         None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
     )
@@ -62,7 +63,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {**_BOTH, "layer": "qwen3_30b_a3b", "rank_tokens": "16384"},
     "cpu": {**_BOTH, "layer": "tiny", "rank_tokens": "2048"},
 }
-LENGTH = 2048  # tokens of a row, in the attention of layers that run
 
 
 def measure(
@@ -95,7 +95,7 @@ def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Schedu
     shape = SHAPES[options.layer]
     if shape.experts % options.ranks:
         raise UserError(f"{shape.experts} experts do not divide evenly over ranks = {options.ranks}")
-    told = Layer(shape, tokens, math.gcd(tokens, LENGTH), options.degrees, options.seed, options.repeats)
+    told = Layer(shape, tokens, math.gcd(tokens, options.length), options.degrees, options.seed, options.repeats)
     with hosts(options.link_mbit, options.within_mbit) as names:
         found = on_ranks(measure_layer, options.ranks, told, None, kind, names)
     link = f" on two hosts, {options.link_mbit:,} Mbit/s between them" if options.link_mbit else ""
@@ -104,10 +104,10 @@ def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Schedu
     work = f"MoE layer of {options.layer} with attention, {ranks}: measured"
     sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks}
     sizes |= {"link_mbit": options.link_mbit or 0, "within_mbit": options.within_mbit or 0}
-    return ScheduleCase(work, sizes, _against_bound(found), {}, _notes(found))
+    return ScheduleCase(work, sizes, against_bound(found), {}, _notes(found))
 
 
-def _against_bound(found: Found) -> dict[str, Compared]:
+def against_bound(found: Found) -> dict[str, Compared]:
     """What ran, then what no schedule can beat; the plan of the transport that training takes is the last."""
     ours = found.measured_ms[found.ours]
     compared = {}
