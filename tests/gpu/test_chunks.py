@@ -101,9 +101,9 @@ def test_no_number_depends_on_the_degrees_and_all_are_those_of_one_device(size: 
         y_TD = LocalExperts(*weights)(given[0], Routing(experts_TK, given[1], counts_E))
         y_TD.square().sum().backward()
         for found, wanted in zip(by_rank[rank][0]["parts"], [y_TD.detach(), *(part.grad for part in given)], strict=False):
-            assert wanted is not None and (found - wanted).norm() < 2e-2 * wanted.norm()
+            assert wanted is not None and (found - wanted).norm() <= 2e-2 * wanted.norm()
     for rank in range(size):
         for found, part in zip(by_rank[rank][0]["parts"][3:], weights, strict=True):
             assert part.grad is not None
             wanted = part.grad[by_rank[rank][0]["owned"]]
-            assert (found - wanted).norm() < 2e-2 * wanted.norm()
+            assert (found - wanted).norm() <= 2e-2 * wanted.norm()
