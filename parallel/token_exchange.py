@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -66,7 +66,11 @@ class Level:
 
     def member_of(self, rank_TK: Tensor) -> Tensor:
         """Which member takes a choice that a rank serves; int64, -1 stays."""
-        return torch.where(rank_TK >= 0, rank_TK // self.each % self.size, -1).long()
+        if self.group is None:
+            return rank_TK.long()
+        if self.each > 1:
+            return rank_TK.long() // self.each
+        return torch.where(rank_TK >= 0, rank_TK.long() % self.size, -1)
 
 
 Levels = tuple[Level, ...]  # in the order in which a row passes them
@@ -172,7 +176,7 @@ class Hop:
 
     level: Level
     splits: Splits
-    row_TK: Tensor  # int64: the sent row that carries a choice; -1 of one that is absent
+    row_TK: Tensor  # int64: the sent row that carries a choice; the number of rows sent, of one that is absent
     source_R: Tensor  # int64: rows in the order in which they are worked on; where each stands by sender and order there
 
     def give_back(self, numbers_RK: Tensor) -> InFlight:
@@ -185,7 +189,7 @@ class Hop:
         """(T, K); 0 of absent choices."""
         numbers_SK = back.wait()
         numbers_SK = torch.cat([numbers_SK, numbers_SK.new_zeros(1, numbers_SK.shape[1])])  # what an absent choice finds
-        return numbers_SK.gather(0, self.row_TK % numbers_SK.shape[0])
+        return numbers_SK.gather(0, self.row_TK)
 
 
 @dataclass(frozen=True)
@@ -248,26 +252,31 @@ def exchange(
         rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
     """
-    both, tokens = (degrees.forward, degrees.backward), rank_TK.shape[0]
+    tokens, chunks = rank_TK.shape[0], tuple(dict.fromkeys((degrees.forward, degrees.backward)))
     cell_T = torch.arange(tokens, device=rank_TK.device) * FINEST // max(tokens, 1)
     rows, entries = _Rows(experts_TK, rank_TK, weights_TK, cell_T), 0
     hops: list[Hop] = []
-    legs: tuple[list[Leg], list[Leg]] = ([], [])
-    arrivals: list[_Arrivals | None] = [None, None]  # of each way; before the first leg nothing came
+    legs: dict[int, list[Leg]] = {degree: [] for degree in chunks}
+    arrivals: dict[int, _Arrivals] = {}
     for level in levels:
-        rows, hop, cuts, entries = _hop(level, rows, both)
+        rows, hop, cuts, entries = _hop(level, rows, chunks)
         hops.append(hop)
-        for way, (degree, cut) in enumerate(zip(both, cuts, strict=True)):
-            legs[way].append(_leg(level, cut, arrivals[way], tokens))
-            arrivals[way] = _Arrivals(_as_they_arrive(rows.cell_T, hop.source_R, degree), cut.splits)
+        for degree, cut in zip(chunks, cuts, strict=True):
+            legs[degree].append(_leg(level, cut, arrivals.get(degree), tokens))
+            arrivals[degree] = _Arrivals(_as_they_arrive(rows.cell_T, hop.source_R, degree), cut.splits)
     slots_RK = torch.where(rows.experts_TK >= 0, index_E[rows.experts_TK.long()], -1)
     order = expert_order(slots_RK, num_here, num_entries=entries)
-    forward, backward = (
-        (Way(tuple(legs[way]), came.row_R), parts_of(order, slots_RK, rows.cell_T // (FINEST // degree), degree))
-        for way, (degree, came) in enumerate(zip(both, arrivals, strict=True))
-        if came is not None
+    ways = {degree: Way(tuple(legs[degree]), arrivals[degree].row_R) for degree in chunks}
+    parts = {degree: parts_of(order, slots_RK, rows.cell_T // (FINEST // degree), degree) for degree in chunks}
+    return Exchange(
+        forward=ways[degrees.forward],
+        backward=ways[degrees.backward],
+        hops=tuple(hops),
+        order=order,
+        forward_parts=parts[degrees.forward],
+        backward_parts=parts[degrees.backward],
+        weights_RK=rows.weights_TK,
     )
-    return Exchange(forward[0], backward[0], tuple(hops), order, forward[1], backward[1], rows.weights_TK)
 
 
 @dataclass(frozen=True)
@@ -309,7 +318,8 @@ def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop,
     sent = expert_order(leaders_TK, level.size, num_entries=sum(whole.send_W))  # by member, then in the order of the rows
     place_TK, entry_S = sent.place_N.view(target_TK.shape), sent.entry_N.long()
     behind, source_R = _tell(level, rows, target_TK, entry_S, whole)
-    hop = Hop(level, whole, place_TK.long().gather(1, first_TK), source_R)
+    row_TK = place_TK.long().gather(1, first_TK)
+    hop = Hop(level, whole, torch.where(row_TK >= 0, row_TK, len(entry_S)), source_R)
     cuts = [
         _Cut(_places_in_chunks(leaders_TK, place_TK, rows.cell_T, counts_WC), split)
         for counts_WC, split in zip(rows_WC, splits, strict=True)
@@ -351,7 +361,8 @@ def _tell_counts(
         dist.all_to_all_single(heard, told, group=level.group)
     sent, received = torch.stack([told.t(), heard.t()]).tolist()
     every = [Splits(*pair) for pair in zip(sent, received, strict=True)]
-    return rows_WC, [every[: degrees[0]], every[degrees[0] : -1]], sum(received[-1])
+    ends = [0, *accumulate(degrees)]
+    return rows_WC, [every[start:end] for start, end in pairwise(ends)], sum(received[-1])
 
 
 def _count(box_N: Tensor, boxes: int) -> Tensor:
