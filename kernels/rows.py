@@ -26,8 +26,13 @@ def spread_rows(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> No
 
         launch_spread(x_TD, place_N, top_k, out_ND)
     else:
-        present = place_N >= 0
-        out_ND[place_N[present]] = x_TD.repeat_interleave(top_k, dim=0)[present]
+        entry_N = (place_N >= 0).nonzero().squeeze(1)
+        place_N, token_N = place_N.index_select(0, entry_N).long(), entry_N // top_k
+        if len(entry_N) == out_ND.shape[0]:  # every row is written: each takes its token's, in one pass
+            from_N = torch.empty_like(token_N).scatter_(0, place_N, token_N)
+            torch.index_select(x_TD.detach(), 0, from_N, out=out_ND)
+        else:
+            out_ND.index_copy_(0, place_N, x_TD.detach().index_select(0, token_N))
 
 
 def combine_rows(y_ND: Tensor, place_N: Tensor, top_k: int, *, weights_TK: Tensor | None = None) -> Tensor:
@@ -45,9 +50,11 @@ def combine_rows(y_ND: Tensor, place_N: Tensor, top_k: int, *, weights_TK: Tenso
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     out_TD = torch.zeros(place_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
     for k in range(top_k):
-        present = place_TK[:, k] >= 0
-        row_TD = y_ND[place_TK[present, k]].to(wide)
-        out_TD[present] += row_TD if weights_TK is None else row_TD * weights_TK[present, k, None]
+        token_N = (place_TK[:, k] >= 0).nonzero().squeeze(1)
+        row_ND = y_ND.index_select(0, place_TK[:, k].index_select(0, token_N)).to(wide)
+        if weights_TK is not None:
+            row_ND *= weights_TK[:, k].index_select(0, token_N).unsqueeze(1)
+        out_TD.index_add_(0, token_N, row_ND)
     return out_TD.to(y_ND.dtype)
 
 

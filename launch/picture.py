@@ -32,6 +32,8 @@ COLOURS = {  # by the word that a task's name begins with
     "weights": "#b8860b",
     "pack": "#6b7f5e",
     "collect": "#a3b18a",
+    "relay": "#7a8b99",
+    "sum": "#9c8f7a",
 }
 OTHER = "#b0b7bd"
 INK, SOFT, GRID, IDLE = "#22262b", "#667078", "#dfe2e4", "#f1f3f4"

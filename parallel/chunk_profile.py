@@ -1,16 +1,20 @@
-"""What the parts of an MoE layer take on these ranks: lines through a few measured times.
+"""What the parts of an MoE layer whose tokens travel as messages take on these ranks: lines through a few measured times.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1.
 
-Collective: every rank gets the same numbers, the slowest rank's, and so plans alike.
+A layer is measured as it runs, in sequence: parts that are timed by themselves find their memory and caches as they left them,
+and take up to a fifth less. Collective: every rank gets the same numbers, the slowest rank's, and so plans alike.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -18,17 +22,27 @@ import torch
 import torch.distributed as dist
 
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
+from parallel.chunked_experts import Chunked, begins, chunked_experts
 from parallel.expert_arena import ExpertArena
-from parallel.profiling import timed
+from parallel.peer_exchange import PeerTokens
+from parallel.profiling import HEAD_START_CYCLES, timed
 from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import Exchange, exchange
+from parallel.stopwatch import Mark, Marks
+from parallel.token_exchange import Leg, exchange
 from parallel.topology import World
 
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
 BUDGET_S = 15.0
+HEAD_STARTS = 4  # milliseconds, about, in which the host starts two passes
+MIB, ENTRIES, TOKENS = ("MiB", 2**20), ("1,000 entries", 1000), ("1,000 tokens", 1000)
+LINES = {  # the unit in which each is told
+    "exchange": MIB, "copy": MIB, "forward": ENTRIES, "backward": ENTRIES, "weights": ENTRIES, "attention": TOKENS,
+    "inside": MIB, "relay": MIB,
+}  # fmt: skip
+UNUSED = Fit(Line(0.0, 0.0), 1.0)
 log = logging.getLogger("tessera")
 Attend = Callable[[int], object]  # computes, forward, what lies before a layer for so many tokens
 
@@ -43,6 +57,8 @@ class Profile:
     backward: Fit
     weights: Fit
     attention: Fit
+    inside: Fit  # this and the next only where tokens travel over two levels, else nothing
+    relay: Fit
     announce_s: float
     tokens: int  # of a rank, at most
 
@@ -53,125 +69,200 @@ class Profile:
         def line(part: str) -> Fit:
             return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
 
-        computed = (line("forward"), line("backward"), line("weights"), line("attention"))
-        return Profile(line("exchange"), line("copy"), *computed, kept["announce_s"], kept["tokens"])
+        lines = {name: line(name) for name in LINES}
+        return Profile(**lines, announce_s=kept["announce_s"], tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
-        return ExecutionCosts(
-            exchange=self.exchange.line,
-            copy=self.copy.line,
-            forward=self.forward.line,
-            backward=self.backward.line,
-            weights=self.weights.line,
-            attention=self.attention.line,
-            announce_s=self.announce_s,
-        )
+        lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
+        return ExecutionCosts(**lines, announce_s=self.announce_s)
+
+    def _fits(self) -> list[tuple[str, Fit]]:
+        return [(name, getattr(self, name)) for name in LINES]
 
     def __str__(self) -> str:
-        lines = (
-            ("exchange", self.exchange, "MiB", 2**20),
-            ("copy", self.copy, "MiB", 2**20),
-            ("forward", self.forward, "1,000 entries", 1000),
-            ("backward", self.backward, "1,000 entries", 1000),
-            ("weights", self.weights, "1,000 entries", 1000),
-            ("attention", self.attention, "1,000 tokens", 1000),
-        )
-        return "; ".join(f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in lines)
+        shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
+        return "; ".join(f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown)
 
 
 def _told(one: Fit, amount: float) -> str:
     return f"{1e3 * one.line.alpha_s:.3g} ms + {1e3 * amount * one.line.beta_s:.3g} ms"
 
 
-@torch.no_grad()
 def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Profile:
     """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s."""
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
-    once = sum(_measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds)
+    once = _measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds
     slowest = torch.tensor(once, dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up.
     repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(slowest.item(), 1e-6)))))
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
-    times = torch.tensor([[*one.amounts, *one.seconds] for one in found], dtype=torch.float64, device=arena.world.device)
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    row_bytes, entries, many, exchange_s, copies_s, *computed, announce_s = times.t().tolist()
-    forward_s, backward_s, weights_s, attention_s = computed
-    profile = Profile(
-        exchange=fit(row_bytes, exchange_s),
-        copy=fit(row_bytes, [both / 2 for both in copies_s]),
-        forward=fit(entries, forward_s),
-        backward=fit(entries, backward_s),
-        weights=fit(entries, weights_s),
-        attention=fit(many, attention_s),
-        announce_s=announce_s[-1],
-        tokens=tokens,
-    )
+    profile = _fitted([_slowest(one, arena.world.device) for one in found], tokens)
     log.info("a layer's parts, measured in %.1f s: %s", time.perf_counter() - started, profile)
     return profile
 
 
 @dataclass(frozen=True)
 class _Times:
-    amounts: tuple[float, float, float]  # bytes sent or received, entries, tokens
-    seconds: tuple[float, ...]  # exchange, both copies, forward, backward, weights, attention, announce
+    """Of a layer of some size in which nothing overlaps: seconds of a pass in the mean, or of what there is once."""
+
+    row_bytes: float  # sent to others or received on the first leg
+    inside_bytes: float  # and on the last
+    entries: float
+    tokens: float
+    exchange: float  # waited for; so is what is sent inside
+    inside: float
+    copy: float
+    relay: float
+    forward: float
+    backward: float
+    weights: float
+    attention: float
+    announce: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both passes, with what comes before them."""
+        once = self.forward + self.backward + self.weights + self.attention + self.announce
+        return 2 * (2 * (self.exchange + self.inside + self.copy + self.relay)) + once
+
+
+WAITS = ("exchange", "inside")
+
+
+def _slowest(one: _Times, device: torch.device) -> _Times:
+    """Of all ranks. Who waits least for a message came last, and saw how long it takes."""
+    signs = [-1.0 if part.name in WAITS else 1.0 for part in fields(_Times)]
+    times = torch.tensor([sign * number for sign, number in zip(signs, astuple(one), strict=True)], dtype=torch.float64)
+    times = times.to(device)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return _Times(*(sign * number for sign, number in zip(signs, times.tolist(), strict=True)))
+
+
+def _fitted(found: Sequence[_Times], tokens: int) -> Profile:
+    def line(amount: str, part: str) -> Fit:
+        return fit([getattr(one, amount) for one in found], [getattr(one, part) for one in found])
+
+    two = any(one.relay for one in found)
+    return Profile(
+        exchange=line("row_bytes", "exchange"),
+        copy=line("row_bytes", "copy"),
+        forward=line("entries", "forward"),
+        backward=line("entries", "backward"),
+        weights=line("entries", "weights"),
+        attention=line("tokens", "attention"),
+        inside=line("inside_bytes", "inside") if two else UNUSED,
+        relay=line("inside_bytes", "relay") if two else UNUSED,
+        announce_s=found[-1].announce,
+        tokens=tokens,
+    )
+
+
+class LayerParts:
+    """A layer of so many tokens a rank with random choices, in sequence or part by part, as often as one likes. Collective."""
+
+    def __init__(self, arena: ExpertArena, tokens: int, top_k: int) -> None:
+        levels, world, shape, found = arena.transport.tokens, arena.world, arena.shape, arena.layers[0]
+        assert not isinstance(levels, PeerTokens), "nothing travels"
+        generator = torch.Generator(world.device).manual_seed(world.rank)
+        self._world = world
+        self._x_TD = torch.randn(tokens, shape.hidden, device=world.device, generator=generator).to(arena.dtype)
+        chosen_TE = torch.rand(tokens, shape.experts, device=world.device, generator=generator)
+        experts_TK = chosen_TE.topk(top_k, dim=1).indices
+        self._weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
+        rank_TK = torch.from_numpy(found.placement.owner_E).to(world.device)[experts_TK].int()
+        here = found.index_E, found.slots_E.shape[0]
+        self.announce = partial(exchange, levels, self._weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        self._sent = self.announce()
+        self._way = way = self._sent.forward
+        self.entries = self._sent.order.entry_N.shape[0]
+        row_bytes = shape.hidden * arena.dtype.itemsize
+        self.bytes = [row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
+        gate_up_SCD, down_SDF = arena.rows
+        self._experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
+        self._setting_out = [self._x_TD]  # on each leg
+        for leg in way.legs[:-1]:
+            self._setting_out.append(leg.send(leg.pack(self._setting_out[-1], 0), 0).wait())
+        self._messages = [leg.pack(rows, 0) for leg, rows in zip(way.legs, self._setting_out, strict=True)]
+        self._rows_RD = way.there(self._x_TD)
+        self._place_RK, self._weights_RK = self._sent.places(way), self._sent.weights_RK[way.row_R]
+        self._ahead = self.forward()
+
+    def in_sequence(self, mark: Callable[[str], None]) -> None:
+        """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
+        run = Chunked(self._sent, self._experts, lambda: None, lambda *gradients: None, mark, in_sequence=True)
+        y_TD = chunked_experts(self._x_TD, self._weights_TK.detach().requires_grad_(), run)
+        y_TD.backward(self._x_TD)
+
+    def send(self) -> object:
+        """Over all legs at once, as different chunks do."""
+        messages = [leg.send(rows_SD, 0) for leg, rows_SD in zip(self._way.legs, self._messages, strict=True)]
+        return [message.wait() for message in messages]
+
+    def forward(self) -> ForwardPass:
+        ahead = ForwardPass(self.entries, self._experts, self._x_TD)
+        ahead.rows(self._rows_RD, self._place_RK, self._weights_RK, self._sent.order)
+        return ahead
+
+    def backward(self) -> object:
+        behind = BackwardPass(self._sent.order, self._ahead.h, self._sent.weights_RK, self._experts, self._x_TD)
+        behind.rows(self._rows_RD, self._place_RK, self._sent.order)
+        return behind.weights(self._rows_RD, self._place_RK)
 
 
 def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, repeats: int) -> _Times:
-    world, shape, found = arena.world, arena.shape, arena.layers[0]
-    generator = torch.Generator(world.device).manual_seed(world.rank)
-    x_TD = torch.randn(tokens, shape.hidden, device=world.device, generator=generator).to(arena.dtype)
-    chosen_TE = torch.rand(tokens, shape.experts, device=world.device, generator=generator)
-    experts_TK = chosen_TE.topk(top_k, dim=1).indices
-    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
-    owner_E = torch.from_numpy(found.placement.owner_E).to(world.device)
-    index_E, here = found.index_E, found.slots_E.shape[0]
-
-    def announce() -> Exchange:
-        return exchange(world, weights_TK, experts_TK, owner_E[experts_TK].int(), index_E, here, WHOLE)
-
-    sent = announce()
-    way, splits = sent.forward, sent.splits
-    gate_up_SCD, down_SDF = arena.rows
-    experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
-    rows_SD = way.pack(x_TD, 0)
-    rows_RD, place_RK, weights_RK = way.send(rows_SD, 0).wait(), sent.places(way), sent.weights_RK[way.row_R]
-    entries = sent.order.entry_N.shape[0]
-
-    def forward() -> ForwardPass:
-        ahead = ForwardPass(entries, experts, x_TD)
-        ahead.rows(rows_RD, place_RK, weights_RK, sent.order)
-        return ahead
-
-    ahead = forward()
-
-    def back() -> BackwardPass:
-        computing = BackwardPass(sent.order, ahead.h, sent.weights_RK, experts, x_TD)
-        computing.rows(rows_RD, place_RK, sent.order)
-        return computing
-
-    behind = back()
-    calls: list[Callable[[], object]] = [
-        lambda: way.send(rows_SD, 0).wait(),
-        lambda: way.collect(way.pack(x_TD, 0), 0),
-        forward,
-        back,
-        lambda: behind.weights(rows_RD, place_RK),
-        lambda: attend(tokens),
-        announce,
-    ]
-    seconds = tuple(_typical(call, world, repeats) for call in calls)
-    others = [max(sum(rows) - rows[world.rank], 0) for rows in (splits.send_W, splits.receive_W)]
-    return _Times((max(others) * shape.hidden * arena.dtype.itemsize, entries, tokens), seconds)
-
-
-def _typical(call: Callable[[], object], world: World, repeats: int) -> float:
     """The median, as what is predicted is. Ranks begin together and call as often, so messages match.
 
-    The first call does not count: on a GPU it may compile a kernel for this size, which takes a thousand times as long.
+    The first turn does not count: on a GPU it may compile a kernel for this size, which takes a thousand times as long.
     """
-    call()
-    return median(timed(call, world) for _ in range(repeats))
+    parts = LayerParts(arena, tokens, top_k)
+    turns = [_turn(parts, partial(attend, tokens), arena.world) for _ in range(repeats + 1)][1:]
+    typical = {name: median(turn[name] for turn in turns) for name in turns[0]}
+    return _Times(row_bytes=parts.bytes[0], inside_bytes=parts.bytes[-1], entries=parts.entries, tokens=tokens, **typical)
+
+
+def _turn(parts: LayerParts, attend: Callable[[], object], world: World) -> dict[str, float]:
+    """Seconds of each part of `_Times`."""
+    with torch.no_grad():
+        once = {"announce": timed(parts.announce, world), "attention": timed(attend, world)}
+    world.barrier()
+    marks = Marks(world.device)
+    if world.device.type == "cuda":
+        torch.cuda._sleep(HEAD_STARTS * HEAD_START_CYCLES)  # the host is ahead, as in training
+    parts.in_sequence(marks)
+    seconds = _by_word(marks.take())
+
+    def mean(*words: str) -> float:
+        return sum(seconds[direction, word] for direction in ("forward", "backward") for word in words) / 4
+
+    return {
+        "exchange": mean("dispatch", "combine"),
+        "inside": mean("gather", "scatter"),
+        "copy": mean("pack", "collect"),
+        "relay": mean("relay", "sum"),
+        "forward": seconds["forward", "experts"],
+        "backward": seconds["backward", "experts"],
+        "weights": seconds["backward", "weights"],
+        **once,
+    }
+
+
+def _by_word(marks: Sequence[Mark]) -> dict[tuple[str, str], float]:
+    """By direction and the first word of the name."""
+    found: defaultdict[tuple[str, str], float] = defaultdict(float)
+    direction = ""
+    for before, mark in pairwise(marks):
+        if before.name in (begins("forward"), begins("backward")):
+            direction = before.name.split()[0]
+        found[direction, mark.name.split()[0]] += mark.at_s - before.at_s
+    return found
+
+
+def _others(leg: Leg, rank: int) -> int:
+    """Rows that a rank sends to other members of a level, or takes from them, whichever are more."""
+    own = rank // leg.level.each % leg.level.size
+    splits = leg.splits[0]
+    return max(sum(rows) - rows[own] for rows in (splits.send_W, splits.receive_W))

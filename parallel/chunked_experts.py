@@ -1,14 +1,18 @@
 """One MoE layer of a rank whose tokens travel as messages: dispatch, experts and combine of each chunk while others travel.
 
 Source: FSMoE, arXiv 2501.10714, section 4: all dispatches go first, back to back; each chunk is computed when it is there, and
-its results set out at once. Backward has chunks of its own number, and leaves the gradients of the weights to the end, where
-the last chunks are on their way back. Messages have streams of their own on a GPU (NCCL's) and threads on a CPU (gloo's).
+its results set out at once. Over two levels a chunk is passed on inside its node while the next crosses between nodes and the
+one before is computed, and its results are summed and cross back behind the experts of the next. Backward has chunks of its own
+number, and leaves the gradients of the weights to the end, where the last chunks are on their way back. Messages have streams
+of their own on a GPU (NCCL's) and threads on a CPU (gloo's), one for each level; in which order a level has them is the same on
+all ranks, because it is that of the program.
 
 Letters: T tokens of this rank, K top-k, R rows received, P of a chunk, D model.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +37,7 @@ class Chunked:
     await_experts: Callable[[], None]  # once it returns they are there, for a pass
     gradients: WeightGradients  # takes them, once in a backward pass
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
+    in_sequence: bool = False  # every message is waited for where it sets out
 
 
 def begins(direction: Direction) -> str:
@@ -53,22 +58,19 @@ class _Layer(torch.autograd.Function):
         exchange, way = run.exchange, run.exchange.forward
         place_RK, weights_RK = exchange.places(way), exchange.weights_RK[way.row_R]
         run.mark(begins("forward"))
-        arriving = _sent(way, x_TD.contiguous())
+        passing = _Passing(way, run, x_TD)
         run.await_experts()
-        run.mark("pack")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_TD)
         rows: list[Tensor] = []
-        returning: list[InFlight] = []
         for chunk, part in enumerate(exchange.forward_parts):
             here = way.arrived(chunk)
-            rows.append(arriving[chunk].wait())
-            run.mark(f"dispatch {chunk + 1}")
+            rows.append(passing.arrived(chunk))
             y_PD = computing.rows(rows[chunk], place_RK[here], weights_RK[here], part)
-            returning.append(way.give_back(y_PD, chunk))
-            run.mark(f"experts {chunk + 1}")
+            passing.give_back(y_PD, chunk)
         ctx.run = run
         ctx.save_for_backward(torch.cat(rows) if len(rows) > 1 else rows[0], computing.h, place_RK)
-        return _collected(way, returning, run)
+        passing.give_back_last()
+        return passing.collect()
 
     @staticmethod
     @once_differentiable
@@ -77,37 +79,105 @@ class _Layer(torch.autograd.Function):
         exchange, way = run.exchange, run.exchange.backward
         arrived_RD, h, arrived_RK = ctx.saved_tensors
         run.mark(begins("backward"))
-        arriving = _sent(way, d_y_TD.contiguous())
+        passing = _Passing(way, run, d_y_TD)
         run.await_experts()
-        run.mark("pack")
         place_RK = exchange.places(way)
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)
         d_weights: list[Tensor] = []
-        returning: list[InFlight] = []
         for chunk, part in enumerate(exchange.backward_parts):
-            d_y_PD = arriving[chunk].wait()
-            run.mark(f"dispatch {chunk + 1}")
-            d_x_PD, d_weights_PK = computing.rows(d_y_PD, place_RK[way.arrived(chunk)], part)
-            returning.append(way.give_back(d_x_PD, chunk))
+            d_x_PD, d_weights_PK = computing.rows(passing.arrived(chunk), place_RK[way.arrived(chunk)], part)
+            passing.give_back(d_x_PD, chunk)
             d_weights.append(d_weights_PK)
-            run.mark(f"experts {chunk + 1}")
-        returning_weights = exchange.return_weights(torch.cat(d_weights))
+        returning_weights = passing.set_out(exchange.return_weights(torch.cat(d_weights)), "combine")
+        passing.give_back_last()
+        returning_weights = passing.set_out(exchange.pass_weights_on(returning_weights), "combine")
         gradients = computing.weights(arrived_RD, arrived_RK)
         run.mark("weights")
         run.gradients(*gradients)
         run.mark("gradients")
-        return _collected(way, returning, run), exchange.collect_weights(returning_weights), None, None
+        return passing.collect(), exchange.collect_weights(returning_weights), None, None
 
 
-def _sent(way: Way, x_TD: Tensor) -> list[InFlight]:
-    return [way.send(way.pack(x_TD, chunk), chunk) for chunk in range(len(way))]
+class _Passing:
+    """The chunks of one pass on their ways.
 
+    Over two levels, in this order: chunk i + 1 is passed on inside its node, chunk i computed, chunk i - 1 summed and given
+    back between nodes. So the last leg has messages there and back in turns, the first all there and then all back.
+    """
 
-def _collected(way: Way, returning: list[InFlight], run: Chunked) -> Tensor:
-    found: list[Tensor] = []
-    for chunk, back in enumerate(returning):
-        rows_SD = back.wait()
-        run.mark(f"combine {chunk + 1}")
-        found.append(way.collect(rows_SD, chunk))
-        run.mark(f"collect {chunk + 1}")
-    return torch.cat(found)
+    def __init__(self, way: Way, run: Chunked, x_TD: Tensor) -> None:
+        """All chunks set out."""
+        self._way, self._run = way, run
+        first, x_TD = way.legs[0], x_TD.contiguous()
+        packed = (first.pack(x_TD[first.of_chunk(chunk)], chunk) for chunk in range(len(way)))
+        # Of each leg, there and back, in the order of the chunks; gone when they are there.
+        self._crossing = deque(first.send(rows_SD, chunk) for chunk, rows_SD in enumerate(packed))
+        run.mark("pack")
+        for message in self._crossing:
+            self.set_out(message, "dispatch")
+        self._inside: deque[InFlight] = deque()
+        self._back_inside: deque[InFlight] = deque()
+        self._back: deque[InFlight] = deque()
+        if len(way.legs) > 1:
+            self._pass_on(0)
+
+    def set_out(self, message: InFlight, name: str) -> InFlight:
+        """It has set out; in sequence it is waited for here."""
+        if self._run.in_sequence:
+            message.wait()
+            self._run.mark(name)
+        return message
+
+    def arrived(self, chunk: int) -> Tensor:
+        """The rows of a chunk, to be computed."""
+        if len(self._way.legs) == 1:
+            rows_PD = self._crossing.popleft().wait()
+            self._run.mark(f"dispatch {chunk + 1}")
+            return rows_PD
+        if chunk + 1 < len(self._way):
+            self._pass_on(chunk + 1)
+        rows_PD = self._inside.popleft().wait()
+        self._run.mark(f"gather {chunk + 1}")
+        return rows_PD
+
+    def _pass_on(self, chunk: int) -> None:
+        rows_PD = self._crossing.popleft().wait()
+        self._run.mark(f"dispatch {chunk + 1}")
+        last = self._way.legs[-1]
+        self._inside.append(last.send(last.pack(rows_PD, chunk), chunk))
+        self._run.mark(f"relay {chunk + 1}")
+        self.set_out(self._inside[-1], "gather")
+
+    def give_back(self, y_PD: Tensor, chunk: int) -> None:
+        """The results of a chunk, which is computed."""
+        message = self._way.legs[-1].give_back(y_PD, chunk)
+        self._run.mark(f"experts {chunk + 1}")
+        if len(self._way.legs) == 1:
+            self._back.append(self.set_out(message, "combine"))
+            return
+        self._back_inside.append(self.set_out(message, "scatter"))
+        if chunk > 0:
+            self._sum(chunk - 1)
+
+    def give_back_last(self) -> None:
+        """What is left to be given back between nodes."""
+        if len(self._way.legs) > 1:
+            self._sum(len(self._way) - 1)
+
+    def _sum(self, chunk: int) -> None:
+        first, last = self._way.legs
+        rows_SD = self._back_inside.popleft().wait()
+        self._run.mark(f"scatter {chunk + 1}")
+        self._back.append(first.give_back(last.collect(rows_SD, chunk), chunk))
+        self._run.mark(f"sum {chunk + 1}")
+        self.set_out(self._back[-1], "combine")
+
+    def collect(self) -> Tensor:
+        """(T, D): what has come back."""
+        found: list[Tensor] = []
+        for chunk in range(len(self._way)):
+            rows_SD = self._back.popleft().wait()
+            self._run.mark(f"combine {chunk + 1}")
+            found.append(self._way.legs[0].collect(rows_SD, chunk))
+            self._run.mark(f"collect {chunk + 1}")
+        return torch.cat(found) if len(found) > 1 else found[0]

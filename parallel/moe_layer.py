@@ -1,7 +1,7 @@
 """The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
 
-Where tokens travel as messages, chunked_experts.py does the last three in chunks; where ranks read each other's memory, a layer
-is whole, because the device itself reads.
+Where tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks; where ranks read each
+other's memory, a layer is whole, because the device itself reads.
 
 The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
 Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
@@ -23,6 +23,7 @@ from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
 from parallel.chunked_experts import Chunked, chunked_experts
 from parallel.expert_arena import ExpertArena, LayerExperts
+from parallel.peer_exchange import PeerTokens
 from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.token_exchange import exchange
 
@@ -79,14 +80,14 @@ class ShardedExperts:
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         here = experts.index_E, experts.slots_E.shape[0]
         tokens = self.arena.transport.tokens
-        if tokens is not None:
+        if isinstance(tokens, PeerTokens):
             received, way_back = tokens.dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, *here)
             return way_back.collect(self._experts(received.x_RD, received.order, received.weights_RK, experts))
         weights_TK = routing.weights_TK.float()
-        sent = exchange(self.arena.world, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
+        sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        run = Chunked(sent, slots, self._await_experts, self._return_gradients, self.mark)
+        run = Chunked(sent, slots, self._await_experts, self._return_gradients, self.mark, self.degrees.in_sequence)
         y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD

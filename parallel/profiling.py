@@ -27,11 +27,11 @@ from kernels.expert_order import expert_order
 from parallel.expert_arena import ExpertArena
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchanged
+from parallel.peer_exchange import PeerTokens
 from parallel.placement import Budget, without_copies
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import boundaries, exchange
+from parallel.token_exchange import Levels, boundaries, exchange
 from parallel.topology import World
-from parallel.transport import WholeLayerTokens
 
 FLOAT32 = 4
 WARM_UPS, REPEATS = 2, 5
@@ -158,25 +158,23 @@ def exchange_call(
         destination: says who serves each choice, (T, K) int32; its time counts.
         here: which of this rank's experts each expert is (int32, -1 of those elsewhere), and how many there are.
     """
-    world = arena.world
     x_TD, weights_TK = (part.detach().requires_grad_() for part in (x_TD, weights_TK))
 
     @torch.enable_grad()
-    def whole(tokens: WholeLayerTokens) -> object:
+    def whole(tokens: PeerTokens) -> object:
         rank_TK = destination()
         received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
 
-    def as_messages() -> object:
+    def as_messages(levels: Levels) -> object:
         rank_TK = destination()
-        sent = exchange(world, weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        sent = exchange(levels, weights_TK, experts_TK, rank_TK, *here, WHOLE)
         for way in (sent.forward, sent.backward):
-            rows_RD = way.send(way.pack(x_TD, 0), 0).wait()
-            way.collect(way.give_back(rows_RD, 0).wait(), 0)
-        return sent.collect_weights(sent.return_weights(sent.weights_RK[sent.backward.row_R]))
+            way.back(way.there(x_TD))
+        return sent.collect_weights(sent.pass_weights_on(sent.return_weights(sent.weights_RK[sent.backward.row_R])))
 
-    tokens_end = arena.transport.tokens
-    return as_messages if tokens_end is None else partial(whole, tokens_end)
+    ends = arena.transport.tokens
+    return partial(whole, ends) if isinstance(ends, PeerTokens) else partial(as_messages, ends)
 
 
 def _sum_cost(arena: ExpertArena) -> float:

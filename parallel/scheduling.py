@@ -25,7 +25,8 @@ from parallel.chunk_profile import Attend, Profile, measure
 from parallel.chunked_experts import Direction, begins
 from parallel.expert_arena import ExpertArena
 from parallel.flows import Plan
-from parallel.placement import Floats, Topology, without_copies
+from parallel.peer_exchange import PeerTokens
+from parallel.placement import Floats, without_copies
 from parallel.schedule.execution import LayerPlan, LayerWork, layer_work, plan_layer
 from parallel.schedule.pipeline import COMPUTE, WHOLE, Degrees
 from parallel.schedule.timeline import Span, Task, Timeline
@@ -54,7 +55,9 @@ class Scheduling:
         """`fixed`: degrees of all layers; None plans them, where tokens travel as messages. `folder`: for what is measured."""
         self._arena, self._top_k, self._folder = arena, top_k, folder
         self.degrees_L = [fixed or WHOLE] * arena.shape.layers
-        self._plans = fixed is None and arena.world.size > 1 and arena.transport.tokens is None
+        tokens = arena.transport.tokens
+        self._levels = 0 if isinstance(tokens, PeerTokens) else len(tokens)  # over which tokens travel as messages
+        self._plans = fixed is None and arena.world.size > 1 and self._levels > 0
         self._profile: Profile | None = None
         self._planning: Future[Planned] | None = None
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schedule")
@@ -73,7 +76,7 @@ class Scheduling:
             shape, ranks = self._arena.shape, self._arena.world.size
             even_E = np.full(shape.experts, tokens * self._top_k * ranks / shape.experts)
             owners = [Plan(without_copies(placement.owner_E, ranks)) for placement in self._arena.placements]
-            self._take(self._planned([layer_work(*self._facts(plan, even_E)) for plan in owners], tokens))
+            self._take(self._planned([self._work(plan, even_E) for plan in owners], tokens))
         elif self._planning is not None:
             done, self._planning = self._planning, None
             self._take(done.result())
@@ -100,15 +103,15 @@ class Scheduling:
             self._write(self.marks)
         self._loads.append(counts_LE.double().cpu().numpy() / micro_batches)
         mean_LE = np.mean(self._loads, axis=0)
-        works = [layer_work(*self._facts(plan, loads_E)) for plan, loads_E in zip(plans, mean_LE, strict=True)]
+        works = [self._work(plan, loads_E) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         if any(new.differs(old, DRIFT) for new, old in zip(works, self._now.works, strict=True)):
             tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
             self._planning = self._beside.submit(self._planned, works, tokens)
         return found
 
-    def _facts(self, plan: Plan, loads_E: Floats) -> tuple[Plan, Floats, Topology, int, int]:
+    def _work(self, plan: Plan, loads_E: Floats) -> LayerWork:
         row_bytes = self._arena.shape.hidden * self._arena.dtype.itemsize
-        return plan, loads_E, self._arena.world.topology, self._top_k, row_bytes
+        return layer_work(plan, loads_E, self._arena.world.topology, self._top_k, row_bytes, levels=self._levels)
 
     def _planned(self, works: list[LayerWork], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
@@ -131,7 +134,7 @@ class Scheduling:
         world, shape = self._arena.world, self._arena.shape
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         sizes = {"experts": shape.experts, "hidden": shape.hidden, "expert_hidden": shape.expert_hidden, "top_k": self._top_k}
-        nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node}
+        nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node, "levels": self._levels}
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 
     def _kept(self, tokens: int) -> Profile | None:
@@ -184,7 +187,7 @@ def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
     for before, mark in zip(seen[begin:], seen[begin + 1 :], strict=False):
         if mark.name in (begins("forward"), begins("backward")):
             break
-        resource = WAITING if mark.name.startswith(("dispatch", "combine", "gradients")) else COMPUTE
+        resource = WAITING if mark.name.startswith(("dispatch", "gather", "scatter", "combine", "gradients")) else COMPUTE
         start_s, end_s = before.at_s - seen[begin].at_s, mark.at_s - seen[begin].at_s
         spans.append(Span(Task(mark.name, resource, end_s - start_s), start_s, end_s))
     return Timeline(tuple(spans))

@@ -1,8 +1,8 @@
 """How experts and tokens get from rank to rank: as messages, which reach everywhere, or in memory that all ranks read.
 
 All give the same numbers: copies bit for bit, sums up to their order. Messages go over gloo or NCCL, hop by hop across nodes;
-of nodes with several ranks tokens do so too (two_level_exchange.py). Memory is read over NVLink by the GPUs of one node, and as
-shared pages by processes on a CPU.
+of nodes with several ranks tokens may do so too (two_level_exchange.py). Memory is read over NVLink by GPUs of one node, and
+as shared pages by processes on a CPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from parallel.sparse_collectives import (
     empty_parts,
     gather_plan,
 )
+from parallel.token_exchange import Levels, one_level
 from parallel.topology import World
-from parallel.two_level_exchange import TwoLevelTokens, check_two_levels, has_two_levels
+from parallel.two_level_exchange import check_two_levels, has_two_levels, two_levels
 
 TransportKind = Literal["messages", "two_level", "peer_memory"]
-WholeLayerTokens = PeerTokens | TwoLevelTokens
 
 
 class Gathering(Protocol):
@@ -83,9 +83,9 @@ class Transport(Protocol):
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
     @property
-    def tokens(self) -> WholeLayerTokens | None:
-        """What exchanges the tokens of a whole layer, in place or in two levels; None: they travel straight to their ranks as
-        messages, which need no end and may go in chunks (token_exchange.py)."""
+    def tokens(self) -> PeerTokens | Levels:
+        """What exchanges the tokens of a whole layer in place; or the levels over which they travel as messages, which may go
+        in chunks (token_exchange.py)."""
 
 
 def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> TransportKind:
@@ -113,7 +113,7 @@ def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch
     """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide."""
     if kind == "peer_memory":
         return PeerTransport(world, hidden, rows, shapes, dtype)
-    return MessageTransport(world, rows, shapes, dtype, TwoLevelTokens(world) if kind == "two_level" else None)
+    return MessageTransport(world, rows, shapes, dtype, two_levels(world) if kind == "two_level" else one_level(world))
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class MessageMovement:
 
 
 class MessageTransport:
-    """Over the process group. Tokens take one message to a rank, unless their exchange in two levels is given."""
+    """Over process groups."""
 
-    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, tokens: TwoLevelTokens | None) -> None:
-        self._world, self._tokens = world, tokens
+    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, levels: Levels) -> None:
+        self._world, self._levels = world, levels
         self._shapes, self._dtype = shapes, dtype
         self._rows = self._room(rows)
 
@@ -167,8 +167,8 @@ class MessageTransport:
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
 
     @property
-    def tokens(self) -> WholeLayerTokens | None:
-        return self._tokens
+    def tokens(self) -> Levels:
+        return self._levels
 
 
 @dataclass(frozen=True)
@@ -223,5 +223,5 @@ class PeerTransport:
         return pull
 
     @property
-    def tokens(self) -> WholeLayerTokens | None:
+    def tokens(self) -> PeerTokens:
         return self._tokens

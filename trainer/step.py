@@ -26,7 +26,7 @@ from parallel.moe_layer import ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
-from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.pipeline import OFF, Degrees
 from parallel.scheduling import Scheduling
 from parallel.topology import World
 from parallel.transport import TransportKind, transport_kind
@@ -480,16 +480,15 @@ def materialisation_settings(config: ParallelConfig, top_k: int) -> Materialisat
 
 def fixed_degrees(config: ParallelConfig, kind: TransportKind) -> Degrees | None:
     """In how many chunks layers run; None is to be planned. Raises UserError where chunks are asked for and tokens do not
-    travel straight to their ranks as messages."""
+    travel as messages."""
     if config.schedule == "auto":
         return None
     if config.schedule == "off":
-        return WHOLE
-    if kind != "messages" and config.schedule > 1:
-        found = "the ranks read each other's memory" if kind == "peer_memory" else "tokens travel in two levels"
+        return OFF
+    if kind == "peer_memory" and config.schedule > 1:
         raise UserError(
-            f"parallel.schedule={config.schedule} cuts layers into chunks of messages, but {found}, where a layer is whole; "
-            "set parallel.transport=messages, or parallel.schedule=auto"
+            f"parallel.schedule={config.schedule} cuts layers into chunks of messages, but the ranks read each other's memory, "
+            "where a layer is whole; set parallel.transport=messages, or parallel.schedule=auto"
         )
     return Degrees(config.schedule, config.schedule)
 

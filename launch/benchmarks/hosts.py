@@ -1,6 +1,7 @@
 """Two hosts on one machine, joined by a link of any rate: network namespaces with a veth pair, for benchmarks on a CPU.
 
-Messages over such a link take time and no computing, as between machines. Needs root, and Linux with iproute2.
+Messages over such a link take time and no computing, as between machines; those within a host may be as slow as is asked for.
+The hosts have names of their own, so ranks see on which node they are. Needs root, and Linux with iproute2.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from pathlib import Path
 from kernels.errors import UserError
 
 HOSTS = 2
-NETWORK = 0x40000000  # CLONE_NEWNET, of Linux
+NETWORK, NAMES = 0x40000000, 0x04000000  # CLONE_NEWNET and CLONE_NEWUTS, of Linux
 
 
 @contextmanager
-def hosts(mbit: int | None) -> Iterator[list[str]]:
-    """Names of two hosts whose link carries so many Mbit/s in each direction; they are gone afterwards. None are none."""
+def hosts(mbit: int | None, within_mbit: int | None = None) -> Iterator[list[str]]:
+    """Names of two hosts whose link carries so many Mbit/s in each direction; they are gone afterwards. None are none.
+
+    `within_mbit`: what all ranks of a host send each other.
+    """
     if mbit is None:
         yield []
         return
@@ -39,17 +43,26 @@ def hosts(mbit: int | None) -> Iterator[list[str]]:
             _run("ip", "-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
             for device in ("lo", end):
                 _run("ip", "-n", name, "link", "set", device, "up")
-            shaped = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
-            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", end, "root", *shaped)
+            _shape(name, end, mbit)
+            if within_mbit is not None:
+                _shape(name, "lo", within_mbit)
         yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def _shape(host: str, device: str, mbit: int) -> None:
+    shaped = ("tbf", "rate", f"{mbit}mbit", "burst", "128kb", "latency", "50ms")  # a packet of loopback has 64 KiB and a header
+    _run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", device, "root", *shaped)
+
+
 def move_to(host: str) -> None:
-    """This process, which has opened no connection yet, sends over the link of `host` from here on."""
+    """This process, which has opened no connection yet, is on `host` from here on and sends over its links."""
     libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NAMES) != 0:
+        raise OSError(ctypes.get_errno(), f"the name of {host} cannot be taken")
+    socket.sethostname(host)
     with Path(f"/var/run/netns/{host}").open() as file:
         if libc.setns(file.fileno(), NETWORK) != 0:
             raise OSError(ctypes.get_errno(), f"the network of {host} cannot be entered")

@@ -1,104 +1,47 @@
-"""Schedules of MoE layers: measured on the ranks of this machine (chunks.py); and predicted, ours against none, against fixed
-degrees and against FSMoE's closed form.
-
-Layers and link models are those of the paper (FSMoE, arXiv 2501.10714, sections 4 and 6). Of its 1,458 configurations 486
-differ here: the number of heads changes no time in this model. Compared are a forward and a backward pass, with an all-reduce
-of the dense layers' gradients:
-
-    in sequence         one thing after the other, whole
-    degree r            r chunks forward and backward; links within and between nodes and the device work at the same time, and
-                        gradients go between dispatches and combines, as in all that follow
-    one link            the best degrees if messages within and between nodes wait for each other
-    closed form         degrees that the paper's four cases choose from 1 to 16
-    closed form, coded  those that its code chooses: 1, 2, 4 or 8, and 1 if the exchange takes less than a millisecond
-    plan                the best of 1 to 16, forward and backward apart, each simulated
-
-Testbeds: fits of the paper. Two slopes of A are ten times those of like operations (gather against scatter, all-reduce against
-all-to-all; on B they are alike), probably misprints: `a` divides them by ten, `a_printed` takes them as they are.
-"""
+"""Schedules of MoE layers: measured on the ranks of this machine (chunks.py); and predicted (planned.py), ours against none,
+against fixed degrees and against FSMoE's closed form."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from statistics import geometric_mean
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks.chunks import Layer, measure_layer
+from launch.benchmarks.chunks import Found, Layer, measure_layer
 from launch.benchmarks.hosts import HOSTS, hosts
 from launch.benchmarks.options import SHAPES, ModelName, OneOrMore, Options
-from launch.benchmarks.placement import costs_of, owners
+from launch.benchmarks.planned import (
+    MODELS,
+    TESTBEDS,
+    Compared,
+    OwnLayers,
+    ScheduleCase,
+    TestbedName,
+    gradients_case,
+    grid_case,
+    own_layers_case,
+)
 from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.timing import Ceilings
-from launch.benchmarks.traces import draw
-from launch.machines import BYTES, MachineName, read_machine, topology_of
-from parallel.layer_cost import Setting, hidden_copies
-from parallel.placement import Budget
-from parallel.policies import by_cost
-from parallel.schedule.closed_form import case_of, closed_form_degree, coded_degree
-from parallel.schedule.cost import Chunk, EspCosts, EspWorkload, Line, esp_chunk, esp_workload, sharded_chunk, sharded_workload
-from parallel.schedule.gradients import Slot, dense_slot, free_bytes
-from parallel.schedule.pipeline import ACROSS, MOST_CHUNKS, WITHIN, best, every_degree, layer_tasks
-from parallel.schedule.plan import Block, plan
-from parallel.schedule.timeline import Task, simulate
-
-TestbedName = Literal["a", "a_printed", "b"]
-FIXED = (1, 2, 4, 8)
-DEGREES = range(1, MOST_CHUNKS + 1)
-
-
-@dataclass(frozen=True)
-class Testbed:
-    """One testbed of the paper: its fits, and the lengths of its grid."""
-
-    costs: EspCosts
-    devices_per_node: int  # an expert, and the dense layers, are cut over so many
-    lengths: tuple[int, ...]
-
-
-def _milliseconds(alpha: float, beta: float) -> Line:
-    return Line(alpha * 1e-3, beta * 1e-3)
-
-
-_A = (_milliseconds(2.87e-1, 2.21e-7), _milliseconds(3.95e-1, 2.34e-7), _milliseconds(4.26e-2, 2.29e-11))
-TESTBEDS: Mapping[TestbedName, Testbed] = {
-    "a": Testbed(
-        EspCosts(_A[0], _milliseconds(3.37e-1, 2.32e-7), _A[1], _milliseconds(5.11e-1, 4.95e-7), _A[2]), 8, (512, 1024, 2048)
-    ),
-    "a_printed": Testbed(
-        EspCosts(_A[0], _milliseconds(3.37e-1, 2.32e-6), _A[1], _milliseconds(5.11e-1, 4.95e-6), _A[2]), 8, (512, 1024, 2048)
-    ),
-    "b": Testbed(
-        EspCosts(
-            _milliseconds(1.75e-1, 3.06e-7),
-            _milliseconds(3.20e-2, 1.68e-7),
-            _milliseconds(3.91e-2, 1.67e-7),
-            _milliseconds(8.37e-2, 5.99e-7),
-            _milliseconds(9.24e-2, 4.42e-11),
-        ),
-        4,
-        (256, 512, 1024),
-    ),
-}
+from launch.machines import MachineName
+from parallel.schedule.pipeline import MOST_CHUNKS
 
 
 class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
+    length: PositiveInt = Field(2048, description="tokens of a row, in its attention")
     link_mbit: PositiveInt | None = Field(
         None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
+    )
+    within_mbit: PositiveInt | None = Field(
+        None, description="of links within each host, with link_mbit; None: as fast as it is"
     )
     degrees: OneOrMore[Annotated[int, Field(ge=1, le=MOST_CHUNKS)]] = Field(
         (1, 2, 4, 8), description="that the ranks run beside the plan"
@@ -120,26 +63,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {**_BOTH, "layer": "qwen3_30b_a3b", "rank_tokens": "16384"},
     "cpu": {**_BOTH, "layer": "tiny", "rank_tokens": "2048"},
 }
-LENGTH = 2048  # tokens of a row, in the attention of layers that run
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One way to schedule, against ours."""
-
-    geometric_mean: float  # of its time over ours
-    worst: float  # the largest such ratio
-    as_good: float  # share of the layers in which it is at most 0.1 % slower
-    total_s: float  # over all layers
-
-
-@dataclass(frozen=True)
-class ScheduleCase:
-    work: str
-    sizes: Mapping[str, int | str]
-    compared: dict[str, Compared]
-    failures: Mapping[str, str]
-    notes: Sequence[str]
 
 
 def measure(
@@ -149,17 +72,20 @@ def measure(
     layers of our own."""
     if options.link_mbit and (device.type == "cuda" or options.ranks % HOSTS):
         raise UserError(f"link_mbit joins two hosts with as many ranks each, on a CPU; ranks = {options.ranks}, {device.type}")
+    if options.within_mbit and not options.link_mbit:
+        raise UserError(f"within_mbit={options.within_mbit} slows links within hosts that link_mbit joins, which is not given")
     if options.ranks:
         for tokens in options.rank_tokens:
             yield _on_this_machine(options, tokens, device.type)
     for name in options.testbed:
-        yield _grid(name, TESTBEDS[name], options.every)
+        yield grid_case(name, TESTBEDS[name], options.every)
     for name in options.testbed:
         for model in MODELS:
             if name.startswith(model.testbed):
-                yield _gradients(name, TESTBEDS[name], model)
+                yield gradients_case(name, TESTBEDS[name], model)
+    own = OwnLayers(options.tokens, options.machine, options.devices, options.memory, options.layers, options.seed)
     for shape in options.model:
-        yield _own_layers(options, shape)
+        yield own_layers_case(own, shape)
 
 
 # ---------------------------------------------------------------- a layer on the ranks of this machine
@@ -169,252 +95,56 @@ def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Schedu
     shape = SHAPES[options.layer]
     if shape.experts % options.ranks:
         raise UserError(f"{shape.experts} experts do not divide evenly over ranks = {options.ranks}")
-    told = Layer(shape, tokens, math.gcd(tokens, LENGTH), options.degrees, options.seed, options.repeats)
-    with hosts(options.link_mbit) as names:
+    told = Layer(shape, tokens, math.gcd(tokens, options.length), options.degrees, options.seed, options.repeats)
+    with hosts(options.link_mbit, options.within_mbit) as names:
         found = on_ranks(measure_layer, options.ranks, told, None, kind, names)
-    ours = found.measured_ms["plan"]
-    times = {**found.measured_ms, "bound": found.bound_ms}
-    compared = {name: Compared(ms / ours, ms / ours, float(ms <= 1.001 * ours), ms / 1e3) for name, ms in times.items()}
-    compared["plan"] = compared.pop("plan")  # ours is the last
-    errors = [f"{name} {found.predicted_ms[name] / ms - 1:+.0%}" for name, ms in found.measured_ms.items()]
-    notes = [
-        f"planned: {found.planned.forward} chunks forward, {found.planned.backward} backward, {ours / found.bound_ms:.2f} "
-        f"times the bound; predicted over measured: {', '.join(errors)}",
-        found.profile,
-    ]
     link = f" on two hosts, {options.link_mbit:,} Mbit/s between them" if options.link_mbit else ""
+    link += f" and {options.within_mbit:,} within" if options.within_mbit else ""
     ranks = f"{tokens:,} tokens a rank, {options.ranks} ranks{link}"
-    work = f"MoE layer of {options.layer} with attention, {ranks}, messages: measured"
-    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks, "link_mbit": options.link_mbit or 0}
-    return ScheduleCase(work, sizes, compared, {}, notes)
+    work = f"MoE layer of {options.layer} with attention, {ranks}: measured"
+    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks}
+    sizes |= {"link_mbit": options.link_mbit or 0, "within_mbit": options.within_mbit or 0}
+    return ScheduleCase(work, sizes, against_bound(found), {}, _notes(found))
 
 
-# ---------------------------------------------------------------- one layer, the paper's grid
+def against_bound(found: Found) -> dict[str, Compared]:
+    """What ran, then what no schedule can beat; the plan of the transport that training takes is the last."""
+    ours = found.measured_ms[found.ours]
+    compared = {}
+    for name, ms in found.measured_ms.items():
+        predicted = found.predicted_ms[name] / ms if name in found.predicted_ms else None
+        compared[name] = Compared(ms / ours, ms / ours, float(ms <= 1.001 * ours), ms / 1e3, ms / found.bound_ms, predicted)
+    for name, ms in found.alone_ms.items():
+        compared[f"{name} alone"] = Compared(ms / ours, ms / ours, float(ms <= 1.001 * ours), ms / 1e3, ms / found.bound_ms)
+    compared[found.ours] = compared.pop(found.ours)
+    return compared
 
 
-def grid(testbed: Testbed) -> Iterator[tuple[EspWorkload, float]]:
-    """(what a layer sends and computes, how many gradients its dense layers have on a device)."""
-    hiddens, wider, capacities = (1024, 2048, 4096), (2, 3, 4), (1.2, 2.4, 1.0)  # the last: no capacity, here an even load
-    for rows, length, hidden, ratio, capacity, (products, squares) in itertools.product(
-        (1, 2, 4), testbed.lengths, hiddens, wider, capacities, ((2, 4.0), (3, 2.5))
-    ):
-        work = esp_workload(rows * length, hidden, ratio * hidden, 2, capacity, testbed.devices_per_node, products)
-        yield work, squares * hidden**2 / testbed.devices_per_node
-
-
-def _grid(name: str, testbed: Testbed, every: int) -> ScheduleCase:
-    times: dict[str, list[float]] = {}
-    degrees: list[tuple[int, int]] = []
-    expected: dict[str, list[float]] = {}
-    planning_s = 0.0
-    for work, gradients in itertools.islice(grid(testbed), 0, None, every):
-        slices = (0.0, testbed.costs.reduce.seconds(gradients))
-        ways = [partial(esp_chunk, testbed.costs, work, backward=backward) for backward in (False, True)]
-        started = time.perf_counter()
-        options = [every_degree(chunk_of) for chunk_of in ways]
-        found = [best(one, slice_s) for one, slice_s in zip(options, slices, strict=True)]
-        planning_s += time.perf_counter() - started
-        degrees.append((found[0].degree, found[1].degree))
-        for system, seconds in _systems(ways, slices).items():
-            times.setdefault(system, []).append(seconds)
-        times.setdefault("plan", []).append(sum(one.seconds(slice_s) for one, slice_s in zip(found, slices, strict=True)))
-        for chunk_of, one, slice_s in zip(ways, options, slices, strict=True):
-            for cut in one:
-                case, seconds = case_of(chunk_of(cut.degree), cut.degree, slice_s)
-                expected.setdefault(case, []).append(seconds / cut.seconds(slice_s))
-    apart = sum(forward != backward for forward, backward in degrees)
-    common = ", ".join(f"{forward} and {backward} ({count})" for (forward, backward), count in Counter(degrees).most_common(5))
-    notes = [
-        f"degrees differ forward and backward in {apart / len(degrees):.1%} of the layers (the paper: 912 of 1458, 62.6%); "
-        f"most often {common}",
-        "the closed form over the simulation, at all degrees, by what it takes to bind the layer: " + _deviations(expected),
-        f"planning a layer takes {1e3 * planning_s / len(degrees):.2f} ms",
-    ]
-    work_name = f"{len(degrees)} layers of the paper's grid, testbed {name}, forward and backward: predicted"
-    return ScheduleCase(work_name, {"testbed": name, "layers": len(degrees), "apart": apart}, _compared(times), {}, notes)
-
-
-def _deviations(expected: Mapping[str, Sequence[float]]) -> str:
-    return ", ".join(f"{case} {min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)})" for case, ratios in expected.items())
-
-
-def _systems(ways: Sequence[Callable[[int], Chunk]], slices: Sequence[float]) -> dict[str, float]:
-    """Seconds of both passes, each with its slice of gradients."""
-
-    def simulated(degrees: Sequence[int]) -> float:
-        passes = zip(ways, degrees, slices, strict=True)
-        return sum(simulate(layer_tasks(chunk_of(degree), degree, slice_s)).seconds for chunk_of, degree, slice_s in passes)
-
-    def on_one_link(chunk_of: Callable[[int], Chunk], slice_s: float) -> float:
-        return min(simulate(one_link_tasks(chunk_of(degree), degree, slice_s)).seconds for degree in DEGREES)
-
-    closed = [closed_form_degree(chunk_of, slice_s, DEGREES) for chunk_of, slice_s in zip(ways, slices, strict=True)]
-    coded = [coded_degree(chunk_of, slice_s) for chunk_of, slice_s in zip(ways, slices, strict=True)]
-    return {
-        "in sequence": sum(_in_sequence(chunk_of(1)) for chunk_of in ways) + sum(slices),
-        **{f"degree {degree}": simulated((degree, degree)) for degree in FIXED},
-        "one link": sum(map(on_one_link, ways, slices)),
-        "closed form": simulated(closed),
-        "closed form, coded": simulated(coded),
-    }
-
-
-def _in_sequence(chunk: Chunk) -> float:
-    return 2 * chunk.across_s + chunk.gather_s + chunk.scatter_s + chunk.expert_s
-
-
-def one_link_tasks(chunk: Chunk, degree: int, gradients_s: float) -> list[Task]:
-    """The layer if all messages wait for each other, chunk by chunk: those to the experts, then gradients, then those back."""
-    tasks = layer_tasks(chunk, degree, gradients_s)
-    place = {task.name: number for number, task in enumerate(tasks)}
-    numbers = [f" {number}" for number in range(1, degree + 1)] if degree > 1 else [""]
-    order = [f"{word}{number}" for number in numbers for word in ("dispatch", "gather")]
-    order += ["gradients", *(f"experts{number}" for number in numbers)]
-    order += [f"{word}{number}" for number in numbers for word in ("scatter", "combine")]
-    kept = [place[name] for name in order if name in place]
-    moved = {old: new for new, old in enumerate(kept)}
+def _notes(found: Found) -> Sequence[str]:
+    plans = ", ".join(f"{name} {one.forward} chunks forward and {one.backward} backward" for name, one in found.planned.items())
     return [
-        Task(
-            tasks[old].name,
-            ACROSS if tasks[old].resource == WITHIN else tasks[old].resource,
-            tasks[old].seconds,
-            tuple(moved[before] for before in tasks[old].after),
-        )
-        for old in kept
+        f"{plans}; the bound is {found.bound_ms:.4g} ms: computing alone, or communication alone, whichever takes longer",
+        *found.profiles,
     ]
-
-
-def _compared(times: Mapping[str, Sequence[float]]) -> dict[str, Compared]:
-    ours = times["plan"]
-    found = {}
-    for system, seconds in times.items():
-        ratios = [one / best_s for one, best_s in zip(seconds, ours, strict=True)]
-        as_good = sum(ratio <= 1.001 for ratio in ratios) / len(ratios)
-        found[system] = Compared(geometric_mean(ratios), max(ratios), as_good, sum(seconds))
-    return found
-
-
-# ---------------------------------------------------------------- gradients of a model
-
-
-@dataclass(frozen=True)
-class Model:
-    """Of the paper's section 6; one row of 1,024 tokens, top-2, capacity 1.2, an MoE layer in each layer."""
-
-    name: str
-    testbed: str
-    layers: int
-    hidden: int
-    expert_hidden: int
-    products: int
-    squares: float  # dense parameters of a layer over the square of the hidden size
-
-
-MODELS = (
-    Model("GPT2-XL", "a", 48, 1600, 6400, 2, 4.0),
-    Model("Mixtral-22B", "a", 33, 6144, 16384, 3, 2.5),
-    Model("GPT2-XL", "b", 48, 1600, 6400, 2, 4.0),
-    Model("Mixtral-7B", "b", 7, 4096, 14336, 3, 2.5),
-)
-LENGTH = 1024
-
-
-def _gradients(name: str, testbed: Testbed, model: Model) -> ScheduleCase:
-    costs, near = testbed.costs, testbed.devices_per_node
-    work = esp_workload(LENGTH, model.hidden, model.expert_hidden, 2, 1.2, near, model.products)
-    attention = (model.squares * model.hidden**2 * LENGTH + LENGTH**2 * model.hidden) / near  # multiplications, forward
-    attention_s = 4 * costs.product.alpha_s + attention * costs.product.beta_s
-    forward, backward = (every_degree(partial(esp_chunk, costs, work, backward=way)) for way in (False, True))
-    size = int(model.squares * model.hidden**2 / near)  # numbers; so are the amounts of the all-reduce
-    blocks = [Block(forward, backward, attention_s, 2 * attention_s, size)] * model.layers
-    started = time.perf_counter()
-    found = plan(blocks, 0, costs.reduce)
-    planning_s = time.perf_counter() - started
-    times = {**_without_search(blocks, costs.reduce), "plan": [found.backward_s]}
-    notes = [
-        f"degrees forward {_range(found.forward_degree_L)}, backward {_range(found.backward_degree_L)}; "
-        f"{found.exposed_bytes / (size * model.layers):.1%} of the gradients are left to the end; "
-        f"planned in {1e3 * planning_s:.0f} ms"
-    ]
-    work_name = f"backward pass of {model.layers} layers of {model.name} with all-reduces, testbed {name}: predicted"
-    return ScheduleCase(work_name, {"testbed": name, "model": model.name, "layers": model.layers}, _compared(times), {}, notes)
-
-
-def _without_search(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Gradients behind everything; all that are complete in the next MoE layer; or what is free filled, in the paper's first
-    step."""
-    slots: list[Slot] = []
-    complete = 0
-    for block in reversed(blocks):
-        slots += [Slot(block.backward, complete), dense_slot(block.dense_backward_s, 0)]
-        complete = block.gradient_bytes
-    total = sum(slot.ready_bytes for slot in slots) + complete
-    plain_s = sum(best(slot.options).free_s for slot in slots)
-    slices = [reduce.seconds(slot.ready_bytes) for slot in slots]
-    in_layers_s = sum(best(slot.options, one).seconds(one) for slot, one in zip(slots, slices, strict=True))
-    return {
-        "behind": [plain_s + reduce.seconds(total)],
-        "next layer": [in_layers_s + reduce.seconds(complete)],
-        "what is free": [plain_s + reduce.seconds(total - sum(free_bytes(slots, reduce)))],
-    }
-
-
-# ---------------------------------------------------------------- our layers
-
-
-def _own_layers(options: ScheduleOptions, name: ModelName) -> ScheduleCase:
-    """Layers with loads of their own and copies by cost, planned at once; dense gradients under them, as on the paper's."""
-    shape, costs = SHAPES[name], costs_of(options.machine, SHAPES[name], options.tokens)
-    topology = topology_of(read_machine(options.machine), options.devices)
-    setting = Setting(topology, shape.top_k, Budget(hidden_copies(costs, topology.nodes), options.memory), False, costs)
-    entries = options.tokens * shape.top_k * options.devices
-    loads_LE = draw("settling", options.layers, shape.experts, entries, shape.top_k, np.random.default_rng(options.seed))
-    owner_E = owners(shape.experts, options.devices)
-    works = [sharded_workload(by_cost(loads_E, owner_E, setting), loads_E, setting) for loads_E in loads_LE]
-    link = costs.across if topology.nodes > 1 else costs.within
-    reduce = Line(2 * (topology.nodes - 1) * link.latency_s, 2 * link.byte_s / topology.devices_per_node)
-    started = time.perf_counter()
-    blocks = []
-    for work in works:
-        forward, backward = (every_degree(partial(sharded_chunk, costs, work, backward=way)) for way in (False, True))
-        blocks.append(Block(forward, backward, costs.attention_s, 2 * costs.attention_s, 4 * shape.hidden**2 * BYTES))
-    found = plan(blocks, 0, reduce)
-    planning_s = time.perf_counter() - started
-    note = (
-        f"degrees forward {_range(found.forward_degree_L)}, backward {_range(found.backward_degree_L)}; all of it planned in "
-        f"{planning_s:.2f} s. Slices of gradients are planned, not run"
-    )
-    where = f"{options.devices:,} x {options.machine}, room for {options.memory} copies"
-    work_name = f"{options.layers} MoE layers of {name}, {options.tokens:,} tokens a device, {where}: predicted"
-    sizes = {"model": name, "tokens": options.tokens, "machine": options.machine, "devices": options.devices}
-    sizes |= {"layers": options.layers, "memory": options.memory, "planning_ms": round(1e3 * planning_s)}
-    times = {**_our_systems(blocks, reduce), "plan": [found.seconds]}
-    return ScheduleCase(work_name, sizes, _compared(times), {}, [note])
-
-
-def _our_systems(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Forward and backward of all layers, gradients behind everything."""
-    total = sum(block.gradient_bytes for block in blocks)
-    dense_s = sum(block.dense_forward_s + block.dense_backward_s for block in blocks) + reduce.seconds(total)
-    found = {}
-    for degree in FIXED:
-        layers_s = sum(block.forward[degree - 1].free_s + block.backward[degree - 1].free_s for block in blocks)
-        found["in sequence" if degree == 1 else f"degree {degree}"] = [dense_s + layers_s]
-    return found
-
-
-def _range(degrees: Sequence[int]) -> str:
-    return f"{min(degrees)} to {max(degrees)}" if len({*degrees}) > 1 else str(degrees[0])
 
 
 def table(case: ScheduleCase) -> Table:
-    """A line a schedule; ours is the last. Over several layers: the geometric mean, the worst, and how often it is as good."""
+    """A line a schedule; ours is the last. Over several layers: the geometric mean, the worst, and how often it is as good. Of
+    what was measured: how far it is from the bound, and what was predicted of it."""
     shown = Table(title=case.work, title_justify="left")
     shown.add_column("schedule")
     several = any(one.worst > one.geometric_mean * (1 + 1e-9) for one in case.compared.values())
-    for name in ("plan is faster", *(("at most", "as good in") if several else ()), "ms in all"):
+    measured = any(one.over_bound is not None for one in case.compared.values())
+    spread_names = ("at most", "as good in") if several else ()
+    bound_names = ("over the bound", "predicted over measured") if measured else ()
+    for name in ("plan is faster", *spread_names, *bound_names, "ms in all"):
         shown.add_column(name, justify="right")
     for system, one in case.compared.items():
         spread = (f"{one.worst:.2f}x", f"{one.as_good:.0%}") if several else ()
-        shown.add_row(system, f"{one.geometric_mean:.3f}x", *spread, f"{1e3 * one.total_s:,.1f}")
+        bound = (_ratio(one.over_bound), _ratio(one.predicted)) if measured else ()
+        shown.add_row(system, f"{one.geometric_mean:.3f}x", *spread, *bound, f"{1e3 * one.total_s:,.1f}")
     return shown
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"

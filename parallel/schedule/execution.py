@@ -1,8 +1,10 @@
 """What chunked_experts.py does with a layer, as tasks: in how many chunks it had better run, forward and backward apart. Pure.
 
-One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. The device computes
-chunk after chunk, and the gradients of the weights behind the last one, which hides what is still on its way back. Degrees are
-chosen by trying all of them in an exact simulation (timeline.py).
+One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Over two levels that
+link is the one between nodes, and another one carries rows within them: gathers and scatters in turns, because a chunk is
+relayed before the one ahead of it is computed. The device computes chunk after chunk, and the gradients of the weights behind
+the last one, which hides what is still on its way back. Degrees are chosen by trying all of them in an exact simulation
+(timeline.py).
 
 Source: FSMoE, arXiv 2501.10714, section 4, for a layer without slices of dense gradients.
 """
@@ -10,30 +12,33 @@ Source: FSMoE, arXiv 2501.10714, section 4, for a layer without slices of dense 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology
 from parallel.schedule.cost import Line
-from parallel.schedule.pipeline import COMPUTE, MOST_CHUNKS, WHOLE, Degrees
+from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
 LINK = "messages"
 NEARLY = 0.03
+NOTHING = Line(0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class ExecutionCosts:
     """Lines through times measured on this machine; the slowest rank's."""
 
-    exchange: Line  # of rows, one way; amounts are bytes that a rank sends to others, or receives
+    exchange: Line  # of rows on the first leg, one way; amounts are bytes that a rank sends to others, or receives
     copy: Line  # of these rows, to where the message is sent from, or from where it arrives; amounts are the same bytes
     forward: Line  # amounts are entries: of a chunk
     backward: Line  # of a chunk, without the gradients of the weights
     weights: Line  # of these, for all entries of a layer
     attention: Line  # forward, of what lies before the layer; amounts are tokens of a rank
     announce_s: float  # what tells each rank what will come
+    inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
+    relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,24 @@ class LayerWork:
 
     row_bytes: float
     entries: float
+    inside_bytes: float = 0.0  # on the leg within nodes, where there are two
 
     def differs(self, other: LayerWork, share: float) -> bool:
         """By more than this share of it."""
-        pairs = ((self.row_bytes, other.row_bytes), (self.entries, other.entries))
+        pairs = zip(astuple(self), astuple(other), strict=True)
         return any(abs(one - two) > share * two for one, two in pairs)
 
 
-def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: int) -> LayerWork:
+def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: int, *, levels: int = 1) -> LayerWork:
     """Of a layer under a plan and the entries of each expert on all ranks. `row_bytes`: of one token's row."""
+    found = flows(plan, topology, loads_E)
+    entries = float(found.entries_D.max())
     nothing = Link(0.0, 0.0)
     costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(5)))
-    found = flows(plan, topology, loads_E)
-    sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs))
-    return LayerWork(sent.within_bytes + sent.across_bytes, float(found.entries_D.max()))
+    sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, two_level=levels > 1))
+    if levels > 1:
+        return LayerWork(sent.across_bytes, entries, sent.within_bytes)
+    return LayerWork(sent.within_bytes + sent.across_bytes, entries)
 
 
 def forward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
@@ -68,31 +77,53 @@ def backward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[
 
 
 def _tasks(costs: ExecutionCosts, work: LayerWork, degree: int, rows_s: float, weights_s: float) -> list[Task]:
-    """In the order of the program, in which each resource takes them: nothing overtakes what stands before it."""
     exchange_s, copy_s = (line.seconds(work.row_bytes / degree) for line in (costs.exchange, costs.copy))
-    numbers = [f" {chunk + 1}" if degree > 1 else "" for chunk in range(degree)]
-    tasks: list[Task] = []
-    last: dict[str, int] = {}  # the place of each resource's last task
+    inside_s, relay_s = (line.seconds(work.inside_bytes / degree) for line in (costs.inside, costs.relay))
+    program = _Program(degree)
+    link = ACROSS if inside_s else LINK
+    chunks = range(degree)
+    packed = [program.add("pack", chunk, COMPUTE, copy_s) for chunk in chunks]
+    dispatched = [program.add("dispatch", chunk, link, exchange_s, packed[chunk]) for chunk in chunks]
+    gathered: list[Places] = []
+    scattered: list[Places] = []
+    returned: list[Places] = []
+    for chunk in chunks:
+        while len(gathered) < min(chunk + 2, degree):  # a chunk ahead of the experts
+            ahead = len(gathered)
+            relayed = program.add("relay", ahead, COMPUTE, relay_s, dispatched[ahead])
+            gathered.append(program.add("gather", ahead, WITHIN, inside_s, relayed))
+        computed = program.add("experts", chunk, COMPUTE, rows_s, gathered[chunk])
+        scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
+        while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk behind them
+            behind = len(returned)
+            summed = program.add("sum", behind, COMPUTE, relay_s, scattered[behind])
+            returned.append(program.add("combine", behind, link, exchange_s, summed))
+    program.add("weights", None, COMPUTE, weights_s, computed)
+    for chunk in chunks:
+        program.add("collect", chunk, COMPUTE, copy_s, returned[chunk])
+    return program.tasks
 
-    def add(names: list[str], resource: str, seconds: float, before: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """One task a chunk; what takes no time has none, and hands on what it waits for."""
+
+Places = tuple[int, ...]  # of tasks, in their list
+
+
+class _Program:
+    """Tasks in the order in which each resource takes them: nothing overtakes what stands before it."""
+
+    def __init__(self, degree: int) -> None:
+        self.tasks: list[Task] = []
+        self._degree = degree
+        self._last: dict[str, int] = {}  # the place of each resource's last task
+
+    def add(self, name: str, chunk: int | None, resource: str, seconds: float, after: Places = ()) -> Places:
+        """Appends a task; what takes no time is none, and hands on what it waits for."""
         if seconds == 0:
-            return before
-        places: list[tuple[int, ...]] = []
-        for name, after in zip(names, before, strict=True):
-            waits = {*after, *([last[resource]] if resource in last else [])}
-            last[resource] = len(tasks)
-            places.append((len(tasks),))
-            tasks.append(Task(name, resource, seconds, tuple(sorted(waits))))
-        return places
-
-    packed = add([f"pack{number}" for number in numbers], COMPUTE, copy_s, [()] * degree)
-    arrived = add([f"dispatch{number}" for number in numbers], LINK, exchange_s, packed)
-    computed = add([f"experts{number}" for number in numbers], COMPUTE, rows_s, arrived)
-    returned = add([f"combine{number}" for number in numbers], LINK, exchange_s, computed)
-    add(["weights"], COMPUTE, weights_s, computed[-1:])
-    add([f"collect{number}" for number in numbers], COMPUTE, copy_s, returned)
-    return tasks
+            return after
+        waits = {*after, *([self._last[resource]] if resource in self._last else [])}
+        self._last[resource] = len(self.tasks)
+        number = f" {chunk + 1}" if chunk is not None and self._degree > 1 else ""
+        self.tasks.append(Task(f"{name}{number}", resource, seconds, tuple(sorted(waits))))
+        return (self._last[resource],)
 
 
 @dataclass(frozen=True)
@@ -129,9 +160,14 @@ def _nearly_fastest(timelines: list[Timeline], present: int) -> int:
     return next(degree for degree, one in enumerate(timelines, start=1) if one.seconds <= enough_s)
 
 
+def in_sequence_s(costs: ExecutionCosts, work: LayerWork) -> float:
+    """Of both passes of a whole layer in which nothing overlaps."""
+    return sum(task.seconds for tasks_of in (forward_tasks, backward_tasks) for task in tasks_of(costs, work, 1))
+
+
 def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:
-    """What no degree can beat: the experts alone, or the messages alone, forward and backward."""
+    """What no degree can beat: the experts alone, or the messages of one kind of links alone, forward and backward."""
     computed_s = (
         costs.forward.seconds(work.entries) + costs.backward.seconds(work.entries) + costs.weights.seconds(work.entries)
     )
-    return max(computed_s, 4 * costs.exchange.seconds(work.row_bytes))
+    return max(computed_s, 4 * costs.exchange.seconds(work.row_bytes), 4 * costs.inside.seconds(work.inside_bytes))

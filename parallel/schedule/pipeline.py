@@ -24,9 +24,11 @@ class Degrees:
 
     forward: int
     backward: int
+    in_sequence: bool = False  # every message is waited for where it sets out
 
 
 WHOLE = Degrees(1, 1)
+OFF = Degrees(1, 1, in_sequence=True)  # nothing overlaps
 
 
 def add_layer(

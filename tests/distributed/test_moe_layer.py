@@ -28,7 +28,7 @@ from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.placement import Floats, Ints, Placement
-from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
@@ -224,14 +224,28 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(one["state"][name], tensor), name
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_no_number_depends_on_the_degrees(size: int) -> None:
+def spread_in_chunks(world: World, seeds: Sequence[int], kind: TransportKind) -> list[list[dict[str, Any]]]:
+    """Whole, and at other degrees."""
+    return [spread(world, seeds, "none", kind, degrees) for degrees in DEGREES]
+
+
+DEGREES = (
+    [WHOLE],
+    [OFF],
+    [Degrees(2, 1), Degrees(1, 3)],
+    [Degrees(3, 5), Degrees(16, 16)],
+    [Degrees(4, 4), Degrees(7, 2)],
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(2, "messages"), (4, "messages"), (8, "messages"), (4, "two_level"), (8, "two_level")]
+)
+def test_no_number_depends_on_the_degrees(size: int, kind: TransportKind) -> None:
     """Chunks without tokens among them: ranks have from 0 to 11."""
-    seeds = range(CASES if size < 8 else 4)
-    whole = run_ranks(spread, size, seeds, "none", "messages")
-    for degrees in ([Degrees(2, 1), Degrees(1, 3)], [Degrees(3, 5), Degrees(16, 16)], [Degrees(4, 4), Degrees(7, 2)]):
-        for one, other in zip(run_ranks(spread, size, seeds, "none", "messages", degrees), whole, strict=True):
-            for found, wanted in zip(one, other, strict=True):
+    for whole, *cut in run_ranks(spread_in_chunks, size, range(CASES if size < 8 else 4), kind):
+        for one in cut:
+            for found, wanted in zip(one, whole, strict=True):
                 equal(found, wanted)
 
 

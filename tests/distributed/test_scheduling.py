@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def update(schedule: Scheduling, arena: ExpertArena, hot: bool) -> dict[str, flo
 
 def train(world: World, folder: str) -> dict[str, Any]:
     chunk_profile.BUDGET_S = 0.1
+    world = replace(world, ranks_per_node=2)
     measured: list[int] = []
     original = scheduling.measure
 
@@ -81,8 +83,13 @@ def train(world: World, folder: str) -> dict[str, Any]:
     again.prepare(TOKENS, attend)
     other = Scheduling(arena, None, K, Path(folder))
     other.prepare(TOKENS // 2, attend)
-    in_place = Scheduling(arena_of(world, "peer_memory"), None, K, Path(folder))
+    in_place = Scheduling(arena_of(replace(world, ranks_per_node=world.size), "peer_memory"), None, K, Path(folder))
     in_place.prepare(TOKENS, attend)
+    (Path(folder) / "levels").mkdir(exist_ok=True)
+    over_two = arena_of(world, "two_level")
+    levels = Scheduling(over_two, None, K, Path(folder) / "levels")
+    for _ in range(WATCHED + 1):
+        update(levels, over_two, hot=False)
     fixed = Scheduling(arena, Degrees(3, 3), K, None)
     fixed.prepare(TOKENS, attend)
     return {
@@ -95,20 +102,22 @@ def train(world: World, folder: str) -> dict[str, Any]:
         "metrics": metrics,
         "in_place": in_place.degrees_L,
         "fixed": fixed.degrees_L,
+        "levels": (levels._profile, levels.degrees_L),
     }
 
 
 def test_all_ranks_plan_alike_and_plan_again_when_loads_change(tmp_path: Path) -> None:
-    one, other = run_ranks(train, 2, str(tmp_path))
+    one, *others, other = run_ranks(train, 4, str(tmp_path))
+    assert all(found["levels"] == one["levels"] and found["degrees"] == one["degrees"] for found in others)
     assert one["degrees"] == other["degrees"] and one["profile"] == other["profile"]
     assert one["kept"] == other["kept"] == one["profile"], "measured times are read again"
-    assert one["measured"] == 2, "once, and once for other micro-batches"
+    assert one["measured"] == 3, "once, once for other micro-batches, and once over two levels"
     assert not one["even"] and one["hot"], "even loads are what was planned for, hot ones are not"
     assert one["in_place"] == [WHOLE] * SHAPE.layers and one["fixed"] == [Degrees(3, 3)] * SHAPE.layers
     degrees = one["degrees"]
     assert one["metrics"][0].keys() == {"moe/chunks_forward", "moe/chunks_backward"} and len(degrees) == SHAPE.layers
     kept = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
-    assert kept["machine"]["ranks"] == 2 and kept["profile"]["tokens"] == TOKENS
+    assert kept["machine"]["ranks"] == 4 and kept["profile"]["tokens"] == TOKENS
     for direction in ("forward", "backward"):
         names = [span["task"]["name"] for span in kept["timelines"][f"{direction}, measured"]]
         planned = [span["task"]["name"] for span in kept["timelines"][f"{direction}, planned"]]
@@ -116,3 +125,9 @@ def test_all_ranks_plan_alike_and_plan_again_when_loads_change(tmp_path: Path) -
         ends = [span["end_s"] for span in kept["timelines"][f"{direction}, measured"]]
         assert ends == sorted(ends) and ends[0] > 0
     assert ("weights" in names) and names[0] == "pack"
+    assert "relay" not in str(one["profile"]) and "relay" in str(one["levels"][0])
+    kept = json.loads((tmp_path / "levels" / FILE).read_text(encoding="utf-8"))
+    for direction in ("forward", "backward"):
+        planned, measured = (kept["timelines"][f"{direction}, {kind}"] for kind in ("planned", "measured"))
+        words = [{span["task"]["name"].split()[0] for span in spans} for spans in (planned, measured)]
+        assert words[0] == words[1] - {"gradients"} >= {"dispatch", "relay", "gather", "experts", "scatter", "sum", "combine"}

@@ -20,7 +20,7 @@ from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
-from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import TransportKind
 from tests import checkpoints
@@ -285,11 +285,12 @@ def test_on_disk_a_run_goes_on_where_a_checkpoint_had_no_room(tmp_path: Path) ->
 
 
 def test_chunks_are_refused_where_nothing_travels_as_messages() -> None:
-    kinds: tuple[tuple[TransportKind, str], ...] = (("peer_memory", "each other's memory"), ("two_level", "two levels"))
-    for kind, reason in kinds:
-        assert fixed_degrees(parallel(schedule="off"), kind) == WHOLE
+    kinds: tuple[TransportKind, ...] = ("messages", "two_level", "peer_memory")
+    for kind in kinds:
+        assert fixed_degrees(parallel(schedule="off"), kind) == OFF
         assert fixed_degrees(parallel(schedule="auto"), kind) is None
         assert fixed_degrees(parallel(schedule=1), kind) == WHOLE
-        with pytest.raises(UserError, match=rf"parallel\.schedule=4 .*{reason}.* set parallel\.transport=messages"):
-            fixed_degrees(parallel(schedule=4), kind)
-    assert fixed_degrees(parallel(schedule=4), "messages") == Degrees(4, 4)
+        if kind != "peer_memory":
+            assert fixed_degrees(parallel(schedule=4), kind) == Degrees(4, 4)
+    with pytest.raises(UserError, match=r"parallel\.schedule=4 .*each other's memory.* set parallel\.transport=messages"):
+        fixed_degrees(parallel(schedule=4), "peer_memory")

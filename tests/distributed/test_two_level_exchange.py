@@ -1,4 +1,4 @@
-"""Two hops give what one device gives, for any routing, and a token crosses to another node once.
+"""Two levels give what one device gives, for any routing and in any chunks, and a token crosses to another node once.
 
 Experts multiply a token by a number each, so that what arrives where with which weight is all that counts; what whole layers
 give over two levels is in test_moe_layer.py.
@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.peer_exchange import Received
 from parallel.placement import Topology
+from parallel.schedule.pipeline import MOST_CHUNKS, Degrees
+from parallel.token_exchange import Exchange, Way, exchange
 from parallel.topology import World
-from parallel.two_level_exchange import TwoLevelTokens, rows_across
+from parallel.two_level_exchange import rows_across, two_levels
 from tests.distributed.ranks import run_ranks
 
 HIDDEN, EACH = 8, 3  # numbers of a token, experts of a rank
@@ -29,6 +30,7 @@ class Drawn:
     tokens_W: list[int]  # of each rank
     top_k: int
     favourites: int  # the fewer experts take part, the more choices of a token go the same way
+    degrees: Degrees
     seed: int
 
 
@@ -37,6 +39,7 @@ drawn_cases = st.builds(
     tokens_W=st.lists(st.one_of(st.just(0), st.integers(0, 20)), min_size=8, max_size=8),
     top_k=st.integers(1, 6),
     favourites=st.integers(6, 12),
+    degrees=st.builds(Degrees, st.integers(1, MOST_CHUNKS), st.integers(1, MOST_CHUNKS)),
     seed=st.integers(0, 2**31),
 )
 
@@ -57,12 +60,32 @@ def factors(experts: Tensor) -> Tensor:
     return 1 + experts.float() / 7
 
 
-def served(received: Received, first: int) -> Tensor:
-    """The rows times the factors and weights of the choices served here."""
-    place_RK = received.order.place_N.view(received.weights_RK.shape).long()
-    expert_RK = first + torch.searchsorted(received.order.ends_E.long(), place_RK.clamp(min=0), right=True)
-    weight_RK = torch.where(place_RK >= 0, received.weights_RK * factors(expert_RK), 0.0)
-    return received.x_RD * weight_RK.sum(dim=1, keepdim=True)
+def factors_here(sent: Exchange, first: int) -> Tensor:
+    """(R, K): of the choices served here, in the order in which rows are worked on; 0 of others."""
+    place_RK = sent.order.place_N.view(sent.weights_RK.shape).long()
+    expert_RK = first + torch.searchsorted(sent.order.ends_E.long(), place_RK.clamp(min=0), right=True)
+    return torch.where(place_RK >= 0, factors(expert_RK), 0.0)
+
+
+def there(way: Way, x_TD: Tensor) -> Tensor:
+    """Chunk by chunk; rows as they arrive."""
+    arrived = []
+    for chunk in range(len(way)):
+        rows = x_TD[way.legs[0].of_chunk(chunk)]
+        for leg in way.legs:
+            rows = leg.send(leg.pack(rows, chunk), chunk).wait()
+        arrived.append(rows)
+    return torch.cat(arrived)
+
+
+def back(way: Way, y_RD: Tensor) -> Tensor:
+    collected = []
+    for chunk in range(len(way)):
+        rows = y_RD[way.arrived(chunk)]
+        for leg in reversed(way.legs):
+            rows = leg.collect(leg.give_back(rows, chunk).wait(), chunk)
+        collected.append(rows)
+    return torch.cat(collected)
 
 
 def through_nodes(world: World, cases: list[Drawn], ranks_per_node: int) -> list[dict[str, Any]]:
@@ -70,24 +93,37 @@ def through_nodes(world: World, cases: list[Drawn], ranks_per_node: int) -> list
     index_E = torch.full((EACH * world.size,), -1, dtype=torch.int32)
     first = EACH * world.rank
     index_E[first : first + EACH] = torch.arange(EACH, dtype=torch.int32)
-    tokens, found = TwoLevelTokens(world), []
+    levels, found = two_levels(world), []
     for told in cases:
-        x_TD, weights_TK, experts_TK = inputs(told, world.rank, world.size)
+        x_TD, weights_TK, experts_TK = (part.detach() for part in inputs(told, world.rank, world.size))
         rank_TK = experts_TK.div(EACH, rounding_mode="floor").int()  # -1 stays
-        received, exchange = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, index_E, EACH)
-        y_TD = exchange.collect(served(received, first))
-        y_TD.cos().sum().backward()
-        node = slice(world.rank // ranks_per_node * ranks_per_node, (world.rank // ranks_per_node + 1) * ranks_per_node)
-        send_W, inside_W = exchange.across.send_W, exchange.inside.send_W
+        sent = exchange(levels, weights_TK, experts_TK, rank_TK, index_E, EACH, told.degrees)
+        factor_RK = factors_here(sent, first)
+        scale_R1 = (factor_RK * sent.weights_RK).nan_to_num().sum(dim=1, keepdim=True)
+        x_RD = there(sent.forward, x_TD)
+        y_TD = back(sent.forward, x_RD * scale_R1[sent.forward.row_R])
+        d_y_RD = there(sent.backward, -y_TD.sin())
+        d_x_TD = back(sent.backward, d_y_RD * scale_R1[sent.backward.row_R])
+        worked_RD = torch.empty_like(x_RD)
+        worked_RD[sent.forward.row_R] = x_RD
+        d_factor_R1 = (d_y_RD * worked_RD[sent.backward.row_R]).sum(dim=1, keepdim=True)
+        d_weights_RK = d_factor_R1 * factor_RK[sent.backward.row_R]
+        d_weights_TK = sent.collect_weights(sent.pass_weights_on(sent.return_weights(d_weights_RK)))
+        across, inside = sent.hops
         found.append(
             {
-                "numbers": (y_TD.detach(), x_TD.grad, weights_TK.grad),
-                "crossing": sum(send_W) - sum(send_W[node]),
-                "same place": all(rows == 0 or (to - world.rank) % ranks_per_node == 0 for to, rows in enumerate(send_W)),
-                "stays": sum(inside_W) == sum(inside_W[node]),
+                "numbers": (y_TD, d_x_TD, d_weights_TK),
+                "worked": worked_RD,
+                "crossing": sum(across.splits.send_W) - across.splits.send_W[world.rank // ranks_per_node],
+                "members": (len(across.splits.send_W), len(inside.splits.send_W)),
                 "promised": rows_across(rank_TK, world.rank, world.topology),
             }
         )
+        whole = exchange(levels, weights_TK, experts_TK, rank_TK, index_E, EACH, Degrees(1, 1))
+        worked_RD = torch.empty_like(x_RD)
+        worked_RD[whole.forward.row_R] = whole.forward.there(x_TD)
+        assert torch.equal(worked_RD, found[-1]["worked"]), "the order of rows depends on the degrees"
+        assert torch.equal(whole.order.entry_N, sent.order.entry_N)
     return found
 
 
@@ -108,7 +144,7 @@ def test_any_routing_gives_what_one_device_gives_and_crosses_once(size: int, ran
             crossing = sum(len(there - {rank // ranks_per_node}) for there in nodes)
             assert found["crossing"] == crossing, "a token crosses once to each other node that serves it"
             assert found["promised"][1] == crossing
-            assert found["same place"] and found["stays"]
+            assert found["members"] == (size // ranks_per_node, ranks_per_node), "each level has its own ranks"
 
 
 @given(st.integers(0, 30), st.integers(1, 6), st.sampled_from([(4, 2), (8, 2), (8, 4), (12, 3)]), st.integers(0, 99))

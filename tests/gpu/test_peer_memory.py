@@ -102,8 +102,13 @@ def check_against_one_device(size: int, kind: TransportKind) -> None:
 
 def test_no_number_depends_on_the_degrees() -> None:
     """Float32 here; with the bfloat16 kernels in test_chunks.py."""
-    whole = run_ranks(spread, 2, range(CASES), "none", "messages", kind="cuda")
-    cut = run_ranks(spread, 2, range(CASES), "none", "messages", [Degrees(2, 3), Degrees(16, 1)], kind="cuda")
+    for kind in ("messages", "two_level"):
+        check_degrees(kind)
+
+
+def check_degrees(kind: TransportKind) -> None:
+    whole = run_ranks(spread, 2, range(CASES), "none", kind, kind="cuda")
+    cut = run_ranks(spread, 2, range(CASES), "none", kind, [Degrees(2, 3), Degrees(16, 1)], kind="cuda")
     for one, other in zip(cut, whole, strict=True):
         for found, wanted in zip(one, other, strict=True):
             equal(found, wanted)

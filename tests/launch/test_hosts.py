@@ -14,6 +14,7 @@ import torch.distributed as dist
 from kernels.errors import UserError
 from launch.benchmarks.hosts import hosts
 from launch.benchmarks.ranks import on_ranks
+from parallel.placement import Topology
 from parallel.topology import World
 
 
@@ -28,17 +29,17 @@ def able() -> bool:
 def networks(world: World, options: None, cases: None) -> list[str]:
     told: list[str] = [""] * world.size
     dist.all_gather_object(told, str(Path("/proc/thread-self/ns/net").readlink()))
-    total = world.sum(torch.tensor(world.rank + 1))
-    assert int(total) == 3
+    total = world.sum(torch.full((100_000,), world.rank + 1))
+    assert total.unique().tolist() == [10] and world.topology == Topology(4, 2), "ranks see on which host they are"
     return told
 
 
 @pytest.mark.skipif(not able(), reason="needs root and network namespaces")
 def test_ranks_have_networks_of_their_own_that_are_gone_afterwards() -> None:
-    with hosts(1000) as names:
+    with hosts(1000, within_mbit=2000) as names:
         assert all(Path(f"/var/run/netns/{name}").exists() for name in names)
-        one, other = on_ranks(networks, 2, None, None, "cpu", names)
-        assert len({one, other, str(Path("/proc/self/ns/net").readlink())}) == 3
+        one, near, other, far = on_ranks(networks, 4, None, None, "cpu", names)
+        assert one == near and other == far and len({one, other, str(Path("/proc/self/ns/net").readlink())}) == 3
     assert not any(Path(f"/var/run/netns/{name}").exists() for name in names)
     with hosts(None) as names:
         assert names == []

@@ -19,10 +19,11 @@ from parallel.schedule.timeline import Task, simulate
 from parallel.scheduling import FILE
 
 CHUNK = Chunk(expert_s=2e-3, across_s=1e-3, within_s=0.5e-3)
+SLOW = Line(1e-3, 1e-3)
 TIMELINES = [
     simulate(forward_tasks(CHUNK, 3, 2e-3, Copies(1e-3, 0.5e-3))),
     simulate(backward_tasks(CHUNK, 1, 4e-3, Copies(1e-3, 0.5e-3))),
-    simulate(execution.backward_tasks(ExecutionCosts(*[Line(1e-3, 1e-3)] * 6, announce_s=0.0), LayerWork(1.0, 1.0), 2)),
+    simulate(execution.backward_tasks(ExecutionCosts(*[SLOW] * 6, 0.0, inside=SLOW, relay=SLOW), LayerWork(1.0, 1.0, 1.0), 2)),
     simulate(layer_tasks(Chunk(expert_s=2e-3, across_s=1e-3, gather_s=1e-3, scatter_s=2e-3), 4, gradients_s=3e-3)),
 ]
 

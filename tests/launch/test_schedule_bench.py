@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from launch.bench import main
 from launch.benchmarks.chunks import Layer, measure_layer
 from launch.benchmarks.options import SHAPES
+from launch.benchmarks.planned import FIXED, MODELS, TESTBEDS, ScheduleCase, grid, one_link_tasks
 from launch.benchmarks.ranks import on_ranks
-from launch.benchmarks.schedule import FIXED, MODELS, TESTBEDS, grid, one_link_tasks
+from launch.benchmarks.schedule import against_bound, table
 from parallel.schedule.cost import Chunk
 from parallel.schedule.pipeline import ACROSS, COMPUTE, layer_tasks
 from parallel.schedule.timeline import simulate
@@ -55,9 +56,20 @@ def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
 def test_a_layer_on_real_ranks_beside_its_prediction() -> None:
     told = Layer(SHAPES["tiny"], 64, 32, (1, 3), seed=0, repeats=2)
     found = on_ranks(measure_layer, 2, told, None, "cpu")
-    assert set(found.measured_ms) == set(found.predicted_ms) == {"degree 1", "degree 3", "plan"}
-    assert min(found.measured_ms.values()) > 0 and min(found.predicted_ms.values()) >= found.bound_ms > 0
-    assert found.profile.count("r^2") == 6 and "exchange" in found.profile
+    assert set(found.predicted_ms) == {"off", "degree 1", "degree 3", "plan"}
+    assert list(found.measured_ms) == ["peer memory, whole", *found.predicted_ms], "what training takes here comes first"
+    assert set(found.alone_ms) == {"computing", "communication"} and found.ours == "plan" and set(found.planned) == {"plan"}
+    assert min([*found.measured_ms.values(), *found.predicted_ms.values(), *found.alone_ms.values()]) > 0
+    assert found.predicted_ms["off"] >= found.predicted_ms["degree 1"]
+    assert found.bound_ms == max(found.alone_ms.values())
+    assert found.profiles[0].count("r^2") == 6 and "exchange" in found.profiles[0]
+    case = ScheduleCase("a layer", {}, against_bound(found), {}, [])
+    cells = [list(column.cells) for column in table(case).columns]
+    assert cells[0] == [*list(found.measured_ms)[:-1], "computing alone", "communication alone", "plan"]
+    for name, bound, predicted in zip(cells[0], cells[2], cells[3], strict=True):
+        ms = {**found.measured_ms, **{f"{one} alone": ms for one, ms in found.alone_ms.items()}}[str(name)]
+        assert bound == f"{ms / found.bound_ms:.2f}x"
+        assert predicted == (f"{found.predicted_ms[str(name)] / ms:.2f}x" if name in found.predicted_ms else "")
 
 
 @pytest.mark.parametrize("name", TESTBEDS)

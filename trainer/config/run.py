@@ -88,8 +88,9 @@ class ParallelConfig(Record):
     # auto: ranks read each other's memory where all can, as on one node; else two_level, where several nodes have several ranks
     # each: a token crosses to a node once; else messages, in which it goes to every rank that serves it.
     transport: Literal["auto", "messages", "two_level", "peer_memory"]
-    # In how many chunks an MoE layer runs whose tokens travel as messages (parallel/chunked_experts.py); off: one; auto: as
-    # many, forward and backward apart, as measured parts of the layer let expect to be the fastest, one with other transports.
+    # In how many chunks an MoE layer runs whose tokens travel as messages, over one level or two (parallel/chunked_experts.py);
+    # off: one, and nothing overlaps; auto: as many, forward and backward apart, as measured parts of the layer let expect to be
+    # the fastest, one where ranks read each other's memory.
     schedule: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
     overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer

@@ -19,18 +19,20 @@ from parallel.schedule.execution import (
     backward_tasks,
     bound_s,
     forward_tasks,
+    in_sequence_s,
     layer_work,
     plan_layer,
 )
-from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE, Degrees
+from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import simulate
 from parallel.token_exchange import FINEST
 
 starts = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
 slopes = st.floats(1e-6, 10.0)
 lines = st.builds(Line, starts, slopes)
-costs = st.builds(ExecutionCosts, lines, lines, lines, lines, lines, lines, starts)
-works = st.builds(LayerWork, st.floats(0.0, 100.0), st.floats(0.0, 100.0))
+costs = st.builds(ExecutionCosts, lines, lines, lines, lines, lines, lines, starts, lines, lines)
+amounts = st.floats(0.0, 100.0)
+works = st.builds(LayerWork, amounts, amounts, st.one_of(st.just(0.0), amounts))  # over one level or two
 DEGREES = range(1, MOST_CHUNKS + 1)
 
 
@@ -65,6 +67,8 @@ def test_degrees_stay_while_they_are_nearly_the_fastest(
 def test_every_degree_keeps_the_bound_and_the_order(measured: ExecutionCosts, work: LayerWork, degree: int) -> None:
     ahead, back = (simulate(tasks_of(measured, work, degree)) for tasks_of in (forward_tasks, backward_tasks))
     assert ahead.seconds + back.seconds >= bound_s(measured, work) * (1 - 1e-9)
+    if degree == 1:
+        assert ahead.seconds + back.seconds <= in_sequence_s(measured, work) * (1 + 1e-9)
     for timeline in (ahead, back):
         for resource in {span.task.resource for span in timeline.spans}:
             begins = [span.start_s for span in timeline.spans if span.task.resource == resource]
@@ -81,6 +85,16 @@ def test_equal_messages_and_products_hide_all_but_the_first_and_the_last() -> No
     assert [simulate(backward_tasks(measured, work, degree)).seconds for degree in (1, 4)] == [40.0, 34.0]
 
 
+def test_links_between_and_within_nodes_carry_at_the_same_time() -> None:
+    one, none = Line(0.0, 1.0), Line(0.0, 0.0)
+    measured = ExecutionCosts(one, none, one, one, one, none, 0.0, inside=one, relay=none)
+    work = LayerWork(8.0, 8.0, 8.0)
+    assert [simulate(forward_tasks(measured, work, degree)).seconds for degree in (1, 8)] == [40.0, 18.0]
+    # in eight chunks the link within nodes is busy for 16, behind the first dispatch and before the last combine
+    names = [span.task.name for span in simulate(forward_tasks(measured, work, 3)).spans if span.task.resource == WITHIN]
+    assert names == ["gather 1", "gather 2", "scatter 1", "gather 3", "scatter 2", "scatter 3"]
+
+
 def test_what_costs_nothing_in_chunks_stays_whole() -> None:
     measured = ExecutionCosts(*(Line(1.0, 1e-9) for _ in range(6)), announce_s=0.0)
     assert plan_layer(measured, LayerWork(8.0, 8.0), tokens=100).degrees == WHOLE
@@ -95,6 +109,23 @@ def test_the_work_of_a_layer_is_that_of_its_busiest_rank() -> None:
     work = layer_work(plan, np.array([40.0, 20.0]), Topology(2, 1), top_k=1, row_bytes=8)
     assert work.entries == 40.0 and work.row_bytes == pytest.approx(20 * 8)
     assert work.differs(LayerWork(work.row_bytes, 30.0), 0.2) and not work.differs(LayerWork(work.row_bytes, 39.0), 0.2)
+
+
+def test_over_two_levels_a_row_goes_to_a_node_once() -> None:
+    """Random choices of all ranks, counted, against what their mean loads let expect."""
+    topology, top_k, experts, tokens = Topology(6, 3), 4, 48, 4000
+    plan = Plan(without_copies(even_owners(experts, 6), 6))
+    random = np.random.default_rng(0)
+    rank_WTK = random.random((6, tokens, experts)).argsort(axis=2)[:, :, :top_k] // 8
+    loads_E = np.full(experts, 6 * tokens * top_k / experts)
+    work = layer_work(plan, loads_E, topology, top_k, row_bytes=1, levels=2)
+    served = [[{int(rank) for rank in row} for row in rank_TK] for rank_TK in rank_WTK]
+    crossing = [sum(any(rank // 3 != me // 3 for rank in row) for row in rows) for me, rows in enumerate(served)]
+    inside = [sum(rank // 3 == 0 and rank != me % 3 for row in rows for rank in row) for me, rows in enumerate(served)]
+    assert work.row_bytes == pytest.approx(np.mean(crossing), rel=0.1)  # choices do not know of each other in what is expected
+    relayed = [inside[place] + inside[place + 3] for place in range(3)]  # by the first node's ranks, to others there
+    assert work.inside_bytes == pytest.approx(np.mean(relayed), rel=0.1)
+    assert layer_work(plan, loads_E, topology, top_k, row_bytes=1).row_bytes > work.row_bytes
 
 
 def test_every_degree_divides_the_finest_parts() -> None:
