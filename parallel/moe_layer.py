@@ -23,7 +23,9 @@ from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
 from parallel.chunked_experts import Chunked, chunked_experts
 from parallel.expert_arena import ExpertArena, LayerExperts
-from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.gradient_slices import GradientSlices
+from parallel.schedule.pipeline import ATTENTION, COPIES, WHOLE, Degrees
+from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.token_exchange import exchange
 
 
@@ -42,6 +44,9 @@ class LocalExperts:
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
+PREPARES = "a layer prepares"  # the first mark of a forward pass
+
+
 def _unmarked(name: str) -> None:
     """Nobody measures."""
 
@@ -55,9 +60,11 @@ class ShardedExperts:
     calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
     degrees: Degrees = WHOLE  # where tokens travel as messages
     mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
+    slices: GradientSlices | None = None  # of dense gradients, which travel while the layer runs backward
 
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the call hides their way."""
+        self.mark(PREPARES)
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
             self.arena.attention.start()
@@ -65,7 +72,9 @@ class ShardedExperts:
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if self.arena.attention is not None:
             self.arena.attention.stop()
+        self.mark(ATTENTION)
         experts = self.arena.materialised(self.layer)
+        self.mark(COPIES)
         # Activations that are recomputed must go where they went, and evaluation leaves the plans of training alone.
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
             self.calibrate(self.layer, routing.counts_E)
@@ -85,7 +94,7 @@ class ShardedExperts:
         sent = exchange(self.arena.world, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        run = Chunked(sent, slots, self._fetch_again, self._return_gradients, self.mark)
+        run = Chunked(sent, slots, self._begin_backward, self._return_gradients, self.mark)
         y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
@@ -95,14 +104,18 @@ class ShardedExperts:
         y_RD = expert_mlp(
             x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
         )
-        if self.arena.rematerialise:
-            y_RD = _FetchAgain.apply(y_RD, self)
-            self.arena.release(self.layer)
+        y_RD = _BeginBackward.apply(y_RD, self)
+        self.arena.release(self.layer)
         return y_RD
 
-    def _fetch_again(self) -> None:
-        """Backward waits until the copies are there again."""
+    def _begin_backward(self) -> None:
+        """Gradients of results have set out for their experts: a slice of dense ones follows, and copies have to be there."""
+        self._slice(UNDER_LAYER)
         self.arena.materialised(self.layer)
+
+    def _slice(self, which: int) -> None:
+        if self.slices is not None:
+            self.slices.set_out(place_of(self.layer, self.arena.shape.layers, which))
 
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
         """Backward needs the copies no more. Those of the layer below have the attention's backward pass to arrive (Hecate,
@@ -110,10 +123,11 @@ class ShardedExperts:
         self.arena.return_gradients(self.layer, (gate_up_ECD, down_EDF))
         if self.arena.rematerialise:
             self.arena.exchange_for_previous(self.layer)
+        self._slice(UNDER_DENSE)
 
 
-class _FetchAgain(torch.autograd.Function):
-    """Behind a layer's experts; backward comes here first and waits until the copies are there again."""
+class _BeginBackward(torch.autograd.Function):
+    """Behind a layer's experts; backward comes here first."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
@@ -122,5 +136,5 @@ class _FetchAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.experts.arena.materialised(ctx.experts.layer)
+        ctx.experts._begin_backward()
         return d_y_RD, None

@@ -19,12 +19,13 @@ from parallel.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the training world. Every collective of Tessera runs over the default group of this world."""
+    """One rank's view of the training world. Collectives run over its default group, but for slices of dense gradients."""
 
     rank: int
     size: int
     device: torch.device
     ranks_per_node: int  # consecutive ranks share a node
+    timeout_s: float = 1800.0  # of a collective
     exposed: Stopwatch = field(init=False, repr=False, compare=False)  # of communication that computation waits for
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ def join(store: dist.Store, rank: int, size: int, device: torch.device, timeout_
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
     )
-    return World(rank, size, device, _ranks_per_node(size))
+    return World(rank, size, device, _ranks_per_node(size), timeout_s)
 
 
 def _ranks_per_node(size: int) -> int:

@@ -27,6 +27,7 @@ from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
 from parallel.policies import POLICIES
 from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.slices import PLACES_OF_LAYER
 from parallel.scheduling import Scheduling
 from parallel.topology import World
 from parallel.transport import TransportKind, transport_kind
@@ -90,11 +91,14 @@ class Trainer:
         fixed = fixed_degrees(spec.parallel, kind)
         self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
-        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, None if refused is None else refused.parent)
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
         self.model.to(world.device)
-        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen())
+        slices = spec.parallel.schedule != "off" and world.size > 1
+        places = PLACES_OF_LAYER * config.num_moe_layers if slices else 0
+        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen(), places)
+        folder = None if refused is None else refused.parent
+        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, self.dense.slices)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         decay = spec.value_decay
         self.value_head = None if decay is None else ValueHead(config.hidden_size, config.num_layers, world, decay)
@@ -148,7 +152,8 @@ class Trainer:
         balance = self._balance(self.world.sum(counts_LE))
         micros = -(-batch.num_rows // self.spec.micro_rows)
         placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
-        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE, micros)
+        copying = None if self.materialisation.setting is None else self.materialisation.setting.costs
+        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE, micros, copying)
         return {**told, **balance, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
@@ -317,7 +322,7 @@ class Trainer:
 
     def _layer(self, layer: int, weights: Weights, calibrate: Callable[[int, Tensor], None] | None) -> ShardedExperts:
         degrees, marks = self.scheduling.degrees_L[layer], self.scheduling.marks
-        found = ShardedExperts(layer, weights.arena, calibrate, degrees)
+        found = ShardedExperts(layer, weights.arena, calibrate, degrees, slices=self.dense.slices)
         return replace(found, mark=marks) if layer == 0 and marks is not None and torch.is_grad_enabled() else found
 
     def _attention(self, tokens: int, length: int) -> Tensor:
