@@ -21,7 +21,8 @@ from tests.distributed.test_trainer import LR, NOISY, own_state
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
 from trainer.guard import Guard
-from trainer.step import MACHINE, Trainer, TrainerSpec
+from trainer.state import MACHINE, TrainerSpec
+from trainer.step import Trainer
 
 PLACES = 4
 

@@ -34,7 +34,8 @@ from trainer.config.model import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec, fixed_degrees
+from trainer.state import MACHINE, OWNERS, TrainerSpec, fixed_degrees
+from trainer.step import Trainer
 from trainer.worker import named_tensors
 
 STEPS = 3
