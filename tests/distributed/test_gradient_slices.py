@@ -4,7 +4,9 @@ of a trainer that are those in which ZeRO reduces by itself."""
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from parallel import gradient_slices
+from parallel import chunk_profile, gradient_slices
 from parallel.gradient_slices import GradientSlices, Span
+from parallel.schedule.generalised import LINK
+from parallel.schedule.pipeline import ATTENTION, COMPUTE, COPIES, GRADIENTS
+from parallel.scheduling import ANNOUNCE, FILE, SLICES, WAITING
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_trainer import LR, NOISY, own_state
@@ -81,7 +86,7 @@ class Noting(GradientSlices):
 def averaged(world: World, case: Case, bytes_P: tuple[int, ...] | None, rounds: int) -> tuple[list[Tensor], Any, list[Span]]:
     """The gradients after a backward pass in an order of this rank's own, what is complete at which place, and the slices."""
     gradient_slices.MOST_BYTES = case.most_bytes
-    parameters = [nn.Parameter(torch.zeros(size, dtype=case.dtype)) for size in case.sizes]
+    parameters = [nn.Parameter(torch.zeros(size, dtype=case.dtype, device=world.device)) for size in case.sizes]
     slices = Noting(parameters, world, PLACES)
     for number in range(rounds):
         slices.order = []
@@ -98,13 +103,13 @@ def averaged(world: World, case: Case, bytes_P: tuple[int, ...] | None, rounds: 
                     mine.append(case.late)
                 for index in mine if world.rank % 2 else reversed(mine):
                     if index != case.without or world.rank < world.size - 1:
-                        (parameters[index] * gradient(case, index, world.rank, micro)).sum().backward()
+                        (parameters[index] * gradient(case, index, world.rank, micro).to(world.device)).sum().backward()
                 if place < PLACES:
                     slices.set_out(place)
             slices.finish()
         if bytes_P is not None and number == 0:
             slices.take(bytes_P)
-    return [parameter.grad for parameter in parameters if parameter.grad is not None], slices.complete_P, slices.order
+    return [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None], slices.complete_P, slices.order
 
 
 def legal(case: Case, percent: tuple[int, ...], complete_P: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,11 +129,7 @@ def reduce_all(world: World, cases: list[Case]) -> list[list[tuple[list[Tensor],
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@settings(max_examples=2, deadline=None)
-@given(cases=st.lists(drawn_cases(), min_size=8, max_size=8))
-def test_means_have_the_same_bits_for_any_slices_and_slices_one_order(size: int, cases: list[Case]) -> None:
-    by_rank = run_ranks(reduce_all, size, cases)
+def check_means(by_rank: list[list[list[tuple[list[Tensor], Any, list[Span]]]]], cases: list[Case], size: int) -> None:
     for number, case in enumerate(cases):
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[case.dtype]
         for parameter in range(len(case.sizes)):
@@ -144,6 +145,13 @@ def test_means_have_the_same_bits_for_any_slices_and_slices_one_order(size: int,
             assert [start for start, _ in order] == [0, *(stop for _, stop in order[:-1])]
             assert order[-1][1] == sum(case.sizes)
             assert all((stop - start) * case.dtype.itemsize <= case.most_bytes for start, stop in order)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@settings(max_examples=2, deadline=None)
+@given(cases=st.lists(drawn_cases(), min_size=8, max_size=8))
+def test_means_have_the_same_bits_for_any_slices_and_slices_one_order(size: int, cases: list[Case]) -> None:
+    check_means(run_ranks(reduce_all, size, cases), cases, size)
 
 
 def places_of(world: World) -> str:
@@ -217,3 +225,37 @@ def test_two_ranks_update_bit_for_bit_as_where_zero_reduces() -> None:
             for name, wanted in zero["state"].items():
                 if name != MACHINE:  # measured
                     assert torch.equal(slices["state"][name], wanted), f"{name} of {changes}"
+
+
+def planned(world: World, schedule: str, folder: str) -> dict[str, Any]:
+    chunk_profile.BUDGET_S = 0.1
+    told_auto = told(schedule, micro_rows=4, parallel={"overlap": 4, "memory": 4})
+    trainer = Trainer(told_auto, world, Path(folder) / "refused")
+    norms = []
+    for step in range(10):
+        batch = random_batch(step)
+        share = batch.num_rows // world.size
+        norms.append(trainer.learn(batch.rows(world.rank * share, (world.rank + 1) * share), objective, LR)["train/grad_norm"])
+    slices = trainer.dense.slices
+    state = own_state(trainer, with_moments=True)
+    return {"norms": norms, "sums": None if slices is None else slices.sums_P, "state": state}
+
+
+def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_path: Path) -> None:
+    whole, by_rank = run_ranks(planned, 2, "off", str(tmp_path)), run_ranks(planned, 2, "auto", str(tmp_path))
+    assert by_rank[0]["sums"] == by_rank[1]["sums"] is not None
+    for zero, sliced in zip(whole, by_rank, strict=True):
+        assert zero["norms"] == sliced["norms"]
+        assert all(torch.equal(sliced["state"][name], one) for name, one in zero["state"].items() if name != MACHINE)
+    record = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
+    assert record["reduce"]["line"]["beta_s"] >= 0 and len(record["slices"]) == len(by_rank[0]["sums"])
+    lanes = {
+        name: {(span["task"]["name"].split()[0], span["task"]["resource"]) for span in spans}
+        for name, spans in record["timelines"].items()
+    }
+    assert (COPIES, LINK) in lanes["forward, planned"] and (COPIES, LINK) in lanes["backward, planned"]
+    assert (COPIES, WAITING) in lanes["forward, measured"] and (ATTENTION, COMPUTE) in lanes["forward, measured"]
+    first = record["timelines"]["forward, measured"]
+    assert [span["task"]["name"] for span in first[:3]] == [ATTENTION, COPIES, ANNOUNCE]
+    if record["slices"][-2]:
+        assert (GRADIENTS, LINK) in lanes["backward, planned"] and (GRADIENTS, SLICES) in lanes["backward, measured"]
