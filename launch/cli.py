@@ -35,7 +35,7 @@ from trainer.config.run import PretrainConfig
 from trainer.estimate import budget_lines
 from trainer.guard import UpdateRefused
 from trainer.run_dir import as_yaml
-from trainer.step import choose_dtype
+from trainer.state import choose_dtype
 from trainer.stopping import REQUEUE, Stopped
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -38,7 +38,7 @@ from trainer.cluster import choose_ranks, start_ray
 from trainer.config.run import ClusterConfig, LoggerConfig, PretrainConfig
 from trainer.places import REPOSITORY
 from trainer.run_dir import shown
-from trainer.step import choose_dtype
+from trainer.state import choose_dtype
 
 State = Literal["ok", "warn", "fail"]
 COLOURS: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -17,7 +17,7 @@ from trainer.data import prepare
 from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
 from trainer.run_dir import RunDir
-from trainer.step import choose_dtype
+from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
 from trainer.worker import check_division

@@ -22,7 +22,7 @@ from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.model.hf import read_config
 from trainer.run_dir import RunDir
-from trainer.step import choose_dtype
+from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker

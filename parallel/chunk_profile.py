@@ -193,7 +193,7 @@ class LayerParts:
 
     def in_sequence(self, mark: Callable[[str], None]) -> None:
         """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
-        run = Chunked(self._sent, self._experts, lambda: None, lambda *gradients: None, mark, in_sequence=True)
+        run = Chunked(self._sent, self._experts, lambda direction: None, lambda *gradients: None, mark, in_sequence=True)
         y_TD = chunked_experts(self._x_TD, self._weights_TK.detach().requires_grad_(), run)
         y_TD.backward(self._x_TD)
 

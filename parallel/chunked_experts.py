@@ -34,7 +34,7 @@ class Chunked:
 
     exchange: Exchange
     experts: ArenaExperts
-    await_experts: Callable[[], None]  # once it returns they are there, for a pass
+    ready: Callable[[Direction], None]  # tokens have set out; once it returns the experts are there for this pass
     gradients: WeightGradients  # takes them, once in a backward pass
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
     in_sequence: bool = False  # every message is waited for where it sets out
@@ -59,7 +59,7 @@ class _Layer(torch.autograd.Function):
         place_RK, weights_RK = exchange.places(way), exchange.weights_RK[way.row_R]
         run.mark(begins("forward"))
         passing = _Passing(way, run, x_TD)
-        run.await_experts()
+        run.ready("forward")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_TD)
         rows: list[Tensor] = []
         for chunk, part in enumerate(exchange.forward_parts):
@@ -80,7 +80,7 @@ class _Layer(torch.autograd.Function):
         arrived_RD, h, arrived_RK = ctx.saved_tensors
         run.mark(begins("backward"))
         passing = _Passing(way, run, d_y_TD)
-        run.await_experts()
+        run.ready("backward")
         place_RK = exchange.places(way)
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)
         d_weights: list[Tensor] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
 from parallel.expert_shards import ExpertShards
+from parallel.gradient_slices import GradientSlices
 from parallel.topology import World
 
 
@@ -30,10 +31,12 @@ class DenseZeRO:
         settings: AdamWSettings,
         stage: int,
         frozen: Sequence[Tensor] = (),
+        places: int = 0,
     ) -> None:
         """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
 
-        ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without.
+        ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without. `places`: of the
+        backward pass where slices of gradients may set out; with none, ZeRO reduces behind it.
         """
         import deepspeed  # after RANK and WORLD_SIZE are set; it also takes a second
 
@@ -54,11 +57,13 @@ class DenseZeRO:
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": settings.clip_norm,
                 "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": stage},
+                # Slices need no bucket to reduce in, and ZeRO makes one of this size in every backward pass.
+                "zero_optimization": {"stage": stage, **({"reduce_bucket_size": 1} if places else {})},
                 "bf16": {"enabled": dtype == torch.bfloat16},
                 "steps_per_print": 10**12,
             },
         )
+        self.slices = GradientSlices(list(module.parameters()), world, places) if places else None
         self._share_norm_with_experts()
         self._time_communication()
         self._create_state()
@@ -70,7 +75,8 @@ class DenseZeRO:
         self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
 
     def _time_communication(self) -> None:
-        """Reductions of gradients and the gathering of updated weights are exposed: ZeRO does both between computations."""
+        """What computation waits for: slices that are left when the backward pass is over, or else ZeRO's reductions, which
+        stand between computations as its gathering of updated weights does."""
         from deepspeed.runtime.zero.stage_1_and_2 import OPTIMIZER_ALLGATHER_TIMER
         from deepspeed.utils.timer import NoopTimer
 
@@ -85,6 +91,14 @@ class DenseZeRO:
                 reduce(*arguments)
 
         self.zero.timers, self.zero.average_tensor = Timers(), timed
+        if self.slices is not None:
+            self._hand_over(self.slices)
+
+    def _hand_over(self, slices: GradientSlices) -> None:
+        """ZeRO's own reduction has two ends: it is told of a gradient that is complete, and behind the backward pass to reduce
+        what is left. At the second it now finds all gradients averaged, and goes on with those of its partition."""
+        self.zero.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
+        self.zero.reduce_ipg_grads = slices.finish
 
     def _create_state(self) -> None:
         """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""
@@ -95,8 +109,11 @@ class DenseZeRO:
         self.zero._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward of one micro-batch; gradients are reduced over the ranks after the `last` one of a step."""
+        """Backward of one micro-batch; gradients are reduced over the ranks in the `last` one of a step, or under stage 2 in
+        each."""
         self.engine.set_gradient_accumulation_boundary(last)
+        if self.slices is not None:
+            self.slices.begin(reduces=last or self.zero.partition_gradients)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def norm(self, experts: ExpertShards) -> float:

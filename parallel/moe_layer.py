@@ -21,10 +21,12 @@ from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
 from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
-from parallel.chunked_experts import Chunked, chunked_experts
+from parallel.chunked_experts import Chunked, Direction, chunked_experts
 from parallel.expert_arena import ExpertArena, LayerExperts
+from parallel.gradient_slices import GradientSlices
 from parallel.peer_exchange import PeerTokens
-from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.pipeline import ATTENTION, COPIES, WHOLE, Degrees
+from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.token_exchange import exchange
 
 
@@ -43,6 +45,9 @@ class LocalExperts:
         return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
 
 
+PREPARES = "a layer prepares"  # the first mark of a forward pass
+
+
 def _unmarked(name: str) -> None:
     """Nobody measures."""
 
@@ -56,9 +61,11 @@ class ShardedExperts:
     calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
     degrees: Degrees = WHOLE  # where tokens travel as messages
     mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
+    slices: GradientSlices | None = None  # of dense gradients, which travel while the layer runs backward
 
     def prepare(self) -> None:
         """Copies set out; what is computed between here and the experts' products, the dispatch too, hides their way."""
+        self.mark(PREPARES)
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
             self.arena.attention.start()
@@ -66,6 +73,7 @@ class ShardedExperts:
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if self.arena.attention is not None:
             self.arena.attention.stop()
+        self.mark(ATTENTION)
         self.arena.fetch(self.layer)
         # Activations that are recomputed must go where they went, and evaluation leaves the plans of training alone.
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
@@ -87,25 +95,31 @@ class ShardedExperts:
         sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        run = Chunked(sent, slots, self._await_experts, self._return_gradients, self.mark, self.degrees.in_sequence)
+        run = Chunked(sent, slots, self._ready, self._return_gradients, self.mark, self.degrees.in_sequence)
         y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
 
     def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
-        self._await_experts()
+        self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
         y_RD = expert_mlp(
             x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
         )
-        if self.arena.rematerialise:
-            y_RD = _FetchAgain.apply(y_RD, self)
-            self.arena.release(self.layer)
+        y_RD = _BeginBackward.apply(y_RD, self)
+        self.arena.release(self.layer)
         return y_RD
 
-    def _await_experts(self) -> None:
-        """Until the copies are there, in backward perhaps again."""
+    def _ready(self, direction: Direction) -> None:
+        """Tokens have set out for their experts: backward a slice of dense gradients follows, and copies have to be there."""
+        if direction == "backward":
+            self._slice(UNDER_LAYER)
         self.arena.materialised(self.layer)
+        self.mark(COPIES)
+
+    def _slice(self, which: int) -> None:
+        if self.slices is not None:
+            self.slices.set_out(place_of(self.layer, self.arena.shape.layers, which))
 
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
         """Backward needs the copies no more. Those of the layer below have the attention's backward pass to arrive (Hecate,
@@ -113,10 +127,11 @@ class ShardedExperts:
         self.arena.return_gradients(self.layer, (gate_up_ECD, down_EDF))
         if self.arena.rematerialise:
             self.arena.exchange_for_previous(self.layer)
+        self._slice(UNDER_DENSE)
 
 
-class _FetchAgain(torch.autograd.Function):
-    """Behind a layer's experts; backward comes here first and waits until the copies are there again."""
+class _BeginBackward(torch.autograd.Function):
+    """Behind a layer's experts; backward comes here first."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
@@ -125,5 +140,5 @@ class _FetchAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.experts.arena.materialised(ctx.experts.layer)
+        ctx.experts._ready("backward")
         return d_y_RD, None

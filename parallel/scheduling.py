@@ -1,8 +1,9 @@
-"""In how many chunks each MoE layer runs, from step to step: measured at the start, planned from loads, planned again when they
-have changed.
+"""In how many chunks each MoE layer runs, and how many bytes of dense gradients travel under it, from step to step: measured at
+the start, planned from loads and copies, planned again when they have changed.
 
 Every rank plans with the same pure functions from the same numbers, so no plan travels. Planning is done beside the training,
-and its result is taken before the next update. Degrees change no number, so a run does not depend on what was measured.
+and its result is taken before the next update. Degrees and slices change no number, so a run does not depend on what was
+measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,17 @@ from parallel.chunk_profile import Attend, Profile, measure
 from parallel.chunked_experts import Direction, begins
 from parallel.expert_arena import ExpertArena
 from parallel.flows import Plan
+from parallel.gradient_slices import ARRIVES, SETS_OUT, GradientSlices
+from parallel.layer_cost import LayerCosts, copy_times
+from parallel.moe_layer import PREPARES
 from parallel.peer_exchange import PeerTokens
 from parallel.placement import Floats, without_copies
-from parallel.schedule.execution import LayerPlan, LayerWork, layer_work, plan_layer
-from parallel.schedule.pipeline import COMPUTE, WHOLE, Degrees
+from parallel.schedule.cost import Fit, Line
+from parallel.schedule.execution import LayerPlan, LayerWork, backward_tasks, degrees_of, layer_work, plan_layer
+from parallel.schedule.generalised import Around, slices_of, slots_of
+from parallel.schedule.gradients import Slot
+from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Copies, Degrees
+from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.stopwatch import Mark, Marks
 
@@ -36,7 +45,9 @@ DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where
 WINDOW = 5  # updates whose mean load counts
 WATCHED = 3  # with which of a plan's updates its first layer is measured beside it; those before also warm up
 FILE = "schedule.json"
-WAITING = "waiting for"
+WAITING, SLICES = "waiting for", "slices"  # resources of what was measured
+ANNOUNCE = "announce"  # what tells each rank what will come
+MIB = 2**20
 log = logging.getLogger("tessera")
 
 
@@ -45,14 +56,23 @@ class Planned:
     """Of every layer."""
 
     works: list[LayerWork]
+    arounds: list[Around]  # without slices
     plans: list[LayerPlan]
+    bytes_P: tuple[int, ...] | None  # of the slices, by place of the backward pass; None: not known when this was planned
 
 
 class Scheduling:
     """All ranks hold one and tell it the same loads."""
 
-    def __init__(self, arena: ExpertArena, fixed: Degrees | None, top_k: int, folder: Path | None) -> None:
-        """`fixed`: degrees of all layers; None plans them, where tokens travel as messages. `folder`: for what is measured."""
+    def __init__(
+        self, arena: ExpertArena, fixed: Degrees | None, top_k: int, folder: Path | None, slices: GradientSlices | None = None
+    ) -> None:
+        """`fixed`: degrees of all layers; None plans them, where tokens travel as messages. `folder`: for what is measured.
+
+        Slices whose bytes are not planned take what is complete at each layer.
+        """
+        self._slices = slices
+        self._reduce: Fit | None = None  # what a slice takes by its bytes
         self._arena, self._top_k, self._folder = arena, top_k, folder
         self.degrees_L = [fixed or WHOLE] * arena.shape.layers
         tokens = arena.transport.tokens
@@ -61,7 +81,7 @@ class Scheduling:
         self._profile: Profile | None = None
         self._planning: Future[Planned] | None = None
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schedule")
-        self._now = Planned([], [])
+        self._now = Planned([], [], [], None)
         self._loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last updates
         self._updates = 0  # with these degrees
         self.marks: Marks | None = None  # of the first layer, in an update in which it is measured
@@ -72,23 +92,32 @@ class Scheduling:
         if not self._plans:
             return
         if self._profile is None:
-            self._profile = self._kept(tokens) or measure(self._arena, tokens, self._top_k, attend)
+            self._know(tokens, attend)
             shape, ranks = self._arena.shape, self._arena.world.size
             even_E = np.full(shape.experts, tokens * self._top_k * ranks / shape.experts)
             owners = [Plan(without_copies(placement.owner_E, ranks)) for placement in self._arena.placements]
-            self._take(self._planned([self._work(plan, even_E) for plan in owners], tokens))
+            works = [self._work(plan, even_E) for plan in owners]
+            self._take(self._planned(works, [self._around(plan, None, tokens) for plan in owners], tokens))
         elif self._planning is not None:
             done, self._planning = self._planning, None
             self._take(done.result())
         self._updates += 1
-        self.marks = Marks(self._arena.world.device) if self._updates == WATCHED else None
+        self._watch(Marks(self._arena.world.device) if self._updates == WATCHED else None)
 
-    def observe(self, plans: Sequence[Plan], counts_LE: Tensor, micro_batches: int) -> dict[str, float]:
+    def _watch(self, marks: Marks | None) -> None:
+        self.marks = marks
+        if self._slices is not None:
+            self._slices.marks = marks
+
+    def observe(
+        self, plans: Sequence[Plan], counts_LE: Tensor, micro_batches: int, copying: LayerCosts | None = None
+    ) -> dict[str, float]:
         """After an update.
 
         Args:
             plans: of the next one.
             counts_LE: tokens per expert of all ranks, over so many micro-batches.
+            copying: what copies of experts take on their way; None: nobody has any yet.
 
         Returns:
             Metrics of the update that is done.
@@ -104,27 +133,80 @@ class Scheduling:
         self._loads.append(counts_LE.double().cpu().numpy() / micro_batches)
         mean_LE = np.mean(self._loads, axis=0)
         works = [self._work(plan, loads_E) for plan, loads_E in zip(plans, mean_LE, strict=True)]
-        if any(new.differs(old, DRIFT) for new, old in zip(works, self._now.works, strict=True)):
-            tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
-            self._planning = self._beside.submit(self._planned, works, tokens)
+        tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
+        arounds = [self._around(plan, copying, tokens) for plan in plans]
+        if self._drifted(works, arounds):
+            self._planning = self._beside.submit(self._planned, works, arounds, tokens)
         return found
+
+    def _drifted(self, works: list[LayerWork], arounds: list[Around]) -> bool:
+        """Loads, or copies by so much of a layer's time, or what is known of the backward pass."""
+        now = self._now
+        moved_s = [abs(new.copies_s - old.copies_s) for new, old in zip(arounds, now.arounds, strict=True)]
+        return (
+            any(new.differs(old, DRIFT) for new, old in zip(works, now.works, strict=True))
+            or any(seconds > DRIFT * plan.seconds for seconds, plan in zip(moved_s, now.plans, strict=True))
+            or (now.bytes_P is None and self._slices is not None)
+        )
+
+    def _around(self, plan: Plan, copying: LayerCosts | None, tokens: int) -> Around:
+        """Of a layer: its attention, and the copies under this plan."""
+        assert self._profile is not None, "planning follows measuring"
+        attention_s = self._profile.costs.attention.seconds(tokens)
+        if copying is None:
+            return Around(attention_s)
+        times = copy_times(plan.placement, self._arena.world.topology, copying)
+        copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
+        if self._arena.rematerialise:  # those of the layer before are as many, more or less
+            back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
+        return Around(attention_s, copies, back)
 
     def _work(self, plan: Plan, loads_E: Floats) -> LayerWork:
         row_bytes = self._arena.shape.hidden * self._arena.dtype.itemsize
         return layer_work(plan, loads_E, self._arena.world.topology, self._top_k, row_bytes, levels=self._levels)
 
-    def _planned(self, works: list[LayerWork], tokens: int) -> Planned:
+    def _planned(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
-        present = zip(works, self.degrees_L, strict=True)
-        return Planned(works, [plan_layer(self._profile.costs, work, tokens, degrees) for work, degrees in present])
+        costs, bytes_P = self._profile.costs, self._slice_bytes(works, arounds, tokens)
+        sliced = arounds
+        if bytes_P is not None:
+            assert self._reduce is not None
+            layer_P = [self._reduce.line.seconds(sent) for sent in bytes_P]
+            sliced = [
+                replace(around, layer_slice_s=layer_P[place], dense_slice_s=layer_P[place + UNDER_DENSE])
+                for layer, around in enumerate(arounds)
+                for place in [place_of(layer, len(arounds), UNDER_LAYER)]
+            ]
+        layers = zip(works, self.degrees_L, sliced, strict=True)
+        plans = [plan_layer(costs, work, tokens, present, around) for work, present, around in layers]
+        return Planned(works, arounds, plans, bytes_P)
+
+    def _slice_bytes(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> tuple[int, ...] | None:
+        """By place of the backward pass."""
+        if self._slices is None or self._slices.complete_P is None or self._reduce is None or self._profile is None:
+            return None
+        costs, itemsize = self._profile.costs, self._slices.itemsize
+        ready_P = np.diff([0, *self._slices.complete_P]) * itemsize
+        slots: list[Slot] = []
+        for work, around in zip(reversed(works), reversed(arounds), strict=True):
+            ready = int(ready_P[len(slots)]), int(ready_P[len(slots) + 1])
+            slots += slots_of(partial(backward_tasks, costs, work), degrees_of(tokens), around, ready)
+        last = (self._slices.total - self._slices.complete_P[-1]) * itemsize
+        return slices_of(slots, last, self._reduce.line).taken_S
 
     def _take(self, planned: Planned) -> None:
-        """A plan of the same degrees changes nothing but what is expected."""
+        """A plan of the same degrees changes nothing but what is expected, and the slices."""
         same = [plan.degrees for plan in planned.plans] == [plan.degrees for plan in self._now.plans]
+        if planned.bytes_P is not None and self._slices is not None:
+            same &= self._now.bytes_P is not None
+            self._slices.take(planned.bytes_P)
         self._now = planned
         if not same:
             self._updates, self.degrees_L = 0, [plan.degrees for plan in planned.plans]
             log.info("chunks of the MoE layers, forward and backward: %s", told(planned.plans))
+            if planned.bytes_P is not None and self._slices is not None:
+                whole, under = self._slices.total * self._slices.itemsize, sum(planned.bytes_P)
+                log.info("dense gradients: %.4g of %.4g MiB travel under the backward pass", under / MIB, whole / MIB)
 
     # ------------------------------------------------------------ what is kept in the run folder
 
@@ -135,17 +217,27 @@ class Scheduling:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         sizes = {"experts": shape.experts, "hidden": shape.hidden, "expert_hidden": shape.expert_hidden, "top_k": self._top_k}
         nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node, "levels": self._levels}
+        sizes["dense"] = 0 if self._slices is None else self._slices.total
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 
-    def _kept(self, tokens: int) -> Profile | None:
-        """What was measured before, on such ranks and for so many tokens; the same on every rank. Collective."""
-        found: list[Profile | None] = [None]
+    def _know(self, tokens: int, attend: Attend) -> None:
+        """Measures, or reads what was measured before on such ranks and for so many tokens. Collective."""
+        found: list[tuple[Profile, Fit | None] | None] = [None]
         if self._arena.world.rank == 0 and self._folder is not None and (self._folder / FILE).exists():
             kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
             if kept["machine"] == self._machine and kept["profile"]["tokens"] == tokens:
-                found = [Profile.from_json(kept["profile"])]
+                reduce = kept["reduce"] and Fit(Line(**kept["reduce"]["line"]), kept["reduce"]["r_squared"])
+                found = [(Profile.from_json(kept["profile"]), reduce)]
         dist.broadcast_object_list(found, src=0)
-        return found[0]
+        if found[0] is not None:
+            self._profile, self._reduce = found[0]
+            return
+        self._profile = measure(self._arena, tokens, self._top_k, attend)
+        if self._slices is not None:
+            self._reduce = self._slices.measure()
+            line = self._reduce.line
+            told_line = 1e3 * line.alpha_s, 1e3 * MIB * line.beta_s, self._reduce.r_squared
+            log.info("a slice of dense gradients: %.3g ms + %.3g ms a MiB (r^2 %.4f)", *told_line)
 
     def _write(self, marks: Marks) -> None:
         """The plan beside what its first layer took in this update, on rank 0."""
@@ -163,6 +255,8 @@ class Scheduling:
         record = {
             "machine": self._machine,
             "profile": asdict(self._profile),
+            "reduce": None if self._reduce is None else asdict(self._reduce),
+            "slices": self._now.bytes_P,
             "layers": layers,
             "timelines": {name: [asdict(span) for span in timeline.spans] for name, timeline in timelines.items()},
         }
@@ -180,14 +274,32 @@ def told(plans: Sequence[LayerPlan]) -> str:
 
 
 def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
-    """Of the last pass in this direction, from the marks of chunked_experts.py: what the device did, and what it waited for;
-    that may be gradients of copies of the layer behind."""
-    begin = max(at for at, mark in enumerate(seen) if mark.name == begins(direction))
-    spans: list[Span] = []
-    for before, mark in zip(seen[begin:], seen[begin + 1 :], strict=False):
-        if mark.name in (begins("forward"), begins("backward")):
+    """Of the last pass in this direction, from the marks of chunked_experts.py and moe_layer.py: what the device did, and what
+    it waited for; that may be gradients of copies of the layer behind. Beside it the slices that were under way meanwhile."""
+    program = [mark for mark in seen if not mark.name.startswith((SETS_OUT, ARRIVES))]
+    first = {PREPARES, begins("forward")} if direction == "forward" else {begins("backward")}
+    begin = max(at for at, mark in enumerate(program) if mark.name == begins(direction))
+    while direction == "forward" and program[begin].name != PREPARES and begin > 0:
+        begin -= 1
+    start_s, spans = program[begin].at_s, list[Span]()
+    for before, mark in zip(program[begin:], program[begin + 1 :], strict=False):
+        if mark.name in (PREPARES, begins("backward")) or (mark.name == begins("forward") and direction == "backward"):
             break
-        resource = WAITING if mark.name.startswith(("dispatch", "gather", "scatter", "combine", "gradients")) else COMPUTE
-        start_s, end_s = before.at_s - seen[begin].at_s, mark.at_s - seen[begin].at_s
-        spans.append(Span(Task(mark.name, resource, end_s - start_s), start_s, end_s))
-    return Timeline(tuple(spans))
+        waits = mark.name.startswith(("dispatch", "gather", "scatter", "combine", "gradients", COPIES))
+        name = ANNOUNCE if mark.name in first else mark.name
+        task = Task(name, WAITING if waits else COMPUTE, mark.at_s - before.at_s)
+        spans.append(Span(task, before.at_s - start_s, mark.at_s - start_s))
+    return Timeline((*spans, *_slices_under_way(seen, start_s, start_s + spans[-1].end_s)))
+
+
+def _slices_under_way(seen: Sequence[Mark], start_s: float, end_s: float) -> list[Span]:
+    """Between two times, on the clock of the first; one that was under way before begins there."""
+    out = [mark for mark in seen if mark.name.startswith(SETS_OUT)]
+    there = [mark for mark in seen if mark.name.startswith(ARRIVES)]
+    found: list[Span] = []
+    for left, arrived in zip(out, there, strict=True):
+        if left.at_s < end_s and arrived.at_s > start_s:
+            first_s = max(left.at_s - start_s, 0.0)
+            name = f"{GRADIENTS} {len(found) + 1}"
+            found.append(Span(Task(name, SLICES, arrived.at_s - start_s - first_s), first_s, arrived.at_s - start_s))
+    return found

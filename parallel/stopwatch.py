@@ -68,27 +68,24 @@ class Mark:
 
 
 class Marks:
-    """When a device came by, by name."""
+    """When a device came by, by name: its stream that is the current one, or on a CPU the thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._names: list[str] = []
-        self._times: list[float] = []
-        self._events: list[torch.cuda.Event] = []
+        self._times: list[tuple[str, float]] = []
+        self._events: list[tuple[str, torch.cuda.Event]] = []
 
     def __call__(self, name: str) -> None:
-        self._names.append(name)
         if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((name, event))
         else:
-            self._times.append(time.perf_counter())
+            self._times.append((name, time.perf_counter()))
 
     def take(self) -> list[Mark]:
-        """All of them; waits for the GPU to reach the last."""
-        if self._on_gpu:
-            self._events[-1].synchronize()
-            seconds = [self._events[0].elapsed_time(event) / 1000 for event in self._events]
-        else:
-            seconds = [at - self._times[0] for at in self._times]
-        return [Mark(*pair) for pair in zip(self._names, seconds, strict=True)]
+        """All of them; waits for the GPU to reach each."""
+        for _, event in self._events:
+            event.synchronize()
+        seconds = [(name, self._events[0][1].elapsed_time(event) / 1000) for name, event in self._events]
+        return [Mark(name, at_s) for name, at_s in seconds or [(name, at - self._times[0][1]) for name, at in self._times]]

@@ -19,7 +19,7 @@ from parallel.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the training world. Every collective of Tessera runs over the default group of this world."""
+    """One rank's view of the training world. Collectives run over its default group, but for slices of dense gradients."""
 
     rank: int
     size: int

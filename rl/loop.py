@@ -35,7 +35,7 @@ from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
 from trainer.run_dir import RunDir
-from trainer.step import TrainerSpec
+from trainer.state import TrainerSpec
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracing import Traces

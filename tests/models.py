@@ -11,7 +11,7 @@ from trainer.batch import TrainBatch
 from trainer.config.model import ModelConfig
 from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.guard import Guard
-from trainer.step import TrainerSpec
+from trainer.state import TrainerSpec
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

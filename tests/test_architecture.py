@@ -10,6 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ROOMS = ["kernels", "parallel", "trainer", "rl", "launch"]  # each may import from itself and from those before it
 SCHEDULE = [f"schedule/{name}" for name in ("timeline", "cost", "pipeline", "closed_form", "gradients", "plan")]
+SCHEDULE += [f"schedule/{name}" for name in ("slices", "generalised", "execution")]
 PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{

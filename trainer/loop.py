@@ -18,7 +18,7 @@ from trainer.guard import Guard
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
 from trainer.run_dir import RunDir
-from trainer.step import TrainerSpec
+from trainer.state import TrainerSpec
 from trainer.stopping import StopRequest
 from trainer.tracing import Traces
 from trainer.tracking import Tracker

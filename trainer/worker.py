@@ -33,7 +33,8 @@ from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 from trainer.tracing import Traced, Tracing
 from trainer.usage import Usage
 from trainer.weight_links import Offer, Sender, gpu_of, open_group

@@ -38,7 +38,8 @@ from trainer.config.rl import AlgorithmConfig, RewardConfig, TaskConfig
 from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.estimate import flops_per_token, vocab_size
 from trainer.guard import Guard
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 from trainer.weight_pieces import Piece, expert_pieces, shared_pieces
 
 LEARNING_RATE = 1e-6

@@ -6,22 +6,23 @@ relayed before the one ahead of it is computed. The device computes chunk after 
 the last one, which hides what is still on its way back. Degrees are chosen by trying all of them in an exact simulation
 (timeline.py).
 
-Source: FSMoE, arXiv 2501.10714, section 4, for a layer without slices of dense gradients.
+What lies around the layer and shares its link is in generalised.py.
+
+Source: FSMoE, arXiv 2501.10714, section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology
 from parallel.schedule.cost import Line
+from parallel.schedule.generalised import ALONE, LINK, Around, backward_around, forward_around
 from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
-LINK = "messages"
 NEARLY = 0.03
 NOTHING = Line(0.0, 0.0)
 
@@ -140,17 +141,22 @@ class LayerPlan:
         return self.forward.seconds + self.backward.seconds
 
 
-def plan_layer(costs: ExecutionCosts, work: LayerWork, tokens: int, present: Degrees = WHOLE) -> LayerPlan:
+def plan_layer(
+    costs: ExecutionCosts, work: LayerWork, tokens: int, present: Degrees = WHOLE, around: Around = ALONE
+) -> LayerPlan:
     """The fewest chunks that are nearly the fastest, none of them empty: what more would gain is less than the times are sure
-    of. Degrees at present that are nearly the fastest too stay."""
-
-    def tried(tasks_of: Callable[[ExecutionCosts, LayerWork, int], list[Task]]) -> list[Timeline]:
-        return [simulate(tasks_of(costs, work, degree)) for degree in range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)]
-
-    ahead, back = tried(forward_tasks), tried(backward_tasks)
+    of. Degrees at present that are nearly the fastest too stay. What lies `around` the layer is in its timelines."""
+    degrees = degrees_of(tokens)
+    ahead = [simulate(forward_around(forward_tasks(costs, work, degree), around)) for degree in degrees]
+    back = [simulate(backward_around(backward_tasks(costs, work, degree), around)) for degree in degrees]
     forward, backward = _nearly_fastest(ahead, present.forward), _nearly_fastest(back, present.backward)
     whole_s = ahead[0].seconds + back[0].seconds
     return LayerPlan(Degrees(forward, backward), ahead[forward - 1], back[backward - 1], whole_s)
+
+
+def degrees_of(tokens: int) -> range:
+    """That leave no chunk of so many tokens empty."""
+    return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 
 def _nearly_fastest(timelines: list[Timeline], present: int) -> int:

@@ -27,7 +27,8 @@ from trainer.batch import TrainBatch
 from trainer.config.rl import AlgorithmConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 
 LONGEST = 9  # tokens of a response
 CASES: dict[str, dict[str, Any]] = {

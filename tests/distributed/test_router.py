@@ -18,7 +18,8 @@ from tests.distributed.test_trainer import own_state
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
 from trainer.config.rl import SyncConfig
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 from trainer.weights import unpack
 from trainer.worker import TrainWorker
 

@@ -34,7 +34,8 @@ from trainer.config.model import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.step import MACHINE, OWNERS, Trainer, TrainerSpec, fixed_degrees
+from trainer.state import MACHINE, OWNERS, TrainerSpec, fixed_degrees
+from trainer.step import Trainer
 from trainer.worker import named_tensors
 
 STEPS = 3
@@ -116,7 +117,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
         (2, {"micro_rows": 2, "model": NOISY, "recompute": True}),
         (2, {"micro_rows": 4, "model": COSINE, "parallel": parallel(zero_stage=2)}),
         (2, {"micro_rows": 2, "recompute": True, "parallel": parallel(transport="messages", schedule=3, rematerialise=True)}),
-        (4, {"micro_rows": 1, "parallel": parallel(policy="llep", transport="messages", schedule=16, memory=3)}),
+        (4, {"micro_rows": 1, "parallel": parallel(policy="llep", transport="messages", schedule=16, memory=3, zero_stage=2)}),
         (2, {"micro_rows": 2, "parallel": parallel(transport="messages", schedule="auto")}),
         (1, {"micro_rows": 2, "parallel": parallel(offload="cpu")}),
         (2, {"micro_rows": 2, "parallel": parallel(offload="cpu", overlap=5, memory=1, reshard_every=1)}),

@@ -3,6 +3,7 @@ rank."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -66,7 +67,8 @@ def note_untimed(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int
 
         def call(*arguments: Any, **named: Any) -> Any:
             def note() -> None:
-                if not watch.running:
+                # Slices of dense gradients travel beside the computation; where it waits for them, it waits for their thread.
+                if not watch.running and threading.current_thread() is threading.main_thread():
                     tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
                     untimed.append((name, max(tensor.nbytes for tensor in tensors)))
 

@@ -33,7 +33,8 @@ from trainer.batch import TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 from trainer.value_head import RIDGES, ValueHead, depths_read
 from trainer.worker import named_tensors
 

@@ -18,7 +18,8 @@ from rl.engine.sampler import Sampling
 from tests.distributed.ranks import run_ranks
 from tests.models import spec, tiny_model
 from trainer.model.transformer import LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 from trainer.weight_links import Receiver, Sender, open_group
 from trainer.weight_pieces import Piece, Span, expert_pieces, put, shared_pieces
 

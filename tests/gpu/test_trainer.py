@@ -28,7 +28,8 @@ from tests.distributed.test_trainer import (
 from tests.distributed.test_value_head import go_on, told, train_and_save
 from tests.models import parallel, spec, tiny_model
 from trainer.config.model import ModelConfig
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 
 GPUS = torch.cuda.device_count()
 SMALLEST = tiny_model(hidden_size=64, expert_hidden_size=32)  # that the kernels take in bfloat16

@@ -33,7 +33,8 @@ from trainer.batch import TrainBatch
 from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel, Output
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from trainer.config.run import BalanceConfig
 from trainer.metrics import Value
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.transformer import LanguageModel
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 
 
 class ScriptedRanks:

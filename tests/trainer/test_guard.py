@@ -20,7 +20,8 @@ from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
 from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch, zscore
-from trainer.step import Trainer, TrainerSpec
+from trainer.state import TrainerSpec
+from trainer.step import Trainer
 
 STOP = Guard(skip_nonfinite=0, spike_zscore=None, spike_window=4, on_spike="stop")
 LR = 1e-2
