@@ -1,5 +1,7 @@
 """The dense parameters: data parallel, optimizer state sharded by DeepSpeed ZeRO, clipped by the joint gradient norm.
 
+Gradients are averaged in slices under the backward pass (gradient_slices.py) or, without them, by ZeRO behind it.
+
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054. DeepSpeed sees the dense module only; experts live in `ExpertShards`.
 """
 

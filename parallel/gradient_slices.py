@@ -31,6 +31,8 @@ from parallel.topology import World
 
 MOST_BYTES = 2**27  # of a message; while it is reduced it lies on the device three times
 
+PROBE = 2**18  # numbers of the first message that is timed
+BUDGET_S = 2.0  # for all that are
 SETS_OUT, ARRIVES = "a slice sets out from", "a slice is there from"  # marks; they end in where it begins
 
 Span = tuple[int, int]  # running sums
@@ -161,19 +163,24 @@ class GradientSlices:
     # ------------------------------------------------------------ a message
 
     def measure(self) -> Fit:
-        """What a message takes by its bytes, on the slowest rank, while nothing else travels. Collective."""
+        """What a message takes by its bytes, on the slowest rank, while nothing else travels. Collective; takes about 2 s."""
         most = min(self.total, MOST_BYTES // self.itemsize)
-        sizes = sorted({max(most // part, 1) for part in (8, 4, 2, 1)})
-        sizes = sizes if len(sizes) > 1 else [sizes[0], 2 * sizes[0]]
-        seconds = []
-        for size in sizes:
-            message = torch.zeros(-(-size // self.world.size) * self.world.size, dtype=self.dtype, device=self.world.device)
-            tries = [timed(partial(ordered_sum, message, self._levels), self.world) for _ in range(1 + REPEATS)]
-            seconds.append(median(tries[1:]))  # the first also makes connections
-        slowest = torch.tensor(seconds, dtype=torch.float64, device=self.world.device)
+        probe = min(most, PROBE)
+        self._seconds(probe)  # makes connections
+        affordable = int(probe * BUDGET_S / (4 * REPEATS * max(self._seconds(probe), 1e-6)))
+        most = max(min(most, affordable), probe)
+        sizes = sorted({-(-most // part) for part in (8, 4, 2, 1)})
+        sizes = sizes if len(sizes) > 1 else [most, 2 * most]
+        typical = [median(self._seconds(size) for _ in range(REPEATS)) for size in sizes]
+        return fit([size * self.itemsize for size in sizes], typical)
+
+    def _seconds(self, size: int) -> float:
+        """Of a message of so many numbers, on the slowest rank."""
+        message = torch.zeros(-(-size // self.world.size) * self.world.size, dtype=self.dtype, device=self.world.device)
+        seconds = torch.tensor(timed(partial(ordered_sum, message, self._levels), self.world), device=self.world.device)
         for level in self._levels:
-            dist.all_reduce(slowest, dist.ReduceOp.MAX, group=level.group)
-        return fit([size * self.itemsize for size in sizes], slowest.tolist())
+            dist.all_reduce(seconds, dist.ReduceOp.MAX, group=level.group)
+        return seconds.item()
 
     @torch.no_grad()
     def _average(self, span: Span, where: AbstractContextManager[object]) -> None:

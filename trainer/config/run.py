@@ -91,6 +91,7 @@ class ParallelConfig(Record):
     # In how many chunks an MoE layer runs whose tokens travel as messages, over one level or two (parallel/chunked_experts.py);
     # off: one, and nothing overlaps; auto: as many, forward and backward apart, as measured parts of the layer let expect to be
     # the fastest, one where ranks read each other's memory.
+    # Unless it is off, dense gradients travel in slices under the backward pass (parallel/gradient_slices.py).
     schedule: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
     overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
     memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
