@@ -101,9 +101,9 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
     for extra_E in _numbers_of_copies(loads_E, topology, memory):
         least_s = least_pass_s(fewest_crossing(extra_E, loads_E, topology), 0.0, entries, setting)
         if least_s >= best.total_s * LESS:
-            continue
-        if best is not bare and least_s - best_least_s >= best.weights.waited_s:
-            break  # what more tokens on their way take is more than fewer copies can save
+            continue  # wherever they lay
+        if best is not bare and least_s - best_least_s >= _saved_s(best, int(extra_E.sum()), setting, present):
+            break  # what more tokens on their way take is more than fewer copies save
         placement = Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))
         found = _timed(Plan(placement), loads_E, setting, weights_time(placement, setting, present))
         if found.total_s < best.total_s * LESS:
@@ -114,6 +114,13 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
             break  # nothing waits for copies, so fewer of them gain next to nothing
     best = _levelled(best, loads_E, setting)
     return _with_fewest(best, loads_E, setting, present) or best.plan
+
+
+def _saved_s(best: _Timed, copies: int, setting: Setting, present: Placement | None) -> float:
+    """What so many copies, fewer than the best plan's, are waited for less, if they take as much less time on their way."""
+    hidden_s = setting.costs.attention_s if present is None else 0.0
+    part = copies / int(best.plan.placement.extra_D.sum())
+    return min(best.weights.waited_s, (best.weights.waited_s + hidden_s) * (1 - part))
 
 
 def _with_fewest(best: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan | None:

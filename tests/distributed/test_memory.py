@@ -28,6 +28,7 @@ def grown(world: World, model: ModelConfig, told: ParallelConfig) -> tuple[float
     for step in range(4):  # copies come after two
         rows = random_batch(step, rows=2).rows(world.rank, world.rank + 1)
         metrics: dict[str, Any] = trainer.learn(rows, cross_entropy, 1e-3)
+    assert trainer.experts.arena.attention is None, "its events would add up: it is known by now, or nothing travels under it"
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return (most - before) / MIB, metrics["moe/copies_mib"]
 
