@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.checkpoint import CheckpointMeta, Writer
+from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_writer import Writer
 from trainer.step import Trainer
 
 

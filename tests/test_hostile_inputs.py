@@ -218,7 +218,7 @@ def with_sums(place: Path) -> None:
     """Gives all files the checksums that they have now, as an author of bad files would."""
     record = json.loads((place / "meta.json").read_text())
     names = [p.relative_to(place) for p in place.rglob("*") if p.is_file() and p.name != "meta.json"]
-    record["files"] = {str(name): checkpoint._checksum(place / name) for name in names}
+    record["files"] = {str(name): checkpoint.checksum(place / name) for name in names}
     (place / "meta.json").write_text(json.dumps(record))
 
 

@@ -27,6 +27,7 @@ from parallel.expert_shards import PARTS
 from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.checkpoint_writer import Writer
 from trainer.config.model import ModelConfig
 from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
@@ -53,7 +54,7 @@ class TrainWorker:
     meeting: tuple[str, int]  # host and port of the store
     timeout_s: float  # of collectives
     trainer: Trainer
-    writer: checkpoint.Writer
+    writer: Writer
     usage: Usage
     store: dist.TCPStore
     corpus: Corpus
@@ -89,7 +90,7 @@ class TrainWorker:
 
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
-        self.writer = checkpoint.Writer(self.world)
+        self.writer = Writer(self.world)
         self.usage = Usage(spec.model, spec.dtype, self.world)
 
     def leave(self) -> None:

@@ -17,8 +17,9 @@ from tests import checkpoints
 from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointMeta, Damaged, Writer
+from trainer import checkpoint, checkpoint_writer
+from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_writer import Writer
 from trainer.loop import load_newest
 from trainer.model.transformer import LanguageModel
 from trainer.worker import named_tensors, read_model
@@ -48,7 +49,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_tensors_that_pass_through_memory_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 1000)
     expected = {f"experts.{index}": torch.randn(10 + index, 7) for index in range(20)}
 
     def own() -> Iterator[tuple[str, torch.Tensor]]:
