@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
@@ -59,13 +60,18 @@ def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
         raise Damaged(f"{folder / 'meta.json'} describes no model of ours: {str(error).splitlines()[0]}") from None
     if model.vocab_size is None:
         raise Damaged(f"{folder / 'meta.json'} describes a model without a vocabulary")
-    files = [folder / name for name in _read_record(folder)[1] if name.endswith(".safetensors")]
+    files = [folder / name for name in tensor_files(_read_record(folder)[1])]
     require_plausible(model, sum(file.stat().st_size for file in files if file.is_file()), str(folder / "meta.json"))
     return model
 
 
 def folder_name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """Of a folder with such a name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def checksum(path: Path) -> dict[str, int | str]:
@@ -88,7 +94,7 @@ def read_meta(folder: Path, model: ModelConfig | None = None) -> CheckpointMeta:
     """
     meta, _ = _read_record(folder)
     if model is not None:
-        _check_model(folder, meta.model, model.model_dump(mode="json"))
+        require_model(folder, meta, model)
     return meta
 
 
@@ -117,12 +123,25 @@ def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
             f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
         )
     try:
-        record = parsed(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _no_record(file, str(error)) from None
+    return parse_record(text, file)
+
+
+def parse_record(text: str, file: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
+    """What meta.json says, and the checksums of the other files. `file` is what errors call it.
+
+    Raises:
+        UserError: another format. Damaged: it is no record.
+    """
+    try:
+        record = parsed(text)
         files, found_format = record.pop("files"), record.pop("format")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_record(file, str(error)) from None
     if found_format != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
+        raise UserError(f"{file.parent} has checkpoint format {found_format}; this version reads format {FORMAT}")
     try:
         return META.validate_python(record), SUMS.validate_python(files)
     except ValidationError as error:
@@ -149,7 +168,9 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
     )
 
 
-def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require_model(folder: Path, meta: CheckpointMeta, model: ModelConfig) -> None:
+    """Raises UserError if the checkpoint in `folder`, of which `meta` is the record, holds another model."""
+    found, wanted = meta.model, model.model_dump(mode="json")
     names = sorted(found.keys() | wanted.keys())
     different = [
         f"model.{n}: checkpoint {found.get(n)}, configuration {wanted.get(n)}" for n in names if found.get(n) != wanted.get(n)
@@ -160,31 +181,49 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """Of the files that meta.json names, and of no others."""
+class TensorFile(Protocol):
+    """An open safetensors file, wherever it lies."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        for name in sorted(_read_record(folder)[1]):
-            if name.endswith(".safetensors"):
-                with self._sound(name):
-                    file = safe_open(folder / name, framework="pt")
-                    self._files |= dict.fromkeys(file.keys(), file)
+    shapes: Mapping[str, Sequence[int]]  # of its tensors
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class LocalFile:
+    """Raises OSError or SafetensorError where it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        self.shapes: Mapping[str, Sequence[int]] = {name: self._file.get_slice(name).get_shape() for name in self._file.keys()}  # noqa: SIM118 - no mapping
+
+    def tensor(self, name: str) -> Tensor:
+        found: Tensor = self._file.get_tensor(name).clone()
+        return found
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Of several files, which are opened here. `place` is where errors say that they are."""
+
+    def __init__(self, place: Path, files: Mapping[str, Callable[[], TensorFile]]) -> None:
+        self._place = place
+        self._files: dict[str, TensorFile] = {}
+        for name in sorted(files):
+            with self._sound(name):
+                file = files[name]()
+                self._files |= dict.fromkeys(file.shapes, file)
 
     @contextmanager
     def _sound(self, what: str) -> Iterator[None]:
         try:
             yield
         except (SafetensorError, OSError) as error:
-            raise Damaged(f"the checkpoint {self._folder} is damaged: {what}: {error}") from None
+            raise Damaged(f"the checkpoint {self._place} is damaged: {what}: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
+            raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
         with self._sound(name):
-            tensor: Tensor = self._files[name].get_tensor(name).clone()
-        return tensor
+            return self._files[name].tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -198,21 +237,34 @@ class _Tensors(Mapping[str, Tensor]):
     def require_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
         for name, wanted in expected.items():
             if name not in self._files:
-                raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
-            with self._sound(name):
-                found = self._files[name].get_slice(name).get_shape()
+                raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
+            found = self._files[name].shapes[name]
             if list(found) != list(wanted):
-                raise Damaged(f"the checkpoint {self._folder}: {name} has shape {list(found)}, expected {list(wanted)}")
+                raise Damaged(f"the checkpoint {self._place}: {name} has shape {list(found)}, expected {list(wanted)}")
 
 
 def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for.
 
+    Of the files that meta.json names, and of no others.
+
     Raises:
         Damaged: a file is none, or one of the `expected` tensors is missing or has another shape.
     """
-    tensors = _Tensors(folder)
-    tensors.require_shapes(expected or {})
+    names = tensor_files(_read_record(folder)[1])
+    return read_files(folder, {name: partial(LocalFile, folder / name) for name in names}, expected or {})
+
+
+def tensor_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def read_files(
+    place: Path, files: Mapping[str, Callable[[], TensorFile]], expected: Mapping[str, Sequence[int]]
+) -> Mapping[str, Tensor]:
+    """`read` of files that are opened by these functions; errors say that they are at `place`."""
+    tensors = _Tensors(place, files)
+    tensors.require_shapes(expected)
     return tensors
 
 
@@ -221,7 +273,8 @@ def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> M
 
 def available(checkpoints: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in checkpoints.glob("step_*") if (p / "meta.json").is_file())
+    found = (p for p in checkpoints.glob("step_*") if p.name[5:].isdecimal() and (p / "meta.json").is_file())
+    return sorted(found, key=step_of)
 
 
 def resolve(path: Path) -> Path:

@@ -412,13 +412,17 @@ class Trainer:
         self.updates = updates if with_moments else 0
 
     def load(self, folder: Path, with_moments: bool) -> CheckpointMeta:
-        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew.
+        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew."""
+        meta = checkpoint.read_meta(folder, self.spec.model)
+        checkpoint.verify(folder, self.world)
+        self.restore(checkpoint.read(folder, dict(self.shapes(with_moments))), with_moments, meta.updates)
+        return meta
+
+    def restore(self, tensors: Mapping[str, Tensor], with_moments: bool, updates: int) -> None:
+        """`load` of a checkpoint's tensors, after so many updates.
 
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
-        meta = checkpoint.read_meta(folder, self.spec.model)
-        checkpoint.verify(folder, self.world)
-        tensors = checkpoint.read(folder, dict(self._shapes(with_moments)))
         same_ranks = True
         if with_moments:
             owner_LE = tensors[OWNERS].long()
@@ -426,14 +430,13 @@ class Trainer:
             same_ranks &= owner_LE.unique().tolist() == list(range(self.world.size))
             if same_ranks:
                 self.experts.reshard(owner_LE.numpy())
-        self.load_state(tensors, with_moments, meta.updates)
+        self.load_state(tensors, with_moments, updates)
         if with_moments:
             machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
             self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
-        return meta
 
-    def _shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
-        """(name, shape) of what `load` takes out of a checkpoint."""
+    def shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
+        """(name, shape) of what `restore` takes out of a checkpoint."""
         shape = self.experts.arena.shape
         masters: dict[str, Sequence[int]] = {
             f"dense.{name}": parameter.shape for name, parameter in self.model.named_parameters()
