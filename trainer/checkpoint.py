@@ -4,7 +4,8 @@
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk
+        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk; NAME@START is
+                            a part of a tensor of which several ranks have parts
         ...                 what the stage adds, for example rollout.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
@@ -14,6 +15,8 @@ Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -33,7 +37,8 @@ from trainer.config.model import ModelConfig
 from trainer.json_text import parsed
 from trainer.model.transformer import require_plausible
 
-FORMAT = 4
+FORMAT = 5
+FRAGMENT = re.compile(r"(.+)@(\d{1,18})")  # the name of a tensor, and where in it, flattened, the values of this one begin
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
 
 def folder_name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def fragment_name(name: str, start: int) -> str:
+    return f"{name}@{start}"
 
 
 def step_of(folder: Path) -> int:
@@ -207,10 +216,18 @@ class _Tensors(Mapping[str, Tensor]):
     def __init__(self, place: Path, files: Mapping[str, Callable[[], TensorFile]]) -> None:
         self._place = place
         self._files: dict[str, TensorFile] = {}
+        self._fragments: dict[str, list[tuple[int, str, TensorFile]]] = {}  # in the order of where they begin
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of tensors that lie in fragments
         for name in sorted(files):
             with self._sound(name):
                 file = files[name]()
-                self._files |= dict.fromkeys(file.shapes, file)
+            for key in file.shapes:
+                if fragment := FRAGMENT.fullmatch(key):
+                    self._fragments.setdefault(fragment[1], []).append((int(fragment[2]), key, file))
+                else:
+                    self._files[key] = file
+        for fragments in self._fragments.values():
+            fragments.sort(key=lambda one: one[:2])
 
     @contextmanager
     def _sound(self, what: str) -> Iterator[None]:
@@ -220,27 +237,44 @@ class _Tensors(Mapping[str, Tensor]):
             raise Damaged(f"the checkpoint {self._place} is damaged: {what}: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._files:
+        if name not in self:
             raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
         with self._sound(name):
-            return self._files[name].tensor(name)
+            if name in self._files:
+                return self._files[name].tensor(name)
+            return torch.cat([file.tensor(key) for _, key, file in self._fragments[name]]).view(self._shapes[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._files or name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter([*self._files, *self._shapes])
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._files) + len(self._shapes)
 
     def require_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """Those that lie in fragments can be asked for from here on."""
         for name, wanted in expected.items():
-            if name not in self._files:
+            if name in self._files:
+                found = self._files[name].shapes[name]
+                if list(found) != list(wanted):
+                    raise Damaged(f"the checkpoint {self._place}: {name} has shape {list(found)}, expected {list(wanted)}")
+            elif name in self._fragments:
+                self._require_all(name, math.prod(wanted))
+                self._shapes[name] = tuple(wanted)
+            else:
                 raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
-            found = self._files[name].shapes[name]
-            if list(found) != list(wanted):
-                raise Damaged(f"the checkpoint {self._place}: {name} has shape {list(found)}, expected {list(wanted)}")
+
+    def _require_all(self, name: str, size: int) -> None:
+        """Its fragments are `size` values, one after another."""
+        end = 0
+        for start, key, file in self._fragments[name]:
+            if start != end or len(file.shapes[key]) != 1:
+                raise Damaged(f"the checkpoint {self._place}: {key} does not begin where the part before it ends, at {end}")
+            end += file.shapes[key][0]
+        if end != size:
+            raise Damaged(f"the checkpoint {self._place} has {end} values of {name}, expected {size}")
 
 
 def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Mapping[str, Tensor]:

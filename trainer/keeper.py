@@ -199,9 +199,11 @@ def own_folder(memory: Path) -> Path:
                 shutil.rmtree(left)
         folder = Path(tempfile.mkdtemp(prefix="keeper-", dir=parent))
         _KEPT_OPEN.append(_locked(folder / ".lock"))
-    # The shell reads the end of its input when this process is gone.
-    command = ["sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)]
-    _KEPT_OPEN.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+    # A shell reads the end of its input when this process is gone; it is nobody's child, because Ray kills those as well.
+    command = ["sh", "-c", 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") > /dev/null 2>&1 &', str(folder)]
+    shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    shell.wait()
+    _KEPT_OPEN.append(shell.stdin)
     return folder
 
 

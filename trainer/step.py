@@ -371,23 +371,22 @@ class Trainer:
     # ------------------------------------------------------------ state
 
     def shared_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all but the experts, the same on every rank. Collective."""
+        """(name, tensor) of what is the same on every rank: neither dense parameters nor experts."""
         yield "bias", self.bias_LE
         if with_moments:
             yield OWNERS, torch.from_numpy(self.experts.owner_LE)
             yield LOADS, self.materialisation.state()
             yield MACHINE, self.materialisation.machine()
-        yield from self.dense.named_masters()
-        if with_moments:
-            yield from self.dense.named_moments()
             if self.value_head is not None:
                 yield from self.value_head.named_state()
 
     def state_to_save(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn. Collective."""
+        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn."""
         for index, (name, tensor) in enumerate(self.shared_state(with_moments)):
             if index % self.world.size == self.world.rank:
                 yield name, tensor
+        for name, start, values in self.dense.fragments(with_moments):
+            yield checkpoint.fragment_name(name, start), values
         if self.spec.parallel.offload != "nvme":
             yield from self.experts.named_state(with_moments)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.commands import run, series, start, wait_for_step, wait_for_text
+from tests.end_to_end.commands import run, series, start, wait_for_memory, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
 from tests.processes import process_of
@@ -58,12 +58,13 @@ def uninterrupted(workplace: Path) -> dict[int, float]:
 
 
 def test_processes_killed_at_random_moments_change_nothing(workplace: Path, uninterrupted: dict[int, float]) -> None:
-    command = ["pretrain", *arguments(workplace, "killed"), "resume=auto", f"cluster.max_restarts={len(ROLES)}"]
+    options = ["train.checkpoint_every=6", "train.memory_checkpoint_every=1", f"cluster.max_restarts={len(ROLES)}"]
+    command = ["pretrain", *arguments(workplace, "killed"), *options, "resume=auto"]
     said = kill_at_random(command, workplace / "runs" / "killed", ROLES)
     context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"
     assert losses(workplace, "killed") == uninterrupted, context
     assert said.count(f"{RANK} died") == ROLES.count(RANK), context
-    assert said.count("continuing after step") >= 1, context
+    assert said.count("continuing after step") >= said.count("from the memory of 1 node") >= 1, context
 
 
 def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_started_again(
@@ -89,8 +90,9 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
 def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     workplace: Path, uninterrupted: dict[int, float]
 ) -> None:
-    process = start("pretrain", *arguments(workplace, "still"), "cluster.collective_timeout_s=15")
-    wait_for_step(workplace / "runs" / "still", 3, process)
+    options = ["train.checkpoint_every=100", "train.memory_checkpoint_every=1", "cluster.collective_timeout_s=15"]
+    process = start("pretrain", *arguments(workplace, "still"), *options)
+    step = wait_for_memory(workplace / "runs" / "still", process)
     stopped = process_of("trainer/1", process.pid)
     assert stopped is not None
     stopped.suspend()
@@ -99,6 +101,8 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
+    continued = re.search(r"continuing after step (\d+) from the memory of 1 node", output)
+    assert continued is not None and int(continued[1]) >= step - 1, f"nothing of step {step - 1} was in memory: {output}"
     assert losses(workplace, "still") == uninterrupted
 
 
@@ -106,7 +110,8 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
 def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothing_is(
     workplace: Path, uninterrupted: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for."""
+    """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for. There is no checkpoint on
+    a disk: what is left is what a lost node had sent to the other one."""
     log, run_dir = workplace / "nodes.log", workplace / "runs" / "nodes"
     with RayCluster(workplace / "ray", monkeypatch) as cluster, open(log, "w") as out:
         for name, kind in (("plain", None), ("first", "H100"), ("second", "H100")):
@@ -114,14 +119,18 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
         options = [
             *("cluster=ray", f"cluster.address={cluster.address}", "cluster.ranks=2", "cluster.gpu_type=H100"),
             *("cluster.min_ranks=1", "cluster.shrink_after_s=5", "cluster.max_restarts=9", "cluster.threads_per_rank=1"),
+            *("train.checkpoint_every=100", "train.memory_checkpoint_every=1"),
             "train.micro_rows=1",  # slow, so that there is time to kill nodes
         ]
         process = start("pretrain", *arguments(workplace, "nodes"), *options, stdout=out)
-        wait_for_step(run_dir, 3, process)
+        wait_for_step(run_dir, 1 + wait_for_memory(run_dir, process), process)
         assert re.search(r"starting 2 trainer ranks on 127.0.0.[45], 127.0.0.[45], in this order", log.read_text())
         cluster.kill_node("second")
         wait_for_text(log, "going on with 1 trainer ranks (cluster.min_ranks): 2 wanted, room for 1 on the nodes", process)
-        wait_for_step(run_dir, max(losses(workplace, "nodes")) + 1, process)
+        wait_for_text(log, "from the memory of 1 node", process)
+        continued = re.search(r"continuing after step (\d+) from the memory of 1 node", log.read_text())
+        assert continued is not None and int(continued[1]) > 0
+        wait_for_step(run_dir, int(continued[1]) + 1, process)
         cluster.kill_node("first")
         wait_for_text(log, "2 wanted, room for 0 on the nodes that are alive (plain); a rank takes 1 CPU and 0.001", process)
         cluster.start_node("third", cpus=1, gpu_type="H100")

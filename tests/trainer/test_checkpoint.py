@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from kernels.errors import UserError
 from parallel.topology import World
@@ -19,13 +25,15 @@ from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
-from trainer.checkpoint_writer import Writer
-from trainer.loop import load_newest
+from trainer.checkpoint_writer import HostCopies, Writer
+from trainer.loop import OnDisk, load_newest
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.worker import named_tensors, read_model
 
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
 MODEL = tiny_model()
+NO_MEMORY = MemoryCheckpoints(0, print)
 
 
 def meta(step: int) -> CheckpointMeta:
@@ -78,6 +86,53 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_noth
         big = [("experts.0", torch.ones(10_000))]
         checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
     assert not list(tmp_path.iterdir())
+
+
+@given(st.data())
+def test_a_tensor_that_lies_in_fragments_is_read_whole_or_not_at_all(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+    wanted = torch.randn(shape)
+    flat = wanted.flatten()
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(flat) - 1), max_size=4)) if len(flat) > 1 else ())
+    starts = [0, *cuts]
+    parts = {start: flat[start:end] for start, end in zip(starts, [*cuts, len(flat)], strict=True)}
+    torn = data.draw(st.booleans())
+    if torn:  # lost, or of another place or length
+        start = data.draw(st.sampled_from(starts))
+        part = parts.pop(start)
+        parts |= data.draw(st.sampled_from([{}, {start + 1: part}, {start: torch.cat([part, part])}]))
+    with tempfile.TemporaryDirectory() as place:
+        files = dict[str, Callable[[], checkpoint.TensorFile]]()
+        for start, part in data.draw(st.permutations(sorted(parts.items(), key=lambda item: item[0]))):
+            file = Path(place) / f"{len(files)}.safetensors"
+            save_file({checkpoint.fragment_name("a", start): part.clone(), f"of.{start}": part.clone()}, file)
+            files[file.name] = partial(checkpoint.LocalFile, file)
+        if torn:
+            with pytest.raises(Damaged, match=r"no tensor a$|does not begin where|values of a, expected"):
+                checkpoint.read_files(Path(place), files, {"a": shape})
+        else:
+            found = checkpoint.read_files(Path(place), files, {"a": shape})
+            assert torch.equal(found["a"], wanted) and "a" in found
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=12), st.randoms())
+def test_copies_of_tensors_are_their_own_and_use_the_same_memory_again(shapes: list[list[int]], random: Random) -> None:
+    copies, kinds = HostCopies(pinned=False), [torch.float32, torch.float64, torch.int64, torch.uint8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writer, "SLAB_BYTES", 256)
+        for _ in range(3):
+            tensors = {str(i): (100 * torch.rand(shape)).to(random.choice(kinds)) for i, shape in enumerate(shapes)}
+            taken = copies.take(iter(tensors.items()))
+            expected = {name: tensor.clone() for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                tensor.zero_()
+            assert taken.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(taken[name], tensor) and taken[name].dtype == tensor.dtype
+            slabs = [slab.data_ptr() for slab in copies._slabs]
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        copies.take(tensors.items())
+        assert [slab.data_ptr() for slab in copies._slabs] == slabs
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
@@ -208,19 +263,19 @@ class Run:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
     run: Any = Run(tmp_path)
-    assert load_newest(Ranks(), run, run) is None  # type: ignore[arg-type]
+    assert load_newest(Ranks(), run, run, NO_MEMORY) is None  # type: ignore[arg-type]
     folders = [write(tmp_path, step) for step in (1, 2, 3)]
     file = folders[2] / "state" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (folders[1] / "meta.json").write_text("{}")
-    assert load_newest(Ranks(), run, run) == (folders[0], meta(1))  # type: ignore[arg-type]
+    assert load_newest(Ranks(), run, run, NO_MEMORY) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
     assert len(run.said) == 2
     assert "step_000003 is damaged: state/rank_00000.safetensors has" in run.said[0] and "trying the one before" in run.said[0]
     (folders[0] / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole; resume=never"):
-        load_newest(Ranks(), run, run)  # type: ignore[arg-type]
+        load_newest(Ranks(), run, run, NO_MEMORY)  # type: ignore[arg-type]
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
