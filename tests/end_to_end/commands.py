@@ -65,11 +65,10 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
-def wait_for_memory(run_dir: Path, process: subprocess.Popen[str]) -> int:
-    """Waits until a checkpoint in memory has become whole; the step of one that began later."""
+def wait_for_memory(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until a checkpoint in memory has become whole."""
     deadline = time.monotonic() + 150
-    while not (told := series(run_dir, "time/memory_checkpoint_whole_s")):
+    while not series(run_dir, "time/memory_checkpoint_whole_s"):
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline, "no checkpoint in memory became whole in 150 s"
         time.sleep(0.02)
-    return max(told)
