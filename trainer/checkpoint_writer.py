@@ -191,9 +191,10 @@ class Writer:
             return {}, self._why_not_written(folder, error)
 
     def _state_file(self, staging: Path, number: str = "") -> Path:
-        """One of this rank's, in a folder that exists."""
+        """One of this rank's, in a folder that is made where its parent is still there."""
         folder = staging / "state"
-        folder.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         return folder / f"rank_{self.world.rank:05d}{number}.safetensors"
 
     def _from_all(self, own: T) -> list[T]:
@@ -212,7 +213,8 @@ class Writer:
                 f"no space to write the checkpoint {folder}: {free_mib:.0f} MiB are free. Older checkpoints are intact. "
                 f"{self.shelf.way_out}"
             )
-        return f"the checkpoint {folder} cannot be written: {error}. Check the permissions of {folder.parent}"
+        hint = f". Check the permissions of {folder.parent}" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+        return f"the checkpoint {folder} cannot be written: {error}{hint}"
 
 
 class HostCopies:

@@ -54,7 +54,7 @@ class SavedInMemory:
     """What became of a checkpoint in memory."""
 
     paused_s: float | None  # that training stood still for it; None: it was left out
-    took_s: float | None  # until the one before was whole; None: there was none
+    took_s: float | None  # until the one before was whole; None: there was none, or it is not
     failure: str | None  # why the one before is not
 
 
@@ -208,11 +208,12 @@ class TrainWorker:
         started = time.perf_counter()
         if self.world.sum(torch.tensor(float(writer.busy), device=self.world.device)) > 0:
             return SavedInMemory(None, None, None)
-        failure, took_s = writer.settle(), writer.took_s
+        failure = writer.settle()
+        took_s = None if failure is not None or math.isnan(writer.took_s) else writer.took_s
         meta = replace(meta, updates=self.trainer.updates)
         folder = shelf.folder / checkpoint.folder_name(meta.step)
         writer.start(folder, self.trainer.state_to_save(with_moments=True), meta, files, keep=1)
-        return SavedInMemory(time.perf_counter() - started, None if math.isnan(took_s) else took_s, failure)
+        return SavedInMemory(time.perf_counter() - started, took_s, failure)
 
     def load_from_memory(self, one: Whole, keepers: Mapping[str, Any]) -> checkpoint.CheckpointMeta:
         """Loads what `save_in_memory` of any number of ranks left with these keepers."""

@@ -91,8 +91,13 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     workplace: Path, uninterrupted: dict[int, float]
 ) -> None:
     options = ["train.checkpoint_every=100", "train.memory_checkpoint_every=1", "cluster.collective_timeout_s=15"]
+    run_dir = workplace / "runs" / "still"
     process = start("pretrain", *arguments(workplace, "still"), *options)
-    wait_for_memory(workplace / "runs" / "still", process)
+    wait_for_memory(run_dir, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in family if any("ray::Keeper" in word for word in child.cmdline())).kill()
+    wait_for_text(run_dir / "logs" / "attempt_1" / "driver.log", "cannot be written", process)
+    wait_for_memory(run_dir, process, after=max(losses(workplace, "still")))  # with another keeper
     stopped = process_of("trainer/1", process.pid)
     assert stopped is not None
     stopped.suspend()
@@ -101,6 +106,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
+    assert output.count("The run goes on without it") <= 2, output
     continued = re.search(r"continuing after step (\d+) from the memory of 1 node", output)
     assert continued is not None and int(continued[1]) > 0, output
     assert losses(workplace, "still") == uninterrupted

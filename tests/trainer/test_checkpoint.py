@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
@@ -224,6 +225,14 @@ def test_a_run_survives_a_disk_that_was_full_for_a_while(tmp_path: Path) -> None
         assert [p.name for p in tmp_path.iterdir()] == [{1: "step_000001", 2: "step_000001", 3: "step_000003"}[step]]
     assert failures[0] is failures[2] is None
     assert failures[1] is not None and "Older checkpoints are intact" in failures[1]
+
+
+def test_a_place_that_is_gone_is_told_and_not_made_again(tmp_path: Path) -> None:
+    writer, folder = Writer(ALONE), tmp_path / "gone" / "step_000001"
+    writer.start(folder, [("bias", torch.ones(3))], meta(1), {}, keep=1)
+    failure = writer.settle()
+    assert failure is not None and "step_000001 cannot be written: [Errno 2]" in failure
+    assert not folder.parent.exists() and math.isnan(writer.took_s)
 
 
 def full_on_one_rank(world: World, folder: str) -> list[str | None]:
