@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -118,11 +119,12 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
 ) -> None:
     """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for.
 
-    There is no checkpoint on a disk: what is left is what a lost node had sent to the other one.
+    There is no checkpoint on a disk: what is left is what a lost node had sent to the other one. The first that is lost is
+    replaced by a node that has nothing in its memory and reads all from the other, the second by none.
     """
     log, run_dir = workplace / "nodes.log", workplace / "runs" / "nodes"
     with RayCluster(workplace / "ray", monkeypatch) as cluster, open(log, "w") as out:
-        for name, kind in (("plain", None), ("first", "H100"), ("second", "H100")):
+        for name, kind in (("plain", None), ("first", "H100"), ("second", "H100"), ("third", "H100")):
             cluster.start_node(name, cpus=1, gpu_type=kind)
         options = [
             *("cluster=ray", f"cluster.address={cluster.address}", "cluster.ranks=2", "cluster.gpu_type=H100"),
@@ -131,16 +133,29 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
             "train.micro_rows=1",  # slow, so that there is time to kill nodes
         ]
         process = start("pretrain", *arguments(workplace, "nodes"), *options, stdout=out)
+
+        def wait_for_attempt(number: int) -> tuple[list[str], int]:
+            """Until that many have gone on from memory; the nodes of the ranks, and the step after which the last one did."""
+            deadline = time.monotonic() + 150
+            while len(steps := re.findall(r"continuing after step (\d+) from the memory of 1 node", log.read_text())) < number:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            found = re.findall(r"starting (\d) trainer ranks(?: on ([\d.]+), ([\d.]+), in this order)?", log.read_text())
+            return [cluster.names[address] for address in found[-1][1:] if address], int(steps[-1]) if steps else 0
+
         wait_for_memory(run_dir, process)
-        assert re.search(r"starting 2 trainer ranks on 127.0.0.[45], 127.0.0.[45], in this order", log.read_text())
-        cluster.kill_node("second")
+        (lost, left), _ = wait_for_attempt(0)
+        cluster.kill_node(lost)
+        nodes, step = wait_for_attempt(1)
+        assert len(nodes) == 2 and left in nodes and lost not in nodes and step > 0
+        wait_for_memory(run_dir, process, after=step + 1)
+        cluster.kill_node(left)
         wait_for_text(log, "going on with 1 trainer ranks (cluster.min_ranks): 2 wanted, room for 1 on the nodes", process)
-        wait_for_text(log, "from the memory of 1 node", process)
-        continued = re.search(r"continuing after step (\d+) from the memory of 1 node", log.read_text())
-        assert continued is not None and int(continued[1]) > 0
-        wait_for_step(run_dir, int(continued[1]) + 1, process)
-        cluster.kill_node("first")
+        _, later = wait_for_attempt(2)
+        assert later > step
+        wait_for_step(run_dir, later + 1, process)
+        cluster.kill_node(next(name for name in nodes if name != left))
         wait_for_text(log, "2 wanted, room for 0 on the nodes that are alive (plain); a rank takes 1 CPU and 0.001", process)
-        cluster.start_node("third", cpus=1, gpu_type="H100")
+        cluster.start_node("fourth", cpus=1, gpu_type="H100")
         assert process.wait(timeout=150) == 0, log.read_text()
     assert losses(workplace, "nodes") == pytest.approx(uninterrupted, rel=1e-3), "the same rows, on another number of ranks"
