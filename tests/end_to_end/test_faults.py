@@ -14,7 +14,7 @@ import pytest
 from tests.end_to_end.commands import run, series, start, wait_for_memory, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
-from tests.processes import process_of
+from tests.processes import actor_of, process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
 from trainer.stopping import REQUEUE
@@ -95,8 +95,9 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     run_dir = workplace / "runs" / "still"
     process = start("pretrain", *arguments(workplace, "still"), *options)
     wait_for_memory(run_dir, process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in family if any("ray::Keeper" in word for word in child.cmdline())).kill()
+    keeper = actor_of("Keeper", process.pid)
+    assert keeper is not None
+    keeper.kill()
     wait_for_text(run_dir / "logs" / "attempt_1" / "driver.log", "cannot be written", process)
     wait_for_memory(run_dir, process, after=max(losses(workplace, "still")))  # with another keeper
     stopped = process_of("trainer/1", process.pid)
