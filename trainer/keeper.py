@@ -105,14 +105,14 @@ class Keeper:
     """Keeps checkpoints in a folder in the memory of its node, which is gone when this process is. A Ray actor."""
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._folder: OwnFolder | None = None
         self._opened: dict[tuple[int, str], LocalFile] = {}
 
     def folder(self) -> Path:
         """Before all others. Raises UserError where there is none to be had."""
         if self._folder is None:
-            self._folder = own_folder(SHARED_MEMORY)
-        return self._folder
+            self._folder = OwnFolder(SHARED_MEMORY)
+        return self._folder.path
 
     def take(self, step: int, name: str, offset: int, chunk: bytes) -> None:
         """A part of a file of a rank on another node."""
@@ -177,11 +177,29 @@ def _kept(folder: Path) -> Kept:
     return Kept(None if record is None else record.read_text("utf-8", "replace"), dict(zip(files, sums, strict=True)))
 
 
-def own_folder(memory: Path) -> Path:
+class OwnFolder:
     """A new folder that no other user can read, and that is removed when this process ends, however it ends.
 
     Those of keepers that were killed with all that watched over them are removed here.
     """
+
+    def __init__(self, memory: Path) -> None:
+        parent = _parent(memory)
+        with open(parent / ".lock", "w") as others:
+            fcntl.flock(others, fcntl.LOCK_EX)
+            for left in parent.glob("keeper-*"):
+                if _locked(left / ".lock") is not None:  # closed again at once
+                    shutil.rmtree(left)
+            self.path = Path(tempfile.mkdtemp(prefix="keeper-", dir=parent))
+            self._lock = _locked(self.path / ".lock")
+        # A shell reads the end of its input when this process is gone; it is nobody's child, because Ray kills those as well.
+        command = ["sh", "-c", 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") > /dev/null 2>&1 &', str(self.path)]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._shell.wait()
+
+
+def _parent(memory: Path) -> Path:
+    """This user's, for all keepers of the machine."""
     parent = memory / f"tessera-{os.getuid()}"
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
@@ -192,22 +210,7 @@ def own_folder(memory: Path) -> Path:
         ) from error
     if parent.is_symlink() or parent.stat().st_uid != os.getuid():
         raise UserError(f"{parent} is another user's, so checkpoints cannot be kept there; remove it")
-    with open(parent / ".lock", "w") as others:
-        fcntl.flock(others, fcntl.LOCK_EX)
-        for left in parent.glob("keeper-*"):
-            if _locked(left / ".lock") is not None:  # closed again at once
-                shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix="keeper-", dir=parent))
-        _KEPT_OPEN.append(_locked(folder / ".lock"))
-    # A shell reads the end of its input when this process is gone; it is nobody's child, because Ray kills those as well.
-    command = ["sh", "-c", 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") > /dev/null 2>&1 &', str(folder)]
-    shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    shell.wait()
-    _KEPT_OPEN.append(shell.stdin)
-    return folder
-
-
-_KEPT_OPEN: list[Any] = []  # for as long as the process lives
+    return parent
 
 
 def _locked(file: Path) -> Any:

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.errors import UserError
 from trainer import keeper
 from trainer.checkpoint import FORMAT, CheckpointMeta, Checksum, checksum
-from trainer.keeper import Keeper, Kept, own_folder, whole_ones
+from trainer.keeper import Keeper, Kept, OwnFolder, whole_ones
 
 
 def sum_of(content: object) -> Checksum:
@@ -121,18 +122,21 @@ def test_a_keeper_has_what_was_sent_whole_and_what_ranks_wrote(tmp_path: Path, m
 
 
 def test_what_a_killed_keeper_had_is_removed_at_once_or_by_the_next(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from trainer.keeper import own_folder\n"
-    script += "print(own_folder(Path(sys.argv[1])), flush=True); time.sleep(600)"
+    script = "import sys, time; from pathlib import Path; from trainer.keeper import OwnFolder\n"
+    script += "own = OwnFolder(Path(sys.argv[1])); print(own.path, flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     theirs = Path(process.stdout.readline().strip())
     left = theirs.with_name("keeper-left")  # of one that was killed with its shell
     left.mkdir()
-    mine = own_folder(tmp_path)
-    assert theirs.is_dir() and mine.is_dir() and not left.exists()
+    mine = OwnFolder(tmp_path)
+    assert theirs.is_dir() and mine.path.is_dir() and not left.exists()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 30
     while theirs.exists():
         assert time.monotonic() < deadline, "it stays behind"
         time.sleep(0.02)
+    tmp_path.joinpath("file").write_text("")
+    with pytest.raises(UserError, match=r"need a folder in .*file: Not a directory; .* memory_checkpoint_every=0"):
+        OwnFolder(tmp_path / "file")
