@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
-from trainer.checkpoint_writer import HostCopies, Writer
+from trainer.checkpoint_writer import HostCopies, Shelf, Writer
 from trainer.loop import OnDisk, load_newest
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
@@ -233,6 +234,26 @@ def test_a_place_that_is_gone_is_told_and_not_made_again(tmp_path: Path) -> None
     failure = writer.settle()
     assert failure is not None and "step_000001 cannot be written: [Errno 2]" in failure
     assert not folder.parent.exists() and math.isnan(writer.took_s)
+
+
+def test_older_ones_stay_until_a_new_one_is_shared(tmp_path: Path) -> None:
+    shared: list[list[str]] = []
+
+    def share(folder: Path, names: Sequence[str]) -> None:
+        checkpoint.verify(folder)
+        shared.append([path.name for path in checkpoint.available(tmp_path)])
+        assert names == ["state/rank_00000.safetensors"]
+        if len(shared) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device, on the node after this one")
+
+    writer, failures = Writer(ALONE, Shelf(leads=True, way_out="Make it larger", share=share)), []
+    for step in (1, 2, 3):
+        writer.start(tmp_path / f"step_{step:06d}", [("bias", torch.ones(3))], meta(step), {}, keep=1)
+        failures.append(writer.settle())
+    assert shared == [["step_000001"], ["step_000001", "step_000002"], ["step_000001", "step_000003"]]
+    assert failures[0] is failures[2] is None
+    assert failures[1] is not None and "no space" in failures[1] and failures[1].endswith("Make it larger")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
 
 
 def full_on_one_rank(world: World, folder: str) -> list[str | None]:
