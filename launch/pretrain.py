@@ -16,6 +16,7 @@ from trainer.config.run import PretrainConfig
 from trainer.data import prepare
 from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
@@ -39,7 +40,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
-        training = Pretraining(config, model, corpus, choices, dtype, run, tracker, stop)
+        memory = MemoryCheckpoints(config.train.memory_checkpoint_every, tracker.say)
+        training = Pretraining(config, model, corpus, choices, dtype, run, tracker, stop, memory)
         run_attempts(config.cluster, ranks, training.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)

@@ -20,6 +20,7 @@ from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attem
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.hf import read_config
 from trainer.run_dir import RunDir
 from trainer.state import choose_dtype
@@ -48,7 +49,10 @@ def reinforce(config: RLConfig) -> Path | None:
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         with RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards:
-            work = Reinforcement(config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop)
+            memory = MemoryCheckpoints(config.loop.memory_checkpoint_every, tracker.say)
+            work = Reinforcement(
+                config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop, memory
+            )
             run_attempts(config.cluster, ranks, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)

@@ -143,26 +143,18 @@ class DenseZeRO:
         self._norm = math.nan
         experts.drop_gradients()
 
-    # ------------------------------------------------------------ state, by parameter name, whole on every rank
+    # ------------------------------------------------------------ state, by parameter name
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 value), assembled from the ranks' partitions. Collective: all ranks walk it to the end."""
+    def fragments(self, with_moments: bool) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first element, float32 values) of what this rank's partition has of each flattened parameter; of its moments,
+        (name.moment, ...). Views; all ranks together have every element once. Local."""
         for name, parameter in self.module.named_parameters():
-            yield f"dense.{name}", self._assemble(parameter, None)
-
-    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """(name.moment, float32 value). Collective."""
-        for name, parameter in self.module.named_parameters():
-            for key in MOMENTS:
-                yield f"dense.{name}.{key}", self._assemble(parameter, key)
-
-    def _assemble(self, parameter: Tensor, key: str | None) -> Tensor:
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.world.device)
-        own = _fragment(parameter)
-        if own is not None:
-            start, length = own.lp_fragment_address.start, own.lp_fragment_address.numel
-            whole[start : start + length] = own.get_hp_fragment(key).detach()
-        return self.world.sum(whole).view(parameter.shape)
+            own = _fragment(parameter)
+            if own is not None:
+                start = own.lp_fragment_address.start
+                yield f"dense.{name}", start, own.get_hp_fragment(None).detach()
+                for key in MOMENTS if with_moments else ():
+                    yield f"dense.{name}.{key}", start, own.get_hp_fragment(key).detach()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], with_moments: bool, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,14 @@ from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
+from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
 from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
@@ -59,6 +62,7 @@ class Reinforcement:
     run: RunDir
     tracker: Tracker
     stop: StopRequest
+    memory: MemoryCheckpoints
 
     def attempt(self) -> None:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
@@ -68,7 +72,7 @@ class Reinforcement:
             replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
 
     def learn_in(self, placement: Placement, pool: SyncedPool) -> None:
-        ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
+        ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
         start, buffer = self._restore(ranks)
         if self.config.algorithm.kl_coefficient > 0:
             ranks.call("keep_reference", self.run.reference)
@@ -143,6 +147,8 @@ class Reinforcement:
         stopping = self.stop.signal is not None and not last
         if done % loop.checkpoint_every == 0 or last or stopping:
             metrics |= self._save(ranks, buffer, done, wait=last or stopping)
+        elif self.memory.due(done):
+            metrics |= self.memory.save(ranks, self._meta(buffer, done), json.dumps(buffer.to_state()))
         metrics |= self.rewards.counts() | pool.counts()
         self.tracker.log(done, metrics)
         if stopping:
@@ -278,18 +284,20 @@ class Reinforcement:
         )
 
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
-        meta = checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
         tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
-        return save(ranks, self.run, self.tracker, meta, tokenizer, buffer.to_state(), keep, wait)
+        return save(ranks, self.run, self.tracker, self._meta(buffer, done), tokenizer, buffer.to_state(), keep, wait)
+
+    def _meta(self, buffer: RolloutBuffer, done: int) -> CheckpointMeta:
+        return checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
         """(rounds done, buffer), after the ranks have their weights."""
-        loaded = load_newest(ranks, self.run, self.tracker)
+        loaded = load_newest(ranks, self.run, self.tracker, self.memory)
         if loaded is not None:
-            folder, meta = loaded
+            found, meta = loaded
             self.run.rewind(meta.step)
-            self.tracker.say(f"continuing after round {meta.step} from {folder}")
-            return meta.step, RolloutBuffer.read(folder / "state.json")
+            self.tracker.say(f"continuing after round {meta.step} from {found}")
+            return meta.step, RolloutBuffer.parse(found.text("state.json"), str(found))
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")
         if (self.start_from / "meta.json").is_file():

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kernels.errors import UserError
@@ -276,14 +275,14 @@ class RolloutBuffer:
         }
 
     @classmethod
-    def read(cls, file: Path) -> RolloutBuffer:
-        """What `to_state` gave, out of a file of JSON. Raises UserError where it is something else."""
+    def parse(cls, text: str, place: str) -> RolloutBuffer:
+        """What `to_state` gave, out of JSON in the checkpoint at `place`. Raises UserError where it is something else."""
         try:
-            return cls.from_state(parsed(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            return cls.from_state(parsed(text))
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise UserError(
-                f"{file} holds no state of rollouts ({type(error).__name__}: {error}); remove its checkpoint, and resume=auto "
-                "goes on from the one before it"
+                f"state.json of {place} holds no state of rollouts ({type(error).__name__}: {error}); remove it, and "
+                "resume=auto goes on from the one before it"
             ) from error
 
     @classmethod

@@ -7,17 +7,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.checkpoint import CheckpointMeta, Writer
+from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_writer import Writer
 from trainer.step import Trainer
 
 
 def named_state(trainer: Trainer, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor): dense ones on every rank, an expert's on its owner and valid until the next expert's. Collective."""
     yield from trainer.shared_state(with_moments)
+    shapes = {name: shape for name, shape in trainer.shapes(with_moments) if name.startswith("dense.")}
+    dense = {name: torch.zeros(*shape, device=trainer.world.device) for name, shape in shapes.items()}
+    for name, start, values in trainer.dense.fragments(with_moments):
+        dense[name].view(-1)[start : start + values.numel()] = values
+    for name, tensor in dense.items():
+        yield name, trainer.world.sum(tensor)
     yield from trainer.experts.named_state(with_moments)
 
 

@@ -218,7 +218,7 @@ def with_sums(place: Path) -> None:
     """Gives all files the checksums that they have now, as an author of bad files would."""
     record = json.loads((place / "meta.json").read_text())
     names = [p.relative_to(place) for p in place.rglob("*") if p.is_file() and p.name != "meta.json"]
-    record["files"] = {str(name): checkpoint._checksum(place / name) for name in names}
+    record["files"] = {str(name): checkpoint.checksum(place / name) for name in names}
     (place / "meta.json").write_text(json.dumps(record))
 
 
@@ -318,11 +318,9 @@ def test_states_of_rollouts(data: st.DataObject) -> None:
     lengths = [{"first": 0, "trained": [[0, [2, 9]]], "replaced": []}]
     group = {"id": 0, "samples": [sample]}
     whole = {"next_group": 4, "lengths": lengths, "surplus": [], "recycled": [group]}
-    with folder() as place:
-        (place / "state.json").write_text(json.dumps(whole))
-        assert RolloutBuffer.read(place / "state.json").next_group == 4
-        (place / "state.json").write_text(data.draw(st.one_of(changed(whole).map(json.dumps), st.just(DEEP.decode()))))
-        read_or_refused(lambda: RolloutBuffer.read(place / "state.json"))
+    assert RolloutBuffer.parse(json.dumps(whole), "step_000001").next_group == 4
+    text = data.draw(st.one_of(changed(whole).map(json.dumps), st.just(DEEP.decode())))
+    read_or_refused(lambda: RolloutBuffer.parse(text, "step_000001"))
 
 
 # ---------------------------------------------------------------- the Hugging Face layout

@@ -4,7 +4,8 @@
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk
+        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk; NAME@START is
+                            a part of a tensor of which several ranks have parts
         ...                 what the stage adds, for example rollout.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
@@ -13,27 +14,21 @@ Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, 
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import logging
-import os
+import math
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.errors import UserError
@@ -42,10 +37,8 @@ from trainer.config.model import ModelConfig
 from trainer.json_text import parsed
 from trainer.model.transformer import require_plausible
 
-FORMAT = 4
-FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
-T = TypeVar("T")
-log = logging.getLogger("tessera")
+FORMAT = 5
+FRAGMENT = re.compile(r"(.+)@(\d{1,18})")  # the name of a tensor, and where in it, flattened, the values of this one begin
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
         raise Damaged(f"{folder / 'meta.json'} describes no model of ours: {str(error).splitlines()[0]}") from None
     if model.vocab_size is None:
         raise Damaged(f"{folder / 'meta.json'} describes a model without a vocabulary")
-    files = [folder / name for name in _read_record(folder)[1] if name.endswith(".safetensors")]
+    files = [folder / name for name in tensor_files(_read_record(folder)[1])]
     require_plausible(model, sum(file.stat().st_size for file in files if file.is_file()), str(folder / "meta.json"))
     return model
 
@@ -81,190 +74,16 @@ def folder_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-class Writer:
-    """Writes this rank's part of checkpoints behind the back of training, one checkpoint at a time.
-
-    Training waits for a copy of its state into the host's memory, and for the checkpoint before if that is still being written.
-    State that lies on a disk (parallel.offload=nvme) has no such copy: training also stands still until that is in its files.
-    All ranks make their writers together, and call each method together.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        # The ranks' threads agree over a group of their own, so that they never meet a collective of training.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._copies: dict[str, Tensor] = {}  # kept from one checkpoint to the next: new memory takes longer than the copy
-        self._thread: threading.Thread | None = None
-        self._failure: str | None = None
-        self._crash: BaseException | None = None
-
-    def start(
-        self,
-        folder: Path,
-        tensors: Iterable[tuple[str, Tensor]],
-        meta: CheckpointMeta,
-        files: Mapping[str, str],
-        keep: int,
-        passing: Iterable[tuple[str, Tensor]] = (),
-    ) -> None:
-        """Begins a checkpoint, after `settle`; returns when the tensors may change again.
-
-        Args:
-            folder: its final place; its parent exists.
-            tensors: (name, tensor) pairs; each name is given by one rank only.
-            files: further text files, name -> content; rank 0's are written.
-            keep: how many of the newest checkpoints stay, once this one is whole.
-            passing: further pairs that are written before this returns. A tensor need not outlive the next one.
-        """
-        assert self._thread is None, "settle() comes before the next checkpoint"
-        staging = folder.with_name(f".{folder.name}.partial")
-        if self.world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.world.barrier()
-        copies = {name: self._copied(name, tensor.detach()) for name, tensor in tensors}
-        self._copies = copies
-        failure = self._write_passing(staging, folder, passing)
-        work = partial(self._write, staging, folder, copies, failure, meta, files, keep)
-        self._thread = threading.Thread(target=self._guarded, args=(work,), name=folder.name, daemon=True)
-        self._thread.start()
-
-    def settle(self) -> str | None:
-        """Waits for the checkpoint under way; says why it could not be written, the same on all ranks, or None if all is well.
-
-        Older checkpoints are untouched by a failure, and nothing is left of the one that failed.
-        """
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
-        if self._crash is not None:
-            raise self._crash
-        failure, self._failure = self._failure, None
-        return failure
-
-    def _copied(self, name: str, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return copy.copy_(tensor)
-
-    def _guarded(self, work: Callable[[], str | None]) -> None:
-        try:
-            self._failure = work()
-        except BaseException as error:  # raised again in the thread that waits
-            self._crash = error
-
-    def _write_passing(self, staging: Path, folder: Path, passing: Iterable[tuple[str, Tensor]]) -> str | None:
-        """Why it failed, if it did; the thread tells it to the other ranks."""
-        try:
-            for index, tensors in enumerate(_batches(passing)):
-                save_file(tensors, self._state_file(staging, f"_{index:05d}"))
-        except (OSError, SafetensorError) as error:
-            return _why_not_written(folder, error)
-        except UserError as error:  # where the tensors come from
-            return str(error)
-        return None
-
-    def _write(
-        self,
-        staging: Path,
-        folder: Path,
-        state: dict[str, Tensor],
-        failure: str | None,
-        meta: CheckpointMeta,
-        files: Mapping[str, str],
-        keep: int,
-    ) -> str | None:
-        """In the thread: the ranks' files, then on rank 0 all that makes them a checkpoint; why it failed, if it did.
-
-        `failure` is why this rank's part has failed already.
-        """
-        started = time.perf_counter()
-        sums, failure = self._write_state(staging, folder, state) if failure is None else ({}, failure)
-        outcomes = self._from_all((sums, failure))
-        failure = next((failure for _, failure in outcomes if failure is not None), None)
-        if failure is None and self.world.rank == 0:
-            try:
-                _finish(staging, folder, meta, files, {name: one for sums, _ in outcomes for name, one in sums.items()})
-                prune(folder.parent, keep)
-            except OSError as error:
-                failure = _why_not_written(folder, error)
-        failure = self._from_all(failure)[0]
-        if failure is None:
-            log.info("checkpoint %s is whole after %.1f s", folder.name, time.perf_counter() - started)
-        elif self.world.rank == 0:
-            log.error("%s", failure)
-            shutil.rmtree(staging, ignore_errors=True)
-        return failure
-
-    def _write_state(self, staging: Path, folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], str | None]:
-        """(checksums of this rank's files, why it failed)."""
-        try:
-            whole = self._state_file(staging)
-            save_file(state, whole)
-            sums = {}
-            for file in whole.parent.glob(f"{whole.stem}*"):
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-                sums[str(file.relative_to(staging))] = _checksum(file)
-            return sums, None
-        except (OSError, SafetensorError) as error:
-            return {}, _why_not_written(folder, error)
-
-    def _state_file(self, staging: Path, number: str = "") -> Path:
-        """One of this rank's, in a folder that exists."""
-        folder = staging / "state"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"rank_{self.world.rank:05d}{number}.safetensors"
-
-    def _from_all(self, own: T) -> list[T]:
-        """Every rank's, in the order of the ranks."""
-        gathered: list[Any] = [own] * self.world.size
-        if self._group is not None:
-            dist.all_gather_object(gathered, own, group=self._group)
-        return gathered
+def fragment_name(name: str, start: int) -> str:
+    return f"{name}@{start}"
 
 
-def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Copies of about FILE_BYTES together."""
-    batch: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        batch[name] = tensor.detach().to("cpu", copy=True)
-        if sum(held.nbytes for held in batch.values()) >= FILE_BYTES:
-            yield batch
-            batch = {}
-    if batch:
-        yield batch
+def step_of(folder: Path) -> int:
+    """Of a folder with such a name."""
+    return int(folder.name.removeprefix("step_"))
 
 
-def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str], sums: dict[str, Any]) -> None:
-    for name, content in files.items():
-        (staging / name).write_text(content, encoding="utf-8")
-    sums |= {name: _checksum(staging / name) for name in files}
-    with open(staging / "meta.json", "w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, **asdict(meta), "files": dict(sorted(sums.items()))}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    old = folder.with_name(f".{folder.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # one of this very step that turned out to be damaged
-        folder.replace(old)
-    staging.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _why_not_written(folder: Path, error: OSError | SafetensorError) -> str:
-    found = re.search(r"os error (\d+)", str(error))  # so safetensors tells it
-    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    free_mib = shutil.disk_usage(folder.parent).free / 2**20
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free_mib < 1:
-        return (
-            f"no space to write the checkpoint {folder}: {free_mib:.0f} MiB are free. Older checkpoints are intact. "
-            "Free some space; runs_dir=... puts runs on another disk"
-        )
-    return f"the checkpoint {folder} cannot be written: {error}. Check the permissions of {folder.parent}"
-
-
-def _checksum(path: Path) -> dict[str, int | str]:
+def checksum(path: Path) -> dict[str, int | str]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -284,7 +103,7 @@ def read_meta(folder: Path, model: ModelConfig | None = None) -> CheckpointMeta:
     """
     meta, _ = _read_record(folder)
     if model is not None:
-        _check_model(folder, meta.model, model.model_dump(mode="json"))
+        require_model(folder, meta, model)
     return meta
 
 
@@ -313,12 +132,25 @@ def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
             f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
         )
     try:
-        record = parsed(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _no_record(file, str(error)) from None
+    return parse_record(text, file)
+
+
+def parse_record(text: str, file: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
+    """What meta.json says, and the checksums of the other files. `file` is what errors call it.
+
+    Raises:
+        UserError: another format. Damaged: it is no record.
+    """
+    try:
+        record = parsed(text)
         files, found_format = record.pop("files"), record.pop("format")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_record(file, str(error)) from None
     if found_format != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {found_format}; this version reads format {FORMAT}")
+        raise UserError(f"{file.parent} has checkpoint format {found_format}; this version reads format {FORMAT}")
     try:
         return META.validate_python(record), SUMS.validate_python(files)
     except ValidationError as error:
@@ -336,7 +168,7 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
         return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
         return f"{name} is missing"
-    found = _checksum(path)
+    found = checksum(path)
     if found == expected:
         return None
     return (
@@ -345,7 +177,9 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
     )
 
 
-def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require_model(folder: Path, meta: CheckpointMeta, model: ModelConfig) -> None:
+    """Raises UserError if the checkpoint in `folder`, of which `meta` is the record, holds another model."""
+    found, wanted = meta.model, model.model_dump(mode="json")
     names = sorted(found.keys() | wanted.keys())
     different = [
         f"model.{n}: checkpoint {found.get(n)}, configuration {wanted.get(n)}" for n in names if found.get(n) != wanted.get(n)
@@ -356,59 +190,115 @@ def _check_model(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """Of the files that meta.json names, and of no others."""
+class TensorFile(Protocol):
+    """An open safetensors file, wherever it lies."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        for name in sorted(_read_record(folder)[1]):
-            if name.endswith(".safetensors"):
-                with self._sound(name):
-                    file = safe_open(folder / name, framework="pt")
-                    self._files |= dict.fromkeys(file.keys(), file)
+    shapes: Mapping[str, Sequence[int]]  # of its tensors
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class LocalFile:
+    """Raises OSError or SafetensorError where it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        self.shapes: Mapping[str, Sequence[int]] = {name: self._file.get_slice(name).get_shape() for name in self._file.keys()}  # noqa: SIM118 - no mapping
+
+    def tensor(self, name: str) -> Tensor:
+        found: Tensor = self._file.get_tensor(name).clone()
+        return found
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Of several files, which are opened here. `place` is where errors say that they are."""
+
+    def __init__(self, place: Path, files: Mapping[str, Callable[[], TensorFile]]) -> None:
+        self._place = place
+        self._files: dict[str, TensorFile] = {}
+        self._fragments: dict[str, list[tuple[int, str, TensorFile]]] = {}  # in the order of where they begin
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of tensors that lie in fragments
+        for name in sorted(files):
+            with self._sound(name):
+                file = files[name]()
+            for key in file.shapes:
+                if fragment := FRAGMENT.fullmatch(key):
+                    self._fragments.setdefault(fragment[1], []).append((int(fragment[2]), key, file))
+                else:
+                    self._files[key] = file
+        for fragments in self._fragments.values():
+            fragments.sort(key=lambda one: one[:2])
 
     @contextmanager
     def _sound(self, what: str) -> Iterator[None]:
         try:
             yield
         except (SafetensorError, OSError) as error:
-            raise Damaged(f"the checkpoint {self._folder} is damaged: {what}: {error}") from None
+            raise Damaged(f"the checkpoint {self._place} is damaged: {what}: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
+        if name not in self:
+            raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
         with self._sound(name):
-            tensor: Tensor = self._files[name].get_tensor(name).clone()
-        return tensor
+            if name in self._files:
+                return self._files[name].tensor(name)
+            return torch.cat([file.tensor(key) for _, key, file in self._fragments[name]]).view(self._shapes[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._files or name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter([*self._files, *self._shapes])
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._files) + len(self._shapes)
 
     def require_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """Those that lie in fragments can be asked for from here on."""
         for name, wanted in expected.items():
-            if name not in self._files:
-                raise Damaged(f"the checkpoint {self._folder} has no tensor {name}")
-            with self._sound(name):
-                found = self._files[name].get_slice(name).get_shape()
-            if list(found) != list(wanted):
-                raise Damaged(f"the checkpoint {self._folder}: {name} has shape {list(found)}, expected {list(wanted)}")
+            if name in self._files:
+                found = self._files[name].shapes[name]
+                if list(found) != list(wanted):
+                    raise Damaged(f"the checkpoint {self._place}: {name} has shape {list(found)}, expected {list(wanted)}")
+            elif name in self._fragments:
+                self._require_all(name, math.prod(wanted))
+                self._shapes[name] = tuple(wanted)
+            else:
+                raise Damaged(f"the checkpoint {self._place} has no tensor {name}")
+
+    def _require_all(self, name: str, size: int) -> None:
+        """Its fragments are `size` values, one after another."""
+        end = 0
+        for start, key, file in self._fragments[name]:
+            if start != end or len(file.shapes[key]) != 1:
+                raise Damaged(f"the checkpoint {self._place}: {key} does not begin where the part before it ends, at {end}")
+            end += file.shapes[key][0]
+        if end != size:
+            raise Damaged(f"the checkpoint {self._place} has {end} values of {name}, expected {size}")
 
 
 def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint by name, whatever ranks wrote them; each comes from its file when it is asked for.
 
+    Of the files that meta.json names, and of no others.
+
     Raises:
         Damaged: a file is none, or one of the `expected` tensors is missing or has another shape.
     """
-    tensors = _Tensors(folder)
-    tensors.require_shapes(expected or {})
+    names = tensor_files(_read_record(folder)[1])
+    return read_files(folder, {name: partial(LocalFile, folder / name) for name in names}, expected or {})
+
+
+def tensor_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def read_files(
+    place: Path, files: Mapping[str, Callable[[], TensorFile]], expected: Mapping[str, Sequence[int]]
+) -> Mapping[str, Tensor]:
+    """`read` of files that are opened by these functions; errors say that they are at `place`."""
+    tensors = _Tensors(place, files)
+    tensors.require_shapes(expected)
     return tensors
 
 
@@ -417,7 +307,8 @@ def read(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> M
 
 def available(checkpoints: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in checkpoints.glob("step_*") if (p / "meta.json").is_file())
+    found = (p for p in checkpoints.glob("step_*") if p.name[5:].isdecimal() and (p / "meta.json").is_file())
+    return sorted(found, key=step_of)
 
 
 def resolve(path: Path) -> Path:

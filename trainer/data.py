@@ -52,7 +52,7 @@ class Corpus:
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer.json"
 
-    def require_same(self, fingerprint: str, checkpoint: Path) -> None:
+    def require_same(self, fingerprint: str, checkpoint: object) -> None:
         """Raises UserError unless `fingerprint`, kept in `checkpoint`, is that of this corpus."""
         if fingerprint != self.fingerprint:
             raise UserError(

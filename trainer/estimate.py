@@ -165,6 +165,8 @@ def budget_lines(
     kept = f"optimizer of {IN_FLIGHT} of them" if memory.disk else "optimizer"
     beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
     beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []
+    every = config.train.memory_checkpoint_every if isinstance(config, PretrainConfig) else config.loop.memory_checkpoint_every
+    beside += _checkpoints_in_memory(counts.total * 3 * FLOAT32 // ranks) if every else []
     if isinstance(config, RLConfig) and config.rollout.server is None:
         beside += _sync(config.sync, counts.total * BYTES[dtype], on_gpu)
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
@@ -176,6 +178,12 @@ def budget_lines(
         *beside,
         f"dtype   {dtype}: {reason}",
     ]
+
+
+def _checkpoints_in_memory(state: int) -> list[str]:
+    """trainer/keeper.py: what training has copied, a whole checkpoint and one on its way; the last two of another node too."""
+    one, several = in_gib(3 * state), in_gib(5 * state)
+    return [f"host    {one} of its memory a rank for checkpoints there, {several} where they also go to another node"]
 
 
 def _sync(config: SyncConfig, size: int, on_gpu: bool) -> list[str]:

@@ -15,6 +15,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.data import Corpus
 from trainer.guard import Guard
+from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
 from trainer.run_dir import RunDir
@@ -37,6 +38,7 @@ class Pretraining:
     run: RunDir
     tracker: Tracker
     stop: StopRequest
+    memory: MemoryCheckpoints
 
     def attempt(self) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the end.
@@ -46,7 +48,7 @@ class Pretraining:
             Stopped: a signal asked for it; the last step is in a checkpoint.
         """
         with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
-            ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
+            ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
             ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
             start = self._restore(ranks)
             with self.stop.deferred():
@@ -92,32 +94,43 @@ class Pretraining:
             stopping = self.stop.signal is not None and not last
             if done % train.checkpoint_every == 0 or last or stopping:
                 metrics |= self._save(ranks, done, wait=last or stopping)
+            elif self.memory.due(done):
+                metrics |= self.memory.save(ranks, self._meta(done), json.dumps({}))
             self.tracker.log(done, metrics)
             if stopping:
                 self.stop.obey(f"after step {done}")
 
     def _save(self, ranks: Processes, step: int, wait: bool) -> dict[str, float]:
-        position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
-        meta = checkpoint_meta("pretrain", step, self.model, self.run, position)
         keep = self.config.train.keep_checkpoints
-        return save(ranks, self.run, self.tracker, meta, self.corpus.tokenizer_file, {}, keep, wait)
+        return save(ranks, self.run, self.tracker, self._meta(step), self.corpus.tokenizer_file, {}, keep, wait)
+
+    def _meta(self, step: int) -> CheckpointMeta:
+        position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
+        return checkpoint_meta("pretrain", step, self.model, self.run, position)
 
     def _restore(self, ranks: Processes) -> int:
-        loaded = load_newest(ranks, self.run, self.tracker)
+        loaded = load_newest(ranks, self.run, self.tracker, self.memory)
         if loaded is None:
             self.run.rewind(-1)
             return 0
-        folder, meta = loaded
-        self.corpus.require_same(str(meta.position.get("corpus")), folder)
+        found, meta = loaded
+        self.corpus.require_same(str(meta.position.get("corpus")), found)
         self.run.rewind(meta.step)
-        self.tracker.say(f"continuing after step {meta.step} from {folder}")
+        self.tracker.say(f"continuing after step {meta.step} from {found}")
         return meta.step
 
 
 # ---------------------------------------------------------------- shared with RL
 
 
-def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
+def start_ranks(
+    placement: Placement,
+    spec: TrainerSpec,
+    cluster: ClusterConfig,
+    run: RunDir,
+    tracker: Tracker,
+    memory: MemoryCheckpoints,
+) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
     engines = f" and {placement.engines} engines" if placement.engines else ""
     hosts = dict.fromkeys(placement.hosts)
@@ -129,6 +142,7 @@ def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig,
     host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
     ranks.call("build", spec, run.path / "refused")
+    memory.open(ranks, placement.node_ids)
     return ranks
 
 
@@ -168,18 +182,50 @@ def save(
     return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
 
 
-def load_newest(ranks: Processes, run: RunDir, tracker: Tracker) -> tuple[Path, CheckpointMeta] | None:
-    """Loads the run's newest checkpoint that is not damaged; None if the run has none yet.
+@dataclass(frozen=True)
+class OnDisk:
+    """A checkpoint that may be loaded."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        return checkpoint.step_of(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def load(self, ranks: Processes) -> CheckpointMeta:
+        """Raises Damaged."""
+        meta: CheckpointMeta = ranks.call("load", self.folder, True)[0]
+        return meta
+
+    def text(self, name: str) -> str:
+        """One of its text files. Raises Damaged."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise checkpoint.Damaged(f"{self.folder / name} cannot be read: {error}") from None
+
+
+def load_newest(
+    ranks: Processes, run: RunDir, tracker: Tracker, memory: MemoryCheckpoints
+) -> tuple[OnDisk | InMemory, CheckpointMeta] | None:
+    """Loads the run's newest checkpoint that is not damaged, from the disk or from memory; None if the run has none yet.
 
     Raises:
         UserError: all are damaged.
     """
-    found = checkpoint.available(run.checkpoints)
-    for folder in reversed(found):
+    found: list[OnDisk | InMemory] = [OnDisk(folder) for folder in reversed(checkpoint.available(run.checkpoints))]
+    for one in sorted([*found, *memory.found()], key=lambda one: one.step, reverse=True):
         try:
-            return folder, ranks.call("load", folder, True)[0]
+            meta = one.load(ranks)
         except checkpoint.Damaged as error:
             tracker.say(f"{error}: trying the one before it")
+            continue
+        memory.settle(meta.step)
+        return one, meta
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; resume=never starts a new run")
+    memory.settle(None)
     return None

@@ -205,6 +205,20 @@ _DECLARED = (
         ".2f",
         "time that training stands still for a checkpoint, which is written while it goes on",
     ),
+    Metric(
+        "time/memory_checkpoint_s",
+        "s",
+        "memory checkpoint",
+        ".2f",
+        "time that training stands still for a checkpoint that stays in the memory of the nodes",
+    ),
+    Metric(
+        "time/memory_checkpoint_whole_s",
+        "s",
+        "memory checkpoint whole",
+        ".2f",
+        "from the beginning of the one before until all files were in memory, where there are several nodes on two of them",
+    ),
     Metric("mem/peak_gib", "GiB", "peak memory", ".2f", "largest memory so far of the run's processes on the driver's machine"),
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _DECLARED}

@@ -87,7 +87,8 @@ class Placement:
         node_of = placement_group_table(self.group)["bundles_to_node_id"]
         order = list(node_of.values())
         self.bundles = sorted(range(self.ranks), key=lambda index: (order.index(node_of[index]), index))  # of ranks
-        self.hosts = [addresses[node_of[bundle]] for bundle in self.bundles]  # of ranks
+        self.node_ids = [node_of[bundle] for bundle in self.bundles]  # of ranks
+        self.hosts = [addresses[node] for node in self.node_ids]  # of ranks
 
     def _reserve(self) -> PlacementGroup:
         nodes, bundle = self.nodes, self._bundle()

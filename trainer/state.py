@@ -108,23 +108,22 @@ class TrainerState:
     # ------------------------------------------------------------ into checkpoints, and out of them
 
     def shared_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all but the experts, the same on every rank. Collective."""
+        """(name, tensor) of what is the same on every rank: neither dense parameters nor experts."""
         yield "bias", self.bias_LE
         if with_moments:
             yield OWNERS, torch.from_numpy(self.experts.owner_LE)
             yield LOADS, self.materialisation.state()
             yield MACHINE, self.materialisation.machine()
-        yield from self.dense.named_masters()
-        if with_moments:
-            yield from self.dense.named_moments()
             if self.value_head is not None:
                 yield from self.value_head.named_state()
 
     def state_to_save(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn. Collective."""
+        """(name, tensor) of what lies in memory; what all ranks hold comes from one of them only, in turn."""
         for index, (name, tensor) in enumerate(self.shared_state(with_moments)):
             if index % self.world.size == self.world.rank:
                 yield name, tensor
+        for name, start, values in self.dense.fragments(with_moments):
+            yield checkpoint.fragment_name(name, start), values
         if self.spec.parallel.offload != "nvme":
             yield from self.experts.named_state(with_moments)
 
@@ -149,13 +148,17 @@ class TrainerState:
         self.updates = updates if with_moments else 0
 
     def load(self, folder: Path, with_moments: bool) -> CheckpointMeta:
-        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew.
+        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew."""
+        meta = checkpoint.read_meta(folder, self.spec.model)
+        checkpoint.verify(folder, self.world)
+        self.restore(checkpoint.read(folder, dict(self.shapes(with_moments))), with_moments, meta.updates)
+        return meta
+
+    def restore(self, tensors: Mapping[str, Tensor], with_moments: bool, updates: int) -> None:
+        """`load` of a checkpoint's tensors, after so many updates.
 
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
-        meta = checkpoint.read_meta(folder, self.spec.model)
-        checkpoint.verify(folder, self.world)
-        tensors = checkpoint.read(folder, dict(self._shapes(with_moments)))
         same_ranks = True
         if with_moments:
             owner_LE = tensors[OWNERS].long()
@@ -163,14 +166,13 @@ class TrainerState:
             same_ranks &= owner_LE.unique().tolist() == list(range(self.world.size))
             if same_ranks:
                 self.experts.reshard(owner_LE.numpy())
-        self.load_state(tensors, with_moments, meta.updates)
+        self.load_state(tensors, with_moments, updates)
         if with_moments:
             machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
             self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
-        return meta
 
-    def _shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
-        """(name, shape) of what `load` takes out of a checkpoint."""
+    def shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
+        """(name, shape) of what `restore` takes out of a checkpoint."""
         shape = self.experts.arena.shape
         masters: dict[str, Sequence[int]] = {
             f"dense.{name}": parameter.shape for name, parameter in self.model.named_parameters()

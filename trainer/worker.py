@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,12 @@ from parallel.expert_shards import PARTS
 from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.checkpoint_writer import Shelf, Writer
 from trainer.config.model import ModelConfig
 from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import SHARE, StackWatch, watched
+from trainer.keeper import MemoryShelf, Whole, open_whole, send
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.state import TrainerSpec
@@ -43,7 +46,17 @@ from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 
 Metrics = dict[str, float | list[list[float]]]
+MEMORY_FULL = "Make it larger (a container: --shm-size), or keep none there: memory_checkpoint_every=0"
 log = logging.getLogger("tessera")
+
+
+@dataclass(frozen=True)
+class SavedInMemory:
+    """What became of a checkpoint in memory."""
+
+    paused_s: float | None  # that training stood still for it; None: it was left out
+    took_s: float | None  # until the one before was whole; None: there was none, or it is not
+    failure: str | None  # why the one before is not
 
 
 @watched
@@ -54,7 +67,7 @@ class TrainWorker:
     meeting: tuple[str, int]  # host and port of the store
     timeout_s: float  # of collectives
     trainer: Trainer
-    writer: checkpoint.Writer
+    writer: Writer
     usage: Usage
     store: dist.TCPStore
     corpus: Corpus
@@ -68,6 +81,7 @@ class TrainWorker:
         self.log = log_to(log_file) if log_file is not None else None
         self.stack_watch: StackWatch | None = None
         self.tracing: Tracing | None = None
+        self.memory: tuple[MemoryShelf, Writer] | None = None  # where checkpoints in memory go
 
     def pid(self) -> int:
         return os.getpid()
@@ -90,7 +104,7 @@ class TrainWorker:
 
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
-        self.writer = checkpoint.Writer(self.world)
+        self.writer = Writer(self.world)
         self.usage = Usage(spec.model, spec.dtype, self.world)
 
     def leave(self) -> None:
@@ -181,6 +195,35 @@ class TrainWorker:
     def settle(self) -> str | None:
         """Waits until the last checkpoint is whole; why it could not be written, if so."""
         return self.writer.settle()
+
+    def open_memory(self, shelves: Sequence[MemoryShelf]) -> None:
+        """Where checkpoints in memory go from here on, of each rank."""
+        mine = shelves[self.rank]
+        share = None if mine.next is None else partial(send, mine.next)
+        self.memory = mine, Writer(self.world, Shelf(mine.leads, MEMORY_FULL, share))
+
+    def save_in_memory(self, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> SavedInMemory:
+        """`save` into the memory of the nodes. It is left out if the one before is not whole yet."""
+        assert self.memory is not None, "no keepers are there"
+        shelf, writer = self.memory
+        started = time.perf_counter()
+        if self.world.sum(torch.tensor(float(writer.busy), device=self.world.device)) > 0:
+            return SavedInMemory(None, None, None)
+        failure = writer.settle()
+        took_s = None if failure is not None or math.isnan(writer.took_s) else writer.took_s
+        meta = replace(meta, updates=self.trainer.updates)
+        folder = shelf.folder / checkpoint.folder_name(meta.step)
+        writer.start(folder, self.trainer.state_to_save(with_moments=True), meta, files, keep=1)
+        return SavedInMemory(time.perf_counter() - started, took_s, failure)
+
+    def load_from_memory(self, one: Whole, keepers: Mapping[str, Any]) -> checkpoint.CheckpointMeta:
+        """Loads what `save_in_memory` of any number of ranks left with these keepers."""
+        assert self.memory is not None, "no keepers are there"
+        trainer = self.trainer
+        expected = dict(trainer.shapes(with_moments=True))
+        meta, tensors = open_whole(one, self.memory[0], keepers, expected, trainer.spec.model, self.world)
+        trainer.restore(tensors, with_moments=True, updates=meta.updates)
+        return meta
 
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
         """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""

@@ -29,7 +29,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
-from trainer.checkpoint import Writer
+from trainer.checkpoint_writer import Writer
 from trainer.config.model import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise

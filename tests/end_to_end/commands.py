@@ -63,3 +63,12 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline, f"step {step} was not reached in 150 s"
         time.sleep(0.02)
+
+
+def wait_for_memory(run_dir: Path, process: subprocess.Popen[str], after: int = 0) -> None:
+    """Waits until a step behind `after` says that a checkpoint in memory has become whole."""
+    deadline = time.monotonic() + 150
+    while max(series(run_dir, "time/memory_checkpoint_whole_s"), default=0) <= after:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline, "no checkpoint in memory became whole in 150 s"
+        time.sleep(0.02)

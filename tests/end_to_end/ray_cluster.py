@@ -25,7 +25,7 @@ class RayCluster:
         self.folder = folder
         self.address = f"127.0.0.3:{free_port('127.0.0.3')}"
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.started = 0
+        self.names: dict[str, str] = {}  # address -> name, of all that were started
         for variable, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ENVIRONMENT}.items():
             monkeypatch.setenv(variable, value)
 
@@ -39,8 +39,8 @@ class RayCluster:
 
     def start_node(self, name: str, cpus: int, gpu_type: str | None) -> None:
         """One that says it has such GPUs. Waits for it: nodes of one machine that start at once take the same socket."""
-        address, log = f"127.0.0.{self.started + 3}", self.folder / f"{name}.out"
-        self.started += 1
+        address, log = f"127.0.0.{len(self.names) + 3}", self.folder / f"{name}.out"
+        self.names[address] = name
         resources = {} if gpu_type is None else {f"accelerator_type:{gpu_type}": 1}
         command = ray_command(self.address, name, address, OBJECT_STORE_MIB)
         command += [f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import re
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.end_to_end.commands import run, series, start, wait_for_step, wait_for_text
+from tests.end_to_end.commands import run, series, start, wait_for_memory, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
-from tests.processes import process_of
+from tests.processes import actor_of, process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
 from trainer.stopping import REQUEUE
@@ -58,7 +59,8 @@ def uninterrupted(workplace: Path) -> dict[int, float]:
 
 
 def test_processes_killed_at_random_moments_change_nothing(workplace: Path, uninterrupted: dict[int, float]) -> None:
-    command = ["pretrain", *arguments(workplace, "killed"), "resume=auto", f"cluster.max_restarts={len(ROLES)}"]
+    options = ["train.memory_checkpoint_every=1", f"cluster.max_restarts={len(ROLES)}"]  # on the disk those of even steps
+    command = ["pretrain", *arguments(workplace, "killed"), *options, "resume=auto"]
     said = kill_at_random(command, workplace / "runs" / "killed", ROLES)
     context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"
     assert losses(workplace, "killed") == uninterrupted, context
@@ -89,8 +91,15 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
 def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     workplace: Path, uninterrupted: dict[int, float]
 ) -> None:
-    process = start("pretrain", *arguments(workplace, "still"), "cluster.collective_timeout_s=15")
-    wait_for_step(workplace / "runs" / "still", 3, process)
+    options = ["train.checkpoint_every=100", "train.memory_checkpoint_every=1", "cluster.collective_timeout_s=15"]
+    run_dir = workplace / "runs" / "still"
+    process = start("pretrain", *arguments(workplace, "still"), *options)
+    wait_for_memory(run_dir, process)
+    keeper = actor_of("Keeper", process.pid)
+    assert keeper is not None
+    keeper.kill()
+    wait_for_text(run_dir / "logs" / "attempt_1" / "driver.log", "cannot be written", process)
+    wait_for_memory(run_dir, process, after=max(losses(workplace, "still")))  # with another keeper
     stopped = process_of("trainer/1", process.pid)
     assert stopped is not None
     stopped.suspend()
@@ -99,6 +108,9 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
+    assert output.count("The run goes on without it") <= 2, output
+    continued = re.search(r"continuing after step (\d+) from the memory of 1 node", output)
+    assert continued is not None and int(continued[1]) > 0, output
     assert losses(workplace, "still") == uninterrupted
 
 
@@ -106,24 +118,45 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
 def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothing_is(
     workplace: Path, uninterrupted: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for."""
+    """On a real Ray cluster whose nodes die; ranks run only on those with the GPUs that are asked for.
+
+    There is no checkpoint on a disk: what is left is what a lost node had sent to the other one. The first that is lost is
+    replaced by a node that has nothing in its memory and reads all from the other, the second by none.
+    """
     log, run_dir = workplace / "nodes.log", workplace / "runs" / "nodes"
     with RayCluster(workplace / "ray", monkeypatch) as cluster, open(log, "w") as out:
-        for name, kind in (("plain", None), ("first", "H100"), ("second", "H100")):
+        for name, kind in (("plain", None), ("first", "H100"), ("second", "H100"), ("third", "H100")):
             cluster.start_node(name, cpus=1, gpu_type=kind)
         options = [
             *("cluster=ray", f"cluster.address={cluster.address}", "cluster.ranks=2", "cluster.gpu_type=H100"),
             *("cluster.min_ranks=1", "cluster.shrink_after_s=5", "cluster.max_restarts=9", "cluster.threads_per_rank=1"),
+            *("train.checkpoint_every=100", "train.memory_checkpoint_every=1"),
             "train.micro_rows=1",  # slow, so that there is time to kill nodes
         ]
         process = start("pretrain", *arguments(workplace, "nodes"), *options, stdout=out)
-        wait_for_step(run_dir, 3, process)
-        assert re.search(r"starting 2 trainer ranks on 127.0.0.[45], 127.0.0.[45], in this order", log.read_text())
-        cluster.kill_node("second")
+
+        def wait_for_attempt(number: int) -> tuple[list[str], int]:
+            """Until that many have gone on from memory; the nodes of the ranks, and the step after which the last one did."""
+            deadline = time.monotonic() + 150
+            while len(steps := re.findall(r"continuing after step (\d+) from the memory of 1 node", log.read_text())) < number:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            found = re.findall(r"starting (\d) trainer ranks(?: on ([\d.]+), ([\d.]+), in this order)?", log.read_text())
+            return [cluster.names[address] for address in found[-1][1:] if address], int(steps[-1]) if steps else 0
+
+        wait_for_memory(run_dir, process)
+        (lost, left), _ = wait_for_attempt(0)
+        cluster.kill_node(lost)
+        nodes, step = wait_for_attempt(1)
+        assert len(nodes) == 2 and left in nodes and lost not in nodes and step > 0
+        wait_for_memory(run_dir, process, after=step + 1)
+        cluster.kill_node(left)
         wait_for_text(log, "going on with 1 trainer ranks (cluster.min_ranks): 2 wanted, room for 1 on the nodes", process)
-        wait_for_step(run_dir, max(losses(workplace, "nodes")) + 1, process)
-        cluster.kill_node("first")
+        _, later = wait_for_attempt(2)
+        assert later > step
+        wait_for_step(run_dir, later + 1, process)
+        cluster.kill_node(next(name for name in nodes if name != left))
         wait_for_text(log, "2 wanted, room for 0 on the nodes that are alive (plain); a rank takes 1 CPU and 0.001", process)
-        cluster.start_node("third", cpus=1, gpu_type="H100")
+        cluster.start_node("fourth", cpus=1, gpu_type="H100")
         assert process.wait(timeout=150) == 0, log.read_text()
     assert losses(workplace, "nodes") == pytest.approx(uninterrupted, rel=1e-3), "the same rows, on another number of ranks"

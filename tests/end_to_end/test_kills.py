@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.commands import records, run
+from tests.end_to_end.commands import finish, records, start
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.models import tiny_model
 from trainer.config.run import TokenizerConfig
@@ -41,12 +41,18 @@ def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # this small model is for CPUs
     command = [
         *("rl", f"checkpoint={checkpoint}", "experiment=smoke", "rollout=sync", "warmup=none", f"runs_dir={tmp_path}/runs"),
-        *("task.name=tests.rl.scorers:Letters", "task.options={}", f"loop.rounds={ROUNDS}", "loop.checkpoint_every=2"),
+        *(
+            "task.name=tests.rl.scorers:Letters",
+            "task.options={}",
+            f"loop.rounds={ROUNDS}",
+            "loop.checkpoint_every=2",
+            "loop.memory_checkpoint_every=1",
+        ),
         *("rollout.max_new_tokens=24", "rollout.groups=3", "loop.eval_every=3", "loop.sequence_length=64", "logger.wandb=off"),
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
         *("cluster.ranks=1", "rollout.engines=2", f"cluster.max_restarts={len(ROLES)}", "resume=auto"),
     ]
-    run(*command, "run_name=whole")
+    finish(start(*command, "run_name=whole"), timeout_s=200 + 30 * len(ROLES))
     said = kill_at_random([*command, "run_name=killed"], tmp_path / "runs" / "killed", ROLES)
     whole, killed = records(tmp_path / "runs" / "whole"), records(tmp_path / "runs" / "killed")
     context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"

@@ -198,7 +198,9 @@ def reinforcement(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
     def make(task: Task, *options: str) -> Reinforcement:
         config = load(RLConfig, "rl", ["checkpoint=a", "rollout.max_new_tokens=100", "task.eval_prompts=12", *options])
         made.append(RewardWorkers(config.task, config.seed, config.reward, lambda name: folder / name, print))
-        parts: dict[str, Any] = dict(start_from=Path(), ranks=1, dtype="float32", model=None, run=None, tracker=None, stop=None)
+        parts: dict[str, Any] = dict(
+            start_from=Path(), ranks=1, dtype="float32", model=None, run=None, tracker=None, stop=None, memory=None
+        )
         return Reinforcement(config=config, tokenizer=tokenizer, task=task, rewards=made[-1].__enter__(), **parts)
 
     yield make

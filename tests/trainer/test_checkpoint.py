@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import resource
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from kernels.errors import UserError
 from parallel.topology import World
@@ -17,14 +25,17 @@ from tests import checkpoints
 from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointMeta, Damaged, Writer
-from trainer.loop import load_newest
+from trainer import checkpoint, checkpoint_writer
+from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_writer import HostCopies, Shelf, Writer
+from trainer.loop import OnDisk, load_newest
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.worker import named_tensors, read_model
 
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
 MODEL = tiny_model()
+NO_MEMORY = MemoryCheckpoints(0, print)
 
 
 def meta(step: int) -> CheckpointMeta:
@@ -48,7 +59,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_tensors_that_pass_through_memory_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 1000)
     expected = {f"experts.{index}": torch.randn(10 + index, 7) for index in range(20)}
 
     def own() -> Iterator[tuple[str, torch.Tensor]]:
@@ -77,6 +88,53 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_noth
         big = [("experts.0", torch.ones(10_000))]
         checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
     assert not list(tmp_path.iterdir())
+
+
+@given(st.data())
+def test_a_tensor_that_lies_in_fragments_is_read_whole_or_not_at_all(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+    wanted = torch.randn(shape)
+    flat = wanted.flatten()
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(flat) - 1), max_size=4)) if len(flat) > 1 else ())
+    starts = [0, *cuts]
+    parts = {start: flat[start:end] for start, end in zip(starts, [*cuts, len(flat)], strict=True)}
+    torn = data.draw(st.booleans())
+    if torn:  # lost, or of another place or length
+        start = data.draw(st.sampled_from(starts))
+        part = parts.pop(start)
+        parts |= data.draw(st.sampled_from([{}, {start + 1: part}, {start: torch.cat([part, part])}]))
+    with tempfile.TemporaryDirectory() as place:
+        files = dict[str, Callable[[], checkpoint.TensorFile]]()
+        for start, part in data.draw(st.permutations(sorted(parts.items(), key=lambda item: item[0]))):
+            file = Path(place) / f"{len(files)}.safetensors"
+            save_file({checkpoint.fragment_name("a", start): part.clone(), f"of.{start}": part.clone()}, file)
+            files[file.name] = partial(checkpoint.LocalFile, file)
+        if torn:
+            with pytest.raises(Damaged, match=r"no tensor a$|does not begin where|values of a, expected"):
+                checkpoint.read_files(Path(place), files, {"a": shape})
+        else:
+            found = checkpoint.read_files(Path(place), files, {"a": shape})
+            assert torch.equal(found["a"], wanted) and "a" in found
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=12), st.randoms())
+def test_copies_of_tensors_are_their_own_and_use_the_same_memory_again(shapes: list[list[int]], random: Random) -> None:
+    copies, kinds = HostCopies(pinned=False), [torch.float32, torch.float64, torch.int64, torch.uint8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writer, "SLAB_BYTES", 256)
+        for _ in range(3):
+            tensors = {str(i): (100 * torch.rand(shape)).to(random.choice(kinds)) for i, shape in enumerate(shapes)}
+            taken = copies.take(iter(tensors.items()))
+            expected = {name: tensor.clone() for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                tensor.zero_()
+            assert taken.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(taken[name], tensor) and taken[name].dtype == tensor.dtype
+            slabs = [slab.data_ptr() for slab in copies._slabs]
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        copies.take(tensors.items())
+        assert [slab.data_ptr() for slab in copies._slabs] == slabs
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
@@ -170,6 +228,34 @@ def test_a_run_survives_a_disk_that_was_full_for_a_while(tmp_path: Path) -> None
     assert failures[1] is not None and "Older checkpoints are intact" in failures[1]
 
 
+def test_a_place_that_is_gone_is_told_and_not_made_again(tmp_path: Path) -> None:
+    writer, folder = Writer(ALONE), tmp_path / "gone" / "step_000001"
+    writer.start(folder, [("bias", torch.ones(3))], meta(1), {}, keep=1)
+    failure = writer.settle()
+    assert failure is not None and "step_000001 cannot be written: [Errno 2]" in failure
+    assert not folder.parent.exists() and math.isnan(writer.took_s)
+
+
+def test_older_ones_stay_until_a_new_one_is_shared(tmp_path: Path) -> None:
+    shared: list[list[str]] = []
+
+    def share(folder: Path, names: Sequence[str]) -> None:
+        checkpoint.verify(folder)
+        shared.append([path.name for path in checkpoint.available(tmp_path)])
+        assert names == ["state/rank_00000.safetensors"]
+        if len(shared) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device, on the node after this one")
+
+    writer, failures = Writer(ALONE, Shelf(leads=True, way_out="Make it larger", share=share)), []
+    for step in (1, 2, 3):
+        writer.start(tmp_path / f"step_{step:06d}", [("bias", torch.ones(3))], meta(step), {}, keep=1)
+        failures.append(writer.settle())
+    assert shared == [["step_000001"], ["step_000001", "step_000002"], ["step_000001", "step_000003"]]
+    assert failures[0] is failures[2] is None
+    assert failures[1] is not None and "no space" in failures[1] and failures[1].endswith("Make it larger")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
 def full_on_one_rank(world: World, folder: str) -> list[str | None]:
     writer, failures = Writer(world), []
     tensors = [(f"part.{world.rank}", torch.full((50_000,), float(world.rank)))]
@@ -207,19 +293,19 @@ class Run:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
     run: Any = Run(tmp_path)
-    assert load_newest(Ranks(), run, run) is None  # type: ignore[arg-type]
+    assert load_newest(Ranks(), run, run, NO_MEMORY) is None  # type: ignore[arg-type]
     folders = [write(tmp_path, step) for step in (1, 2, 3)]
     file = folders[2] / "state" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (folders[1] / "meta.json").write_text("{}")
-    assert load_newest(Ranks(), run, run) == (folders[0], meta(1))  # type: ignore[arg-type]
+    assert load_newest(Ranks(), run, run, NO_MEMORY) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
     assert len(run.said) == 2
     assert "step_000003 is damaged: state/rank_00000.safetensors has" in run.said[0] and "trying the one before" in run.said[0]
     (folders[0] / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole; resume=never"):
-        load_newest(Ranks(), run, run)  # type: ignore[arg-type]
+        load_newest(Ranks(), run, run, NO_MEMORY)  # type: ignore[arg-type]
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:

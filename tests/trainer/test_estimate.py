@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.errors import UserError
 from launch.cli import load
 from parallel.moe_layer import LocalExperts
 from trainer.config.model import CosineRouter, ModelConfig
@@ -197,6 +198,21 @@ def test_the_plan_names_the_memory_of_the_host_and_the_disk(offload: str) -> Non
     assert all(len(line) <= 128 for line in text.splitlines())
     assert (f"disk    {in_gib(memory.disk)} in /local a rank" in text) == (offload == "nvme")
     assert "host" not in "\n".join(budget_lines(config, MODEL, 2, "float32", "no GPU", on_gpu=False))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_plan_counts_checkpoints_in_memory(ranks: int) -> None:
+    train = CONFIG.train.model_copy(update={"memory_checkpoint_every": 5})
+    config = CONFIG.model_copy(update={"train": train})
+    text = "\n".join(budget_lines(config, MODEL, ranks, "float32", "no GPU", on_gpu=False))
+    state = 12 * parameter_counts(MODEL).total // ranks
+    assert f"host    {in_gib(3 * state)} of its memory a rank for checkpoints there, {in_gib(5 * state)} where" in text
+    rl = load(RLConfig, "rl", ["checkpoint=x", "loop.memory_checkpoint_every=1"])
+    assert "for checkpoints there" in "\n".join(budget_lines(rl, MODEL, ranks, "float32", "no GPU", on_gpu=False))
+    with pytest.raises(UserError, match=r"loop.memory_checkpoint_every=1 keeps what .* parallel.offload=nvme says"):
+        load(
+            RLConfig, "rl", ["checkpoint=x", "loop.memory_checkpoint_every=1", "parallel.offload=nvme", "parallel.nvme_dir=/a"]
+        )
 
 
 def test_the_plan_of_an_rl_run_counts_samples() -> None:

@@ -159,6 +159,7 @@ class LoopConfig(Record):
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)
+    memory_checkpoint_every: int = Field(ge=0)  # rounds between two that stay in the memory of the nodes; 0: none
     skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
 
 
@@ -179,6 +180,7 @@ class RLConfig(RunConfig):
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves no room for a prompt in a row of "
                 f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
             )
+        self.check_memory_checkpoints("loop.memory_checkpoint_every", self.loop.memory_checkpoint_every)
         if self.algorithm.overlong_margin > self.rollout.max_new_tokens:
             raise ValueError(
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "

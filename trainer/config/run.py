@@ -135,6 +135,7 @@ class TrainConfig(Record):
     eval_rows: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
     keep_checkpoints: int = Field(gt=0)
+    memory_checkpoint_every: int = Field(ge=0)  # steps between two that stay in the memory of the nodes; 0: none
     skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
     spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
     spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
@@ -223,6 +224,13 @@ class RunConfig(Record):
     logger: LoggerConfig
     trace: TraceConfig
 
+    def check_memory_checkpoints(self, option: str, every: int) -> None:
+        if every and self.parallel.offload == "nvme":
+            raise ValueError(
+                f"{option}={every} keeps what the experts' optimizer holds in the memory of the nodes several times, and "
+                f"parallel.offload=nvme says that it has no room there; set {option}=0, or choose another offload"
+            )
+
 
 class PretrainConfig(RunConfig):
     model: ModelConfig
@@ -237,6 +245,7 @@ class PretrainConfig(RunConfig):
                 f"train.sequence_length ({self.train.sequence_length}) is larger than model.max_positions "
                 f"({self.model.max_positions}); shorten the rows or raise max_positions"
             )
+        self.check_memory_checkpoints("train.memory_checkpoint_every", self.train.memory_checkpoint_every)
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
         if self.balance.rate > 0 and not self.model.selection_bias:
