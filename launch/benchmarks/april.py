@@ -25,8 +25,9 @@ from launch.benchmarks.models import ModelOptions, floor_bytes
 from launch.benchmarks.options import Listed, OneOrMore
 from launch.benchmarks.record import one_row
 from rl.april import Prompts, Score, rollout_round, submitted_groups
-from rl.engine.engine import Engine, EngineSettings, Row
+from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
+from rl.engine.rows import Row
 from rl.engine.sampler import Sampling
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
 from trainer.config.model import ModelConfig
