@@ -166,6 +166,8 @@ def budget_lines(
     beside = [f"host    {in_gib(memory.host)} of its memory a rank: experts' gradients and {kept}"] if memory.host else []
     beside += [f"disk    {in_gib(memory.disk)} in {config.parallel.nvme_dir} a rank: experts' optimizer"] if memory.disk else []
     if isinstance(config, RLConfig) and config.rollout.server is None:
+        where = "each on a GPU of its own" if config.rollout.placement == "separate" else "on the ranks' GPUs"
+        beside += [f"engines {config.rollout.engines}, {where if on_gpu else config.rollout.placement}"]
         beside += _sync(config.sync, counts.total * BYTES[dtype], on_gpu)
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [

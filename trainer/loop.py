@@ -45,7 +45,7 @@ class Pretraining:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
             Stopped: a signal asked for it; the last step is in a checkpoint.
         """
-        with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
+        with Placement(self.config.cluster, self.ranks, self.tracker.say) as placement:
             ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker)
             ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
             start = self._restore(ranks)
@@ -119,10 +119,9 @@ class Pretraining:
 
 def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, run: RunDir, tracker: Tracker) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
-    engines = f" and {placement.engines} engines" if placement.engines else ""
     hosts = dict.fromkeys(placement.hosts)
     where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
-    tracker.say(f"starting {placement.ranks} trainer ranks{engines}{where}")
+    tracker.say(f"starting {placement.processes}{where}")
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
     logs = {name: run.log_file(name) for name in names}
     ranks = Processes({n: placement.actor(TrainWorker, n, rank, rank, logs[n]) for rank, n in enumerate(names)}, logs)
