@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,19 @@ def start_ranks(placement: Placement, spec: TrainerSpec, cluster: ClusterConfig,
     hosts = dict.fromkeys(placement.hosts)
     where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
     tracker.say(f"starting {placement.processes}{where}")
+    return meet(placement, spec, cluster, run.log_file, run.path / "refused")
+
+
+def meet(
+    placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, log_file: Callable[[str], Path], refused: Path | None
+) -> Processes:
+    """The ranks of `start_ranks`; `log_file`: name of a rank -> where it logs."""
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
-    logs = {name: run.log_file(name) for name in names}
+    logs = {name: log_file(name) for name in names}
     ranks = Processes({n: placement.actor(TrainWorker, n, rank, rank, logs[n]) for rank, n in enumerate(names)}, logs)
     host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
-    ranks.call("build", spec, run.path / "refused")
+    ranks.call("build", spec, refused)
     return ranks
 
 

@@ -103,6 +103,7 @@ class Engine:
             )
         self._settings, self._device = settings, device
         self._model = _unset_model(config, device, dtype)
+        self._weights = self._model.state()  # these very tensors for good: graphs read them, and receivers know them again
         pages = 1 + -(-tokens // page)
         self._cache = PagedCache(config, pages, device, dtype, settings.record_routing)
         self._pages = PageTable(pages, page)
@@ -143,19 +144,19 @@ class Engine:
             if update.weights.base != self._version:
                 raise RuntimeError(f"changes from version {update.weights.base}, but this engine has {self._version}")
             with self._between_versions(update.version):
-                apply(update.weights, self._model.state())
+                apply(update.weights, self._weights)
         else:
             self.load_weights(unpack(update.weights), update.version)
         share = update.weights.changed_share if isinstance(update.weights, WeightDelta) else None
         started = time.perf_counter()
         if update.digests is None:
             return Receipt(update.nbytes, share, None)
-        self._check(update.version, update.digests, digests(self._model.state()))
+        self._check(update.version, update.digests, digests(self._weights))
         return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
 
     def take(self, offers: Sequence[Offer], receiver: Receiver) -> Receipt:
         """Takes what all ranks offer, which together is all weights, as `receive` does."""
-        version, state = offers[0].version, self._model.state()
+        version, state = offers[0].version, self._weights
         with self._between_versions(version):
             receiver.take(offers, state)
         nbytes, started = sum(offer.nbytes for offer in offers), time.perf_counter()
