@@ -129,7 +129,8 @@ def measure(
                 failures[peer] = f"{type(error).__name__}: {error}"
         if device.type == "cuda":
             torch.cuda.empty_cache()  # other processes need it
-        engines = f"{options.engines} engines apart" if options.engines else "an engine beside each"
+        plural = "s" * (options.engines > 1)
+        engines = f"{options.engines} engine{plural} apart" if options.engines else "an engine beside each"
         overlap = ", which go on while the ranks learn" if options.overlap else ""
         work = (
             f"an iteration by {name}, {options.ranks} rank{'s' * (options.ranks > 1)} and {engines}{overlap}: {options.groups} "
@@ -144,7 +145,7 @@ def measure(
         yield Iteration(
             work,
             stages,
-            median(found.seconds[options.warm_rounds :]),
+            sorted(found.seconds[options.warm_rounds :])[options.rounds // 2],
             options.ranks + options.engines,
             round(sum(trained) / len(trained)),
             failures,
