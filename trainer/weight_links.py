@@ -76,12 +76,14 @@ def gpu_of(device: torch.device) -> str | None:
 
 
 def opened(handles: bytes, device: torch.device) -> list[Block]:
-    """The blocks that a process shows, as memory of `device`, into which the driver maps those of another GPU."""
+    """The blocks that a process shows, as memory of `device`, into which the driver maps those of another GPU. All that filled
+    them is done: a rank waits for its device before it offers."""
     shown: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = pickle.loads(handles)
     blocks = []
     for rebuild, arguments in shown:
         call = signature(rebuild).bind(*arguments)
-        call.arguments["storage_device"] = device.index or 0  # the other process counts GPUs as it sees them
+        # The other process counts GPUs as it sees them; and its event may be of a GPU that this one does not see.
+        call.arguments |= {"storage_device": device.index or 0, "event_sync_required": False}
         blocks.append(rebuild(*call.args))
     return blocks
 
