@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -61,6 +61,9 @@ class IterationOptions(RoundOptions):
     overlap: bool = Field(False, description="engines generate on while the ranks learn, as with rollout=async")
     over_provision: float = Field(2.0, ge=1, description="of APRIL; 1 waits for the longest")
     slots: PositiveInt = Field(description="sequences that an engine decodes at once")
+    cache: PositiveInt | None = Field(
+        None, description="tokens that an engine's cache holds; not given: the longest in every slot"
+    )
     micro_rows: PositiveInt = Field(description="rows of prompt + longest tokens that a rank takes through the model at once")
     workers: PositiveInt = Field(2, description="processes that judge")
     profile: Path | None = Field(None, description="a JSON file: on what rank 0 spends the time of a logprob and an update")
@@ -71,11 +74,11 @@ class IterationOptions(RoundOptions):
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
         "model": "moe_2b", "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "slots": 256, "median": 128,
-        "longest": 2048, "micro_rows": 4, "warm_rounds": 4, "rounds": 6,
+        "longest": 2048, "cache": 1 << 18, "micro_rows": 8, "warm_rounds": 4, "rounds": 6,
     },
     "cpu": {
         "model": "tiny", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "prompt": 16, "groups": 4, "samples": 4,
-        "slots": 16, "median": 8, "longest": 112, "advance": 4, "micro_rows": 2, "warm_rounds": 1, "rounds": 3,
+        "slots": 16, "median": 8, "longest": 112, "advance": 4, "cache": 2048, "micro_rows": 2, "warm_rounds": 1, "rounds": 3,
     },
 }  # fmt: skip
 
@@ -203,7 +206,8 @@ def iterate(
 
         ranks = meet(placement, spec, cluster, log_file, None)
         logs = {f"engine/{index}": log_file(f"engine/{index}") for index in range(engines)}
-        settings, index_of = engine_settings(options, options.slots), {name: index for index, name in enumerate(logs)}
+        settings = replace(engine_settings(options, options.slots), cache_tokens=options.cache)
+        index_of = {name: index for index, name in enumerate(logs)}
 
         def launch(name: str) -> Any:
             arguments = (options, model, settings, spec.dtype, logs[name], cluster.engine_timeout_s)
