@@ -215,10 +215,9 @@ def test_engines_have_places_of_their_own_or_those_of_the_ranks(cluster: None, t
             assert sorted(placement.bundles + placement.engine_bundles) == ([0, 1, 2, 3] if separate else [0, 0, 1, 1])
             assert found.call("pid") == [0] * 4, "each has what it takes"
             assert placement.processes == "2 trainer ranks and 2 engines" + " in places of their own" * separate
-    crowded = config.model_copy(update={"start_timeout_s": 1.0})
-    with pytest.raises(
-        UserError, match=r"no place .*: 20 wanted, room for \d+ on .* a rank or an engine takes 1 CPU.*rollout.engines"
-    ):
+    crowded = config.model_copy(update={"start_timeout_s": 1.0, "gpu_type": "H100"})
+    each = "a rank or an engine takes 1 CPU and 0.001 accelerator_type:H100"
+    with pytest.raises(UserError, match=rf"no place .*: 20 wanted, room for 0 on .* {each}.*rollout.engines"):
         Placement(crowded, (12,), said.append, engines=8, separate=True)
     assert "waiting for a place for 12 trainer ranks and 8 engines in places of their own" in said[-1]
 
