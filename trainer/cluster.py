@@ -138,11 +138,9 @@ def choose_ranks(config: ClusterConfig, apart: int = 0) -> int:
     Raises:
         UserError: the ranks do not divide evenly over the nodes, or there are too few GPUs.
     """
-    slurm, nodes = config.slurm, len(config.nodes or ("here",))
-    gpus = torch.cuda.device_count() if config.address is None else 0  # of a cluster Ray will tell
-    if slurm is not None:
-        nodes = slurm.nodes
-        gpus = nodes * slurm.gpus_per_node
+    slurm = config.slurm
+    nodes = slurm.nodes if slurm is not None else len(config.nodes or ("here",))
+    gpus = nodes * slurm.gpus_per_node if slurm is not None else torch.cuda.device_count()
     if config.ranks != "auto":
         if config.ranks % nodes and not apart:
             raise UserError(f"cluster.ranks ({config.ranks}) does not divide evenly over {nodes} nodes; change either")
@@ -152,6 +150,8 @@ def choose_ranks(config: ClusterConfig, apart: int = 0) -> int:
                 f"gpus_per_node={slurm.gpus_per_node}); ask for more, or {_way_out(apart)}"
             )
         return config.ranks
+    if slurm is None and config.address is not None:
+        apart = 0  # other machines have GPUs for them
     if 0 < gpus <= apart:
         raise UserError(f"{_asked(1, apart)} at least, and there are {gpus}; {_way_out(apart)}")
     if slurm is not None:
