@@ -12,10 +12,11 @@ import torch
 from kernels.errors import UserError
 from launch.bench import main
 from launch.benchmarks.april import forced_engine
+from launch.benchmarks.iteration import STAGES, IterationOptions
 from launch.benchmarks.kernel_times import kernel_times
 from launch.benchmarks.models import model_config
 from launch.benchmarks.options import read_options
-from launch.benchmarks.rl import DEFAULTS, STAGES, IterationOptions, measure, transformers_generation
+from launch.benchmarks.rl import DEFAULTS, measure, transformers_generation
 from launch.benchmarks.timing import Ceilings
 
 SMALL = ["groups=2", "samples=2", "slots=4", "median=3", "longest=12", "prompt=4", "advance=2", "warm_rounds=1", "rounds=2"]
