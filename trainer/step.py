@@ -270,8 +270,9 @@ class Trainer:
         `reference` is.
         """
         found: dict[str, list[Tensor]] = {}
+        batch = batch.to(self.world.device)  # at once, and the answers likewise, so that the host runs ahead of the device
         for start in range(0, batch.num_rows, self.spec.micro_rows):
-            micro = batch.rows(start, start + self.spec.micro_rows).to(self.world.device)
+            micro = batch.rows(start, start + self.spec.micro_rows)
             told: dict[str, Tensor | None] = {}
             if policy:
                 predicted, _ = self._forward(micro, self.weights)
@@ -281,8 +282,8 @@ class Trainer:
                 told["reference_logprobs"] = self._forward(micro, self.reference)[0].logprobs_BS
             for name, value_BS in told.items():
                 if value_BS is not None:
-                    found.setdefault(name, []).append(value_BS.cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                    found.setdefault(name, []).append(value_BS)
+        return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
     def _forward(
         self, batch: TrainBatch, weights: Weights, trunk: bool = True, noise: RouterNoise | None = None
