@@ -58,12 +58,12 @@ class EngineActor:
         """`metrics`: host and port where it answers Prometheus."""
         self.stack_watch = StackWatch(log_to(log_file), SHARE * timeout_s)
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._engine = self.engine(config, settings, getattr(torch, dtype))
+        self._engine = self._new_engine(config, settings, getattr(torch, dtype))
         self._receiver: Receiver | None = None
         if metrics is not None:
             serve_state(log_file.stem, self._engine.state, *metrics)
 
-    def engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
+    def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
         """What it drives."""
         return Engine(config, settings, self._device, dtype)
 

@@ -101,7 +101,7 @@ class ForcedEngineActor(EngineActor):
         self._options = options
         super().__init__(*arguments)
 
-    def engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> CountingEngine:
+    def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> CountingEngine:
         return CountingEngine(config, settings, self._device, dtype, self._options)
 
     def floor_bytes(self) -> float:
