@@ -41,7 +41,9 @@ def ragged(
         first.append(first[-1] + count)
         sequence_of += [index] * -(-count // tile)
         first_of += range(0, count, tile)
-    numbers = torch.tensor([*first, *lengths, *sequence_of, *first_of], dtype=torch.int32, device=device)
+    numbers = torch.tensor([*first, *lengths, *sequence_of, *first_of], dtype=torch.int32)
+    if device.type == "cuda":  # without waiting for what the device still has to do
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
     first_N, length_N, tile_sequence, tile_first = numbers.split([len(first), len(lengths), len(first_of), len(first_of)])
     return Ragged(first_N, length_N, tile_sequence, tile_first, tile, max(lengths, default=0), table_NP)
 

@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
-    check_cluster(config.cluster)
+    check_cluster(config.cluster, ranks)
     corpus = prepare(config.data, config.tokenizer, say=print)  # a mistake in the data leaves no run folder behind
     run = RunDir.open(config, "pretrain")
     price = config.cluster.dollars_per_gpu_hour

@@ -33,18 +33,19 @@ from trainer.worker import check_division
 def reinforce(config: RLConfig) -> Path | None:
     """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
     start_from, model = starting_point(config.checkpoint)
-    ranks = choose_ranks(config.cluster)
+    apart = config.rollout.engines_apart
+    ranks = choose_ranks(config.cluster, apart)
     choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
     if config.dry_run:
         print_plan(config, model, ranks)
         return None
-    check_cluster(config.cluster)
+    check_cluster(config.cluster, ranks, apart)
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
     tokenizer = Tokenizer.load(start_from / "tokenizer.json")
     run = RunDir.open(config, "rl")
     price = config.cluster.dollars_per_gpu_hour
-    with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds, ranks, price) as tracker:
+    with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds, ranks + apart, price) as tracker:
         dtype, reason = choose_dtype(config.loop.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
@@ -53,7 +54,7 @@ def reinforce(config: RLConfig) -> Path | None:
             work = Reinforcement(
                 config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop, memory
             )
-            run_attempts(config.cluster, ranks, work.attempt, stop, tracker.say)
+            run_attempts(config.cluster, ranks + apart, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path

@@ -56,12 +56,12 @@ def job_script(command: str, name: str, config: RunConfig, options: Sequence[str
     """The script of the job.
 
     Raises:
-        UserError: another cluster, or ranks that do not divide evenly over the nodes.
+        UserError: another cluster, ranks that do not divide evenly over the nodes, or more of them than GPUs.
     """
     slurm = config.cluster.slurm
     if slurm is None:
         raise UserError("launch.submit is for cluster=slurm; other clusters need no job, start launch.pretrain or launch.rl")
-    choose_ranks(config.cluster)
+    choose_ranks(config.cluster, config.rollout.engines_apart if isinstance(config, RLConfig) else 0)
     runs = config.runs_dir.absolute()
     asked = {"--gpus-per-node": slurm.gpus_per_node, "--partition": slurm.partition, "--account": slurm.account}
     lines = [f"{option}={value}" for option, value in asked.items() if value] + list(slurm.sbatch)

@@ -86,7 +86,7 @@ class ExpertArena:
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
         self.peer_memory, self.two_level = kind == "peer_memory", kind == "two_level"
-        self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: it is known
+        self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind)
         self._add_gradients = add_gradients
         self._returning: tuple[int, Returning] | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.accumulate import accumulate
-from parallel.adamw import AdamWSettings, adamw, set_lr
+from parallel.adamw import AdamWSettings, adamw, set_lr, zero_steps
 from parallel.expert_states import ExpertStates, StatesInMemory
 from parallel.sparse_collectives import Parts
 
@@ -60,7 +60,7 @@ class DeviceAdamW(ExpertOptimizer):
             master.requires_grad_()
         self._adamw = adamw(list(self._masters), settings)
         for master, moments in zip(self._masters, states.moments, strict=True):
-            self._adamw.state[master].update({"step": torch.zeros((), dtype=torch.float32), **moments})
+            self._adamw.state[master].update({"step": zero_steps(master), **moments})
         self._filled = [False] * states.rows  # rows that have got gradients since the last step
 
     def add_gradients(self, row: int, gradients: Parts) -> None:
@@ -95,7 +95,7 @@ class DeviceAdamW(ExpertOptimizer):
     def step(self, lr: float, scale: float, weights: Parts) -> None:
         gradients = self.gradients()
         assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
-        for gradient in gradients:
+        for gradient in gradients if scale != 1 else ():  # on one rank, where nothing is clipped, they are as they should be
             gradient.mul_(scale)
         set_lr(self._adamw, lr)
         self._adamw.step()

@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,36 @@ def within_reach(world: World) -> bool:
 
 
 def _gpus_reach(world: World) -> bool:
-    """Asks the driver about GPUs by name, because a process may be shown its own one alone."""
+    names: list[str] = [""] * world.size
+    dist.all_gather_object(names, gpu_name(world.device))
+    own = names[world.rank]
+    return all(found for name, found in nvlinks(own, names).items() if name != own)
+
+
+def gpu_name(device: torch.device) -> str:
+    """Of a GPU, the same in all processes."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def nvlinks(own: str, names: Iterable[str]) -> dict[str, bool]:
+    """name -> whether NVLink joins that GPU to the GPU `own` of this machine; those of other machines it does not.
+
+    The driver is asked about GPUs by name, because a process may be shown its own one alone.
+    """
     import pynvml
 
-    names: list[str] = [""] * world.size
-    dist.all_gather_object(names, f"GPU-{torch.cuda.get_device_properties(world.device).uuid}")
     pynvml.nvmlInit()
-    own, *others = (pynvml.nvmlDeviceGetHandleByUUID(name) for name in sorted(names, key=lambda n: n != names[world.rank]))
-    statuses = [pynvml.nvmlDeviceGetP2PStatus(own, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) for other in others]
+    here, found = pynvml.nvmlDeviceGetHandleByUUID(own), dict[str, bool]()
+    for name in names:
+        try:
+            other = pynvml.nvmlDeviceGetHandleByUUID(name)
+        except pynvml.NVMLError_NotFound:
+            found[name] = False
+            continue
+        status = pynvml.nvmlDeviceGetP2PStatus(here, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) if name != own else None
+        found[name] = status == pynvml.NVML_P2P_STATUS_OK
     pynvml.nvmlShutdown()
-    return all(status == pynvml.NVML_P2P_STATUS_OK for status in statuses)
+    return found
 
 
 def _pages_reach(world: World) -> bool:

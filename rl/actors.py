@@ -58,10 +58,14 @@ class EngineActor:
         """`metrics`: host and port where it answers Prometheus."""
         self.stack_watch = StackWatch(log_to(log_file), SHARE * timeout_s)
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._engine = Engine(config, settings, self._device, getattr(torch, dtype))
+        self._engine = self._new_engine(config, settings, getattr(torch, dtype))
         self._receiver: Receiver | None = None
         if metrics is not None:
             serve_state(log_file.stem, self._engine.state, *metrics)
+
+    def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
+        """What it drives."""
+        return Engine(config, settings, self._device, dtype)
 
     def gpu(self) -> str | None:
         return gpu_of(self._device)
@@ -170,7 +174,7 @@ class RayPool:
             return placement.actor(EngineActor, name, index_of[name], *arguments)
 
         direct = sync.is_direct(placement.on_gpu)
-        ways = "shown on the same GPU, broadcast to others" if placement.on_gpu else "broadcast"
+        ways = "shown on the same GPU or over NVLink, broadcast to others" if placement.on_gpu else "broadcast"
         say(f"weights go to the engines {f'directly: {ways}' if direct else 'through the object store'}")
         patience = Patience(cluster.engine_timeout_s, cluster.start_timeout_s, cluster.max_restarts)
         return cls(launch, logs, patience, say, Links(cluster.collective_timeout_s) if direct else None)
@@ -234,7 +238,7 @@ class RayPool:
     def _bring(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
         """Raises ProcessLost when an engine is lost by it, because the ranks are then in the middle of a broadcast."""
         ranks, present = self._ranks, self._present
-        links.connect(ranks, {place.name: place.actor for place in present})
+        links.connect(ranks, self.actors)
         offers = links.offers(ranks, version, config.check)
         sent = {name: actor.send.remote() for name, actor in ranks.actors.items()}
         receipts = self._ask(lambda actor: actor.take.remote(offers))
@@ -263,6 +267,11 @@ class RayPool:
         if receipts[0].changed_share is None:
             self._updates = [update]
         return receipts
+
+    @property
+    def actors(self) -> dict[str, Any]:
+        """Those that take part, by name."""
+        return {place.name: place.actor for place in self._present}
 
     def counts(self) -> dict[str, float]:
         counts = {"rollout/engines_lost": float(self._lost), "rollout/engines_returned": float(self._returned)}

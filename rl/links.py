@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.cluster import Processes, gather
@@ -16,17 +16,18 @@ class Links:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._engines: dict[str, Any] = {}  # name -> actor
-        self._here: list[list[str]] = []  # of each rank, the engines on its GPU
+        self._here: list[list[str]] = []  # of each rank, the engines that it shows its memory to
         self._times = 0
 
     def connect(self, ranks: Processes, engines: Mapping[str, Any]) -> None:
-        """Links these engines, unless they are already; a rank that has no engine elsewhere opens no group."""
+        """Links these engines, unless they are already; a rank that shows its memory to all of them opens no group."""
         if self._engines == engines:
             return
         self._times += 1
         places = ranks.call("place")
         gpus = gather({name: actor.gpu.remote() for name, actor in engines.items()})
-        self._here = [[name for name, found in gpus.items() if found is not None and found == gpu] for gpu, _ in places]
+        reached = ranks.call("reached_by", sorted({gpu for gpu in gpus.values() if gpu is not None}))
+        self._here = [shown_to(gpu, found, gpus, len(ranks)) for (gpu, _), found in zip(places, reached, strict=True)]
         groups: dict[str, dict[int, tuple[str, int, int]]] = {name: {} for name in engines}
         calls = {}
         for rank, ((rank_name, actor), here) in enumerate(zip(ranks.actors.items(), self._here, strict=True)):
@@ -46,6 +47,14 @@ class Links:
         """What all ranks have, and to whom they show it."""
         actors = zip(ranks.actors.items(), self._here, strict=True)
         return list(gather({name: a.offer.remote(version, check, here) for (name, a), here in actors}, ranks.logs).values())
+
+
+def shown_to(own: str | None, reached: Sequence[str], gpus: Mapping[str, str | None], ranks: int) -> list[str]:
+    """The engines that copy from a rank on the GPU `own`: those on it, and those on GPUs that reach it, unless they are more
+    than the ranks. Then they would divide a rank's links among them, and a broadcast gives all of them the whole rate."""
+    here = [name for name, gpu in gpus.items() if gpu is not None and gpu == own]
+    linked = [name for name, gpu in gpus.items() if gpu in reached and gpu != own]
+    return here + linked if len(linked) <= ranks else here
 
 
 def apart(gpus: Mapping[str, str | None]) -> list[list[str]]:

@@ -68,7 +68,11 @@ class Reinforcement:
         """Learns from the newest checkpoint of the run, or from `start_from` with a supervised warm-up, to the end."""
         cluster, rollout = self.config.cluster, self.config.rollout
         engines = rollout.engines if rollout.server is None else 0
-        with Placement(cluster, self.ranks, engines, self.tracker.say) as placement, self._pool(placement) as pool:
+        separate = rollout.placement == "separate"
+        with (
+            Placement(cluster, self.ranks, self.tracker.say, engines, separate) as placement,
+            self._pool(placement) as pool,
+        ):
             replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
 
     def learn_in(self, placement: Placement, pool: SyncedPool) -> None:

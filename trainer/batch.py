@@ -26,6 +26,7 @@ class TrainBatch:
     denominator: float | None = None
     # uint8 or int16; experts that were chosen when the tokens were generated, to be replayed (kernels/replay.py)
     routed_BSLK: Tensor | None = None
+    host_documents_BS: Tensor | None = None  # `documents_BS` before it went to a device, so that nobody waits to read it there
 
     @property
     def num_rows(self) -> int:
@@ -33,10 +34,12 @@ class TrainBatch:
 
     def rows(self, first: int, last: int) -> TrainBatch:
         """Rows first..last-1, as views."""
-        return self._map(lambda t: t[first:last])
+        on_host = None if self.host_documents_BS is None else self.host_documents_BS[first:last]
+        return replace(self._map(lambda t: t[first:last]), host_documents_BS=on_host)
 
     def to(self, device: torch.device) -> TrainBatch:
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        moved = self._map(lambda t: t.to(device, non_blocking=True))
+        return moved if self.documents_BS.is_cuda else replace(moved, host_documents_BS=self.documents_BS)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
         return replace(

@@ -41,8 +41,9 @@ class ProcessLost(RuntimeError):
 # ---------------------------------------------------------------- Ray itself
 
 
-def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
-    """Starts Ray for this run on `config.host` only, or joins the running cluster at `config.address`.
+def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
+    """Starts Ray for this run on `config.host` only, with a CPU at least for each of `places`, or joins the running cluster at
+    `config.address`.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -62,7 +63,7 @@ def start_ray(config: ClusterConfig, ranks: int, say: Say) -> None:
     say("starting Ray on this machine")
     ray.init(
         address="local",  # never one that somebody else has started on this machine
-        num_cpus=max(ranks + 1, os.cpu_count() or 1),
+        num_cpus=max(places + 1, os.cpu_count() or 1),
         include_dashboard=config.dashboard,
         dashboard_host=config.host,
         dashboard_port=config.dashboard_port if config.dashboard else None,
@@ -97,10 +98,14 @@ def _wait_a_little(started: float, timeout_s: float, what: str, say: Say) -> Non
     time.sleep(WAIT_S)
 
 
-def check_cluster(config: ClusterConfig) -> None:
-    """Raises UserError if no cluster can be had, or the dashboard's port is taken; before anything is written or started."""
+def check_cluster(config: ClusterConfig, ranks: int, apart: int = 0) -> None:
+    """Raises UserError if no cluster can be had, this machine has too few GPUs for `ranks` and `apart` engines on GPUs of their
+    own, or the dashboard's port is taken; before anything is written or started."""
     if config.slurm is not None and config.address is None:
         raise UserError("cluster=slurm is for `python -m launch.submit`, which starts this command inside a SLURM job")
+    gpus = torch.cuda.device_count()
+    if config.address is None and 0 < gpus < ranks + apart:
+        raise UserError(f"{_asked(ranks, apart)}, and this machine has {gpus}; {_way_out(apart)}")
     if not config.dashboard or config.address is not None:
         return
     taken = why_taken(config.host, config.dashboard_port)
@@ -126,22 +131,42 @@ def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]
     return tuple(choices)
 
 
-def choose_ranks(config: ClusterConfig) -> int:
+def choose_ranks(config: ClusterConfig, apart: int = 0) -> int:
     """How many ranks train: as asked, or one for each GPU of this machine (at most 2), or 2 on CPUs; in a SLURM job one for
-    each of its GPUs, or for each of its nodes.
+    each of its GPUs, or for each of its nodes. `apart` engines have GPUs of their own, which are no rank's.
 
     Raises:
-        UserError: the ranks do not divide evenly over the nodes.
+        UserError: the ranks do not divide evenly over the nodes, or there are too few GPUs.
     """
-    nodes = config.slurm.nodes if config.slurm is not None else len(config.nodes or ("here",))
+    slurm = config.slurm
+    nodes = slurm.nodes if slurm is not None else len(config.nodes or ("here",))
+    gpus = nodes * slurm.gpus_per_node if slurm is not None else torch.cuda.device_count()
     if config.ranks != "auto":
-        if config.ranks % nodes:
+        if config.ranks % nodes and not apart:
             raise UserError(f"cluster.ranks ({config.ranks}) does not divide evenly over {nodes} nodes; change either")
+        if slurm is not None and 0 < gpus < config.ranks + apart:
+            raise UserError(
+                f"{_asked(config.ranks, apart)}, and the job has {gpus} (cluster.slurm.nodes={nodes} x "
+                f"gpus_per_node={slurm.gpus_per_node}); ask for more, or {_way_out(apart)}"
+            )
         return config.ranks
-    if config.slurm is not None:
-        return nodes * max(1, config.slurm.gpus_per_node)
-    gpus = torch.cuda.device_count()
-    return min(gpus, MAX_AUTO_RANKS) if gpus else MAX_AUTO_RANKS
+    if slurm is None and config.address is not None:
+        apart = 0  # other machines have GPUs for them
+    if 0 < gpus <= apart:
+        raise UserError(f"{_asked(1, apart)} at least, and there are {gpus}; {_way_out(apart)}")
+    if slurm is not None:
+        return gpus - apart if gpus else nodes
+    return min(gpus - apart, MAX_AUTO_RANKS) if gpus else MAX_AUTO_RANKS
+
+
+def _asked(ranks: int, apart: int) -> str:
+    if not apart:
+        return f"cluster.ranks={ranks} needs as many GPUs"
+    return f"cluster.ranks={ranks} and rollout.engines={apart} with rollout.placement=separate need {ranks + apart} GPUs"
+
+
+def _way_out(apart: int) -> str:
+    return "lower either, or let them share GPUs with rollout.placement=colocated" if apart else "lower it"
 
 
 # ---------------------------------------------------------------- calling processes
@@ -222,15 +247,15 @@ def _is_large(value: Any) -> bool:
 # ---------------------------------------------------------------- surviving
 
 
-def run_attempts(config: ClusterConfig, ranks: int, attempt: Callable[[], None], stop: StopRequest, say: Say) -> None:
-    """Starts Ray, runs `attempt` until it ends without a lost process, and stops Ray, however it went."""
+def run_attempts(config: ClusterConfig, places: int, attempt: Callable[[], None], stop: StopRequest, say: Say) -> None:
+    """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went."""
 
     def unless_stopped() -> None:
         stop.obey("instead of another attempt")
         attempt()
 
     try:
-        start_ray(config, ranks, say)
+        start_ray(config, places, say)
         stop.listen()
         supervise(unless_stopped, config.max_restarts, say)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Pretraining:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
             Stopped: a signal asked for it; the last step is in a checkpoint.
         """
-        with Placement(self.config.cluster, self.ranks, engines=0, say=self.tracker.say) as placement:
+        with Placement(self.config.cluster, self.ranks, self.tracker.say) as placement:
             ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
             ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
             start = self._restore(ranks)
@@ -132,17 +133,24 @@ def start_ranks(
     memory: MemoryCheckpoints,
 ) -> Processes:
     """Trainer ranks that have met and built their part of the model."""
-    engines = f" and {placement.engines} engines" if placement.engines else ""
     hosts = dict.fromkeys(placement.hosts)
     where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
-    tracker.say(f"starting {placement.ranks} trainer ranks{engines}{where}")
+    tracker.say(f"starting {placement.processes}{where}")
+    ranks = meet(placement, spec, cluster, run.log_file, run.path / "refused")
+    memory.open(ranks, placement.node_ids)
+    return ranks
+
+
+def meet(
+    placement: Placement, spec: TrainerSpec, cluster: ClusterConfig, log_file: Callable[[str], Path], refused: Path | None
+) -> Processes:
+    """The ranks of `start_ranks`; `log_file`: name of a rank -> where it logs."""
     names = [f"trainer/{rank}" for rank in range(placement.ranks)]
-    logs = {name: run.log_file(name) for name in names}
+    logs = {name: log_file(name) for name in names}
     ranks = Processes({n: placement.actor(TrainWorker, n, rank, rank, logs[n]) for rank, n in enumerate(names)}, logs)
     host, port = ranks.call_first("serve", placement.hosts[0], cluster.start_timeout_s)
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
-    ranks.call("build", spec, run.path / "refused")
-    memory.open(ranks, placement.node_ids)
+    ranks.call("build", spec, refused)
     return ranks
 
 

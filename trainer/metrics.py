@@ -158,7 +158,7 @@ _DECLARED = (
     ),
     Metric("sync/version", "", "weight version", ".0f", "rounds whose updates the engines have received"),
     Metric("perf/tokens_per_s", "tokens/s", "tok/s", ",.0f", "learned tokens per second of the update, all ranks"),
-    Metric("perf/tokens_per_s_per_device", "tokens/s", "tok/s a device", ",.0f", "the same for each rank's device"),
+    Metric("perf/tokens_per_s_per_device", "tokens/s", "tok/s a device", ",.0f", "the same for each device that the run takes"),
     Metric(
         "perf/mfu",
         "share",

@@ -1,7 +1,7 @@
 """Where the processes of a run are placed, as a Ray placement group, and what is said while there is no place.
 
-Ranks are placed, with what they take of a node; engines of RL share the places of the ranks. A cluster may lose nodes: then the
-run waits for others, or goes on with fewer ranks where that is allowed.
+Ranks are placed, with what they take of a node; engines of RL share the places of the ranks, or have as many of their own. A
+cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed.
 """
 
 from __future__ import annotations
@@ -69,15 +69,38 @@ def _has_gpus(address: str | None) -> bool:
     return torch.cuda.is_available() if address is None else "GPU" in ray.cluster_resources()
 
 
-class Placement:
-    """One bundle for each trainer rank; engines share the ranks' bundles in turn. Freed at the end of the `with` block.
+def seats(nodes: Sequence[str], ranks: int) -> tuple[list[int], list[int]]:
+    """(the places of the ranks, the places that are left), by the node of every place.
 
-    Consecutive ranks share a node, and all of `cluster.nodes` get equally many. `choices`: how many ranks there may be, the
-    number that is wanted first; with less room for longer than `cluster.shrink_after_s`, as many of them as have a place.
+    Consecutive ranks share a node. As few nodes as can be get equally many each; where no number divides so, nodes are filled
+    one after another.
+    """
+    by_node: dict[str, list[int]] = {}
+    for place, node in enumerate(nodes):
+        by_node.setdefault(node, []).append(place)
+    fullest = sorted(by_node.values(), key=len, reverse=True)
+    for each in range(len(fullest[0]), 0, -1):
+        taken, rest = divmod(ranks, each)
+        if not rest and taken <= len(fullest) and len(fullest[taken - 1]) >= each:
+            chosen = [place for places in fullest[:taken] for place in places[:each]]
+            break
+    else:
+        chosen = [place for places in fullest for place in places][:ranks]
+    return chosen, [place for places in by_node.values() for place in places if place not in chosen]
+
+
+class Placement:
+    """A bundle, which is a place, for each trainer rank; engines share them in turn, or have as many of their own where they
+    are `separate`. Freed at the end of the `with` block.
+
+    `cluster.nodes` get equally many places each, and ranks take them as `seats` says. `choices`: how many ranks there may be,
+    the number that is wanted first; with less room for longer than `cluster.shrink_after_s`, as many of them as have a place.
     """
 
-    def __init__(self, config: ClusterConfig, choices: Sequence[int], engines: int, say: Say) -> None:
-        self.config, self.ranks, self.engines = config, choices[0], engines
+    def __init__(
+        self, config: ClusterConfig, choices: Sequence[int], say: Say, engines: int = 0, separate: bool = False
+    ) -> None:
+        self.config, self.ranks, self.engines, self.separate = config, choices[0], engines, separate
         self.actors: dict[str, Any] = {}
         self.on_gpu = _has_gpus(config.address)
         self.nodes = require_nodes(config.nodes) if config.nodes else []
@@ -85,19 +108,22 @@ class Placement:
         self._wait(choices, say)
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         node_of = placement_group_table(self.group)["bundles_to_node_id"]
-        order = list(node_of.values())
-        self.bundles = sorted(range(self.ranks), key=lambda index: (order.index(node_of[index]), index))  # of ranks
+        self.bundles, left = seats([node_of[bundle] for bundle in range(self._places(self.ranks))], self.ranks)  # of ranks
+        self.engine_bundles = left if separate else self.bundles
         self.node_ids = [node_of[bundle] for bundle in self.bundles]  # of ranks
         self.hosts = [addresses[node] for node in self.node_ids]  # of ranks
 
+    def _places(self, ranks: int) -> int:
+        return ranks + self.engines * self.separate
+
     def _reserve(self) -> PlacementGroup:
-        nodes, bundle = self.nodes, self._bundle()
-        pinned = [{f"node:{nodes[index * len(nodes) // self.ranks]}": 0.001} if nodes else {} for index in range(self.ranks)]
+        nodes, bundle, places = self.nodes, self._bundle(), self._places(self.ranks)
+        pinned = [{f"node:{nodes[index * len(nodes) // places]}": 0.001} if nodes else {} for index in range(places)]
         return placement_group([bundle | pin for pin in pinned], strategy="PACK")
 
     def _bundle(self) -> dict[str, float]:
-        """What a rank takes of its node, its engines included."""
-        bundle = {"CPU": 1.0 + -(-self.engines // self.ranks) * 0.01}
+        """What a place is of its node: of a rank with the engines that share it, or of either by itself."""
+        bundle = {"CPU": 1.0 if self.separate else 1.0 + -(-self.engines // self.ranks) * 0.01}
         if self.on_gpu:
             bundle["GPU"] = 1.0
         if self.config.gpu_type is not None:
@@ -105,7 +131,7 @@ class Placement:
         return bundle
 
     def _room(self) -> int:
-        """For how many ranks the nodes that are alive have what it takes, in use or not."""
+        """How many places the nodes that are alive have, in use or not."""
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return sum(min(int(one.get(kind, 0.0) / amount) for kind, amount in self._bundle().items()) for one in found)
 
@@ -113,20 +139,21 @@ class Placement:
         started = time.monotonic()
         while not (self.group.wait(WAIT_S) and self._answers()):
             waited, room = time.monotonic() - started, self._room()
-            state = f"{choices[0]} wanted, {self._found(room)}"
-            fewer = [ranks for ranks in choices if ranks <= room]
+            state = f"{self._places(choices[0])} wanted, {self._found(room)}"
+            fewer = [ranks for ranks in choices if self._places(ranks) <= room]
             if fewer and fewer[0] != self.ranks and waited > self.config.shrink_after_s:
                 remove_placement_group(self.group)
                 self.ranks = fewer[0]
                 say(f"going on with {self.ranks} trainer ranks (cluster.min_ranks): {state}")
                 self.group = self._reserve()
             else:
-                say(f"waiting for a place for {self.ranks} trainer ranks ({waited:.0f} s): {state}")
+                say(f"waiting for a place for {self.processes} ({waited:.0f} s): {state}")
             if waited > self.config.start_timeout_s:
                 remove_placement_group(self.group)
+                fewer_engines = " or rollout.engines" * self.separate
                 raise UserError(
-                    f"no place for the run after {waited:.0f} s: {state}. Add nodes, lower cluster.ranks, allow fewer with "
-                    "cluster.min_ranks, or wait for other runs to end"
+                    f"no place for the run after {waited:.0f} s: {state}. Add nodes, lower cluster.ranks{fewer_engines}, allow "
+                    "fewer with cluster.min_ranks, or wait for other runs to end"
                 )
 
     def _answers(self) -> bool:
@@ -136,7 +163,7 @@ class Placement:
         """
         if self.config.address is None or self.nodes:  # this machine, or nodes that have answered
             return True
-        places = [PlacementGroupSchedulingStrategy(self.group, index) for index in range(self.ranks)]
+        places = [PlacementGroupSchedulingStrategy(self.group, index) for index in range(self._places(self.ranks))]
         calls = [_probe(scheduling_strategy=place) for place in places]
         silent, alive, deadline = calls, nodes_alive(), time.monotonic() + ANSWER_S
         while silent and nodes_alive() == alive and time.monotonic() < deadline:
@@ -157,26 +184,35 @@ class Placement:
         nodes = ", ".join(names[:SHOWN_NODES]) + (f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else "")
         each = " and ".join(f"{amount:g} {kind}" for kind, amount in self._bundle().items())
         left = " and ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in self._bundle())
-        return f"room for {room} on the nodes that are alive ({nodes}); a rank takes {each}, free are {left}"
+        who = "a rank or an engine" if self.separate else "a rank"
+        return f"room for {room} on the nodes that are alive ({nodes}); {who} takes {each}, free are {left}"
+
+    @property
+    def processes(self) -> str:
+        """In words."""
+        engines = f" and {self.engines} engines{' in places of their own' * self.separate}" if self.engines else ""
+        return f"{self.ranks} trainer ranks{engines}"
 
     def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
-        """An actor of class `kind` named `name` beside rank `index` modulo the ranks; trainers get the larger half of a GPU.
+        """An actor of class `kind` named `name`, rank or engine `index`, in its place; of a GPU that they share ranks get the
+        larger half.
 
         One that has the name already is ended first.
         """
         self._end([name] if name in self.actors else [])
-        is_engine = not name.startswith("trainer/")
-        gpu_share = 0.0 if not self.on_gpu else (0.4 / -(-self.engines // self.ranks)) if is_engine else 0.6
+        is_engine, alone = not name.startswith("trainer/"), self.separate or not self.engines
+        gpu_share = 1.0 if alone else 0.4 / -(-self.engines // self.ranks) if is_engine else 0.6
+        beside = self._places(self.ranks) if self.separate else self.engines if is_engine else self.ranks
         asked = self.config.threads_per_rank
-        threads = max(1, (os.cpu_count() or 1) // (self.engines if is_engine else self.ranks)) if asked == "auto" else asked
-        bundle = self.bundles[index % self.ranks]
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        threads = max(1, (os.cpu_count() or 1) // beside) if asked == "auto" else asked
+        bundles = self.engine_bundles if is_engine else self.bundles
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundles[index % len(bundles)])
         self.actors[name] = (
             ray.remote(kind)
             .options(
                 name=name,
-                num_cpus=0.01 if is_engine else 1,
-                num_gpus=gpu_share,
+                num_cpus=1 if alone or not is_engine else 0.01,
+                num_gpus=gpu_share if self.on_gpu else 0.0,
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": self._environment(threads)},
             )

@@ -38,8 +38,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TRACES = "traces"
 State = Literal["running", "finished", "stopped", "failed"]
 # Options that may change when a run is resumed: they leave its numbers alone, up to rounding.
-HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.", "trace.")
+HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.", "trace.", "sync.")
 HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
+# Engines, how many and where: a sample's tokens are the same from any; without over-provision so is all else.
+HARMLESS |= {f"rollout.{name}" for name in ("engines", "placement", "engine_slots", "cache_tokens", "metrics_port")}
 HARMLESS_ENDINGS = ("checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
 
 

@@ -96,8 +96,10 @@ class Trainer(TrainerState):
 
     def _means(self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch) -> dict[str, float]:
         """Metrics of the global batch from this rank's weighted sums."""
-        means = {name: float(self.world.sum(total) / weight) for name, total in sorted(totals.items())}
-        return {**means, "train/tokens": int(self.world.sum((batch.weights_BS > 0).sum()))}
+        names = sorted(totals)
+        learned = (batch.weights_BS > 0).sum().double()
+        *sums, tokens = self.world.sum(torch.stack([*(totals[name] for name in names), learned])).tolist()  # one wait for all
+        return {name: total / float(weight) for name, total in zip(names, sums, strict=True)} | {"train/tokens": int(tokens)}
 
     def _gradients(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
@@ -192,8 +194,9 @@ class Trainer(TrainerState):
         `reference` is.
         """
         found: dict[str, list[Tensor]] = {}
+        batch = batch.to(self.world.device)  # at once, and the answers likewise, so that the host runs ahead of the device
         for start in range(0, batch.num_rows, self.spec.micro_rows):
-            micro = batch.rows(start, start + self.spec.micro_rows).to(self.world.device)
+            micro = batch.rows(start, start + self.spec.micro_rows)
             told: dict[str, Tensor | None] = {}
             if policy:
                 predicted, _ = self._forward(micro, self.weights)
@@ -203,8 +206,8 @@ class Trainer(TrainerState):
                 told["reference_logprobs"] = self._forward(micro, self.reference)[0].logprobs_BS
             for name, value_BS in told.items():
                 if value_BS is not None:
-                    found.setdefault(name, []).append(value_BS.cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                    found.setdefault(name, []).append(value_BS)
+        return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
     def _forward(
         self, batch: TrainBatch, weights: Weights, trunk: bool = True, noise: RouterNoise | None = None
@@ -217,7 +220,7 @@ class Trainer(TrainerState):
                 batch.tokens_BS,
                 positions_of(batch.documents_BS),
                 batch.documents_BS >= 0,
-                self._attend(batch.documents_BS),
+                self._attend(batch.documents_BS, batch.host_documents_BS),
                 [self._layer(layer, weights, calibrate) for layer in range(self.spec.model.num_moe_layers)],
                 weights.bias_LE,
                 recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
@@ -251,9 +254,10 @@ class Trainer(TrainerState):
         attend = self._attend(documents_BS)
         return self.model.last_attention(positions_of(documents_BS), attend, getattr(torch, self.spec.dtype))
 
-    def _attend(self, documents_BS: Tensor) -> Attend:
+    def _attend(self, documents_BS: Tensor, on_host_BS: Tensor | None = None) -> Attend:
         if self.spec.batch_invariant:
-            return BatchInvariantAttention(documents_BS, self.spec.model)
+            read_BS = documents_BS if on_host_BS is None else on_host_BS
+            return BatchInvariantAttention(read_BS, self.spec.model, documents_BS.device)
         return PackedAttention(documents_BS)
 
     def _balance(self, counts_LE: Tensor) -> dict[str, float | list[list[float]]]:

@@ -1,9 +1,10 @@
-"""The direct way of the weights: an engine reads what a rank on its own GPU has, and the other ranks broadcast theirs.
+"""The direct way of the weights: an engine reads what a rank within its reach has, and the other ranks broadcast theirs.
 
 A rank offers its pieces (weight_pieces.py). To engines on the same GPU it shows the memory itself (CUDA IPC), and they copy out
-of it into their own weights, once, at the rate of that GPU's memory. To the engines elsewhere it broadcasts, in a group of its
-own with them, in several where they share a GPU, because NCCL does not take two processes on one GPU into a group; on CPUs gloo
-does the same. Nothing is gathered or packed on a host. Small pieces travel together as one block.
+of it into their own weights, once, at the rate of that GPU's memory; so does an engine whose GPU NVLink joins to the rank's. To
+the engines elsewhere it broadcasts, in a group of its own with them, in several where they share a GPU, because NCCL does not
+take two processes on one GPU into a group; on CPUs gloo does the same. Nothing is gathered or packed on a host. Small pieces
+travel together as one block, packed while the large ones are under way; what was laid out for one version serves the next.
 
 Memory that was shown must not go before nobody reads it: the rank keeps it, since these are its weights. Where they have moved
 it shows the new place, and what was there is freed when the engines have let go. Weights must not change until all engines have
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from trainer.weight_pieces import Piece, Span, copy, is_small, put
+from parallel.peer_memory import gpu_name
+from trainer.weight_pieces import Piece, Span, copy, is_small
 from trainer.weights import ALIGNMENT, digests
 
 Block = Tensor  # of bytes
@@ -69,7 +72,20 @@ def close_group(group: Any, device: torch.device) -> None:
 
 def gpu_of(device: torch.device) -> str | None:
     """The name of a GPU, the same in all processes; None for a CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    return gpu_name(device) if device.type == "cuda" else None
+
+
+def opened(handles: bytes, device: torch.device) -> list[Block]:
+    """The blocks that a process shows, as memory of `device`, into which the driver maps those of another GPU. All that filled
+    them is done: a rank waits for its device before it offers."""
+    shown: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = pickle.loads(handles)
+    blocks = []
+    for rebuild, arguments in shown:
+        call = signature(rebuild).bind(*arguments)
+        # The other process counts GPUs as it sees them; and its event may be of a GPU that this one does not see.
+        call.arguments |= {"storage_device": device.index or 0, "event_sync_required": False}
+        blocks.append(rebuild(*call.args))
+    return blocks
 
 
 class Sender:
@@ -86,7 +102,7 @@ class Sender:
             close_group(group, self._device)
 
     def offer(self, pieces: Sequence[Piece], version: int, check: bool, here: Sequence[str], shareable: bool) -> Offer:
-        """Offers `pieces`, to the engines `here` by showing the memory, or a copy if it is not `shareable`."""
+        """Offers `pieces`, to the engines `here`, within reach, by showing the memory, or a copy if it is not `shareable`."""
         self._pieces = pieces
         shown_pieces = pieces if shareable or not here else self._copied(pieces)
         shown = {name: self._show(name, shown_pieces) for name in here}
@@ -102,10 +118,11 @@ class Sender:
         if not self._groups:
             return
         small, large = _sorted([piece.values_N for piece in self._pieces])
+        works = [work for group in self._groups for work in _broadcast(group, large)]
         block, views = _block_for(small, self._device)
         copy(small, views)
-        for group in self._groups:
-            _broadcast(group, [block, *large])
+        for work in [*works, *(work for group in self._groups for work in _broadcast(group, [block]))]:
+            work.wait()
         _wait(self._device)
 
     def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
@@ -131,12 +148,25 @@ class Sender:
         return Shown(handles, tuple(places))
 
 
+@dataclass(frozen=True)
+class Laid:
+    """What a rank offers and where it goes. Hundreds of views take a host as long as a GPU takes to copy what is in them, so
+    they are made once."""
+
+    spans: tuple[Span, ...]
+    places: tuple[tuple[int, int], ...]  # of what is shown; else empty, as `sources`
+    state: Mapping[str, Tensor]  # of whose tensors the targets are views
+    targets: list[Tensor]
+    sources: list[Tensor]
+
+
 class Receiver:
     """An engine's side. `groups`: rank -> the group in which it broadcasts to this engine."""
 
     def __init__(self, name: str, device: torch.device, groups: Mapping[int, Any]) -> None:
         self._name, self._device, self._groups = name, device, groups
-        self._blocks: dict[int, list[Block]] = {}  # of ranks on the same GPU
+        self._blocks: dict[int, list[Block]] = {}  # of ranks that show theirs
+        self._laid: dict[int, Laid] = {}
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -147,26 +177,36 @@ class Receiver:
         """Fills the tensors of a model from the offers of all ranks, in the order of the ranks, as all engines do."""
         for offer in offers:
             if self._name in offer.shown:
-                put(self._read(offer, offer.shown[self._name], state), state)
+                laid = self._opened(offer, offer.shown[self._name], state)
+                copy(laid.sources, laid.targets)
             else:
                 self._receive(offer, state)
         _wait(self._device)
 
-    def _read(self, offer: Offer, shown: Shown, state: Mapping[str, Tensor]) -> list[Piece]:
+    def _opened(self, offer: Offer, shown: Shown, state: Mapping[str, Tensor]) -> Laid:
+        """What a rank shows, as it was laid out before unless it lies elsewhere now."""
         if shown.handles is not None:
-            self._blocks.pop(offer.rank, None)  # lets go of the old ones first
-            opened: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = pickle.loads(shown.handles)
-            self._blocks[offer.rank] = [rebuild(*arguments) for rebuild, arguments in opened]
-        pieces = []
-        for span, (number, first) in zip(offer.spans, shown.places, strict=True):
-            own = span.of(state)
-            pieces.append(Piece(span, self._blocks[offer.rank][number][first : first + own.nbytes].view(own.dtype)))
-        return pieces
+            self._laid.pop(offer.rank, None)  # lets go of the old ones first
+            self._blocks.pop(offer.rank, None)
+            self._blocks[offer.rank] = opened(shown.handles, self._device)
+        return self._lay_out(offer, shown.places, state)
+
+    def _lay_out(self, offer: Offer, places: tuple[tuple[int, int], ...], state: Mapping[str, Tensor]) -> Laid:
+        laid = self._laid.get(offer.rank)
+        if laid is not None and laid.state is state and (laid.spans, laid.places) == (offer.spans, places):
+            return laid
+        targets, sources = [span.of(state) for span in offer.spans], list[Tensor]()
+        for own, (number, first) in zip(targets, places, strict=False):  # no places where nothing is shown
+            sources.append(self._blocks[offer.rank][number][first : first + own.nbytes].view(own.dtype))
+        self._laid[offer.rank] = Laid(offer.spans, places, state, targets, sources)
+        return self._laid[offer.rank]
 
     def _receive(self, offer: Offer, state: Mapping[str, Tensor]) -> None:
-        small, large = _sorted([span.of(state) for span in offer.spans])
+        small, large = _sorted(self._lay_out(offer, (), state).targets)
+        works = _broadcast(self._groups[offer.rank], large)
         block, views = _block_for(small, self._device)
-        _broadcast(self._groups[offer.rank], [block, *large])
+        for work in [*works, *_broadcast(self._groups[offer.rank], [block])]:
+            work.wait()
         copy(views, small)
 
 
@@ -196,12 +236,11 @@ def _block_for(values: Sequence[Tensor], device: torch.device) -> tuple[Block, l
     return block, [block[at : at + one.nbytes].view(one.dtype) for at, one in zip(offsets, values, strict=True)]
 
 
-def _broadcast(group: Any, blocks: Sequence[Block]) -> None:
+def _broadcast(group: Any, blocks: Sequence[Block]) -> list[Any]:
+    """Under way from member 0; on a GPU, waiting for it keeps the stream and not the host."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    works = [group.broadcast([block.view(torch.uint8)], options) for block in blocks if block.numel()]
-    for work in works:
-        work.wait()
+    return [group.broadcast([block.view(torch.uint8)], options) for block in blocks if block.numel()]
 
 
 def _wait(device: torch.device) -> None:

@@ -44,11 +44,11 @@ def shared_pieces(model: Transformer, bias_LE: Tensor) -> list[Piece]:
 
 def expert_pieces(experts: ExpertShards) -> list[Piece]:
     """What this rank owns."""
-    places = [layer * experts.arena.shape.experts + expert for layer, expert in experts.own]
+    found = runs([layer * experts.arena.shape.experts + expert for layer, expert in experts.own])
     pieces = []
     for part, rows in zip(PARTS, experts.arena.rows, strict=True):
         size = rows[0].numel()
-        for row, first, count in runs(places):
+        for row, first, count in found:
             values_N = rows[row : row + count].view(-1)
             pieces.append(Piece(Span(f"experts.{part}", first * size, count * size), values_N))
     return pieces

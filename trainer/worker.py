@@ -25,6 +25,7 @@ from torch.profiler import record_function
 from kernels.errors import UserError
 from kernels.rows import LANE
 from parallel.expert_shards import PARTS
+from parallel.peer_memory import nvlinks
 from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
@@ -268,8 +269,16 @@ class TrainWorker:
         """(this rank's GPU, where the store is in which ranks meet)."""
         return gpu_of(self.world.device), self.meeting
 
+    def reached_by(self, gpus: Sequence[str]) -> list[str]:
+        """Those of these GPUs, other than its own, that can copy from this rank's weights where they are. What ranks read in
+        place among themselves no other process can open."""
+        own = gpu_of(self.world.device)
+        if own is None or self.trainer.experts.arena.peer_memory:
+            return []
+        return [gpu for gpu, found in nvlinks(own, gpus).items() if found]
+
     def offer(self, version: int, check: bool, here: Sequence[str]) -> Offer:
-        """What this rank has of the weights, in the dtype that it computes with; `here`: the engines on this GPU.
+        """What this rank has of the weights, in the dtype that it computes with; `here`: the engines that it shows them to.
 
         They must not change before all engines have them. Rank 0 has the dense ones, and everybody the experts that it owns.
         """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,15 +25,15 @@ from launch.benchmarks.models import ModelOptions, floor_bytes
 from launch.benchmarks.options import Listed, OneOrMore
 from launch.benchmarks.record import one_row
 from rl.april import Prompts, Score, rollout_round, submitted_groups
-from rl.engine.engine import Engine, EngineSettings, Row
+from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
+from rl.engine.rows import Row
 from rl.engine.sampler import Sampling
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RolloutConfig
 from trainer.estimate import vocab_size
 from trainer.model.transformer import LanguageModel
-from trainer.weight_pieces import Piece, put
 
 CONF = Path(__file__).parents[2] / "conf"
 SIGMA = 1.0  # of the logarithm of a length: the expected longest of 256 is exp(2.8) = 16 times the median
@@ -129,11 +129,6 @@ class ForcedEngine(Engine):
         self.recomputed_tokens = 0
         self.context_tokens = 0  # whose keys the decoded tokens needed, each its own
 
-    def load_pieces(self, pieces: Iterable[Piece], version: int) -> None:
-        """All weights, from where they lie in this process."""
-        with self._between_versions(version):
-            put(pieces, self._model.state())
-
     def _status(self, row: Row) -> Status:
         self.decoded_tokens += 1
         self.context_tokens += len(row.ids)
@@ -205,9 +200,12 @@ def sweep(
 def forced_engine(
     options: RoundOptions, model: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype
 ) -> ForcedEngine:
+    return ForcedEngine(model, engine_settings(options, slots), device, dtype, options)
+
+
+def engine_settings(options: RoundOptions, slots: int) -> EngineSettings:
     length, sampling = options.prompt + options.longest + 1, Sampling(temperature=1.0, seed=options.seed)
-    settings = EngineSettings(slots, length, options.longest + 1, None, sampling, NO_TOKEN)
-    return ForcedEngine(model, settings, device, dtype, options)
+    return EngineSettings(slots, length, options.longest + 1, None, sampling, NO_TOKEN)
 
 
 def run_rounds(

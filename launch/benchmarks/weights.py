@@ -1,8 +1,9 @@
 """`python -m launch.bench weights`: how long new weights take from a rank to an engine, and how small changes become.
 
-shown: the engine is another process on the rank's GPU and copies what the rank shows it. broadcast: it is on another GPU, or on
-a CPU. Both from the offer to the engine's answer (trainer/weight_links.py), Ray's calls left out. packed: into one block on the
-host and out of it, as for the object store, within one process. Then changes (trainer/weight_delta.py) of random places.
+shown: the engine is another process, on the rank's GPU or on one that NVLink joins to it, and copies what the rank shows it.
+broadcast: it is on another GPU, or on a CPU. Both from the offer to the engine's answer (trainer/weight_links.py), Ray's calls
+left out. packed: into one block on the host and out of it, as for the object store, within one process. Then changes
+(trainer/weight_delta.py) of random places.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.distributed import TCPStore
 from launch.benchmarks.models import ModelOptions, model_config, random_weights
 from launch.benchmarks.options import Listed
 from launch.benchmarks.timing import Ceilings
+from parallel.peer_memory import gpu_name, nvlinks
 from parallel.topology import serve_store
 from trainer.config.model import ModelConfig
 from trainer.model.transformer import LanguageModel
@@ -75,15 +77,25 @@ def measure(
         model = random_weights(config, device, dtype, options.seed)
         work = f"weights of {name}"
         repeats = options.repeats or REPEATS
-        targets = [torch.device("cuda", index) for index in range(min(2, torch.cuda.device_count()))] or [torch.device("cpu")]
-        for target in targets:
-            shown = target.type == "cuda" and target.index == (device.index or 0)
+        for target, shown in ways(device):
             nbytes, ms = transfer(model, device, target, shown, repeats)
-            share = 2 * nbytes / ms / ceilings.copy_tbytes / 1e9 if shown else None
+            here = shown and target.index == (device.index or 0)
+            share = 2 * nbytes / ms / ceilings.copy_tbytes / 1e9 if here else None
             yield Transfer(work, f"{'shown' if shown else 'broadcast'} to {target}", nbytes, ms, share)
         packed, ms = through_host(model)
         yield Transfer(work, "packed and read", packed.nbytes, ms, None)
         yield from changes(packed, options, work)
+
+
+def ways(device: torch.device) -> list[tuple[torch.device, bool]]:
+    """(device of the engine, whether it copies what it is shown), of this machine."""
+    if device.type == "cpu":
+        return [(device, False)]
+    found, others = [(torch.device("cuda", device.index or 0), True)], range(1, min(2, torch.cuda.device_count()))
+    for other in (torch.device("cuda", index) for index in others):
+        linked = nvlinks(gpu_name(device), [gpu_name(other)])[gpu_name(other)]
+        found += [(other, True)] * linked + [(other, False)]
+    return found
 
 
 def through_host(model: LanguageModel) -> tuple[PackedTensors, float]:

@@ -14,16 +14,17 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.errors import UserError
 from kernels.ragged import PAGE_TOKENS, ragged
-from rl.engine.decoder import Decoder, RowState, Step
+from rl.engine.decoder import Decoder, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.metrics import EngineState
+from rl.engine.rows import Row, next_chunk
 from rl.engine.sampler import Sampling
 from rl.engine.stops import Stops
 from rl.routed_experts import RoutedExperts
@@ -82,28 +83,6 @@ class Receipt:
     check_s: float | None  # of hashing, the trainer's part included; None where nothing was to be checked
 
 
-@dataclass(eq=False)
-class Row:
-    """A sample in a slot."""
-
-    sample: Sample
-    ids: list[int]  # prompt and response
-    pages: list[int]
-    cached: int  # tokens of `ids` whose keys are in the pages, or on their way there
-    tail: bytes  # of the turn's text, where a stop string may have begun
-    tokens: list[int] = field(default_factory=list)  # generated since it was submitted
-    logprobs: list[float] = field(default_factory=list)
-    status: Status = "partial"
-
-    @property
-    def generated(self) -> int:
-        return self.sample.length + len(self.tokens)
-
-    @property
-    def state(self) -> RowState:
-        return RowState(self.ids[-1], self.sample.uid, len(self.ids) - 1, self.generated)
-
-
 class Engine:
     """Generates for samples under one set of weights at a time. Not thread-safe."""
 
@@ -124,6 +103,7 @@ class Engine:
             )
         self._settings, self._device = settings, device
         self._model = _unset_model(config, device, dtype)
+        self._weights = self._model.state()  # these very tensors for good: graphs read them, and receivers know them again
         pages = 1 + -(-tokens // page)
         self._cache = PagedCache(config, pages, device, dtype, settings.record_routing)
         self._pages = PageTable(pages, page)
@@ -164,19 +144,19 @@ class Engine:
             if update.weights.base != self._version:
                 raise RuntimeError(f"changes from version {update.weights.base}, but this engine has {self._version}")
             with self._between_versions(update.version):
-                apply(update.weights, self._model.state())
+                apply(update.weights, self._weights)
         else:
             self.load_weights(unpack(update.weights), update.version)
         share = update.weights.changed_share if isinstance(update.weights, WeightDelta) else None
         started = time.perf_counter()
         if update.digests is None:
             return Receipt(update.nbytes, share, None)
-        self._check(update.version, update.digests, digests(self._model.state()))
+        self._check(update.version, update.digests, digests(self._weights))
         return Receipt(update.nbytes, share, update.hashing_s + time.perf_counter() - started)
 
     def take(self, offers: Sequence[Offer], receiver: Receiver) -> Receipt:
         """Takes what all ranks offer, which together is all weights, as `receive` does."""
-        version, state = offers[0].version, self._model.state()
+        version, state = offers[0].version, self._weights
         with self._between_versions(version):
             receiver.take(offers, state)
         nbytes, started = sum(offer.nbytes for offer in offers), time.perf_counter()
@@ -253,13 +233,13 @@ class Engine:
     def _should_change_rows(self) -> bool:
         """Whether rows that are done leave and rows whose prefix is in the cache enter; then the device waits for the host."""
         idle = sum(row.status != "partial" for row in self._rows)
-        ready = bool(self._filling) and self._filling[0].cached >= len(self._filling[0].ids) - 1
+        ready = bool(self._filling) and not self._filling[0].to_fill
         return ready or idle > len(self._rows) // IDLE_SHARE
 
     def _change_rows(self) -> None:
         self._look(then=None)
         self._remove_done()
-        while self._filling and self._filling[0].cached >= len(self._filling[0].ids) - 1:
+        while self._filling and not self._filling[0].to_fill:
             self._rows.append(self._filling.popleft())
         self._set_rows()
 
@@ -391,38 +371,17 @@ class Engine:
 
     def _prefill(self) -> None:
         """One chunk: up to PREFILL_TOKENS tokens of the prefixes that are not in the cache, in the order of the queue."""
-        chunk: list[tuple[Row, int]] = []
-        room = PREFILL_TOKENS
-        for row in self._filling:
-            count = min(room, len(row.ids) - 1 - row.cached)
-            if count > 0:
-                chunk.append((row, count))
-                room -= count
-            if not room:
-                break
-        if not chunk:
+        chunk = next_chunk(self._filling, self._pages, PREFILL_TOKENS)
+        if chunk is None:
             return
-        tokens, positions, places = list[int](), list[int](), list[int]()
-        page = self._pages.page_tokens
-        for row, count in chunk:
-            span = range(row.cached, row.cached + count)
-            tokens += row.ids[row.cached : row.cached + count]
-            positions += span
-            places += [row.pages[place // page] * page + place % page for place in span]
-            row.cached += count
-        lengths = [row.cached for row, _ in chunk]
-        table = torch.zeros(len(chunk), self._pages.pages_for(max(lengths)), dtype=torch.int32)
-        for index, (row, _) in enumerate(chunk):
-            own = row.pages[: table.shape[1]]
-            table[index, : len(own)] = torch.tensor(own, dtype=torch.int32)
         config, device = self._model.config, self._device
         shared = config.num_heads // config.num_kv_heads
-        spans = ragged([count for _, count in chunk], lengths, table.to(device), shared, device)
-        inputs = torch.tensor([tokens, positions, places], device=device)
+        spans = ragged(chunk.counts, chunk.lengths, chunk.table_NP.to(device), shared, device)
+        inputs = torch.tensor([chunk.tokens, chunk.positions, chunk.places], device=device)
         output = self._model.forward(
             inputs[:1],
             inputs[1:2],
-            torch.ones(1, len(tokens), dtype=torch.bool, device=device),
+            torch.ones(1, len(chunk.tokens), dtype=torch.bool, device=device),
             PagedAttention(self._cache, spans, inputs[2]),
         )
         self._cache.record(inputs[2], output.experts_LTK)

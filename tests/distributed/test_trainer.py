@@ -98,7 +98,11 @@ def own_state(trainer: Trainer, with_moments: bool = False) -> dict[str, Tensor]
 
 def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     trainer = Trainer(spec, world)
-    return learn(trainer, world, 0, STEPS), own_state(trainer)
+    history = learn(trainer, world, 0, STEPS)
+    assert trainer.experts.arena.attention is None, (
+        "what is timed is known by now, or nobody asks; on a GPU events would pile up"
+    )
+    return history, own_state(trainer)
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ def shuffled(roles: list[str]) -> list[str]:
     return chosen[: KILLS or len(roles)]
 
 
-def kill_at_random(command: list[str], run_dir: Path, roles: list[str]) -> str:
+def kill_at_random(command: list[str], run_dir: Path, roles: list[str], again: list[str] | None = None) -> str:
     """Runs a command and kills the process of each of the roles, some steps after the last one; what all its drivers said.
 
-    The command has resume=auto. Step (len(roles) + 1) * APART is after all of them.
+    The command has resume=auto, and so has `again`, which takes its place once a driver was killed. Step
+    (len(roles) + 1) * APART is after all of them.
     """
     moments = random.Random(SEED)
     log = run_dir.with_suffix(".log")
@@ -48,7 +49,7 @@ def kill_at_random(command: list[str], run_dir: Path, roles: list[str]) -> str:
                 process.wait()
                 _, left = psutil.wait_procs(ours, timeout=60)
                 assert len(ours) >= 4 and not left, f"processes of the killed driver are still there: {left}"
-                process = start(*command, stdout=out)
+                process = start(*(again or command), stdout=out)
             else:
                 wait_for_process(role, process.pid).kill()
         finish(process)

@@ -50,10 +50,12 @@ def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
         ),
         *("rollout.max_new_tokens=24", "rollout.groups=3", "loop.eval_every=3", "loop.sequence_length=64", "logger.wandb=off"),
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
-        *("cluster.ranks=1", "rollout.engines=2", f"cluster.max_restarts={len(ROLES)}", "resume=auto"),
+        *("cluster.ranks=1", f"cluster.max_restarts={len(ROLES)}", "resume=auto"),
     ]
-    finish(start(*command, "run_name=whole"), timeout_s=200 + 30 * len(ROLES))
-    said = kill_at_random([*command, "run_name=killed"], tmp_path / "runs" / "killed", ROLES)
+    finish(start(*command, "rollout.engines=2", "run_name=whole"), timeout_s=200 + 30 * len(ROLES))
+    killed_run = [*command, "run_name=killed"]
+    more = [*killed_run, "rollout.engines=3", "rollout.placement=separate"]  # resumed with more engines, and elsewhere
+    said = kill_at_random([*killed_run, "rollout.engines=2"], tmp_path / "runs" / "killed", ROLES, again=more)
     whole, killed = records(tmp_path / "runs" / "whole"), records(tmp_path / "runs" / "killed")
     context = f"TESSERA_KILLS_SEED={SEED}: {', '.join(ROLES)}\n{said}"
     assert [record["step"] for record in killed] == [record["step"] for record in whole] == list(range(ROUNDS + 1)), context
@@ -62,4 +64,5 @@ def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
         assert {key: found[key] for key in told} == {key: expected[key] for key in told}, f"round {found['step']}, {context}"
     assert all(record["train/grad_norm"] > 0 for record in whole[1:]), "there was something to learn"
     assert said.count("trainer/0 died") == ROLES.count("trainer/0"), context
+    assert ("1 trainer ranks and 3 engines in places of their own" in said) == ("driver" in ROLES), context
     assert ("engine/0 died" in said) == ("engine/0" in ROLES), context

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from parallel.peer_memory import nvlinks
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_weight_links import pieces_and_whole
@@ -40,6 +41,7 @@ def pieces_of(model: LanguageModel) -> list[Piece]:
 
 def take_all(connection: Connection, device: torch.device) -> None:
     """Answers every offer with the hashes of what the engine has then."""
+    torch.cuda.set_device(device)
     state = model_of(1, device).state()
     receiver = Receiver(ENGINE, device, {})
     connection.send(gpu_of(device))
@@ -53,14 +55,26 @@ def changed(model: LanguageModel) -> None:
         tensor += 0.5
 
 
-@pytest.mark.parametrize("shareable", [True, False], ids=["weights", "copy"])
-def test_an_engine_on_the_same_gpu_copies_what_it_is_shown(shareable: bool) -> None:
-    device = torch.device("cuda", 0)
+WAYS = [pytest.param(0, True, id="weights"), pytest.param(0, False, id="copy"), pytest.param(1, True, id="nvlink", marks=two)]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["sees all GPUs", "sees its own"])
+@pytest.mark.parametrize(("target", "shareable"), WAYS)
+def test_an_engine_copies_what_it_is_shown(target: int, shareable: bool, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same GPU and over NVLink; as under Ray, which shows a process its own GPU alone, and otherwise."""
+    device, other = torch.device("cuda", 0), torch.device("cuda", target)
+    name = gpu_of(other)
+    if target and not nvlinks(str(gpu_of(device)), [str(name)])[str(name)]:
+        pytest.skip("NVLink does not join these GPUs")
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=take_all, args=(theirs, device), daemon=True)
-    child.start()
-    assert ours.recv() == gpu_of(device), "both call it alike"
+    with monkeypatch.context() as patched:
+        if alone:
+            patched.setenv("CUDA_VISIBLE_DEVICES", str(name))
+        seen = torch.device("cuda", 0) if alone else other
+        child = context.Process(target=take_all, args=(theirs, seen), daemon=True)
+        child.start()
+    assert ours.recv() == name, "both call it alike"
     model, sender = model_of(0, device), Sender(0, device, [])
     handles, before = list[bool](), 0
     for version in range(5):

@@ -133,7 +133,7 @@ class CompletionServer:
         """The first token's choice of a reply that is not a stream, with the likeliest in `top_logprobs`."""
         tokens = torch.tensor([body["prompt"]])
         documents = torch.zeros(tokens.shape, dtype=torch.int32)
-        attend = BatchInvariantAttention(documents, self.model.config)
+        attend = BatchInvariantAttention(documents, self.model.config, documents.device)
         logits = self.model.logits(tokens, positions_of(documents), documents >= 0, attend)[:, -1]
         sampling = Sampling(
             body["temperature"], 0, None if body["top_k"] == -1 else body["top_k"], body["top_p"], body["min_p"]

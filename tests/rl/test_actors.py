@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from kernels.errors import UserError
 from rl.actors import EngineActor, Patience, RayPool, sync_metrics
 from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings, Receipt
@@ -23,7 +24,7 @@ from trainer.cluster import Processes, ProcessLost, start_ray
 from trainer.config.rl import SyncConfig
 from trainer.config.run import ClusterConfig
 from trainer.model.transformer import LanguageModel
-from trainer.places import REPOSITORY
+from trainer.places import REPOSITORY, Placement
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 from trainer.worker import TrainWorker
@@ -203,6 +204,22 @@ def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_repl
     pool.drain()
     assert pool.load_weights(ranks, 3, config)["sync/version"] == 3
     assert all(set(sample.versions) == {3} for sample in complete(pool, samples(4), 40))
+
+
+def test_engines_have_places_of_their_own_or_those_of_the_ranks(cluster: None, tmp_path: Path) -> None:
+    config, said = ClusterConfig(**CLUSTER), list[str]()
+    for separate in (False, True):
+        with Placement(config, (2,), said.append, engines=2, separate=separate) as placement:
+            names = [("trainer/0", 0), ("trainer/1", 1), ("engine/0", 0), ("engine/1", 1)]
+            found = Processes({name: placement.actor(ScriptedRank, name, index, index) for name, index in names})
+            assert sorted(placement.bundles + placement.engine_bundles) == ([0, 1, 2, 3] if separate else [0, 0, 1, 1])
+            assert found.call("pid") == [0] * 4, "each has what it takes"
+            assert placement.processes == "2 trainer ranks and 2 engines" + " in places of their own" * separate
+    crowded = config.model_copy(update={"start_timeout_s": 1.0, "gpu_type": "H100"})
+    each = "a rank or an engine takes 1 CPU and 0.001 accelerator_type:H100"
+    with pytest.raises(UserError, match=rf"no place .*: 20 wanted, room for 0 on .* {each}.*rollout.engines"):
+        Placement(crowded, (12,), said.append, engines=8, separate=True)
+    assert "waiting for a place for 12 trainer ranks and 8 engines in places of their own" in said[-1]
 
 
 def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(cluster: None, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         server_reload=None,
         server_timeout_s=300.0,
         server_retries=4,
+        placement="colocated",
     )
     return RolloutConfig(**(options | changes))
 

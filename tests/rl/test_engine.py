@@ -83,7 +83,7 @@ def trainer_logprobs(model: LanguageModel, samples: list[Sample], length: int = 
             batch.tokens_BS.to(device),
             positions_of(documents_BS),
             documents_BS >= 0,
-            BatchInvariantAttention(documents_BS, model.config),
+            BatchInvariantAttention(documents_BS, model.config, documents_BS.device),
         )
         targets_S = batch.targets_BS[0].to(device)
         logprobs, _ = token_logprobs(output.hidden_BSD[0], model.dense.head_VD, targets_S, temperature=TEMPERATURE)

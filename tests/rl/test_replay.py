@@ -45,7 +45,7 @@ def model() -> LanguageModel:
 
 
 def forward(model: LanguageModel, tokens_BS: Tensor, documents_BS: Tensor, recorded_BSLK: Tensor | None = None) -> Output:
-    attend = BatchInvariantAttention(documents_BS, model.config)
+    attend = BatchInvariantAttention(documents_BS, model.config, documents_BS.device)
     arguments = (tokens_BS, positions_of(documents_BS), documents_BS >= 0, attend, model.experts.layers(), model.bias_LE)
     return model.dense(*arguments, recorded_BSLK=recorded_BSLK)  # type: ignore[no-any-return]
 

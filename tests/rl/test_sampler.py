@@ -115,7 +115,7 @@ def distribution(model: LanguageModel, item: Sample, sampling: Sampling) -> torc
     """(response tokens, V): log-probabilities of what the engine may draw, from the trainer's forward pass."""
     ids = torch.tensor([[*item.prompt_ids, *item.response_ids][:-1]])
     documents = torch.zeros_like(ids, dtype=torch.int32)
-    attend = BatchInvariantAttention(documents, model.config)
+    attend = BatchInvariantAttention(documents, model.config, documents.device)
     hidden = model.forward(ids, positions_of(documents), documents >= 0, attend).hidden_BSD[0, -item.length :]
     return kept(product(hidden, model.dense.head_VD, torch.float32) / sampling.temperature, sampling).log_softmax(-1)
 

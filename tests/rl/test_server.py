@@ -414,6 +414,7 @@ def test_a_key_of_the_environment_is_sent(model: LanguageModel, monkeypatch: pyt
         (["rollout.over_provision=1.5"], r"long samples would never end; set rollout=sync, or name rollout.server_reload"),
         (["rollout.overlap=true"], r"set rollout=sync, or name rollout.server_reload"),
         (["rollout.server=localhost:8000"], r"rollout.server"),
+        (["rollout.placement=separate"], r"separate gives GPUs to our engines, and rollout.server is another"),
     ],
 )
 def test_options_that_do_not_go_with_a_server_are_refused(arguments: list[str], message: str) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import load
 from trainer.cluster import ProcessLost, check_cluster, choose_ranks, rank_choices, supervise
 from trainer.config.run import ClusterConfig, PretrainConfig
+from trainer.places import seats
 from trainer.worker import check_division
 
 
@@ -63,8 +68,8 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
-            check_cluster(cluster(dashboard=True, dashboard_port=port))
-        check_cluster(cluster(dashboard=False, dashboard_port=port))
+            check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
+        check_cluster(cluster(dashboard=False, dashboard_port=port), 1)
 
 
 def test_ranks_are_as_asked() -> None:
@@ -116,8 +121,45 @@ def test_ranks_divide_evenly_over_nodes() -> None:
 
 def test_a_slurm_cluster_outside_a_job_is_a_message() -> None:
     with pytest.raises(UserError, match=r"cluster=slurm is for `python -m launch.submit`"):
-        check_cluster(slurm())
-    check_cluster(slurm().model_copy(update={"address": "10.0.0.1:20001"}))
+        check_cluster(slurm(), 1)
+    check_cluster(slurm().model_copy(update={"address": "10.0.0.1:20001"}), 1)
+
+
+def test_engines_apart_need_gpus_that_no_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is started, with what is there and what is asked for."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [choose_ranks(cluster(), apart) for apart in (0, 2, 3)] == [2, 2, 1]
+    with pytest.raises(
+        UserError, match=r"ranks=1 and rollout.engines=4 with rollout.placement=separate need 5 GPUs at least.*4"
+    ):
+        choose_ranks(cluster(), 4)
+    check_cluster(cluster(), 2, apart=2)
+    check_cluster(cluster(address="auto"), 8, apart=2)  # other machines may have more
+    with pytest.raises(UserError, match=r"ranks=3 and rollout.engines=2 .* need 5 GPUs, and this machine has 4; lower either"):
+        check_cluster(cluster(), 3, apart=2)
+    with pytest.raises(UserError, match=r"cluster.ranks=5 needs as many GPUs, and this machine has 4; lower it"):
+        check_cluster(cluster(), 5)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_cluster(cluster(), 3, apart=2)  # processes on CPUs
+    assert choose_ranks(slurm(nodes=2, gpus_per_node=8), 3) == 13
+    assert choose_ranks(slurm(nodes=2, gpus_per_node=0), 3) == 2
+    assert choose_ranks(slurm(nodes=2, gpus_per_node=8).model_copy(update={"ranks": 5}), 3) == 5
+    with pytest.raises(UserError, match=r"need 20 GPUs, and the job has 16 \(cluster.slurm.nodes=2 x gpus_per_node=8\)"):
+        choose_ranks(slurm(nodes=2, gpus_per_node=8).model_copy(update={"ranks": 12}), 8)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=24), st.data())
+def test_ranks_share_as_few_nodes_as_can_be_evenly(nodes: list[str], data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(1, len(nodes)))
+    taken, left = seats(nodes, ranks)
+    assert sorted(taken + left) == list(range(len(nodes))) and len(taken) == ranks
+    where = [nodes[place] for place in taken]
+    assert len(list(itertools.groupby(where))) == len(set(where)), "consecutive ranks share a node"
+    sizes, own = Counter(nodes), Counter(where)
+    even = [count for count in range(1, ranks + 1) if ranks % count == 0]
+    possible = [n for n in even if sum(size >= ranks // n for size in sizes.values()) >= n]
+    if possible:
+        assert set(own.values()) == {ranks // possible[0]} and len(own) == possible[0]
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,15 @@ def test_blocks_for_the_exchange_are_there_unless_ranks_send_messages() -> None:
     ("options", "on_gpu", "expected"),
     [
         ([], False, ["through the object store\n"]),
-        ([], True, ["to the engines directly"]),
+        ([], True, ["engines 1, on the ranks' GPUs", "to the engines directly"]),
+        (["rollout.placement=separate"], True, ["engines 1, each on a GPU of its own", "to the engines directly"]),
         (["sync.transport=store"], True, ["through the object store\n"]),
         (["sync=delta"], True, ["through the object store every 32 rounds", "host    {both} of rank 0's memory at a sync"]),
     ],
 )
-def test_the_plan_of_rl_says_how_weights_reach_the_engines(options: list[str], on_gpu: bool, expected: list[str]) -> None:
+def test_the_plan_of_rl_says_where_engines_are_and_how_weights_reach_them(
+    options: list[str], on_gpu: bool, expected: list[str]
+) -> None:
     size = 2 * parameter_counts(MODEL).total
     config = load(RLConfig, "rl", ["checkpoint=x", *options])
     text = "\n".join(budget_lines(config, MODEL, 2, "bfloat16", "asked", on_gpu))

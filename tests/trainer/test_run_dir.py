@@ -105,6 +105,15 @@ def test_resume_refuses_options_that_change_the_numbers_and_lists_them_all(tmp_p
     assert read_status(tmp_path / "mine")["attempt"] == 1
 
 
+def test_rl_goes_on_with_other_engines_elsewhere(tmp_path: Path) -> None:
+    common = [f"runs_dir={tmp_path}", "checkpoint=a", "run_name=mine"]
+    RunDir.open(load(RLConfig, "rl", common), "rl").close("stopped")
+    other = ["rollout.engines=3", "rollout.placement=separate", "rollout.engine_slots=7", "sync=delta", "sync.check=true"]
+    assert RunDir.open(load(RLConfig, "rl", [*common, "resume=auto", *other]), "rl").attempt == 2
+    with pytest.raises(UserError, match=r"rollout.max_staleness: 3 in the run, 4 now"):
+        RunDir.open(load(RLConfig, "rl", [*common, "resume=auto", *other, "rollout.max_staleness=4"]), "rl")
+
+
 def test_resume_allows_what_leaves_the_numbers_alone(tmp_path: Path) -> None:
     finished(tmp_path, "run_name=mine")
     arguments = [

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
+from tests.models import random_batch
 from trainer.stream import TokenArray, TokenStream
 
 BOS, EOS = 90, 91
@@ -115,3 +116,12 @@ def test_less_than_one_row_is_an_error() -> None:
     TokenStream(array, 10, 0, BOS, EOS)
     with pytest.raises(UserError, match=r"has 11 tokens .*sequence_length=11 needs 12; lower sequence_length to at most 10 or"):
         TokenStream(array, 11, 0, BOS, EOS)
+
+
+def test_a_batch_on_a_device_has_its_documents_on_the_host_too() -> None:
+    batch = random_batch(0)
+    moved = batch.to(torch.device("meta"))
+    assert moved.tokens_BS.is_meta and moved.documents_BS.is_meta
+    part = moved.rows(2, 5)
+    assert part.tokens_BS.shape == (3, 12) and part.host_documents_BS is not None
+    assert torch.equal(part.host_documents_BS, batch.documents_BS[2:5])

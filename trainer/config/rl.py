@@ -53,6 +53,9 @@ class RolloutConfig(Record):
     include_stop: bool  # whether the task sees the string that ended the text
     replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
+    # colocated: engines share the ranks' GPUs; separate: each has one of its own, so that ranks and engines never take each
+    # other's time or memory, which rollout.overlap is made for.
+    placement: Literal["colocated", "separate"]
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
@@ -62,6 +65,11 @@ class RolloutConfig(Record):
     server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
     server_retries: int = Field(ge=0)  # requests in a row that bring no token
+
+    @property
+    def engines_apart(self) -> int:
+        """Engines that have GPUs of their own."""
+        return self.engines if self.placement == "separate" else 0
 
 
 class SyncConfig(Record):
@@ -215,6 +223,11 @@ class RLConfig(RunConfig):
         return self
 
     def _consistent_with_server(self) -> None:
+        if self.rollout.placement == "separate":
+            raise ValueError(
+                "rollout.placement=separate gives GPUs to our engines, and rollout.server is another; set "
+                "rollout.placement=colocated"
+            )
         if self.rollout.metrics_port:
             raise ValueError(
                 "rollout.metrics_port is of our engines, and rollout.server is another, with an endpoint of its own; "

@@ -174,7 +174,7 @@ class ClusterConfig(Record):
     host: str
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
-    dollars_per_gpu_hour: float | None = Field(gt=0)  # of each rank's GPU; null: no metric tells costs
+    dollars_per_gpu_hour: float | None = Field(gt=0)  # of each GPU that the run takes; null: no metric tells costs
     slurm: SlurmConfig | None
 
     @model_validator(mode="after")

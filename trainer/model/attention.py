@@ -59,12 +59,13 @@ class BatchInvariantAttention:
     Padding is a document like the others.
     """
 
-    def __init__(self, documents_BS: Tensor, config: ModelConfig) -> None:
+    def __init__(self, documents_BS: Tensor, config: ModelConfig, device: torch.device) -> None:
+        """`documents_BS`: best on the host, which reads them; `device`: where queries and keys are."""
         starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
         starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
         ends = [*starts_BS.flatten().nonzero().flatten().tolist(), documents_BS.numel()]
         counts = [end - start for start, end in itertools.pairwise(ends)]
-        self._spans = ragged(counts, counts, None, config.num_heads // config.num_kv_heads, documents_BS.device)
+        self._spans = ragged(counts, counts, None, config.num_heads // config.num_kv_heads, device)
 
     def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
         q_THd, k_TGd, v_TGd = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
