@@ -14,7 +14,8 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from launch.report import PANELS, write_report
+from launch.figures import PANELS
+from launch.report import write_report
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
 from trainer.metrics import METRICS, Value
@@ -115,7 +116,7 @@ def test_rounds_show_their_balance_and_the_lengths_that_were_trained_and_drawn(t
 def test_every_figure_has_a_text_for_those_who_cannot_see_it(pretrained: Path, tmp_path: Path) -> None:
     page = Page(write_report([pretrained], tmp_path / "r.html").read_text(encoding="utf-8"))
     labels = [attributes.get("aria-label") or "" for tag, attributes in page.tags if tag == "svg"]
-    assert len(labels) == 5  # four panels that have values, and the load of the experts
+    assert len(labels) == 6  # five panels that have values, and the load of the experts
     assert "Loss: loss from 7.0000 to 0.2333" in labels
     assert any("Load of 4 experts in 2 layers: the fullest from 2.00 to 1.03 times the mean" in label for label in labels)
 
