@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from trainer.hangs import SHARE, StackWatch, watched
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.step import Trainer, TrainerSpec
-from trainer.tracing import Traced, Tracing
+from trainer.tracing import Traceable
 from trainer.usage import Usage
 from trainer.weight_links import Offer, Sender, gpu_of, open_group
 from trainer.weight_pieces import expert_pieces, shared_pieces
@@ -46,7 +46,7 @@ log = logging.getLogger("tessera")
 
 
 @watched
-class TrainWorker:
+class TrainWorker(Traceable):
     """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
 
     world: World
@@ -66,7 +66,6 @@ class TrainWorker:
         self.sender: Sender | None = None
         self.log = log_to(log_file) if log_file is not None else None
         self.stack_watch: StackWatch | None = None
-        self.tracing: Tracing | None = None
 
     def pid(self) -> int:
         return os.getpid()
@@ -148,20 +147,8 @@ class TrainWorker:
         """Forgets moments and step count; weights stay."""
         self.trainer.reset_optimizer()
 
-    def start_trace(self, ranks: Literal["all"] | tuple[int, ...], memory: bool) -> None:
-        """From here on these ranks note what they do. Not collective, as `end_trace`."""
-        if ranks == "all" or self.rank in ranks:
-            self.tracing = Tracing(self.world.device, memory)
-
-    def end_trace(self, folder: Path) -> Traced | str | None:
-        """Writes it to the folder; why it cannot be, or None where nothing was traced."""
-        if self.tracing is None:
-            return None
-        tracing, self.tracing = self.tracing, None
-        try:
-            return tracing.end(folder, self.rank, self.rank // self.world.ranks_per_node)
-        except OSError as error:
-            return f"rank {self.rank}: {error}"
+    def traced_as(self) -> tuple[str, torch.device]:
+        return f"rank_{self.rank}", self.world.device
 
     # ------------------------------------------------------------ state
 
