@@ -15,10 +15,13 @@ import transformers
 
 from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
+from tests.processes import beyond_loopback
 from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
+from trainer.metrics import LENGTHS, LOAD, Stage, metrics_of
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained
+from trainer.ports import free_port
 from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
@@ -40,6 +43,14 @@ def pretrained(runs: Path) -> Path:
     return runs / "pretrained"
 
 
+def logged(run_dir: Path) -> set[str]:
+    return {key for record in records(run_dir) for key in record} - {"stage", "step", LOAD, LENGTHS}
+
+
+def declared(stage: Stage) -> set[str]:
+    return {metric.key for metrics in metrics_of(stage).values() for metric in metrics}
+
+
 def test_a_traced_step_is_in_the_run_folder(pretrained: Path) -> None:
     (folder,) = (pretrained / "traces").iterdir()
     (file,) = folder.iterdir()
@@ -52,6 +63,7 @@ def test_pretraining_learns_and_balances(pretrained: Path) -> None:
     violations = series(pretrained, "moe/max_vio")
     assert fmean(violations[s] for s in range(STEPS - 19, STEPS + 1)) < 0.6 * fmean(violations[s] for s in range(1, 21))
     assert (pretrained / "report.html").stat().st_size > 10_000
+    assert logged(pretrained) <= declared("pretrain"), "W&B's workspace has a curve for all that is logged"
     assert list(pretrained.glob("wandb/offline-run-*/*.wandb")), "no offline W&B run"
     assert {p.name for p in (pretrained / "logs" / "attempt_1").iterdir()} == {"driver.log", "trainer_0.log", "trainer_1.log"}
 
@@ -75,6 +87,7 @@ def test_rl_improves_the_reward(runs: Path, tuned: None, seed: int) -> None:
     assert fmean(rewards[r] for r in range(ROUNDS - 3, ROUNDS + 1)) >= rewards[1] + 0.1
     assert sum(series(runs / name, "rollout/resumed_samples").values()) > 0, "no partial rollout was continued"
     assert max(series(runs / name, "rollout/stale_token_share").values()) > 0.1
+    assert logged(runs / name) <= declared("rl")
     assert series(runs / name, "policy/mismatch_abs")[1] == 0, "engine and trainer agree bit for bit on fresh tokens"
 
 
@@ -128,8 +141,10 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     ]
     run("rl", *common, "run_name=rl-whole")
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
-    process = start("rl", *common, "run_name=rl-killed")
+    port = free_port("127.0.0.1")
+    process = start("rl", *common, "run_name=rl-killed", f"rollout.metrics_port={port}")
     wait_for_step(runs / "rl-killed", 1, process)
+    assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
+from tests.processes import beyond_loopback
 from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
@@ -127,6 +129,7 @@ def test_attempts_of_a_run_are_one_run_to_wandb_with_its_own_axis_and_a_workspac
             run = RunDir.open(load(PretrainConfig, "pretrain", options), "pretrain")
             with Tracker(run, "pretrain", logger("auto"), total_steps=2, devices=1) as tracker:
                 tracker.log(step, {"train/loss": 1.0 / step, "moe/load": [[1.0]]})
+                assert beyond_loopback(os.getpid()) == {}, "W&B's own process listens to others"
     assert list(server.runs) == [run.id] and server.runs[run.id] >= 2
     told = [{key: record[key] for key in record if "/" in key} for record in server.history[run.id]]
     assert [(one["train/step"], one["train/loss"]) for one in told] == [(1, 1.0), (2, 0.5)]
