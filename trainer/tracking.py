@@ -25,6 +25,7 @@ from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 
 WANDB_S = 60.0  # in which W&B lets a run in, or it is tracked offline
+UPLOAD_S = 120.0  # that the end of a run waits for what W&B has not got yet
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
 Self = TypeVar("Self", bound="Tracker")
 
@@ -169,7 +170,9 @@ class Tracker:
         except Exception as error:  # of W&B's own process, which may have died in many ways
             self.wandb = None
             files = shown(self.run.path / "wandb")
-            self.say(f"W&B has failed ({_first_line(error)}); the run goes on without it, and {files} keeps what it was told")
+            self.say(
+                f"W&B has failed ({_first_line(error)}); the run goes on without it. `wandb sync {files}/run-*` sends the rest"
+            )
 
     def _init_wandb(self, mode: Any) -> wandb.Run:
         return wandb.init(
@@ -183,7 +186,14 @@ class Tracker:
             dir=self.run.path,
             config=yaml.safe_load(self.run.config_text),
             settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, disable_code=True, save_code=False, init_timeout=WANDB_S
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                init_timeout=WANDB_S,
+                finish_timeout=UPLOAD_S,
+                finish_timeout_raises=True,
             ),
         )
 

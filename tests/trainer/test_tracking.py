@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -169,6 +170,19 @@ def test_a_run_survives_the_death_of_wandbs_process(
         said = capsys.readouterr().out
     assert said.count("W&B has failed") == 1 and "step 2/2" in said
     assert read_status(run.path)["state"] == "finished" and len(read_records(run.metrics_file)) == 2
+
+
+def test_a_run_does_not_wait_for_ever_for_a_wandb_that_has_gone(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "UPLOAD_S", 2.0)
+    with ExitStack() as servers:
+        server = servers.enter_context(WandbServer())
+        with at(server.url, tmp_path, monkeypatch), Tracker(run, "pretrain", logger("online"), 1, devices=2) as tracker:
+            servers.close()
+            tracker.log(1, {"train/loss": 1.0})
+    assert "W&B has failed (Timed out finishing run" in capsys.readouterr().out
+    assert read_status(run.path)["state"] == "finished"
 
 
 def test_without_a_network_wandb_goes_offline_and_says_so(
