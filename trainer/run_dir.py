@@ -40,7 +40,7 @@ TRACES = "traces"
 State = Literal["running", "finished", "stopped", "failed"]
 # Options that may change when a run is resumed: they leave its numbers alone, up to rounding.
 HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.", "trace.")
-HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir", "rollout.metrics_port"}
+HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
 HARMLESS_ENDINGS = (".checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
 
 

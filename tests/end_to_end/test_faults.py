@@ -12,7 +12,8 @@ import pytest
 from tests.end_to_end.commands import run, series, start, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
-from tests.processes import beyond_loopback, process_of
+from tests.listening import beyond_loopback
+from tests.processes import process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
 from trainer.stopping import REQUEUE

@@ -17,7 +17,7 @@ import transformers
 
 from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
-from tests.processes import beyond_loopback
+from tests.listening import beyond_loopback
 from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
 from trainer.metrics import LENGTHS, LOAD, Stage, metrics_of
@@ -151,8 +151,8 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     run("rl", *common, "run_name=rl-whole", "trace.range=[2,2]")
     assert traced_roles(runs / "rl-whole") == {"rank 0", "rank 1", "engine 0"}
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
-    port = free_port("127.0.0.1")
-    process = start("rl", *common, "run_name=rl-killed", f"rollout.metrics_port={port}")
+    common.append(f"rollout.metrics_port={free_port('127.0.0.1')}")
+    process = start("rl", *common, "run_name=rl-killed")
     wait_for_step(runs / "rl-killed", 1, process)
     assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
     process.send_signal(signal.SIGUSR1)

@@ -14,7 +14,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from tests.processes import beyond_loopback
+from tests.listening import beyond_loopback
 from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
