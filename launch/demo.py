@@ -56,7 +56,8 @@ def demo(options: list[str]) -> None:
     console.print(closing_table(pretrained, tuned))
     console.print(f"runs     {shown(pretrained)}  {shown(tuned)}", soft_wrap=True)
     console.print(f"report   open {shown(report)} in a browser", soft_wrap=True)
-    console.print(f"W&B      offline; upload with: wandb sync {shown(tuned)}/wandb/offline-run-*", soft_wrap=True)
+    if list(tuned.glob("wandb/offline-run-*")):
+        console.print(f"W&B      offline; upload with: wandb sync {shown(tuned)}/wandb/offline-run-*", soft_wrap=True)
 
 
 def closing_table(pretrained: Path, tuned: Path) -> Table:

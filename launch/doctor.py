@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
+from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
 from kernels.errors import UserError
 from kernels.limits import require_hopper
@@ -122,6 +123,20 @@ def check_deepspeed(offload: str, nvme_dir: Path | None) -> Check:
     return Check(
         "DeepSpeed", "ok", deepspeed.__version__ + f", with what parallel.offload={offload} needs" * (offload != "none")
     )
+
+
+def check_operators() -> Check:
+    """Whether what parallel.offload=cpu and nvme compile at their first use can be compiled here; nothing is."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # here, because it takes a second
+
+    compiler = get_cxx_compiler()
+    missing = [*([compiler] if shutil.which(compiler) is None else []), *([] if is_ninja_available() else ["ninja"])]
+    if missing:
+        found = f"{' and '.join(missing)} not on the PATH; parallel.offload=cpu and nvme need it"
+        return Check("operators", "warn", found, "apt-get install g++ ninja-build, or do without offload")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return Check("operators", "warn", "no libaio; parallel.offload=nvme needs it", "apt-get install libaio-dev")
+    return Check("operators", "ok", "DeepSpeed's AdamW for CPUs and its asynchronous I/O can be compiled")
 
 
 # ---------------------------------------------------------------- devices and how they meet
@@ -290,6 +305,7 @@ def examine(config: PretrainConfig) -> Iterator[Check]:
     yield check_tracking(config.logger, os.environ)
     offload, nvme_dir = config.parallel.offload, config.parallel.nvme_dir
     yield attempted("DeepSpeed", "reinstall it; parallel.offload also needs g++", check_deepspeed, offload, nvme_dir)
+    yield attempted("operators", "reinstall DeepSpeed", check_operators)
     yield attempted(
         "gloo", "let processes of this machine talk over loopback (firewall, container)", check_collectives, "cpu", 2
     )

@@ -1,4 +1,5 @@
-"""Traces the next steps of a run that is going on: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--memory]`.
+"""Traces the next steps of a run that is going on: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--engines 1]
+[--tokens N] [--memory]`.
 
 The request is a file in the run's folder, which the run's driver looks for before every step; this command waits for the trace.
 """
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from kernels.errors import UserError
 from launch.cli import guarded
+from trainer.config.rl import MOST_TRACED_TOKENS
 from trainer.run_dir import read_status, shown, traces_of, write_atomically
 from trainer.tracing import MOST_STEPS, REQUEST, TraceRequest
 
@@ -59,7 +61,7 @@ def _failure(log: Path, start: int) -> str | None:
     with open(log, "rb") as lines:
         lines.seek(start)
         said = [line.strip().partition("  ")[2] for line in lines.read().decode(errors="replace").splitlines()]
-    return next((text for text in said if text.startswith(("the trace ", "a trace of ranks "))), None)
+    return next((text for text in said if text.startswith(("the trace ", "a trace of "))), None)
 
 
 def _require_running(run: Path) -> None:
@@ -71,15 +73,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.trace", description="Traces the next steps of a run that goes on.")
     parser.add_argument("run", type=Path, help="a run folder, such as runs/latest-pretrain")
     parser.add_argument("--steps", type=int, default=1, help=f"how many steps or rounds, at most {MOST_STEPS}")
-    parser.add_argument("--ranks", type=int, nargs="+", help="which ranks; all, if it is not given")
+    parser.add_argument("--ranks", type=int, nargs="+", help="which ranks; all, if neither these nor engines are given")
+    parser.add_argument("--engines", type=int, nargs="+", help="which engines of RL; all, if neither ranks nor these are given")
+    parser.add_argument("--tokens", type=int, default=64, help="how many decoding steps of an engine, the first of the rounds")
     parser.add_argument("--memory", action="store_true", help="with a snapshot of what the GPU's allocator did")
     arguments = parser.parse_args()
 
     def work() -> None:
+        everybody = arguments.ranks is None and arguments.engines is None
         try:
-            request = TraceRequest(steps=arguments.steps, ranks=arguments.ranks or "all", memory=arguments.memory)
+            request = TraceRequest(
+                steps=arguments.steps,
+                ranks="all" if everybody else arguments.ranks or (),
+                engines="all" if everybody else arguments.engines or (),
+                tokens=arguments.tokens,
+                memory=arguments.memory,
+            )
         except ValidationError as error:
-            raise UserError(f"--steps {arguments.steps} should be from 1 to {MOST_STEPS}") from error
+            raise UserError(
+                f"--steps {arguments.steps} should be from 1 to {MOST_STEPS}, --tokens {arguments.tokens} from 1 to "
+                f"{MOST_TRACED_TOKENS}"
+            ) from error
         for file in sorted(trace(arguments.run, request).iterdir()):
             print(shown(file))
 

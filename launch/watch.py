@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import deque
@@ -34,6 +35,7 @@ REFRESH_S = 2.0
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 36  # of a curve
 MESSAGES = 6
+STEP_LINE = re.compile(rf"({'|'.join(STEP_WORDS.values())}) +\d+/\d")  # of the driver's log
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 SHOWN: dict[Stage, tuple[str, ...]] = {
     "pretrain": (
@@ -107,10 +109,11 @@ def messages(run: Path, attempt: int) -> list[str]:
     for file in sorted(folder.glob("*.log")):
         lines = tail(file).splitlines()
         if file.stem == "driver":
-            said = [line.strip().partition("  ")[2] for line in lines]
-            found += [f"driver: {text}" for text in said if text and not text.startswith(tuple(STEP_WORDS.values()))][
-                -MESSAGES:
-            ]
+            said = [text for line in lines if (text := line.strip().partition("  ")[2])]
+            told = [text for text in said if not STEP_LINE.match(text)]
+            if len(told) < len(said):  # steps are made, and what was planned is no news any more
+                told = told[next((place for place, text in enumerate(told) if text.startswith("starting ")), 0) :]
+            found += [f"driver: {text}" for text in told][-MESSAGES:]
         else:
             found += [f"{file.stem}: {line}" for line in lines if " WARNING " in line or " ERROR " in line][-MESSAGES // 2 :]
     return found[-MESSAGES:]

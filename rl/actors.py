@@ -20,6 +20,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch.distributed import TCPStore
+from torch.profiler import record_function
 
 from parallel.topology import use_interface_to
 from rl.april import OverlappingPool
@@ -35,6 +36,7 @@ from trainer.config.run import ClusterConfig
 from trainer.hangs import SHARE, StackWatch, tail, watched, whereabouts
 from trainer.places import WAIT_S, Placement, Say
 from trainer.run_dir import RunDir
+from trainer.tracing import Traceable
 from trainer.weight_links import Offer, Receiver, gpu_of, open_group
 from trainer.weight_sync import WeightUpdate
 from trainer.worker import log_to
@@ -43,7 +45,7 @@ LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are 
 
 
 @watched
-class EngineActor:
+class EngineActor(Traceable):
     """An engine in a process of its own, on a share of a GPU where there are GPUs. A call that takes long writes its stacks."""
 
     def __init__(
@@ -60,6 +62,7 @@ class EngineActor:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._engine = self._new_engine(config, settings, getattr(torch, dtype))
         self._receiver: Receiver | None = None
+        self._role = log_file.stem  # engine_0
         if metrics is not None:
             serve_state(log_file.stem, self._engine.state, *metrics)
 
@@ -92,16 +95,31 @@ class EngineActor:
         self._engine.submit(samples)
 
     def advance(self, tokens: int) -> list[Sample]:
-        return self._engine.advance(tokens)
+        if self.tracing is None:
+            return self._engine.advance(tokens)
+        with record_function(f"generate {tokens} tokens a row"):  # a name in traces
+            done = self._engine.advance(tokens)
+        self.tracing.decoded(tokens)
+        return done
 
     def drain(self) -> list[Sample]:
         return self._engine.drain()
+
+    def traced_as(self) -> tuple[str, torch.device]:
+        return self._role, self._device
 
 
 class SyncedPool(OverlappingPool, Protocol):
     """What generates with the weights of the ranks."""
 
     busy_s: float  # in which it was generating, ever
+
+    @property
+    def engines(self) -> int:
+        """How many of ours there are."""
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """What our engines that are there answer."""
 
     def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
         """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
@@ -272,6 +290,13 @@ class RayPool:
     def actors(self) -> dict[str, Any]:
         """Those that take part, by name."""
         return {place.name: place.actor for place in self._present}
+
+    @property
+    def engines(self) -> int:
+        return len(self._places)
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        return list(self._ask(lambda actor: getattr(actor, method).remote(*arguments)).values())
 
     def counts(self) -> dict[str, float]:
         counts = {"rollout/engines_lost": float(self._lost), "rollout/engines_returned": float(self._returned)}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from kernels.errors import UserError
 from rl.actors import RayPool, SyncedPool
@@ -108,11 +109,15 @@ class Reinforcement:
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config = self.config
-        traces = Traces(config.trace, self.run, len(ranks), self.tracker.say)
+        traces = Traces(config.trace, self.run, len(ranks), self.tracker.say, pool.engines)
+
+        def everybody(method: str, *arguments: Any) -> list[Any]:
+            return [*ranks.call(method, *arguments), *pool.ask(method, *arguments)]
+
         if start == 0:
             self.tracker.log(0, {**self.evaluate(pool), **self.rewards.counts()})
         for version in range(start, config.loop.rounds):
-            traces.before(ranks.call, version + 1)
+            traces.before(everybody, version + 1)
             began, busy_before = time.perf_counter(), pool.busy_s
             metrics: dict[str, Value] = {}
             update = partial(self._update, ranks, version, began, metrics)
@@ -130,7 +135,7 @@ class Reinforcement:
             busy = pool.busy_s - busy_before
             metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
             metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
-            traces.behind(ranks.call, version + 1, last=version + 1 == config.loop.rounds)
+            traces.behind(everybody, version + 1, last=version + 1 == config.loop.rounds)
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
     def _update(

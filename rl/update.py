@@ -74,13 +74,25 @@ def _predicted(ranks: Processes, batch: TrainBatch, policy: bool, reference: boo
 
 
 def metrics_of_round(updates: list[dict[str, Value]]) -> dict[str, Value]:
-    """What counts work is added up, all else is a mean over the updates that have it, and no table is taken."""
+    """What counts work is added up, all else is a mean over the updates that have it, and no table is taken.
+
+    The mean of the MFU is over their time, so that it is all FLOPs over all time.
+    """
     metrics: dict[str, Value] = {}
     for key in {key: None for update in updates for key in update}:
         numbers = [value for update in updates if not isinstance(value := update.get(key, []), list)]
         if numbers:
             metrics[key] = sum(numbers) if key in ADDED_UP else sum(numbers) / len(numbers)
+    timed = [(_number(update, "perf/mfu"), _number(update, "time/train_s")) for update in updates if "perf/mfu" in update]
+    if timed:
+        metrics["perf/mfu"] = sum(mfu * seconds for mfu, seconds in timed) / sum(seconds for _, seconds in timed)
     return metrics
+
+
+def _number(update: dict[str, Value], key: str) -> float:
+    value = update[key]
+    assert not isinstance(value, list)
+    return value
 
 
 def balance_of_round(updates: list[dict[str, Value]], positions: list[int]) -> dict[str, Value]:

@@ -19,9 +19,32 @@ Values = Mapping[str, Value]
 LOAD = "moe/load"
 LENGTHS = "rollout/lengths"
 ETA_STEPS = 20  # the time left is estimated from so many last steps
-COLUMNS = 112  # of a console line; the elapsed time before it takes the rest of 120
+COLUMNS = 141  # of a console line; the elapsed time before it takes the rest of 150
 AXES: dict[Stage, str] = {"pretrain": "train/step", "rl": "rollout/round"}  # what W&B draws the metrics of a run against
 STEP_WORDS: dict[Stage, str] = {"pretrain": "step", "rl": "round"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The metrics whose keys begin with one word."""
+
+    title: str
+    stage: Stage | None = None  # where alone they are logged; None: in both
+
+
+GROUPS: dict[str, Group] = {  # word -> group, in the order in which a person looks at them
+    "eval": Group("Held-out text", "pretrain"),
+    "reward": Group("Reward", "rl"),
+    "train": Group("Update"),
+    "policy": Group("Policy", "rl"),
+    "value": Group("Value head", "rl"),
+    "rollout": Group("Rollout", "rl"),
+    "moe": Group("Experts"),
+    "perf": Group("Speed and cost"),
+    "time": Group("Where the time goes"),
+    "sync": Group("Weights to the engines", "rl"),
+    "mem": Group("Memory"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class Metric:
     label: str  # short, for lines, tables and axes
     format: str
     meaning: str
+    stage: Stage | None = None  # where alone it is logged, if not in all stages of its group
 
     def text(self, value: float) -> str:
         return format(value, self.format)
@@ -67,6 +91,7 @@ _DECLARED = (
         "choices replayed",
         ".2%",
         "experts of the learned tokens that the trainer's gates would not have chosen; where routing is replayed",
+        stage="rl",
     ),
     Metric(LOAD, "share", "expert load", ".3f", "share of a layer's tokens that each expert got; (layers, experts)"),
     Metric("moe/rank_imbalance", "", "rank imbalance", ".3f", "expert load of the busiest rank over the mean, with copies"),
@@ -175,16 +200,26 @@ _DECLARED = (
         "price of the step's GPUs for a million learned tokens, by cluster.dollars_per_gpu_hour",
     ),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
-    Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout"),
+    Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout", stage="rl"),
     Metric(
         "time/engines_idle_s",
         "s",
         "engines idle",
         ".2f",
         "part of rollout, update and weight sync in which no engine generated",
+        stage="rl",
     ),
-    Metric("time/proximal_s", "s", "proximal", ".2f", "wall time of log-probabilities and values before the updates"),
-    Metric("time/staged_s", "s", "staging", ".2f", "wall time of the trainer's log-probabilities of the round's new tokens"),
+    Metric(
+        "time/proximal_s", "s", "proximal", ".2f", "wall time of log-probabilities and values before the updates", stage="rl"
+    ),
+    Metric(
+        "time/staged_s",
+        "s",
+        "staging",
+        ".2f",
+        "wall time of the trainer's log-probabilities of the round's new tokens",
+        stage="rl",
+    ),
     Metric("time/train_s", "s", "update", ".2f", "wall time of the update"),
     Metric(
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
@@ -223,26 +258,32 @@ _DECLARED = (
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _DECLARED}
 
-CONSOLE: dict[Stage, tuple[str, ...]] = {  # the console line, most important first
-    "pretrain": (
-        "train/loss",
-        "moe/max_vio",
-        "train/grad_norm",
-        "perf/tokens_per_s",
-        "time/step_s",
-        "perf/mfu",
-        "eval/bits_per_byte",
-    ),
-    "rl": (
-        "reward/mean",
-        "rollout/length_mean",
-        "rollout/stale_token_share",
-        "train/entropy",
-        "train/grad_norm",
-        "time/step_s",
-        "reward/eval_mean",
-        "perf/mfu",
-    ),
+USE = {  # how well a step used its devices, in the words of the console line
+    "perf/tokens_per_s_per_device": "tok/s/dev",
+    "perf/mfu": "MFU",
+    "time/communication_exposed_s": "exposed",
+    "perf/gpu_idle_share": "idle",
+    "perf/dollars_per_million_tokens": "$/M",
+}
+CONSOLE: dict[Stage, dict[str, str]] = {  # the console line, most important first, and what it calls each
+    "pretrain": {
+        "train/loss": "loss",
+        "moe/max_vio": "MaxVio",
+        "eval/bits_per_byte": "bits/byte",
+        **USE,
+        "train/grad_norm": "norm",
+        "time/step_s": "step",
+    },
+    "rl": {
+        "reward/mean": "reward",
+        "reward/eval_mean": "eval",
+        "rollout/stale_token_share": "stale",
+        **USE,
+        "rollout/length_mean": "length",
+        "train/entropy": "entropy",
+        "train/grad_norm": "norm",
+        "time/step_s": "step",
+    },
 }
 SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at the end of a run
     "pretrain": (
@@ -267,6 +308,16 @@ SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at th
 }
 
 
+def metrics_of(stage: Stage) -> dict[str, list[Metric]]:
+    """Word of a group -> its metrics that a run of this stage may log and that are numbers, all in the tables' order."""
+    found: dict[str, list[Metric]] = {word: [] for word, group in GROUPS.items() if group.stage in (None, stage)}
+    for metric in METRICS.values():
+        word = metric.key.partition("/")[0]
+        if word in found and metric.stage in (None, stage) and metric.key not in (LOAD, LENGTHS):
+            found[word].append(metric)
+    return found
+
+
 def emit(values: Values) -> dict[str, Value]:
     """The values, in the table's order. Raises KeyError for a key that is not declared, with the nearest one that is."""
     for key in values:
@@ -282,10 +333,10 @@ def console_line(stage: Stage, step: int, total_steps: int, values: Values, eta_
     width = len(str(total_steps))
     line = f"{STEP_WORDS[stage]} {step:>{width}}/{total_steps}"
     end = "" if eta_s is None else f"  ETA {clock(eta_s)}"
-    for key in CONSOLE[stage]:
+    for key, word in CONSOLE[stage].items():
         metric, value = METRICS[key], values.get(key)
         if isinstance(value, int | float):
-            part = f"  {metric.label} {metric.text(value)}" + (" s" if metric.unit == "s" else "")
+            part = f"  {word} {metric.text(value)}" + (" s" if metric.unit == "s" else "")
             if len(line) + len(part) + len(end) <= COLUMNS:
                 line += part
     return line + end

@@ -11,6 +11,7 @@
         wandb/                  W&B's own files
         schedule.json           what was measured of MoE layers in chunks, and their plan (parallel/scheduling.py)
         report.html             made at the end, with schedule.svg
+        wandb_report.json       which report at W&B is about it, if one is
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 """

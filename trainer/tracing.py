@@ -1,11 +1,13 @@
 """Traces of steps, as asked for beforehand (`trace.range`) or while a run goes on (`python -m launch.trace RUN`).
 
     traces/steps_000012-000013/
-        node_0.json.gz             what the ranks of a node did, one file that Perfetto and chrome://tracing open
+        node_HOST.json.gz          what ranks and engines of a node did, one file that Perfetto and chrome://tracing open
         rank_0.memory.pickle       what the allocator of a GPU did, for pytorch.org/memory_viz; nothing here reads it
+        engine_0.memory.pickle
 
-The driver decides between two steps, so all ranks trace the same ones. Ranks of a node share a clock; nodes do not, so each has
-a file. Tracing slows the steps that it shows.
+The driver decides between two steps, so all ranks trace the same ones. Of an engine the trace has the first tokens that it
+generates in these steps: a whole round of them would be gigabytes. Processes of a node share a clock; nodes do not, so each has
+a file. Tracing slows what it shows.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,40 +26,46 @@ from pydantic import Field, ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from trainer.config.record import Record
+from trainer.config.rl import MOST_TRACED_TOKENS, EngineTraceConfig
 from trainer.config.run import TraceConfig
 from trainer.run_dir import RunDir, shown
 
 REQUEST = "trace_request.json"  # in the run's folder
 MOST_STEPS = 100
 MEMORY_EVENTS = 200_000  # of an allocator; older ones are forgotten
-Ask = Callable[..., list[Any]]  # asks all ranks for the same thing, as trainer.cluster.Processes.call does
+Ask = Callable[..., list[Any]]  # asks all ranks and engines for the same thing, as trainer.cluster.Processes.call does
+Who = Literal["all"] | tuple[int, ...]
 
 
 class TraceRequest(Record):
     """What the request file holds."""
 
     steps: int = Field(gt=0, le=MOST_STEPS)
-    ranks: Literal["all"] | tuple[int, ...]
+    ranks: Who
+    engines: Who
+    tokens: int = Field(gt=0, le=MOST_TRACED_TOKENS)  # decoding steps of an engine
     memory: bool
 
 
-# ---------------------------------------------------------------- on a rank
+# ---------------------------------------------------------------- on a rank or an engine
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What a rank has written."""
+    """What a process has written."""
 
-    rank: int
-    node: int
+    role: str  # rank_0, engine_1
+    host: str
     events: Path
     memory: bool  # whether there is a snapshot
 
 
 class Tracing:
-    """One rank's trace under way, from `Tracing(...)` to `end`."""
+    """A process's trace under way, from `Tracing(...)` to `end`; of an engine to its first `tokens` decoding steps."""
 
-    def __init__(self, device: torch.device, memory: bool) -> None:
+    def __init__(self, device: torch.device, memory: bool, tokens: int | None = None) -> None:
+        self.tokens = tokens  # that are left
+        self.stopped = False
         on_gpu = device.type == "cuda"
         self.memory = memory and on_gpu  # only CUDA's allocator keeps a history
         if self.memory:
@@ -64,38 +73,76 @@ class Tracing:
         self.profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
         self.profile.start()
 
-    def end(self, folder: Path, rank: int, node: int) -> Traced:
-        """Writes what was seen into a folder that exists. Raises OSError if that cannot be."""
-        self.profile.stop()
-        if self.memory:
-            try:
-                torch.cuda.memory._dump_snapshot(str(folder / f"rank_{rank}.memory.pickle"))
-            finally:
+    def decoded(self, tokens: int) -> None:
+        """An engine has made so many decoding steps more."""
+        assert self.tokens is not None, "the trace of a rank counts no tokens"
+        self.tokens -= tokens
+        if self.tokens <= 0:
+            self._stop()
+
+    def end(self, folder: Path, role: str) -> Traced | str:
+        """Writes what was seen into a folder that exists; why it cannot be, if so."""
+        self._stop()
+        try:
+            if self.memory:
+                torch.cuda.memory._dump_snapshot(str(folder / f"{role}.memory.pickle"))
+            events = folder / f"{role}.json"
+            self.profile.export_chrome_trace(str(events))
+        except OSError as error:
+            return f"{role}: {error}"
+        finally:
+            if self.memory:
                 torch.cuda.memory._record_memory_history(enabled=None)
-        events = folder / f"rank_{rank}.json"
-        self.profile.export_chrome_trace(str(events))
-        return Traced(rank, node, events, self.memory)
+        return Traced(role, socket.gethostname(), events, self.memory)
+
+    def _stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.profile.stop()
+
+
+class Traceable:
+    """A process that the driver can ask for a trace: a rank, an engine. These calls are not collective."""
+
+    tracing: Tracing | None = None
+
+    def traced_as(self) -> tuple[str, torch.device]:
+        """(role, such as rank_0 or engine_1; where it computes)."""
+        raise NotImplementedError
+
+    def start_trace(self, wanted: TraceRequest) -> None:
+        """From here on it notes what it does, if it is wanted."""
+        role, device = self.traced_as()
+        kind, _, number = role.partition("_")
+        asked = wanted.ranks if kind == "rank" else wanted.engines
+        if asked == "all" or int(number) in asked:
+            self.tracing = Tracing(device, wanted.memory, wanted.tokens if kind == "engine" else None)
+
+    def end_trace(self, folder: Path) -> Traced | str | None:
+        """Writes it to the folder; why it cannot be, or None where nothing was traced."""
+        if self.tracing is None:
+            return None
+        tracing, self.tracing = self.tracing, None
+        return tracing.end(folder, self.traced_as()[0])
 
 
 # ---------------------------------------------------------------- in the driver
 
 
 class Traces:
-    """What a run traces; `say` tells where it is."""
+    """What a run of so many ranks and engines traces; `say` tells where it is."""
 
-    def __init__(self, config: TraceConfig, run: RunDir, ranks: int, say: Callable[[str], None]) -> None:
-        self.run, self.ranks, self.say = run, ranks, say
-        self.planned: tuple[int, TraceRequest] | None = None  # the first step, and what is wanted
-        if config.range is not None:
-            first, last = config.range
-            self.planned = first, TraceRequest(steps=last - first + 1, ranks=config.ranks, memory=config.memory)
+    def __init__(self, config: TraceConfig, run: RunDir, ranks: int, say: Callable[[str], None], engines: int = 0) -> None:
+        self.run, self.say = run, say
+        self.there = {"rank": ranks, "engine": engines}
+        self.planned = _planned(config)  # the first step, and what is wanted
         self.running: tuple[int, int, TraceRequest] | None = None  # the first and the last step
 
     def before(self, ask: Ask, step: int) -> None:
         """Before each step, numbered from 1."""
         if self.running is None and (wanted := self._wanted(step)) is not None:
             self.running = step, step + wanted.steps - 1, wanted
-            ask("start_trace", wanted.ranks, wanted.memory)
+            ask("start_trace", wanted)
 
     def behind(self, ask: Ask, step: int, last: bool) -> None:
         """Behind each step. `last`: no other follows, so a trace ends here."""
@@ -116,9 +163,11 @@ class Traces:
             return None
         finally:
             file.unlink()
-        if wanted.ranks != "all" and not set(wanted.ranks) <= set(range(self.ranks)):
-            self.say(f"a trace of ranks {list(wanted.ranks)} was asked for; there are ranks 0 to {self.ranks - 1}")
-            return None
+        for kind, asked in (("rank", wanted.ranks), ("engine", wanted.engines)):
+            if asked != "all" and not set(asked) <= set(range(self.there[kind])):
+                there = f"there are {kind}s 0 to {self.there[kind] - 1}" if self.there[kind] else "there are none"
+                self.say(f"a trace of {kind}s {list(asked)} was asked for; {there}")
+                return None
         return wanted
 
     def _finish(self, ask: Ask, first: int, last: int, wanted: TraceRequest) -> None:
@@ -145,55 +194,65 @@ class Traces:
             self.say(_about_memory(folder, written))
 
 
+def _planned(config: TraceConfig) -> tuple[int, TraceRequest] | None:
+    if config.range is None:
+        return None
+    first, last = config.range
+    engines, tokens = (config.engines, config.tokens) if isinstance(config, EngineTraceConfig) else ((), 1)
+    wanted = TraceRequest(steps=last - first + 1, ranks=config.ranks, engines=engines, tokens=tokens, memory=config.memory)
+    return first, wanted
+
+
 def _about_memory(folder: Path, written: Sequence[Traced]) -> str:
-    with_memory = [one.rank for one in written if one.memory]
+    with_memory = [one.role for one in written if one.memory]
     if not with_memory:
-        return "there is no memory snapshot: only a GPU's allocator keeps a history, and these ranks are on CPUs"
-    return f"memory snapshots of ranks {with_memory}: {shown(folder)}/rank_*.memory.pickle, for pytorch.org/memory_viz"
+        return "there is no memory snapshot: only a GPU's allocator keeps a history, and these processes are on CPUs"
+    return f"memory snapshots of {', '.join(with_memory)}: {shown(folder)}/*.memory.pickle, for pytorch.org/memory_viz"
 
 
 # ---------------------------------------------------------------- one file for a node
 
 
 def merge_nodes(written: Sequence[Traced], folder: Path) -> None:
-    """Replaces the files of ranks by one of each node, node_N.json.gz in `folder`."""
-    for node in sorted({one.node for one in written}):
-        files = {one.rank: one.events for one in written if one.node == node}
-        merge(files, folder / f"node_{node}.json.gz")
+    """Replaces the files of processes by one of each node, node_HOST.json.gz in `folder`."""
+    for host in dict.fromkeys(one.host for one in written):
+        files = {one.role: one.events for one in written if one.host == host}
+        merge(files, folder / f"node_{host}.json.gz")
         for file in files.values():
             file.unlink()
 
 
-def merge(files: Mapping[int, Path], out: Path) -> None:
-    """Chrome traces of ranks with one clock, in one: every rank's processes are its own, and all times count from one moment.
+def merge(files: Mapping[str, Path], out: Path) -> None:
+    """Chrome traces of processes with one clock, role -> file, in one. Every role's processes are its own, and stand in the
+    order given; all times count from one moment.
 
-    One rank's events are in memory at a time.
+    The events of one role are in memory at a time.
     """
     base_ns: int | None = None
-    pids: dict[tuple[int, Any], int] = {}
+    pids: dict[tuple[str, Any], int] = {}
     with gzip.open(out, "wt", encoding="utf-8", compresslevel=3) as merged:
         merged.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        for index, (rank, file) in enumerate(sorted(files.items())):
+        for index, (role, file) in enumerate(files.items()):
             trace = json.loads(file.read_text(encoding="utf-8"))
             base_ns = trace["baseTimeNanoseconds"] if base_ns is None else base_ns
             later_us = (trace["baseTimeNanoseconds"] - base_ns) / 1000
-            events = [_of_rank(event, rank, later_us, pids, (index, len(files))) for event in trace["traceEvents"]]
+            events = [_of_role(event, role, later_us, pids, (index, len(files))) for event in trace["traceEvents"]]
             merged.write(",\n" * (index > 0) + ",\n".join(map(json.dumps, events)))
         merged.write("\n]}\n")
 
 
-def _of_rank(
-    event: dict[str, Any], rank: int, later_us: float, pids: dict[tuple[int, Any], int], turn: tuple[int, int]
+def _of_role(
+    event: dict[str, Any], role: str, later_us: float, pids: dict[tuple[str, Any], int], turn: tuple[int, int]
 ) -> dict[str, Any]:
-    """The event under numbers that no other rank has. `turn`: which of how many ranks this is."""
-    process = rank, event["pid"]
+    """The event under numbers that no other role has. `turn`: which of how many roles this is."""
+    process = role, event["pid"]
     event = {**event, "pid": pids.setdefault(process, len(pids) + 1)}
     if "ts" in event:
         event["ts"] += later_us
     if isinstance(event.get("id"), int):  # of arrows from launches to kernels
         event["id"] = event["id"] * turn[1] + turn[0]
     if event["ph"] == "M" and event["name"] == "process_name":
-        event["args"] = {"name": f"rank {rank}: {event['args']['name']}"}
+        event["args"] = {"name": f"{role.replace('_', ' ')}: {event['args']['name']}"}
     if event["ph"] == "M" and event["name"] == "process_sort_index":
         event["args"] = {"sort_index": event["pid"]}
     return event

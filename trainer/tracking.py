@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_l
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 
+WANDB_S = 60.0  # in which W&B lets a run in, or it is tracked offline
+UPLOAD_S = 120.0  # that the end of a run waits for what W&B has not got yet
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
 Self = TypeVar("Self", bound="Tracker")
 
@@ -59,8 +61,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if error is None else 1)
+        self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
         self.run.close("finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed")
         if error is None:
             changes = summary(self.stage, read_records(self.run.metrics_file))
@@ -91,9 +92,8 @@ class Tracker:
                 out.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"{shown(self.run.metrics_file)} cannot be written: {error.strerror}; make room for it") from error
-        if self.wandb is not None:
-            scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
-            self.wandb.log({AXES[self.stage]: step, **scalars})
+        scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
+        self._tell_wandb(lambda run: run.log({AXES[self.stage]: step, **scalars}))
         if values.get("train/skipped"):
             self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
         eta_s = seconds_left(self.durations, step, self.total_steps)
@@ -141,10 +141,38 @@ class Tracker:
         except (CommError, UsageError) as error:
             folder = shown(self.run.path / "wandb")
             self.say(f"W&B cannot be reached ({error}); tracking offline, `wandb sync {folder}/offline-run-*` sends it later")
-            run = self._init_wandb("offline")
+            wandb.teardown()  # its process would say that the run is in use
+            mode = "offline"
+            run = self._init_wandb(mode)
         run.define_metric(AXES[self.stage])
         run.define_metric("*", step_metric=AXES[self.stage])
+        if mode == "online":
+            self.say(f"W&B: {run.url}")
+            self._make_workspace(run)
         return run
+
+    def _make_workspace(self, run: wandb.Run) -> None:
+        """Where the project has none yet. W&B's trouble with it is said, and harms nothing."""
+        try:
+            from trainer.workspace import ensure_workspace  # here, because only runs that are online need it
+
+            self.say(f"W&B workspace: {ensure_workspace(run.entity, run.project, self.stage)}")
+        except Exception as error:  # of many libraries and of a server: all of it is said
+            command = f"python -m launch.report {shown(self.run.path)} --wandb"
+            self.say(f"no W&B workspace ({_first_line(error)}); `{command}` tries again")
+
+    def _tell_wandb(self, call: Callable[[wandb.Run], None]) -> None:
+        """A W&B that fails is told nothing more, and the run goes on."""
+        if self.wandb is None:
+            return
+        try:
+            call(self.wandb)
+        except Exception as error:  # of W&B's own process, which may have died in many ways
+            self.wandb = None
+            files = shown(self.run.path / "wandb")
+            self.say(
+                f"W&B has failed ({_first_line(error)}); the run goes on without it. `wandb sync {files}/run-*` sends the rest"
+            )
 
     def _init_wandb(self, mode: Any) -> wandb.Run:
         return wandb.init(
@@ -152,12 +180,27 @@ class Tracker:
             entity=self.logger.entity,
             name=self.run.path.name,
             id=self.run.id,
+            job_type=self.stage,
             resume="allow",
             mode=mode,
             dir=self.run.path,
             config=yaml.safe_load(self.run.config_text),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, save_code=False),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                init_timeout=WANDB_S,
+                finish_timeout=UPLOAD_S,
+                finish_timeout_raises=True,
+            ),
         )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def summary_table(changes: Sequence[Change], title: str | None = None) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.state import TrainerSpec
 from trainer.step import Trainer
-from trainer.tracing import Traced, Tracing
+from trainer.tracing import Traceable
 from trainer.usage import Usage
 from trainer.weight_links import Offer, Sender, gpu_of, open_group
 from trainer.weight_pieces import expert_pieces, shared_pieces
@@ -61,7 +61,7 @@ class SavedInMemory:
 
 
 @watched
-class TrainWorker:
+class TrainWorker(Traceable):
     """A rank. Life: `serve` on rank 0, `join`, `build`, then any of the others."""
 
     world: World
@@ -81,7 +81,6 @@ class TrainWorker:
         self.sender: Sender | None = None
         self.log = log_to(log_file) if log_file is not None else None
         self.stack_watch: StackWatch | None = None
-        self.tracing: Tracing | None = None
         self.memory: tuple[MemoryShelf, Writer] | None = None  # where checkpoints in memory go
 
     def pid(self) -> int:
@@ -164,20 +163,8 @@ class TrainWorker:
         """Forgets moments and step count; weights stay."""
         self.trainer.reset_optimizer()
 
-    def start_trace(self, ranks: Literal["all"] | tuple[int, ...], memory: bool) -> None:
-        """From here on these ranks note what they do. Not collective, as `end_trace`."""
-        if ranks == "all" or self.rank in ranks:
-            self.tracing = Tracing(self.world.device, memory)
-
-    def end_trace(self, folder: Path) -> Traced | str | None:
-        """Writes it to the folder; why it cannot be, or None where nothing was traced."""
-        if self.tracing is None:
-            return None
-        tracing, self.tracing = self.tracing, None
-        try:
-            return tracing.end(folder, self.rank, self.rank // self.world.ranks_per_node)
-        except OSError as error:
-            return f"rank {self.rank}: {error}"
+    def traced_as(self) -> tuple[str, torch.device]:
+        return f"rank_{self.rank}", self.world.device
 
     # ------------------------------------------------------------ state
 

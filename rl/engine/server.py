@@ -119,6 +119,14 @@ class ServerPool:
                 shutil.rmtree(earlier)
         return {"sync/version": self._version}
 
+    @property
+    def engines(self) -> int:
+        return 0  # of ours
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """Nobody: what a server is made of is its own."""
+        return []
+
     def counts(self) -> dict[str, float]:
         """Nothing: a server that is lost ends the run."""
         return {}

@@ -8,12 +8,12 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.end_to_end.commands import run, series, start, wait_for_memory, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
+from tests.listening import beyond_loopback
 from tests.processes import actor_of, process_of
 from trainer import checkpoint
 from trainer.run_dir import read_status
@@ -22,7 +22,6 @@ from trainer.stopping import REQUEUE
 RANK = f"trainer/{SEED % 2}"
 ROLES = shuffled(["driver", RANK])
 STEPS = APART * (len(ROLES) + 1)
-LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "ink"]
 
 
@@ -73,9 +72,7 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
 ) -> None:
     process = start("pretrain", *arguments(workplace, "asked"), "train.checkpoint_every=100")
     wait_for_step(workplace / "runs" / "asked", 3, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    listening = {a.laddr.ip for c in children for a in c.net_connections("inet") if a.status == psutil.CONN_LISTEN}
-    assert listening and listening <= LOOPBACK, f"servers listen beyond loopback: {listening}"
+    assert beyond_loopback(process.pid) == {}
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, output

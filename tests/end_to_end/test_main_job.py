@@ -5,6 +5,8 @@ Shorter than the demo, with the same commands and configuration.
 
 from __future__ import annotations
 
+import gzip
+import json
 import signal
 from pathlib import Path
 from statistics import fmean
@@ -15,10 +17,13 @@ import transformers
 
 from launch.convert import convert
 from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
+from tests.listening import beyond_loopback
 from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
+from trainer.metrics import LENGTHS, LOAD, Stage, metrics_of
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained
+from trainer.ports import free_port
 from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
@@ -40,9 +45,25 @@ def pretrained(runs: Path) -> Path:
     return runs / "pretrained"
 
 
+def logged(run_dir: Path) -> set[str]:
+    return {key for record in records(run_dir) for key in record} - {"stage", "step", LOAD, LENGTHS}
+
+
+def declared(stage: Stage) -> set[str]:
+    return {metric.key for metrics in metrics_of(stage).values() for metric in metrics}
+
+
+def traced_roles(run_dir: Path) -> set[str]:
+    """Of the only trace, which all processes of this machine share."""
+    (file,) = run_dir.glob("traces/*/node_*.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    named = [event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "process_name"]
+    return {name.partition(":")[0] for name in named}
+
+
 def test_a_traced_step_is_in_the_run_folder(pretrained: Path) -> None:
-    (folder,) = (pretrained / "traces").iterdir()
-    assert folder.name == "steps_000003-000004" and (folder / "node_0.json.gz").stat().st_size > 10_000
+    assert [folder.name for folder in (pretrained / "traces").iterdir()] == ["steps_000003-000004"]
+    assert traced_roles(pretrained) == {"rank 0", "rank 1"}
 
 
 def test_pretraining_learns_and_balances(pretrained: Path) -> None:
@@ -51,6 +72,7 @@ def test_pretraining_learns_and_balances(pretrained: Path) -> None:
     violations = series(pretrained, "moe/max_vio")
     assert fmean(violations[s] for s in range(STEPS - 19, STEPS + 1)) < 0.6 * fmean(violations[s] for s in range(1, 21))
     assert (pretrained / "report.html").stat().st_size > 10_000
+    assert logged(pretrained) <= declared("pretrain"), "W&B's workspace has a curve for all that is logged"
     assert list(pretrained.glob("wandb/offline-run-*/*.wandb")), "no offline W&B run"
     assert {p.name for p in (pretrained / "logs" / "attempt_1").iterdir()} == {"driver.log", "trainer_0.log", "trainer_1.log"}
 
@@ -74,6 +96,7 @@ def test_rl_improves_the_reward(runs: Path, tuned: None, seed: int) -> None:
     assert fmean(rewards[r] for r in range(ROUNDS - 3, ROUNDS + 1)) >= rewards[1] + 0.1
     assert sum(series(runs / name, "rollout/resumed_samples").values()) > 0, "no partial rollout was continued"
     assert max(series(runs / name, "rollout/stale_token_share").values()) > 0.1
+    assert logged(runs / name) <= declared("rl")
     assert series(runs / name, "policy/mismatch_abs")[1] == 0, "engine and trainer agree bit for bit on fresh tokens"
 
 
@@ -125,10 +148,13 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
         *("loop.dtype=bfloat16", "optimizer.lr=1e-4"),  # so that an update leaves most bits of the weights as they are
     ]
-    run("rl", *common, "run_name=rl-whole")
+    run("rl", *common, "run_name=rl-whole", "trace.range=[2,2]")
+    assert traced_roles(runs / "rl-whole") == {"rank 0", "rank 1", "engine 0"}
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
+    common.append(f"rollout.metrics_port={free_port('127.0.0.1')}")
     process = start("rl", *common, "run_name=rl-killed")
     wait_for_step(runs / "rl-killed", 1, process)
+    assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output

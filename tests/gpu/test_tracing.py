@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.tracing import Tracing
+from rl.actors import EngineActor
+from rl.engine.engine import EngineSettings
+from rl.engine.sampler import Sampling
+from rl.trajectory import Sample
+from tests.models import tiny_model
+from trainer.model.transformer import LanguageModel
+from trainer.tracing import Traced, TraceRequest, Tracing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")]
 
@@ -17,7 +23,26 @@ def test_kernels_and_memory_are_traced(tmp_path: Path) -> None:
     tracing = Tracing(torch.device("cuda", 0), memory=True)
     matrix = torch.randn(512, 512, device="cuda")
     (matrix @ matrix).sum().item()
-    written = tracing.end(tmp_path, rank=0, node=0)
+    written = tracing.end(tmp_path, "rank_0")
+    assert isinstance(written, Traced)
     events = json.loads(written.events.read_text())["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events)
     assert written.memory and (tmp_path / "rank_0.memory.pickle").stat().st_size > 0
+
+
+def test_an_engine_traces_its_first_tokens_with_kernels_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl.actors.log_to", lambda file: file.open("a"))  # the test keeps its own output
+    config = tiny_model(max_positions=64, vocab_size=20)
+    settings = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
+    actor = EngineActor(config, settings, "float32", tmp_path / "engine_0.log", 60)
+    model = LanguageModel.initialize(config, seed=0, batch_invariant=True)
+    actor._engine.load_weights(model.state(), 0)
+    actor.submit([Sample(uid, uid, (2, 3)) for uid in range(4)])
+    actor.start_trace(TraceRequest(steps=1, ranks="all", engines=(0,), tokens=4, memory=True))
+    for _ in range(4):
+        actor.advance(2)
+    written = actor.end_trace(tmp_path)
+    assert isinstance(written, Traced) and written.memory and (tmp_path / "engine_0.memory.pickle").stat().st_size > 0
+    events = json.loads(written.events.read_text())["traceEvents"]
+    assert sum(event["name"] == "generate 2 tokens a row" and event.get("cat") == "user_annotation" for event in events) == 2
+    assert any(event.get("cat") == "kernel" for event in events)

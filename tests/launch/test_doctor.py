@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from kernels.errors import UserError
 from launch import doctor
@@ -39,7 +40,19 @@ def test_this_machine_passes_and_the_table_names_every_part() -> None:
     command = [sys.executable, "-m", "launch.doctor", "cluster.object_store_mib=80", "runs_dir=/tmp"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("Python", "packages", "torch", "GPUs", "disk", "shared memory", "W&B", "DeepSpeed", "gloo", "Ray"):
+    for name in (
+        "Python",
+        "packages",
+        "torch",
+        "GPUs",
+        "disk",
+        "shared memory",
+        "W&B",
+        "DeepSpeed",
+        "operators",
+        "gloo",
+        "Ray",
+    ):
         assert name in result.stdout, name
 
 
@@ -83,6 +96,19 @@ def test_bfloat16_kernels_ask_for_one_triton(monkeypatch: pytest.MonkeyPatch, ve
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version)
     assert doctor.check_triton(True, dtype).state == state
     assert doctor.check_triton(False, dtype).state == "ok"
+
+
+def test_what_offload_compiles_is_looked_at_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "is_ninja_available", lambda: True)
+    monkeypatch.setattr(doctor, "get_cxx_compiler", lambda: sys.executable)  # something that is there
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    assert doctor.check_operators().state == "ok"
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    assert "libaio-dev" in doctor.check_operators().fix
+    monkeypatch.setattr(doctor, "get_cxx_compiler", lambda: "no-such-compiler")
+    monkeypatch.setattr(doctor, "is_ninja_available", lambda: False)
+    check = doctor.check_operators()
+    assert check.state == "warn" and check.found.startswith("no-such-compiler and ninja not on the PATH")
 
 
 def test_the_weakest_pair_counts() -> None:

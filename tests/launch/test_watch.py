@@ -58,7 +58,8 @@ def text(run: RunDir, curves: Curves) -> str:
 def test_a_running_run_shows_progress_numbers_and_warnings(run: RunDir) -> None:
     add(run, 1, 11, **{"moe/max_vio": 0.25})
     run.log_file("driver").write_text(
-        "   0:00  new run\n   0:20  step 10/40  loss 6\n   0:21  trainer/1 died; restart 1 of 2\n"
+        "   0:00  new run\n   0:01  step    8 rows x 64 tokens\n   0:02  starting Ray\n"
+        "   0:20  step 10/40  loss 6\n   0:21  trainer/1 died; restart 1 of 2\n"
     )
     run.log_file("trainer/0").write_text(
         "2026-01-01 10:00:00,1 WARNING tessera: update 7 is refused\n2026 INFO tessera: fine\n"
@@ -69,6 +70,12 @@ def test_a_running_run_shows_progress_numbers_and_warnings(run: RunDir) -> None:
     for part in ("loss", "6.9000", "6.0000", "MaxVio", "0.250", "tokens/s", "9,000"):
         assert part in shown, shown
     assert "fine" not in shown and "step 10/40" not in shown
+    assert "starting Ray" in shown and "8 rows" not in shown, "what was planned is shown until a step is made"
+
+
+def test_what_is_planned_is_shown_until_a_step_is_made(run: RunDir) -> None:
+    run.log_file("driver").write_text("   0:00  new run\n   0:01  step    8 rows x 64 tokens\n   0:02  starting Ray\n")
+    assert [line for line in messages(run.path, 1) if "8 rows" in line]
 
 
 def test_a_run_without_records_is_shown_too(run: RunDir) -> None:

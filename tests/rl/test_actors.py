@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +29,7 @@ from trainer.config.rl import SyncConfig
 from trainer.config.run import ClusterConfig
 from trainer.model.transformer import LanguageModel
 from trainer.places import REPOSITORY, Placement
+from trainer.tracing import TraceRequest, merge_nodes
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 from trainer.worker import TrainWorker
@@ -103,6 +108,26 @@ def trained_ranks(folder: Path) -> Processes:
     ranks.call("join", host, port, 2, 60.0)
     ranks.call("build", spec(CONFIG, batch_invariant=True, micro_rows=4))
     return ranks
+
+
+@contextmanager
+def traced(ranks: Processes, pool: RayPool, folder: Path, tokens: int) -> Iterator[None]:
+    """What ranks and engines do is in one file, with the names of their roles; of engines the first tokens."""
+
+    def everybody(method: str, *arguments: object) -> list[Any]:
+        return [*ranks.call(method, *arguments), *pool.ask(method, *arguments)]
+
+    everybody("start_trace", TraceRequest(steps=1, ranks=(1,), engines="all", tokens=tokens, memory=True))
+    yield
+    written = [answer for answer in everybody("end_trace", folder) if answer is not None]
+    assert [one.role for one in written] == ["rank_1", "engine_0", "engine_1"] and not any(one.memory for one in written)
+    merge_nodes(written, folder)
+    (file,) = folder.glob("node_*.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "process_name"}
+    generated = [names[event["pid"]] for event in events if event["name"] == f"generate {tokens} tokens a row"]
+    assert sorted(name.partition(":")[0] for name in generated) == ["engine 0", "engine 1"]
+    assert any(name.startswith("rank 1: ") for name in names.values())
 
 
 def samples(count: int) -> list[Sample]:
@@ -187,8 +212,10 @@ def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_repl
     reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
     reference.receive(ranks.call("weights", 2, SyncConfig(transport="store", anchor_every=1, check=False))[0])
     expected = complete(reference, samples(12), 40)
-    pool.submit(samples(12))
-    done = pool.advance(2)
+    with traced(ranks, pool, tmp_path, tokens=2):
+        pool.submit(samples(12))
+        done = pool.advance(2)
+        done += pool.advance(2)  # is not in the trace any more
     ray.kill(engines.actors["engine/0"])
     while not pool.counts()["rollout/engines_returned"]:  # it has the weights of the others, which the ranks still have
         done += pool.advance(1)

@@ -99,9 +99,11 @@ def test_the_value_head_learns_alone_in_the_first_rounds() -> None:
 
 
 def test_work_is_added_up_and_the_rest_is_a_mean_over_the_updates_that_have_it() -> None:
-    first = {"train/loss": 1.0, "train/tokens": 10.0, "moe/load": [[0.5, 0.5]]}
-    last = {"train/loss": 2.0, "train/tokens": 20.0, "moe/load": [[0.25, 0.75]], "moe/owners_moved": 3.0}
-    assert metrics_of_round([first, last]) == {"train/loss": 1.5, "train/tokens": 30, "moe/owners_moved": 3}
+    first = {"train/loss": 1.0, "train/tokens": 10.0, "moe/load": [[0.5, 0.5]], "perf/mfu": 0.5, "time/train_s": 1.0}
+    last = {"train/loss": 2.0, "train/tokens": 20.0, "moe/load": [[0.25, 0.75]], "perf/mfu": 0.1, "time/train_s": 3.0}
+    found = metrics_of_round([first, last | {"moe/owners_moved": 3.0}])
+    assert found.pop("perf/mfu") == pytest.approx((0.5 * 1 + 0.1 * 3) / 4), "all FLOPs over all time"
+    assert found == {"train/loss": 1.5, "train/tokens": 30, "moe/owners_moved": 3, "time/train_s": 4}
 
 
 def test_the_balance_of_a_round_is_that_of_all_its_tokens() -> None:

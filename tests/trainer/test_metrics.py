@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.metrics import (
+    AXES,
     COLUMNS,
     CONSOLE,
+    GROUPS,
+    LENGTHS,
     LOAD,
     METRICS,
     SUMMARY,
@@ -21,6 +24,7 @@ from trainer.metrics import (
     console_line,
     emit,
     markdown_table,
+    metrics_of,
     read_records,
     summary,
 )
@@ -89,15 +93,34 @@ def test_a_console_line_is_one_short_line_without_control_characters(
 
 
 def test_a_console_line_reads_as_it_should() -> None:
-    values = {"train/loss": 3.21456, "moe/max_vio": 0.3, "perf/tokens_per_s": 12345.6, "time/step_s": 0.4, "train/lr": 1.0}
+    values = {"train/loss": 3.21456, "moe/max_vio": 0.3, "train/grad_norm": 1.2345, "time/step_s": 0.4, "train/lr": 1.0}
     assert (
         console_line("pretrain", 40, 160, values, 65)
-        == "step  40/160  loss 3.2146  MaxVio 0.300  tok/s 12,346  step 0.40 s  ETA 1:05"
+        == "step  40/160  loss 3.2146  MaxVio 0.300  norm 1.23  step 0.40 s  ETA 1:05"
     )
     assert (
         console_line("rl", 1, 30, {"reward/mean": 0.5, "rollout/stale_token_share": 0.12}, None)
         == "round  1/30  reward 0.500  stale 12%"
     )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "rl"])
+def test_every_step_line_says_how_the_devices_were_used(stage: Stage) -> None:
+    """Where GPUs are known and have a price, also of large numbers and on the lines that show an evaluation."""
+    values = dict.fromkeys(SCALARS, 1234.5) | {"train/loss": 3.2146, "moe/max_vio": 2.5, "reward/mean": 0.5}
+    values |= {"reward/eval_mean": -0.25, "rollout/stale_token_share": 1.0, "eval/bits_per_byte": 1.234}
+    values |= {"perf/mfu": 0.456, "perf/gpu_idle_share": 0.37, "perf/tokens_per_s_per_device": 123_456.0}
+    values |= {"time/communication_exposed_s": 1.234, "perf/dollars_per_million_tokens": 12.34}
+    line = console_line(stage, 9_999, 10_000, values, 35_999)
+    for part in ("tok/s/dev 123,456", "MFU 45.6%", "exposed 1.234 s", "idle 37%", "$/M 12.34", "ETA 9:59:59"):
+        assert part in line, line
+
+
+def test_every_metric_is_in_a_group_and_every_group_has_a_stage_that_logs_it() -> None:
+    assert {key.partition("/")[0] for key in METRICS} == set(GROUPS)
+    both = [metric.key for stage in AXES for metrics in metrics_of(stage).values() for metric in metrics]
+    assert set(both) == set(METRICS) - {LOAD, LENGTHS}
+    assert "reward/mean" not in {metric.key for metrics in metrics_of("pretrain").values() for metric in metrics}
 
 
 @pytest.mark.parametrize(

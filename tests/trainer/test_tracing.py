@@ -1,9 +1,10 @@
-"""A trace has the steps and ranks that were asked for, in one file a node that is whole, and never ends a run."""
+"""A trace has the steps, ranks and engines that were asked for, in one file a node that is whole, and never ends a run."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,15 @@ class Ranks:
         worker.start_trace(*self.wanted)
         with torch.profiler.record_function(f"work of rank {worker.rank}"):
             torch.ones(4, 4) @ torch.ones(4, 4)
-        return worker.end_trace(folder)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(socket, "gethostname", lambda: f"host{worker.rank // 2}")
+            return worker.end_trace(folder)
+
+
+def request(steps: int, **wanted: Any) -> TraceRequest:
+    return TraceRequest.model_validate(
+        {"steps": steps, "ranks": "all", "engines": "all", "tokens": 8, "memory": False, **wanted}
+    )
 
 
 @pytest.fixture
@@ -73,8 +82,8 @@ def test_planned_steps_become_one_file_a_node(run: RunDir) -> None:
     assert ranks.asked == ["start_trace", "end_trace"]
     (folder,) = traces_of(run.path)
     assert folder.name == "steps_000002-000003"
-    assert {file.name for file in folder.iterdir()} == {"node_0.json.gz", "node_1.json.gz"}
-    names = [{event["name"] for event in events(folder / f"node_{node}.json.gz")} for node in (0, 1)]
+    assert {file.name for file in folder.iterdir()} == {"node_host0.json.gz", "node_host1.json.gz"}
+    names = [{event["name"] for event in events(folder / f"node_host{node}.json.gz")} for node in (0, 1)]
     assert {"work of rank 0", "work of rank 1", "aten::mm"} <= names[0] and "work of rank 2" not in names[0]
     assert "work of rank 2" in names[1]
     assert "traced steps 2 to 3" in said[0] and "no memory snapshot" in said[1]
@@ -82,7 +91,7 @@ def test_planned_steps_become_one_file_a_node(run: RunDir) -> None:
 
 def test_processes_of_ranks_stay_apart_and_share_one_clock(run: RunDir) -> None:
     steps(Traces(TraceConfig(range=(1, 1), ranks=(0, 1), memory=False), run, 3, lambda text: None), Ranks(), 1, 1)
-    found = events(run.traces / "steps_000001-000001" / "node_0.json.gz")
+    found = events(run.traces / "steps_000001-000001" / "node_host0.json.gz")
     work = {event["name"]: event for event in found if event["name"].startswith("work of rank")}
     assert work.keys() == {"work of rank 0", "work of rank 1"}
     first, second = work["work of rank 0"], work["work of rank 1"]
@@ -98,9 +107,9 @@ def test_merged_times_count_from_the_first_ranks_moment(ranks: list[tuple[int, i
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for rank, (base_ns, number) in enumerate(ranks):
-            files[rank] = Path(folder) / f"{rank}.json"
+            files[f"rank_{rank}"] = Path(folder) / f"{rank}.json"
             one = {"ph": "s", "name": "launch", "pid": 7, "tid": 1, "ts": 5.0, "id": number}
-            files[rank].write_text(json.dumps({"baseTimeNanoseconds": base_ns, "traceEvents": [one]}))
+            files[f"rank_{rank}"].write_text(json.dumps({"baseTimeNanoseconds": base_ns, "traceEvents": [one]}))
         merge(files, Path(folder) / "out.json.gz")
         found = events(Path(folder) / "out.json.gz")
     assert [event["ts"] for event in found] == [pytest.approx(5 + (base - ranks[0][0]) / 1000) for base, _ in ranks]
@@ -110,11 +119,11 @@ def test_merged_times_count_from_the_first_ranks_moment(ranks: list[tuple[int, i
 def test_a_request_is_obeyed_once(run: RunDir) -> None:
     ranks, traces = Ranks(), Traces(UNTRACED, run, 3, lambda text: None)
     steps(traces, ranks, 1, 1)
-    (run.path / REQUEST).write_text(TraceRequest(steps=2, ranks=(1,), memory=False).model_dump_json())
+    (run.path / REQUEST).write_text(request(2, ranks=(1,)).model_dump_json())
     steps(traces, ranks, 2, 6)
     (folder,) = traces_of(run.path)
     assert folder.name == "steps_000002-000003" and not (run.path / REQUEST).exists()
-    assert "work of rank 0" not in {event["name"] for event in events(folder / "node_0.json.gz")}
+    assert "work of rank 0" not in {event["name"] for event in events(folder / "node_host0.json.gz")}
 
 
 def test_a_trace_ends_with_the_run(run: RunDir) -> None:
@@ -123,7 +132,11 @@ def test_a_trace_ends_with_the_run(run: RunDir) -> None:
     assert [folder.name for folder in traces_of(run.path)] == ["steps_000004-000005"]
 
 
-@given(st.one_of(st.binary(max_size=40), st.dictionaries(st.sampled_from(["steps", "ranks", "memory"]), st.integers(-9, 9))))
+@given(
+    st.one_of(
+        st.binary(max_size=40), st.dictionaries(st.sampled_from(["steps", "ranks", "engines", "memory"]), st.integers(-9, 9))
+    )
+)
 def test_a_request_that_is_none_is_said_and_removed(content: bytes | dict[str, int]) -> None:
     import tempfile
 
@@ -138,9 +151,17 @@ def test_a_request_that_is_none_is_said_and_removed(content: bytes | dict[str, i
 
 def test_ranks_that_are_not_there_are_said(run: RunDir) -> None:
     said = list[str]()
-    (run.path / REQUEST).write_text(TraceRequest(steps=1, ranks=(3,), memory=False).model_dump_json())
+    (run.path / REQUEST).write_text(request(1, ranks=(3,)).model_dump_json())
     steps(Traces(UNTRACED, run, 3, said.append), Ranks(), 1, 1)
-    assert said == ["a trace of ranks [3] was asked for; there are ranks 0 to 2"]
+    (run.path / REQUEST).write_text(request(1, engines=(0,)).model_dump_json())
+    steps(Traces(UNTRACED, run, 3, said.append), Ranks(), 1, 1)
+    (run.path / REQUEST).write_text(request(1, engines=(0, 2)).model_dump_json())
+    steps(Traces(UNTRACED, run, 3, said.append, engines=2), Ranks(), 1, 1)
+    assert said == [
+        "a trace of ranks [3] was asked for; there are ranks 0 to 2",
+        "a trace of engines [0] was asked for; there are none",
+        "a trace of engines [0, 2] was asked for; there are engines 0 to 1",
+    ]
 
 
 def test_a_trace_that_cannot_be_written_is_said_and_leaves_nothing(run: RunDir) -> None:
@@ -154,14 +175,14 @@ def test_a_trace_that_cannot_be_written_is_said_and_leaves_nothing(run: RunDir) 
 def test_the_command_refuses_a_run_that_is_over(run: RunDir) -> None:
     run.close("finished")
     with pytest.raises(UserError, match="traced is finished; only a run that is going on can be traced"):
-        trace(run.path, TraceRequest(steps=1, ranks="all", memory=False))
+        trace(run.path, request(1))
     assert not (run.path / REQUEST).exists()
 
 
 def test_the_command_waits_for_the_trace(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     traces, ranks, looks = Traces(UNTRACED, run, 3, lambda text: None), Ranks(), iter(range(1, 9))
     monkeypatch.setattr("launch.trace.time.sleep", lambda seconds: steps(traces, ranks, step := next(looks), step))
-    assert trace(run.path, TraceRequest(steps=2, ranks="all", memory=False)).name == "steps_000001-000002"
+    assert trace(run.path, request(2)).name == "steps_000001-000002"
 
 
 def test_the_command_says_why_there_is_none(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +193,4 @@ def test_the_command_says_why_there_is_none(run: RunDir, monkeypatch: pytest.Mon
     traces = Traces(UNTRACED, run, 3, say)
     monkeypatch.setattr("launch.trace.time.sleep", lambda seconds: steps(traces, Ranks(), 1, 1))
     with pytest.raises(UserError, match=r"a trace of ranks \[7\] was asked for; there are ranks 0 to 2"):
-        trace(run.path, TraceRequest(steps=1, ranks=(7,), memory=False))
+        trace(run.path, request(1, ranks=(7,)))

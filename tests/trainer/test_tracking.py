@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
-from wandb.errors import CommError
 
 from kernels.errors import UserError
 from launch.cli import load
+from tests.listening import beyond_loopback
+from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
 from trainer.metrics import Change, read_records
@@ -18,6 +23,10 @@ from trainer.run_dir import RunDir, read_status
 from trainer.tracking import Tracker, summary_table
 
 OFF = LoggerConfig(wandb="off", project="tessera", entity=None)
+
+
+def logger(mode: str) -> LoggerConfig:
+    return LoggerConfig.model_validate({"wandb": mode, "project": "tessera", "entity": None})
 
 
 @pytest.fixture
@@ -39,7 +48,7 @@ def test_a_step_is_a_record_and_a_line(run: RunDir, capsys: pytest.CaptureFixtur
     assert isinstance(third["mem/peak_gib"], float) and third["mem/peak_gib"] > 0
     out = capsys.readouterr().out
     assert "step 1/2  loss 3.0000" in out and "ETA" in out
-    assert all(line.isprintable() and len(line) <= 120 for line in out.splitlines())
+    assert all(line.isprintable() and len(line) <= 150 for line in out.splitlines())
     assert out.splitlines()[0].endswith(run.note)
     assert "loss" in out.splitlines()[-3] or "2.0000" in out  # the closing table
     assert read_status(run.path)["state"] == "finished"
@@ -100,85 +109,117 @@ def test_records_that_cannot_be_written_are_a_message(run: RunDir) -> None:
         tracker.log(1, {"train/loss": 1.0})
 
 
-class FakeWandb:
-    """Stands for wandb: remembers what it was asked."""
-
-    def __init__(self, unreachable: bool = False) -> None:
-        self.unreachable, self.calls, self.logged, self.axes = unreachable, [], [], []
-        self.exit_code: int | None = None
-
-    def init(self, **arguments: object) -> FakeWandb:
-        self.calls.append(arguments)
-        if self.unreachable and arguments["mode"] == "online":
-            raise CommError("no route to host")
-        return self
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.axes.append((name, step_metric))
-
-    def log(self, values: dict[str, float]) -> None:
-        self.logged.append(values)
-
-    def finish(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-
-def track(run: RunDir, wandb: FakeWandb, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking.wandb, "init", wandb.init)
-    logger = LoggerConfig.model_validate({"wandb": mode, "project": "tessera", "entity": None})
-    with Tracker(run, "pretrain", logger, total_steps=1, devices=2) as tracker:
-        tracker.log(1, {"train/loss": 1.0, "moe/load": [[1.0]]})
-
-
-@pytest.mark.parametrize(
-    ("mode", "key", "expected"), [("auto", "", "offline"), ("auto", "k", "online"), ("offline", "k", "offline")]
-)
-def test_wandb_is_online_only_when_asked_or_with_a_key(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, mode: str, key: str, expected: str
+@pytest.mark.parametrize(("mode", "key"), [("auto", ""), ("offline", SECRET)])
+def test_wandb_hears_nothing_unless_it_is_asked_for_or_has_a_key(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, key: str
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    wandb = FakeWandb()
-    track(run, wandb, mode, monkeypatch)
-    (call,) = wandb.calls
-    assert (call["mode"], call["id"], call["resume"], call["dir"]) == (expected, run.id, "allow", run.path)
-    assert wandb.axes == [("train/step", None), ("*", "train/step")]
-    assert wandb.logged[0]["train/step"] == 1 and "moe/load" not in wandb.logged[0]
-    assert wandb.exit_code == 0
+    with WandbServer() as server, at(server.url, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        with Tracker(run, "pretrain", logger(mode), total_steps=1, devices=2) as tracker:
+            tracker.log(1, {"train/loss": 1.0})
+        assert not server.asked
+    assert list((run.path / "wandb").glob("offline-run-*"))
+
+
+def test_attempts_of_a_run_are_one_run_to_wandb_with_its_own_axis_and_a_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"runs_dir={tmp_path}", "run_name=again", "resume=auto"]
+    with WandbServer() as server, at(server.url, tmp_path / "home", monkeypatch):
+        for step in (1, 2):
+            run = RunDir.open(load(PretrainConfig, "pretrain", options), "pretrain")
+            with Tracker(run, "pretrain", logger("auto"), total_steps=2, devices=1) as tracker:
+                tracker.log(step, {"train/loss": 1.0 / step, "moe/load": [[1.0]]})
+                assert beyond_loopback(os.getpid()) == {}, "W&B's own process listens to others"
+    assert list(server.runs) == [run.id] and server.runs[run.id] >= 2
+    told = [{key: record[key] for key in record if "/" in key} for record in server.history[run.id]]
+    assert [(one["train/step"], one["train/loss"]) for one in told] == [(1, 1.0), (2, 0.5)]
+    assert all("moe/load" not in one for one in told)
+    assert server.saved == 1 and list(server.views) == ["nw-tesserapretrain-v"], "the second attempt makes no other workspace"
+    output = capfd.readouterr()
+    assert f"W&B workspace: {server.url}/{ENTITY}/tessera?nw=tesserapretrain" in output.out
+    assert SECRET not in output.out + output.err + json.dumps(server.views)
+    assert not [file for file in run.path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+
+
+def test_a_workspace_that_wandb_refuses_is_said_and_the_run_goes_on(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        WandbServer(refuses_views=True) as server,
+        at(server.url, tmp_path, monkeypatch),
+        Tracker(run, "pretrain", logger("online"), total_steps=1, devices=2) as tracker,
+    ):
+        tracker.log(1, {"train/loss": 1.0})
+    assert re.search(
+        r"no W&B workspace \(.*permission denied.*\); `python -m launch.report .* --wandb`", capsys.readouterr().out
+    )
+    assert read_status(run.path)["state"] == "finished" and server.history[run.id]
+
+
+def test_a_run_survives_the_death_of_wandbs_process(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with WandbServer() as server, at(server.url, tmp_path, monkeypatch):
+        with Tracker(run, "pretrain", logger("online"), total_steps=2, devices=2) as tracker:
+            tracker.log(1, {"train/loss": 1.0})
+            (service,) = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
+            service.kill()
+            service.wait(10)
+            tracker.log(2, {"train/loss": 0.5})
+        said = capsys.readouterr().out
+    assert said.count("W&B has failed") == 1 and "step 2/2" in said
+    assert read_status(run.path)["state"] == "finished" and len(read_records(run.metrics_file)) == 2
+
+
+def test_a_run_does_not_wait_for_ever_for_a_wandb_that_has_gone(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "UPLOAD_S", 2.0)
+    with ExitStack() as servers:
+        server = servers.enter_context(WandbServer())
+        with at(server.url, tmp_path, monkeypatch), Tracker(run, "pretrain", logger("online"), 1, devices=2) as tracker:
+            servers.close()
+            tracker.log(1, {"train/loss": 1.0})
+    assert "W&B has failed (Timed out finishing run" in capsys.readouterr().out
+    assert read_status(run.path)["state"] == "finished"
 
 
 def test_without_a_network_wandb_goes_offline_and_says_so(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wandb = FakeWandb(unreachable=True)
-    track(run, wandb, "online", monkeypatch)
-    assert [call["mode"] for call in wandb.calls] == ["online", "offline"]
+    monkeypatch.setattr(tracking, "WANDB_S", 2.0)
+    with WandbServer() as server:
+        address = server.url
+    with (
+        at(address, tmp_path, monkeypatch),
+        Tracker(run, "pretrain", logger("online"), total_steps=1, devices=2) as tracker,
+    ):
+        tracker.log(1, {"train/loss": 1.0})
     out = capsys.readouterr().out
-    assert "W&B cannot be reached (no route to host)" in out and "wandb sync" in out
+    assert "W&B cannot be reached (" in out and "wandb sync" in out and read_status(run.path)["state"] == "finished"
 
 
 def test_the_real_wandb_writes_offline_into_the_run_without_the_key(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    secret = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    offline = LoggerConfig(wandb="offline", project="tessera", entity=None)
-    with Tracker(run, "pretrain", offline, total_steps=1, devices=2) as tracker:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    with Tracker(run, "pretrain", logger("offline"), total_steps=1, devices=2) as tracker:
         tracker.log(1, {"train/loss": 1.0})
     written = list((run.path / "wandb").glob(f"offline-run-*-{run.id}/run-{run.id}.wandb"))
     assert len(written) == 1
     for file in run.path.rglob("*"):
         if file.is_file():
-            assert secret.encode() not in file.read_bytes(), file
+            assert SECRET.encode() not in file.read_bytes(), file
     assert "wandb" not in capfd.readouterr().err
 
 
 def test_a_resumed_run_is_the_same_run_to_wandb(tmp_path: Path) -> None:
-    offline = LoggerConfig(wandb="offline", project="tessera", entity=None)
     options = [f"runs_dir={tmp_path}", "run_name=again", "resume=auto"]
     opened = []
     for step in (1, 2):
         run = RunDir.open(load(PretrainConfig, "pretrain", options), "pretrain")
-        with Tracker(run, "pretrain", offline, total_steps=2, devices=1) as tracker:
+        with Tracker(run, "pretrain", logger("offline"), total_steps=2, devices=1) as tracker:
             tracker.log(step, {"train/loss": 1.0})
         opened.append(run)
     assert opened[0].id == opened[1].id and [run.attempt for run in opened] == [1, 2]

@@ -8,7 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.config.record import Record
-from trainer.config.run import RunConfig
+from trainer.config.run import RunConfig, TraceConfig
+
+MOST_TRACED_TOKENS = 1000  # decoding steps, of each of which a trace has thousands of events
 
 
 class TaskConfig(Record):
@@ -171,6 +173,13 @@ class LoopConfig(Record):
     skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
 
 
+class EngineTraceConfig(TraceConfig):
+    """Of engines too; trainer/tracing.py."""
+
+    engines: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
+    tokens: int = Field(gt=0, le=MOST_TRACED_TOKENS)  # decoding steps, the first ones that each engine makes in the rounds
+
+
 class RLConfig(RunConfig):
     checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
@@ -180,6 +189,7 @@ class RLConfig(RunConfig):
     sync: SyncConfig
     algorithm: AlgorithmConfig
     loop: LoopConfig
+    trace: EngineTraceConfig
 
     @model_validator(mode="after")
     def consistent(self) -> RLConfig:
