@@ -22,6 +22,7 @@ from launch.benchmarks import (
     experts,
     fssdp,
     learning,
+    old_tokens,
     placement,
     record,
     rl,
@@ -59,6 +60,7 @@ BENCHMARKS = {
     "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, {}, rollout.measure, rollout.table),
     "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, rl.PEERS, rl.measure, rl.table),
     "learning": Benchmark(learning.LearningOptions, learning.DEFAULTS, {}, learning.measure, learning.table),
+    "old_tokens": Benchmark(old_tokens.OldTokensOptions, old_tokens.DEFAULTS, {}, old_tokens.measure, old_tokens.table),
     "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),
 }
 

@@ -175,19 +175,24 @@ def _curve(config: RLConfig, prompts: int) -> Curve:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of means over seeds; one standard error, None of a single seed."""
+    """Of means over seeds, and one standard error of it; NaN of a single seed."""
 
     mean: float
-    error: float | None
+    error: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN of a single value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def difference(those: Sequence[float], first: Sequence[float]) -> Difference:
     """Paired by seed."""
     gaps = [one - other for one, other in zip(those, first, strict=True)]
-    return Difference(mean(gaps), stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None)
+    return Difference(mean(gaps), standard_error(gaps))
 
 
 def _agreements(modes: Sequence[Mode]) -> Iterator[str]:
@@ -198,7 +203,7 @@ def _agreements(modes: Sequence[Mode]) -> Iterator[str]:
             ("training", mode.training, first.training),
         ):
             gap = difference(those, ours)
-            if gap.error is not None:
+            if not math.isnan(gap.error):
                 agrees = "within" if abs(gap.mean) <= 2 * gap.error else "more than"
                 yield f"{mode.name} less {first.name}, {what} prompts: {gap}, {agrees} two standard errors"
 

@@ -1,10 +1,11 @@
-"""The benchmark of learning: real runs, and what is said of their differences."""
+"""The benchmarks of learning: real runs, those of a tiny policy, and what is said of their differences."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
@@ -107,7 +108,7 @@ def curve(held_out: float, training: float, decode_steps: float) -> Curve:
 def test_differences_are_paired_by_seed() -> None:
     found = difference([0.5, 0.8, 0.9], [0.4, 0.6, 0.9])
     assert found.mean == pytest.approx(0.1) and found.error == pytest.approx(0.1 / 3**0.5)
-    assert str(found) == "+0.100 ± 0.058" and str(difference([0.5], [0.7])) == "-0.200"
+    assert str(found) == "+0.100 ± 0.058" and str(difference([0.5], [0.7])) == "-0.200 ± nan"
 
 
 def test_rewards_at_equal_steps_lie_between_evaluations() -> None:
@@ -122,3 +123,18 @@ def test_the_table_has_a_row_for_each_mode() -> None:
     cells = {str(column.header): list(column.cells) for column in shown.columns}
     assert cells["held-out"] == ["0.750", "0.700"] and cells["each seed"] == ["0.800, 0.700", "0.700, 0.700"]
     assert cells["after 10 steps"] == ["0.400", "0.800"], "as many steps, twice the rounds"
+
+
+def test_a_tiny_policy_learns_and_old_tokens_that_are_left_out_are_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "old_tokens.json"
+    modes = "sync,april,april+algorithm.off_policy=mask"
+    assert main(["old_tokens", f"modes={modes}", "lr=0.01", "seeds=2", "rounds=12", "prompts=60", f"out={out}"]) == 0
+    (case,) = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    rewards = {mode["name"]: mean(run["last"] for run in mode["runs"]) for mode in case["modes"]}
+    sync, april, mask = (next(mode for mode in case["modes"] if mode["name"] == name)["runs"][0] for name in modes.split(","))
+    assert sync["stale"] == 0 and april["stale"] > 0.3 and april["decode_steps"] < sync["decode_steps"]
+    assert sync["mismatch"] < 1e-5 and mask["mismatch"] < 1e-5 < april["mismatch"], "packed rows are what was generated"
+    assert min(rewards["sync"], rewards["april"]) > rewards[modes.split(",")[2]] + 0.1
+    assert f"{rewards['april']:.3f}" in capsys.readouterr().out
