@@ -1,4 +1,4 @@
-"""What rewards of a sample of prompts say of all prompts."""
+"""Held-out prompts, and what the rewards of a sample of prompts say of all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
+FINAL_GROUP = 1 << 30  # prompts of a side of the split from here on are drawn for nothing but a last evaluation
 
 Judged = tuple[str, float]  # the text of a prompt, the reward of an answer to it
 

@@ -17,7 +17,7 @@ from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
 from rl.engine.stops import Stops
-from rl.evaluation import Judged, estimate
+from rl.evaluation import EVAL_GROUP, Judged, estimate
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
@@ -41,8 +41,6 @@ from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracing import Traces
 from trainer.tracking import Tracker
-
-EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
 @dataclass(frozen=True)

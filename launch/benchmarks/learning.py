@@ -22,10 +22,9 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
 
-from launch.benchmarks.one_process import FinalRewards, reinforce_here
 from launch.benchmarks.options import FileOptions, Listed, OneOrMore
 from launch.benchmarks.timing import Ceilings
-from launch.cli import load
+from rl.evaluation import Estimate
 from trainer.config.rl import RLConfig
 from trainer.metrics import read_records
 
@@ -48,6 +47,8 @@ class LearningOptions(FileOptions):
 
     def config(self, seed: int, start: Path, *options: str) -> RLConfig:
         """A run's; what is given later holds."""
+        from launch.cli import load  # here, since the other benchmarks do without Hydra and Ray
+
         fixed = ["logger=jsonl", "cluster.ranks=1", f"seed={seed}", f"checkpoint={start}", f"loop.rounds={self.rounds}"]
         fixed += [f"runs_dir={self.runs_dir}", f"loop.checkpoint_every={self.rounds}", f"task.eval_prompts={self.prompts}"]
         return load(RLConfig, "rl", [*fixed, *self.common, *options])
@@ -64,6 +65,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     }
     for kind in ("cuda", "cpu")
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinalRewards:
+    """Of the policy that a run ends with, one answer for each drawn prompt."""
+
+    held_out: Estimate
+    training: Estimate  # prompts of the side of the split that was trained
 
 
 @dataclass(frozen=True)
@@ -144,10 +153,14 @@ def measure(
 
 
 def _warmed_up(config: RLConfig, prompts: int) -> Path:
+    from launch.benchmarks.one_process import reinforce_here
+
     return reinforce_here(config, rounds=False, prompts=prompts)[0]
 
 
 def _curve(config: RLConfig, prompts: int) -> Curve:
+    from launch.benchmarks.one_process import reinforce_here
+
     folder, final = reinforce_here(config, rounds=True, prompts=prompts)
     assert final is not None
     records: list[dict[str, Any]] = read_records(folder / "metrics.jsonl")
@@ -159,7 +172,7 @@ def _curve(config: RLConfig, prompts: int) -> Curve:
     return Curve(
         seed=config.seed,
         folder=str(folder),
-        final=final,
+        final=FinalRewards(*final),
         evaluations=tuple((r["step"], r["reward/eval_mean"]) for r in records if "reward/eval_mean" in r),
         trained=each("reward/mean"),
         tokens=each("rollout/new_tokens"),

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from launch.benchmarks.learning import difference, standard_error
 from launch.benchmarks.options import FileOptions, OneOrMore
 from launch.benchmarks.timing import Ceilings
-from launch.cli import load
 from rl.algorithms import PolicyObjective
 from rl.april import complete, rollout_round
 from rl.engine.pool import advancing
+from rl.evaluation import EVAL_GROUP, FINAL_GROUP
 from rl.extras import PROXIMAL
-from rl.loop import EVAL_GROUP
 from rl.packing import documents_of, policy_batches
 from rl.rewards.lists import Countdown
 from rl.rewards.task import Prompt
@@ -44,7 +43,6 @@ EOS, VOCABULARY = 10, 11  # tokens 0..9 are the digits
 ROW = 64  # tokens
 HIDDEN = 128
 WARMUP_STEPS, WARMUP_EXAMPLES, WARMUP_RATE, MISTAKES = 300, 64, 3e-3, 0.7
-FINAL_GROUP = 1 << 30  # training prompts from here on are for evaluation
 
 
 class OldTokensOptions(FileOptions):
@@ -55,6 +53,8 @@ class OldTokensOptions(FileOptions):
     prompts: PositiveInt = Field(description="that an evaluation draws")
 
     def config(self, mode: str, lr: float) -> RLConfig:
+        from launch.cli import load  # here, since the other benchmarks do without Hydra
+
         name, *options = mode.split("+")
         fixed = ["checkpoint=none", f"loop.rounds={self.rounds}", f"loop.sequence_length={ROW}", f"optimizer.lr={lr}"]
         return load(RLConfig, "rl", [*fixed, f"rollout={name}", *options])

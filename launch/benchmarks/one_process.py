@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from parallel.topology import World, join
 from rl.actors import sync_metrics
 from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool
-from rl.evaluation import Estimate, estimate
-from rl.loop import EVAL_GROUP, Reinforcement
+from rl.evaluation import EVAL_GROUP, FINAL_GROUP, Estimate, estimate
+from rl.loop import Reinforcement
 from rl.rewards.tasks import make_task
 from rl.rewards.workers import RewardWorkers
 from rl.trajectory import Sample
@@ -31,7 +30,6 @@ from trainer.tracking import Tracker
 from trainer.worker import TrainWorker
 
 TIMEOUT_S = 120.0
-FINAL_GROUP = 1 << 30  # training prompts from here on are drawn anew after the last round
 
 
 @cache
@@ -77,16 +75,11 @@ class OnlyEngine(LocalPool):
         return {}
 
 
-@dataclass(frozen=True)
-class FinalRewards:
-    """Of the policy that a run ends with, one sample for each drawn prompt."""
+def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, tuple[Estimate, Estimate] | None]:
+    """The run folder, and what the policy earns in the end on held-out and on training prompts, one answer for each draw.
 
-    held_out: Estimate
-    training: Estimate  # prompts of the side of the split that was trained
-
-
-def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, FinalRewards | None]:
-    """The run folder, and what the policy earns in the end; without `rounds` the run ends when it is warmed up."""
+    Without `rounds` the run ends when it is warmed up.
+    """
     start_from, model = starting_point(config.checkpoint)
     task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json")
     dtype, _ = choose_dtype(config.loop.dtype)
@@ -106,7 +99,7 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
             held_out, training = (
                 estimate(work.judged(pool, range(first, first + prompts))) for first in (EVAL_GROUP + FINAL_GROUP, FINAL_GROUP)
             )
-            final = FinalRewards(held_out, training)
+            final = held_out, training
         else:
             work.prepare(ranks)
     return run.path, final

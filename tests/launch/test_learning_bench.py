@@ -12,8 +12,7 @@ import yaml
 
 from kernels.errors import UserError
 from launch.bench import main
-from launch.benchmarks.learning import DEFAULTS, Comparison, Curve, LearningOptions, Mode, difference, table
-from launch.benchmarks.one_process import FinalRewards
+from launch.benchmarks.learning import DEFAULTS, Comparison, Curve, FinalRewards, LearningOptions, Mode, difference, table
 from launch.benchmarks.options import read_options
 from rl.evaluation import Estimate
 from rl.rewards.lists import Countdown
