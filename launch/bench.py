@@ -17,9 +17,23 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks import collectives, experts, fssdp, placement, record, rl, rollout, router, schedule, vocab_loss, weights
+from launch.benchmarks import (
+    collectives,
+    experts,
+    fssdp,
+    learning,
+    old_tokens,
+    placement,
+    record,
+    rl,
+    rollout,
+    router,
+    schedule,
+    vocab_loss,
+    weights,
+)
 from launch.benchmarks.contest import Work
-from launch.benchmarks.options import SHAPES, Options, read_options
+from launch.benchmarks.options import SHAPES, FileOptions, read_options
 from launch.benchmarks.peers import PACKAGES
 from launch.benchmarks.timing import measure_ceilings
 
@@ -28,7 +42,7 @@ TABLE_WIDTH = 200  # columns where the output is no terminal
 
 @dataclass(frozen=True)
 class Benchmark:
-    options: type[Options]
+    options: type[FileOptions]
     defaults: Mapping[str, Mapping[str, Any]]  # of each type of device
     peers: Mapping[str, Callable[[], Work] | None]  # how to load each; None where the measurement makes it itself
     measure: Callable[..., Iterator[Any]]  # of cases, each with failures and notes beside what its table shows
@@ -45,6 +59,8 @@ BENCHMARKS = {
     "schedule": Benchmark(schedule.ScheduleOptions, schedule.DEFAULTS, {}, schedule.measure, schedule.table),
     "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, {}, rollout.measure, rollout.table),
     "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, rl.PEERS, rl.measure, rl.table),
+    "learning": Benchmark(learning.LearningOptions, learning.DEFAULTS, {}, learning.measure, learning.table),
+    "old_tokens": Benchmark(old_tokens.OldTokensOptions, old_tokens.DEFAULTS, {}, old_tokens.measure, old_tokens.table),
     "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),
 }
 

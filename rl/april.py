@@ -123,6 +123,7 @@ def rollout_round(
     unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
     buffer.settle(recycled=unfinished, surplus=surplus)
     buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
+    metrics["rollout/decode_steps"] = progress.steps
     metrics["rollout/finished_groups"] = len(finished)
     metrics["rollout/replaced_groups"] = len(replaced)
     metrics["rollout/recycled_samples"] = _count_partial(unfinished)
@@ -152,6 +153,7 @@ class _Progress:
     useful: list[Group] = field(default_factory=list)
     flat: list[Group] = field(default_factory=list)  # finished, and not informative
     running: dict[int, Group] = field(default_factory=dict)
+    steps: int = 0  # of decoding, until the round is full
 
     def enter(self, groups: Sequence[Group]) -> None:
         self.taken += groups
@@ -187,6 +189,7 @@ def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], 
             refills -= 1
         else:
             progress.update(progress.pool.advance(config.advance_tokens))
+            progress.steps += config.advance_tokens
 
 
 def _overlap(

@@ -19,6 +19,7 @@ from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
 from rl.engine.stops import Stops
+from rl.evaluation import EVAL_GROUP, Judged, estimate
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.rewards.task import Conversation, Prompt, Task
 from rl.rewards.workers import Reply, Response, RewardWorkers
@@ -44,8 +45,6 @@ from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracing import Traces
 from trainer.tracking import Tracker
-
-EVAL_GROUP = 1 << 40  # groups of held-out prompts count from here, far from those of training
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,21 @@ class Reinforcement:
             replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
 
     def learn_in(self, placement: Placement, pool: SyncedPool) -> None:
-        ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
+        self.learn_with(start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory), pool)
+
+    def learn_with(self, ranks: Processes, pool: SyncedPool) -> None:
+        """From where the run is to its end, with ranks that have built their trainers."""
         start, buffer = self._restore(ranks)
         if self.config.algorithm.kl_coefficient > 0:
             ranks.call("keep_reference", self.run.reference)
         pool.load_weights(ranks, start, self.config.sync)
         with self.stop.deferred():
             self.loop(ranks, pool, buffer, start)
+
+    def prepare(self, ranks: Processes) -> None:
+        """What a run begins with, warmed up, as its checkpoint of round 0: others can start from it without a warm-up."""
+        _, buffer = self._restore(ranks)
+        self._save(ranks, buffer, 0, wait=True)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -197,9 +204,11 @@ class Reinforcement:
         return [None if sample.status == "abandoned" else next(rewards) for sample in samples]
 
     def _response(self, sample: Sample) -> Response:
-        prompt = self.task.prompt(sample.group) if sample.group < EVAL_GROUP else self.task.held_out(sample.group - EVAL_GROUP)
         turns = (self._text(turn, own=number % 2 == 0) for number, turn in enumerate(sample.turns))
-        return Response(prompt, tuple(turns), sample.status == "finished")
+        return Response(self._prompt(sample.group), tuple(turns), sample.status == "finished")
+
+    def _prompt(self, group: int) -> Prompt:
+        return self.task.prompt(group) if group < EVAL_GROUP else self.task.held_out(group - EVAL_GROUP)
 
     def _text(self, turn: Sequence[int], own: bool) -> str:
         ids = turn[:-1] if turn[-1] == self.tokenizer.eos else turn
@@ -212,18 +221,24 @@ class Reinforcement:
         return Stops(strings, self.tokenizer.spelled(), rollout.include_stop) if strings else None
 
     def evaluate(self, pool: OverlappingPool) -> dict[str, float]:
-        """The mean reward of one sample for each held-out prompt, with the same noise every time."""
+        """The mean reward of one sample for each held-out prompt, with the same noise every time, and its standard error."""
         clock = time.perf_counter()
-        prompts = [self._ids(self.task.held_out(index)) for index in range(self.config.task.eval_prompts)]
-        samples = [s for index, ids in enumerate(prompts) for s in fresh_group(EVAL_GROUP + index, ids, 1).samples]
+        found = estimate(self.judged(pool, range(EVAL_GROUP, EVAL_GROUP + self.config.task.eval_prompts)))
+        error = {} if found.error is None else {"reward/eval_error": found.error}
+        return {"reward/eval_mean": found.mean, **error, "time/eval_s": time.perf_counter() - clock}
+
+    def judged(self, pool: OverlappingPool, groups: Sequence[int]) -> list[Judged]:
+        """One answer each to the prompts of these groups, less those that could not be judged; the engines must be empty."""
+        samples = [fresh_group(group, self._ids(self._prompt(group)), 1).samples[0] for group in groups]
         done = complete(self.turns(pool), samples, self.config.rollout.advance_tokens)
-        rewards = [reward for reward in self.score(done) if reward is not None]
-        if not rewards:
+        rewards = zip(done, self.score(done), strict=True)
+        found = [(self._prompt(sample.group).text, reward) for sample, reward in rewards if reward is not None]
+        if not found:
             raise UserError(
                 f"none of the answers to {len(done)} held-out prompts could be judged (every score was None); "
                 "check the task's score method and the service it may ask"
             )
-        return {"reward/eval_mean": sum(rewards) / len(rewards), "time/eval_s": time.perf_counter() - clock}
+        return found
 
     def warm_up(self, ranks: Processes) -> None:
         """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""

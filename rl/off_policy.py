@@ -13,6 +13,11 @@ A loss is made of two numbers a token, see `Ratios`; what `algorithm.off_policy`
     decoupled   ratio policy / proximal, importance min(proximal / behaviour, truncation) (AReaL, 2505.24298)
 
 and the masks set the importance of whole tokens or sequences to 0. What is masked stays in the denominator of the mean loss.
+
+With one update a round the proximal policy is the one being trained, so a ratio to it is 1 and never clipped: what an old token
+teaches is then learned again in full, however far the updates since have moved it already. The clip of bypass ends where
+the policy is clip_low or clip_high away from the one that sampled the token, as PPO means it, however many updates lie between.
+So it is the default; what that gave is in tests/benchmarks/rl.md.
 """
 
 from __future__ import annotations

@@ -61,14 +61,11 @@ SHAPES: Mapping[ModelName, Shape] = {
 }
 
 
-class Options(BaseModel):
-    """What every benchmark can be told. A size that is given replaces that of each model."""
+class FileOptions(BaseModel):
+    """What every benchmark can be told."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: OneOrMore[ModelName]
-    seed: int = Field(0, description="of the data and the routing")
-    repeats: PositiveInt | None = Field(None, description="timed rounds; not given: at least 20, and more for a second")
     out: Path = Field(description="the JSON file")
 
     @field_validator("out")
@@ -77,6 +74,14 @@ class Options(BaseModel):
         if not out.parent.is_dir():
             raise ValueError(f"there is no folder {out.parent}")
         return out
+
+
+class Options(FileOptions):
+    """Of a benchmark that times. A size that is given replaces that of each model."""
+
+    model: OneOrMore[ModelName]
+    seed: int = Field(0, description="of the data and the routing")
+    repeats: PositiveInt | None = Field(None, description="timed rounds; not given: at least 20, and more for a second")
 
     @model_validator(mode="after")
     def _tokens_have_enough_experts(self) -> Self:
@@ -95,7 +100,7 @@ class TokenOptions(Options):
     tokens: OneOrMore[PositiveInt]
 
 
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+AnyOptions = TypeVar("AnyOptions", bound=FileOptions)
 
 
 def read_options(record: type[AnyOptions], defaults: Mapping[str, Any], arguments: Sequence[str]) -> AnyOptions:
