@@ -50,9 +50,14 @@ class Materialisation:
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self.setting: Setting | None = None  # nothing is copied before it is known
         self._calibrated = 0  # layers, in this step
-        if settings.memory == 0:  # nothing will ever travel under it
-            shards.arena.attention = None
+        if not self._measures:
+            shards.arena.attention = None  # nobody would ever look at its events
         self.place()
+
+    @property
+    def _measures(self) -> bool:
+        """Whether there will be copies, whose costs have to be known."""
+        return self.shards.world.size > 1 and self.settings.memory != 0
 
     def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
         """Takes the loads of the step that is done, moves owners if it is time, and places copies for the next step.
