@@ -25,7 +25,7 @@ class World:
     size: int
     device: torch.device
     ranks_per_node: int  # consecutive ranks share a node
-    timeout_s: float = 0.0  # after which a wait for another rank is an error; 0: never
+    timeout_s: float = 1800.0  # of a collective
     exposed: Stopwatch = field(init=False, repr=False, compare=False)  # of communication that computation waits for
 
     def __post_init__(self) -> None:
