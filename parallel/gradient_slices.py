@@ -30,7 +30,6 @@ from parallel.stopwatch import Marks
 from parallel.topology import World
 
 MOST_BYTES = 2**27  # of a message; while it is reduced it lies on the device three times
-
 PROBE = 2**18  # numbers of the first message that is timed
 BUDGET_S = 2.0  # for all that are
 SETS_OUT, ARRIVES = "a slice sets out from", "a slice is there from"  # marks; they end in where it begins
@@ -51,10 +50,10 @@ class GradientSlices:
         self._levels = levels(world)
         self._here = [False] * len(self._sizes)  # which gradients are complete
         self._prefix, self._complete = 0, 0  # parameters, and numbers, that are complete with all before them
-        self.complete_P: tuple[int, ...] | None = (
-            None  # numbers that are complete at each place, on every rank, once it is known
-        )
-        self.sums_P: tuple[int, ...] | None = None  # numbers that have set out behind each place; None: all that are complete
+        # Numbers that are complete at each place on every rank, once it is known; and that have set out behind each: where
+        # nobody says how many, all that are complete.
+        self.complete_P: tuple[int, ...] | None = None
+        self.sums_P: tuple[int, ...] | None = None
         self._seen = [0] * places
         self._active = False
         self._due: list[Span] = []
