@@ -40,6 +40,7 @@ from trainer.guard import Guard
 from trainer.loop import meet
 from trainer.places import Placement
 from trainer.state import TrainerSpec
+from trainer.tracing import TraceRequest
 
 LEARNING_RATE = 1e-6
 STAGES = ("generate", "reward", "logprob", "update", "transfer", "rest")
@@ -215,7 +216,7 @@ class Rounds:
 
     def profiled(self, folder: Path) -> KernelTimes:
         """Of the last batch once more, on rank 0."""
-        self.ranks.call("start_trace", (0,), False)
+        self.ranks.call("start_trace", TraceRequest(steps=1, ranks=(0,), engines=(), tokens=1, memory=False))
         self.ranks.call("predict", self._batch, True, False)
         self.ranks.call("learn", self._batch, PolicyObjective(self.algorithm), LEARNING_RATE)
         traced, *_ = self.ranks.call("end_trace", folder)
