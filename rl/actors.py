@@ -251,16 +251,20 @@ class RayPool:
         while not self._present or (everybody and self._absent):
             self._welcome(WAIT_S)
         self._brought = version, config
-        return self._bring(links, version, config)
+        receipts = self._bring(links, version, config)
+        while not receipts:
+            receipts = self._welcome(WAIT_S)
+        return receipts
 
     def _bring(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
-        """Raises ProcessLost when an engine is lost by it, because the ranks are then in the middle of a broadcast."""
+        """Of the engines that are not lost by it. Raises ProcessLost when one is while ranks broadcast, because they are then in
+        the middle of it; no rank waits for who reads what is shown."""
         ranks, present = self._ranks, self._present
         links.connect(ranks, self.actors)
         offers = links.offers(ranks, version, config.check)
         sent = {name: actor.send.remote() for name, actor in ranks.actors.items()}
         receipts = self._ask(lambda actor: actor.take.remote(offers))
-        if len(receipts) < len(present):
+        if len(receipts) < len(present) and links.broadcasts:
             raise ProcessLost("an engine was lost while it took weights from the ranks")
         gather(sent, ranks.logs)
         return list(receipts.values())

@@ -18,6 +18,7 @@ class Links:
         self._engines: dict[str, Any] = {}  # name -> actor
         self._here: list[list[str]] = []  # of each rank, the engines that it shows its memory to
         self._times = 0
+        self.broadcasts = False  # whether some rank has an engine that it does not show its memory to
 
     def connect(self, ranks: Processes, engines: Mapping[str, Any]) -> None:
         """Links these engines, unless they are already; a rank that shows its memory to all of them opens no group."""
@@ -29,7 +30,7 @@ class Links:
         reached = ranks.call("reached_by", sorted({gpu for gpu in gpus.values() if gpu is not None}))
         self._here = [shown_to(gpu, found, gpus, len(ranks)) for (gpu, _), found in zip(places, reached, strict=True)]
         groups: dict[str, dict[int, tuple[str, int, int]]] = {name: {} for name in engines}
-        calls = {}
+        calls, self.broadcasts = {}, False
         for rank, ((rank_name, actor), here) in enumerate(zip(ranks.actors.items(), self._here, strict=True)):
             elsewhere = {name: gpu for name, gpu in gpus.items() if name not in here}
             members = {f"weights/{self._times}/{rank}/{number}": names for number, names in enumerate(apart(elsewhere))}
@@ -37,6 +38,7 @@ class Links:
                 for member, name in enumerate(names, start=1):
                     groups[name][rank] = group, member, 1 + len(names)
             calls[rank_name] = actor.link.remote({group: len(names) for group, names in members.items()})
+            self.broadcasts |= bool(members)
         (_, meeting), *_ = places
         for name, actor in engines.items():
             calls[name] = actor.link.remote(name, meeting, groups[name], self._timeout_s)

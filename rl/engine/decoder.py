@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.limits import takes_kernels
 from kernels.linear import product
 from kernels.race import race
 from kernels.ragged import Ragged, tile_queries
@@ -65,6 +66,8 @@ class Decoder:
         self._tokens_B = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._logprobs_B = torch.zeros(slots, dtype=torch.float32, device=self._device)
         self._slots, self._max_pages = slots, max_pages
+        # The references, which float32 takes, ask the device how many rows each expert has; a graph cannot.
+        self._replays = takes_kernels(model.experts.gate_up_LECD)
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._longest = 0
 
@@ -89,8 +92,8 @@ class Decoder:
 
     def step(self, count: int) -> Step:
         """Decodes a token of the first `count` rows."""
-        size = count if self._device.type == "cpu" else min(padded(count), self._slots)
-        if self._device.type == "cpu" or size not in self._graphs:
+        size = min(padded(count), self._slots) if self._replays else count
+        if not self._replays or size not in self._graphs:
             self._decode(size)  # the first time of a size also compiles its kernels, which a graph cannot do
             self._graphs[size] = None
         else:

@@ -32,9 +32,9 @@ def test_kernels_and_memory_are_traced(tmp_path: Path) -> None:
 
 def test_an_engine_traces_its_first_tokens_with_kernels_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rl.actors.log_to", lambda file: file.open("a"))  # the test keeps its own output
-    config = tiny_model(max_positions=64, vocab_size=20)
+    config = tiny_model(hidden_size=64, expert_hidden_size=32, max_positions=64, vocab_size=20)
     settings = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
-    actor = EngineActor(config, settings, "float32", tmp_path / "engine_0.log", 60)
+    actor = EngineActor(config, settings, "bfloat16", tmp_path / "engine_0.log", 60)
     model = LanguageModel.initialize(config, seed=0, batch_invariant=True)
     actor._engine.load_weights(model.state(), 0)
     actor.submit([Sample(uid, uid, (2, 3)) for uid in range(4)])
