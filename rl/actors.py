@@ -257,8 +257,8 @@ class RayPool:
         return receipts
 
     def _bring(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
-        """Of the engines that are not lost by it. Raises ProcessLost when one is while ranks broadcast, because they are then in
-        the middle of it; no rank waits for who reads what is shown."""
+        """Of the engines that are not lost by it. Raises ProcessLost when one is while ranks broadcast, which are then in the
+        middle of it; no rank waits for who reads what is shown."""
         ranks, present = self._ranks, self._present
         links.connect(ranks, self.actors)
         offers = links.offers(ranks, version, config.check)
