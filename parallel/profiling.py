@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -39,6 +39,7 @@ SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
 LARGE = {"cpu": 2**22, "cuda": 2**26}
 HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
 SETTLED_S = 0.2  # of products, after which a GPU has the clock that it keeps under them
+SETTLED_TURNS = 25  # that count then: what an expert costs is a small difference of two of them
 MOST_CALLS = 1000
 MOST_ENTRIES = 2**14  # in the products that are timed
 MOST_TOKENS = 2**14  # in the exchanges that are timed
@@ -96,19 +97,16 @@ def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
     device, experts = arena.world.device, min(arena.owned, MOST_EXPERTS)
     slots_E = torch.arange(experts, dtype=torch.int32, device=device)
 
-    def seconds(count: int, used: int) -> float:
+    def product(count: int, used: int) -> Callable[[], Tensor]:
         x_TD = torch.randn(count, arena.shape.hidden, device=device).to(arena.dtype)
         weights_TK = torch.ones(count, 1, device=device)
         order = expert_order((torch.arange(count, device=device) % used).unsqueeze(1), experts)
+        return lambda: expert_mlp(x_TD, order, weights_TK, *arena.rows, slots_E=slots_E, gradients=None)
 
-        def product() -> Tensor:
-            return expert_mlp(x_TD, order, weights_TK, *arena.rows, slots_E=slots_E, gradients=None)
-
-        return _steady_seconds(product, arena.world)
-
-    few, many = seconds(entries, experts), seconds(4 * entries, experts)
+    products = [product(entries, experts), product(4 * entries, experts), product(entries, 1)]
+    few, many, single = _steady_seconds(products, arena.world)
     _, entry_s = line(entries, few, 4 * entries, many)
-    together = few - seconds(entries, 1) if experts > 1 else few - entries * entry_s
+    together = few - single if experts > 1 else few - entries * entry_s
     return entry_s, max(together, 0.0) / max(experts - 1, 1)
 
 
@@ -230,20 +228,24 @@ def _seconds(call: Callable[[], object], world: World) -> float:
     return median([timed(call, world) for _ in range(WARM_UPS + REPEATS)][WARM_UPS:])
 
 
-def _steady_seconds(call: Callable[[], object], world: World) -> float:
-    """Of work that a GPU does at a lower clock once it has done it for a while: calls in a row, of which the last count."""
-    once_s = _seconds(call, world)
+def _steady_seconds(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
+    """Of each of several pieces of work, in turns, so that all are timed at one clock: the one that a GPU keeps once it has worked
+    for a while."""
+    once = [_seconds(call, world) for call in calls]
     if world.device.type == "cpu":
-        return once_s
-    ahead = min(int(SETTLED_S / max(once_s, 1e-6)), MOST_CALLS)
-    events = []
-    for _ in range(ahead + REPEATS):
-        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        events[-1][0].record()
-        call()
-        events[-1][1].record()
+        return once
+    turns = min(int(SETTLED_S / max(sum(once), 1e-6)), MOST_CALLS) + SETTLED_TURNS
+    spans = [
+        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls] for _ in range(turns)
+    ]
+    for turn in spans:
+        for call, (start, end) in zip(calls, turn, strict=True):
+            start.record()
+            call()
+            end.record()
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) / 1e3 for start, end in events[-REPEATS:])
+    counted = spans[-SETTLED_TURNS:]
+    return [median(turn[index][0].elapsed_time(turn[index][1]) / 1e3 for turn in counted) for index in range(len(calls))]
 
 
 def timed(call: Callable[[], object], world: World) -> float:
