@@ -12,7 +12,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -22,17 +22,19 @@ import torch
 import torch.distributed as dist
 
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
-from parallel.chunked_experts import Chunked, begins, chunked_experts
+from parallel.chunked_experts import Chunked, Direction, begins, chunked_experts, unmarked
 from parallel.expert_arena import ExpertArena
 from parallel.peer_exchange import PeerTokens
 from parallel.profiling import HEAD_START_CYCLES, timed
 from parallel.schedule.cost import Fit, Line, fit
-from parallel.schedule.execution import ExecutionCosts
-from parallel.schedule.pipeline import WHOLE
+from parallel.schedule.execution import ExecutionCosts, LayerWork, backward_tasks, forward_tasks
+from parallel.schedule.pipeline import WHOLE, Degrees
+from parallel.schedule.timeline import simulate
 from parallel.stopwatch import Mark, Marks
-from parallel.token_exchange import Leg, exchange
+from parallel.token_exchange import Exchange, Leg, exchange
 from parallel.topology import World
 
+CHUNKS = 4  # in which a layer runs to see what a chunk costs beside its parts
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
 BUDGET_S = 15.0
@@ -60,6 +62,7 @@ class Profile:
     inside: Fit  # this and the next only where tokens travel over two levels, else nothing
     relay: Fit
     announce_s: float
+    chunk_s: float
     tokens: int  # of a rank, at most
 
     @staticmethod
@@ -70,19 +73,20 @@ class Profile:
             return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
 
         lines = {name: line(name) for name in LINES}
-        return Profile(**lines, announce_s=kept["announce_s"], tokens=kept["tokens"])
+        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
         lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
-        return ExecutionCosts(**lines, announce_s=self.announce_s)
+        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s)
 
     def _fits(self) -> list[tuple[str, Fit]]:
         return [(name, getattr(self, name)) for name in LINES]
 
     def __str__(self) -> str:
         shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
-        return "; ".join(f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown)
+        lines = [f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown]
+        return "; ".join([*lines, f"a chunk more {1e3 * self.chunk_s:.3g} ms"])
 
 
 def _told(one: Fit, amount: float) -> str:
@@ -101,6 +105,7 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
     repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(slowest.item(), 1e-6)))))
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
     profile = _fitted([_slowest(one, arena.world.device) for one in found], tokens)
+    profile = replace(profile, chunk_s=_chunk_seconds(arena, sizes[-1], top_k, profile.costs, repeats))
     log.info("a layer's parts, measured in %.1f s: %s", time.perf_counter() - started, profile)
     return profile
 
@@ -157,8 +162,37 @@ def _fitted(found: Sequence[_Times], tokens: int) -> Profile:
         inside=line("inside_bytes", "inside") if two else UNUSED,
         relay=line("inside_bytes", "relay") if two else UNUSED,
         announce_s=found[-1].announce,
+        chunk_s=0.0,
         tokens=tokens,
     )
+
+
+def _chunk_seconds(arena: ExpertArena, tokens: int, top_k: int, costs: ExecutionCosts, repeats: int) -> float:
+    """How much longer both passes take in some chunks than in one, beyond what the lines say, for each chunk of a pass more."""
+    degree = min(CHUNKS, tokens)
+    if degree == 1:
+        return 0.0
+    parts = LayerParts(arena, tokens, top_k)
+    runs = [parts.in_chunks(Degrees(chunks, chunks)) for chunks in (1, degree)]
+    turns = [[timed(run, arena.world) for run in runs] for _ in range(repeats + 1)][1:]
+    amounts = [parts.bytes[0], parts.entries, parts.bytes[-1] if len(parts.bytes) > 1 else 0]
+    most = torch.tensor([*map(median, zip(*turns, strict=True)), *amounts], dtype=torch.float64, device=arena.world.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    whole_s, chunked_s, *amounts = most.tolist()
+    work = LayerWork(*amounts)
+    expected = [
+        sum(simulate(tasks_of(costs, work, chunks)).seconds for tasks_of in (forward_tasks, backward_tasks))
+        for chunks in (1, degree)
+    ]
+    return max((chunked_s - whole_s) - (expected[1] - expected[0]), 0.0) / (2 * (degree - 1))
+
+
+def _ready(direction: Direction) -> None:
+    """There are no copies to wait for."""
+
+
+def _gradients(*gradients: torch.Tensor) -> None:
+    """Nobody takes them."""
 
 
 class LayerParts:
@@ -175,7 +209,7 @@ class LayerParts:
         self._weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
         rank_TK = torch.from_numpy(found.placement.owner_E).to(world.device)[experts_TK].int()
         here = found.index_E, found.slots_E.shape[0]
-        self.announce = partial(exchange, levels, self._weights_TK, experts_TK, rank_TK, *here, WHOLE)
+        self._exchange = partial(exchange, levels, self._weights_TK, experts_TK, rank_TK, *here)
         self._sent = self.announce()
         self._way = way = self._sent.forward
         self.entries = self._sent.order.entry_N.shape[0]
@@ -191,9 +225,20 @@ class LayerParts:
         self._place_RK, self._weights_RK = self._sent.places(way), self._sent.weights_RK[way.row_R]
         self._ahead = self.forward()
 
+    def announce(self) -> Exchange:
+        return self._exchange(WHOLE)
+
     def in_sequence(self, mark: Callable[[str], None]) -> None:
         """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
-        run = Chunked(self._sent, self._experts, lambda direction: None, lambda *gradients: None, mark, in_sequence=True)
+        self._passes(Chunked(self._sent, self._experts, _ready, _gradients, mark, in_sequence=True))
+
+    def in_chunks(self, degrees: Degrees) -> Callable[[], None]:
+        """The same, overlapping, as often as it is called."""
+        run = Chunked(self._exchange(degrees), self._experts, _ready, _gradients, unmarked)
+        return partial(self._passes, run)
+
+    @torch.enable_grad()
+    def _passes(self, run: Chunked) -> None:
         y_TD = chunked_experts(self._x_TD, self._weights_TK.detach().requires_grad_(), run)
         y_TD.backward(self._x_TD)
 

@@ -21,7 +21,7 @@ from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
 from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
-from parallel.chunked_experts import Chunked, Direction, chunked_experts
+from parallel.chunked_experts import Chunked, Direction, chunked_experts, unmarked
 from parallel.expert_arena import ExpertArena, LayerExperts
 from parallel.gradient_slices import GradientSlices
 from parallel.peer_exchange import PeerTokens
@@ -48,10 +48,6 @@ class LocalExperts:
 PREPARES = "a layer prepares"  # the first mark of a forward pass
 
 
-def _unmarked(name: str) -> None:
-    """Nobody measures."""
-
-
 @dataclass(frozen=True)
 class ShardedExperts:
     """A layer's experts on all ranks, own ones and copies. All ranks call it together; gradients go to the arena."""
@@ -60,7 +56,7 @@ class ShardedExperts:
     arena: ExpertArena
     calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
     degrees: Degrees = WHOLE  # where tokens travel as messages
-    mark: Callable[[str], None] = _unmarked  # of chunked_experts.Chunked
+    mark: Callable[[str], None] = unmarked  # of chunked_experts.Chunked
     slices: GradientSlices | None = None  # of dense gradients, which travel while the layer runs backward
 
     def prepare(self) -> None:

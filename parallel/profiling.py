@@ -229,7 +229,7 @@ def _seconds(call: Callable[[], object], world: World) -> float:
 
 
 def _steady_seconds(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
-    """Of each of several pieces of work, in turns, so that all are timed at one clock: the one that a GPU keeps once it has worked
+    """Of each of several pieces of work, in turns, all at one clock: that which a GPU keeps once it has worked
     for a while."""
     once = [_seconds(call, world) for call in calls]
     if world.device.type == "cpu":

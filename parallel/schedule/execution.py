@@ -40,6 +40,7 @@ class ExecutionCosts:
     announce_s: float  # what tells each rank what will come
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
+    chunk_s: float = 0.0  # of each chunk of a pass behind the first, beside its parts: until the host has started them
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _tasks(costs: ExecutionCosts, work: LayerWork, degree: int, rows_s: float, w
             ahead = len(gathered)
             relayed = program.add("relay", ahead, COMPUTE, relay_s, dispatched[ahead])
             gathered.append(program.add("gather", ahead, WITHIN, inside_s, relayed))
+        program.add("start", chunk, COMPUTE, costs.chunk_s if chunk else 0.0)
         computed = program.add("experts", chunk, COMPUTE, rows_s, gathered[chunk])
         scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
         while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk behind them

@@ -130,3 +130,25 @@ def test_over_two_levels_a_row_goes_to_a_node_once() -> None:
 
 def test_every_degree_divides_the_finest_parts() -> None:
     assert all(FINEST % degree == 0 for degree in DEGREES)
+
+
+def test_what_each_chunk_costs_beside_its_parts_keeps_layers_whole_where_it_is_more_than_they_hide() -> None:
+    """Rows 6 each way, experts 12 forward; backward 12 and weights 12."""
+    one, none = Line(0.0, 1.0), Line(0.0, 0.0)
+    measured = ExecutionCosts(one, none, Line(0.0, 12.0), Line(0.0, 12.0), Line(0.0, 12.0), none, 0.0)
+    work = LayerWork(6.0, 1.0)
+    assert plan_layer(measured, work, 100).degrees.forward > 1
+    costly = replace(measured, chunk_s=4.0)
+    assert simulate(forward_tasks(costly, work, 3)).seconds == pytest.approx(
+        2 + 4 + 4 + 12 + 2
+    )  # the first, all experts, the last
+    assert plan_layer(costly, work, 100).degrees.forward == 2
+    assert plan_layer(replace(measured, chunk_s=40.0), work, 100).degrees == WHOLE
+
+
+@given(costs, works, st.sampled_from(DEGREES), st.floats(0.0, 1.0))
+def test_no_layer_is_faster_for_it(measured: ExecutionCosts, work: LayerWork, degree: int, chunk_s: float) -> None:
+    costly = replace(measured, chunk_s=chunk_s)
+    for tasks_of in (forward_tasks, backward_tasks):
+        before, after = (simulate(tasks_of(one, work, degree)).seconds for one in (measured, costly))
+        assert before * (1 - 1e-12) <= after <= before + (degree - 1) * chunk_s + 1e-9 * before
