@@ -256,6 +256,6 @@ def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_
     assert (COPIES, LINK) in lanes["forward, planned"] and (COPIES, LINK) in lanes["backward, planned"]
     assert (COPIES, WAITING) in lanes["forward, measured"] and (ATTENTION, COMPUTE) in lanes["forward, measured"]
     first = record["timelines"]["forward, measured"]
-    assert [span["task"]["name"] for span in first[:3]] == [ATTENTION, COPIES, ANNOUNCE]
+    assert [span["task"]["name"] for span in first[:4]] == [ATTENTION, ANNOUNCE, "pack", COPIES]
     if record["slices"][-2]:
         assert (GRADIENTS, LINK) in lanes["backward, planned"] and (GRADIENTS, SLICES) in lanes["backward, measured"]
