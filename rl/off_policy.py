@@ -17,7 +17,7 @@ and the masks set the importance of whole tokens or sequences to 0. What is mask
 With one update a round the proximal policy is the one being trained, so a ratio to it is 1 and never clipped: what an old token
 teaches is then learned again in full, however far the updates since have moved it already. The clip of bypass ends where
 the policy is clip_low or clip_high away from the one that sampled the token, as PPO means it, however many updates lie between.
-Near the highest learning rate that works that is the better one; elsewhere they learn alike (tests/benchmarks/rl.md).
+So it is the default; what that gave is in tests/benchmarks/rl.md.
 """
 
 from __future__ import annotations
