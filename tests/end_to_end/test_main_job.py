@@ -32,6 +32,7 @@ STEPS, ROUNDS = 200, 24
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
+pytestmark = pytest.mark.timeout(900)  # three runs side by side take minutes, and longer where others use the machine as well
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def tuned(runs: Path, pretrained: Path) -> None:
     common = [f"checkpoint={pretrained}", f"runs_dir={runs}", f"loop.rounds={ROUNDS}", "cluster.ranks=1"]
     started = [start("rl", *common, f"run_name=rl-{seed}", f"seed={seed}", "cluster.threads_per_rank=1") for seed in SEEDS]
     for process in started:
-        finish(process)
+        finish(process, timeout_s=800)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
