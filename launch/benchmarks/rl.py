@@ -20,14 +20,12 @@ import torch
 from rich.table import Table
 
 from launch.benchmarks.april import conf
-from launch.benchmarks.iteration import IterationOptions, Stage, iterate
 from launch.benchmarks.models import model_config
+from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
-from trainer.cluster import check_cluster
 from trainer.config.model import ModelConfig
 from trainer.config.run import ClusterConfig
 from trainer.estimate import vocab_size
-from trainer.worker import check_division
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
@@ -56,6 +54,10 @@ def measure(
     options: IterationOptions, contenders: Mapping[str, Callable[[], Any]], device: torch.device, ceilings: Ceilings
 ) -> Iterator[Iteration]:
     """One case for every model."""
+    from launch.benchmarks.iteration import iterate  # here, since the other benchmarks do without Ray
+    from trainer.cluster import check_cluster
+    from trainer.worker import check_division
+
     cluster = ClusterConfig.model_validate({**conf("cluster", "local"), "ranks": options.ranks})
     check_cluster(cluster, options.ranks, options.engines)
     for name in options.model:
