@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.topology import World
+from parallel.topology import World, across_and_inside, own_group
+from parallel.two_level_exchange import has_two_levels
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,13 @@ class Level:
 
 def levels(world: World) -> list[Level]:
     """This rank's groups, new ones, so that their messages wait for no others. Collective."""
-    nodes, near = world.topology.nodes, world.ranks_per_node
-    if nodes == 1 or near == 1:
-        every = [[list(range(world.size))]]
+    if has_two_levels(world.topology):
+        across, inside = across_and_inside(world.topology)
+        every = [inside, across]
     else:
-        within = [list(range(node * near, (node + 1) * near)) for node in range(nodes)]
-        every = [within, [list(range(local, world.size, near)) for local in range(near)]]
-    return [_own(groups, world) for groups in every]
-
-
-def _own(groups: list[list[int]], world: World) -> Level:
-    """All ranks make all groups, in the same order."""
-    made = [dist.new_group(ranks, timeout=timedelta(seconds=world.timeout_s)) for ranks in groups]
-    own = next(index for index, ranks in enumerate(groups) if world.rank in ranks)
-    return Level(made[own], len(groups[own]))
+        every = [[range(world.size)]]
+    timeout = timedelta(seconds=world.timeout_s)
+    return [Level(own_group(world, groups, timeout), len(groups[0])) for groups in every]
 
 
 def ordered_sum(message: Tensor, over: Sequence[Level]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -19,7 +20,8 @@ from parallel.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the training world. Collectives run over its default group, but for slices of dense gradients."""
+    """One rank's view of the training world. Collectives run over its default group, but for slices of dense gradients and for
+    tokens over two levels."""
 
     rank: int
     size: int
@@ -45,6 +47,22 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def across_and_inside(topology: Topology) -> tuple[list[range], list[range]]:
+    """(the ranks at each place of a node, one of every node; the ranks of each node)."""
+    size = topology.devices_per_node
+    across = [range(place, topology.devices, size) for place in range(size)]
+    return across, [range(node * size, (node + 1) * size) for node in range(topology.nodes)]
+
+
+def own_group(world: World, groups: Sequence[range], timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """This rank's among groups of ranks that are all made anew. Collective: all ranks make all of them, in the same order.
+
+    `timeout`: of their collectives; None is torch's.
+    """
+    made = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
+    return next(group for group, ranks in zip(made, groups, strict=True) if world.rank in ranks)
 
 
 def serve_store(host: str, timeout_s: float) -> dist.TCPStore:

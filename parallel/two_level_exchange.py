@@ -9,30 +9,21 @@ carry at the same time, other chunks of the same layer (FSMoE, arXiv 2501.10714,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.placement import Topology
 from parallel.token_exchange import Level, Levels
-from parallel.topology import World
+from parallel.topology import World, across_and_inside, own_group
 
 
 def two_levels(world: World) -> Levels:
     """Between nodes, then inside them. Makes process groups: all ranks call it together."""
     topology = world.topology
-    size, nodes = topology.devices_per_node, topology.nodes
-    node, place = divmod(world.rank, size)
-    across = _groups([range(one, topology.devices, size) for one in range(size)])
-    inside = _groups([range(one * size, (one + 1) * size) for one in range(nodes)])
-    return Level(world, across[place], nodes, size), Level(world, inside[node], size, 1)
-
-
-def _groups(ranks: Sequence[range]) -> list[dist.ProcessGroup]:
-    return [dist.new_group(list(members)) for members in ranks]
+    across, inside = (own_group(world, groups) for groups in across_and_inside(topology))
+    size = topology.devices_per_node
+    return Level(world, across, topology.nodes, size), Level(world, inside, size, 1)
 
 
 def has_two_levels(topology: Topology) -> bool:

@@ -310,7 +310,7 @@ def own_layers_case(told: OwnLayers, name: ModelName) -> ScheduleCase:
     planning_s = time.perf_counter() - started
     note = (
         f"degrees forward {_range(found.forward_degree_L)}, backward {_range(found.backward_degree_L)}; all of it planned in "
-        f"{planning_s:.2f} s. Slices of gradients are planned, not run"
+        f"{planning_s:.2f} s"
     )
     where = f"{told.devices:,} x {told.machine}, room for {told.memory} copies"
     work_name = f"{told.layers} MoE layers of {name}, {told.tokens:,} tokens a device, {where}: predicted"

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.limits import takes_kernels
 from kernels.linear import product
 from kernels.race import race
-from kernels.ragged import Ragged, tile_queries
+from kernels.ragged import Ragged, pinned, tile_queries
 from kernels.vocab_loss import token_logprobs
 from rl.engine.kv_cache import PagedAttention, PagedCache
 from rl.engine.sampler import Sampling, sample
@@ -76,7 +76,7 @@ class Decoder:
         values = torch.zeros(4, self._slots, dtype=torch.int64)
         if rows:
             values[:, : len(rows)] = torch.tensor([[r.last_token, r.uid, r.length, r.generated] for r in rows]).T
-        self._state.copy_(_pinned(values, self._device), non_blocking=True)
+        self._state.copy_(pinned(values, self._device), non_blocking=True)
         self._longest = max((row.length for row in rows), default=0)
         self._host_table.zero_()
         for row, own in enumerate(pages):
@@ -88,7 +88,7 @@ class Decoder:
         self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
     def send_pages(self) -> None:
-        self._table.copy_(_pinned(self._host_table, self._device), non_blocking=True)
+        self._table.copy_(pinned(self._host_table, self._device), non_blocking=True)
 
     def step(self, count: int) -> Step:
         """Decodes a token of the first `count` rows."""
@@ -154,8 +154,3 @@ def padded(count: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..: at most a third of the rows is padding, and there are few graphs."""
     power = 1 << max(0, count - 1).bit_length()
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
-
-
-def _pinned(values: Tensor, device: torch.device) -> Tensor:
-    """Pinned memory, so that the copy does not wait for the steps before it."""
-    return values.pin_memory() if device.type == "cuda" else values
