@@ -14,7 +14,9 @@ Letters: L MoE layers, E experts of a layer, O experts owned by a rank over all 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +49,8 @@ class ExpertShards:
         optimizer: ExpertOptimizer,
         kind: TransportKind,
     ) -> None:
-        """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only.
+        """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only, by several
+        threads at once.
 
         `copies` is the arena's room for copies of other ranks' experts. `optimizer` is new and has as many rows as this rank
         has experts. `kind` is that of the transport.
@@ -58,11 +61,13 @@ class ExpertShards:
         self.optimizer = optimizer
         assert optimizer.states.rows == len(self.own), "a row for every own expert"
 
-        def begin(row: int, state: ExpertState) -> None:
-            for master, value in zip(state.masters, initial(*self.own[row]), strict=True):
-                master.copy_(value)
+        with closing(_ahead(initial, self.own, torch.get_num_threads())) as values:
 
-        optimizer.states.change(range(len(self.own)), begin)
+            def begin(_: int, state: ExpertState) -> None:
+                for master, value in zip(state.masters, next(values), strict=True):
+                    master.copy_(value)
+
+            optimizer.states.change(range(len(self.own)), begin)
         add = optimizer.add_gradients
         self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
@@ -195,6 +200,19 @@ class ExpertShards:
 def _own(owner_LE: Ints, world: World) -> list[tuple[int, int]]:
     """(layer, expert) of what this rank owns, in the order of the masters' rows."""
     return [(layer, expert) for layer, expert in np.argwhere(owner_LE == world.rank).tolist()]
+
+
+def _ahead(initial: Callable[[int, int], Parts], own: Sequence[tuple[int, int]], threads: int) -> Generator[Parts]:
+    """First values in the order of `own`. Random numbers take a core a second for 100 million, and PyTorch draws with one, so
+    several experts are drawn at a time; no more than two a thread, for their memory."""
+    waiting: deque[Future[Parts]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for one in own:
+            if len(waiting) == 2 * threads:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(initial, *one))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _named(layer: int, expert: int, state: ExpertState, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
