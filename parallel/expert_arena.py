@@ -114,10 +114,9 @@ class ExpertArena:
             yield
 
     def make_room(self, copies: int) -> None:
-        """Room for so many copies from here on. Own rows keep their values; `place` has to follow."""
-        if copies != self.copies:
-            self.transport.make_room(self.owned + copies, self.owned)
-            self.copies = copies
+        """Room for so many copies from here on. Own rows are unset until they are written, and `place` has to follow."""
+        self.transport.make_room(self.owned + copies)
+        self.copies = copies
 
     def place(
         self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False

@@ -105,6 +105,15 @@ class ExpertShards:
         with self.arena.changing():
             self.optimizer.round_masters(self.arena.rows)
 
+    def make_room(self, copies: int) -> None:
+        """Room in the arena for so many copies; `place` of the arena has to follow.
+
+        Own weights are rounded from their masters anew, so that a GPU never holds the old arena beside the new one.
+        """
+        if copies != self.arena.copies:
+            self.arena.make_room(copies)
+            self.round_masters()
+
     def reset_optimizer(self) -> None:
         """Moments and step count become zero. Local."""
 

@@ -144,7 +144,7 @@ class Materialisation:
         budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
         self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
         arena.attention = None
-        arena.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
+        self.shards.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
         log.info("copies: %s, %s", budget, costs)
 
     def _measured(self, loads_LE: Floats) -> dict[str, float]:

@@ -117,12 +117,13 @@ class PeerExperts:
     def rows(self) -> Parts:
         return self._rows.of_rank[self.world.rank]
 
-    def make_room(self, rows: int, owned: int) -> None:
-        """Rows for so many experts; the first `owned` keep their values."""
-        before = self.rows
+    def make_room(self, rows: int) -> None:
+        """Rows for so many experts, uninitialised; those before are gone first."""
+        self.quiesce()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # what is started reads them until then
+        del self._rows
         self._room(rows)
-        for new, old in zip(self.rows, before, strict=True):
-            new[:owned].copy_(old[:owned])
 
     def quiesce(self) -> None:
         """Before owners change their rows: all have read them."""

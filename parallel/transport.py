@@ -70,8 +70,8 @@ class Transport(Protocol):
     def rows(self) -> Parts:
         """Where the arena's experts lie."""
 
-    def make_room(self, rows: int, owned: int) -> None:
-        """Rows for so many experts from here on; the first `owned` keep their values."""
+    def make_room(self, rows: int) -> None:
+        """Rows for so many experts from here on, uninitialised; those before are gone first."""
 
     def quiesce(self) -> None:
         """Before owners change their rows: nobody reads them any more."""
@@ -142,7 +142,7 @@ class MessageTransport:
     def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, levels: Levels) -> None:
         self._world, self._levels = world, levels
         self._shapes, self._dtype = shapes, dtype
-        self._rows = self._room(rows)
+        self._rows: Parts = self._room(rows)
 
     def _room(self, rows: int) -> Parts:
         return empty_parts(rows, self._shapes, self._dtype, self._world.device)
@@ -151,10 +151,9 @@ class MessageTransport:
     def rows(self) -> Parts:
         return self._rows
 
-    def make_room(self, rows: int, owned: int) -> None:
-        before, self._rows = self._rows, self._room(rows)
-        for new, old in zip(self.rows, before, strict=True):
-            new[:owned].copy_(old[:owned])
+    def make_room(self, rows: int) -> None:
+        self._rows = ()
+        self._rows = self._room(rows)
 
     def quiesce(self) -> None:
         """A message is a copy."""
@@ -204,8 +203,8 @@ class PeerTransport:
     def rows(self) -> Parts:
         return self._experts.rows
 
-    def make_room(self, rows: int, owned: int) -> None:
-        self._experts.make_room(rows, owned)
+    def make_room(self, rows: int) -> None:
+        self._experts.make_room(rows)
 
     def quiesce(self) -> None:
         self._experts.quiesce()

@@ -80,6 +80,7 @@ def test_what_copies_take_is_what_was_estimated(transport: str) -> None:
         print(f"{name:<26}{peak / GIB:5.2f} GiB {over:+6.1%}  {estimates[name].total / GIB:5.2f} GiB {told_over:+6.1%}")
     for name, peak in most.items():
         assert peak == pytest.approx(estimates[name].total, rel=0.3), name
-        assert all(rank[name][1] == pytest.approx(estimates[name].copies / 2**20) for rank in by_rank), name
+        room = estimates[name].copies / 2**20
+        assert all(0.8 * room <= rank[name][1] <= room for rank in by_rank), f"{name}: {by_rank}, room for {room} MiB"
         if "rematerialise" in name:
             assert peak <= 1.12 * most["ep"], name
