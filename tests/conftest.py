@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end.
 
-    Those start clusters of Ray and of SLURM on the same addresses, so never two at once; what they wait for leaves time for others.
+    Those start clusters of Ray and of SLURM on the same addresses, so never two at once; while they wait, the others go on.
     """
     from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
 

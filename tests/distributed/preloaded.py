@@ -6,17 +6,15 @@ It forks on CPUs only, so DeepSpeed, which picks its device when it is imported,
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed.ops
-import deepspeed.runtime.zero.muon.muon_optimizer
-import hypothesis
-import pytest
-import torch._dynamo.trace_rules
-import torch._inductor.compile_fx
+for module in (
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo.trace_rules", "torch._inductor.compile_fx"),
+    *("rl.engine.engine", "trainer.worker"),
+    *("hypothesis", "pytest"),  # of the files whose functions the ranks run
+):
+    import_module(module)
 
-import rl.engine.engine
-import trainer.worker  # noqa: F401
-
-deepspeed.ops.__compatible_ops__  # noqa: B018  # looks for compilers and libraries, once
+import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once
