@@ -50,15 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end.
+    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end, or all of tests/gpu.
 
-    Those start clusters of Ray and of SLURM on the same addresses, so never two at once; while they wait, the others go on.
+    The first start clusters of Ray and of SLURM on the same addresses, the second take the same GPUs: never two at once.
     """
     from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/end_to_end" if room(nodeid) == "end_to_end" else nodeid.partition("::")[0]
+            return room(nodeid) if room(nodeid) in ("end_to_end", "gpu") else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False  # the order from above
     return ByFile(config, log)
