@@ -12,7 +12,7 @@ demo: setup
 	@$(BIN)/python -m launch.demo
 
 test: check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=2
 
 check: setup
 	@$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -34,3 +35,30 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":  # with it the tests fail and say why
         for item in waiting:
             item.add_marker(pytest.mark.skip(reason=done.stderr.strip().rpartition("\n")[2]))
+
+
+def room(path: str) -> str:
+    """The folder below tests/ that a file or a test is in; of the files beside this one their names."""
+    return path.partition("tests/")[2].partition("/")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs of whole commands first, because one worker is busy with them for minutes; several ranks last, in small pieces."""
+    turns = {"end_to_end": 0, "distributed": 2}
+    items.sort(key=lambda item: turns.get(room(item.nodeid), 1))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end, or all of tests/gpu.
+
+    The first start clusters of Ray and of SLURM on the same addresses, the second take the same GPUs: never two at once.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return room(nodeid) if room(nodeid) in ("end_to_end", "gpu") else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # the order from above
+    return ByFile(config, log)

@@ -35,9 +35,12 @@ def on_ranks(
     rank."""
     if kind == "cuda" and torch.cuda.device_count() < ranks:
         raise UserError(f"ranks = {ranks} needs as many GPUs, and there are {torch.cuda.device_count()}")
-    queue = mp.get_context("spawn").SimpleQueue()
+    # A fork could not use CUDA, which imports open; without it, ranks are forks of a server that has imported for all of them.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    mp.get_context("forkserver").set_forkserver_preload([work.__module__])
+    queue = mp.get_context(method).SimpleQueue()
     with TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue, hosts), nprocs=ranks, start_method="spawn")
+        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue, hosts), nprocs=ranks, start_method=method)
         found: Found = queue.get()
     return found
 

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 from parallel.topology import join, leave
 
-# Ranks are forked from a server that has imported what takes seconds; DeepSpeed picks its device and stays out of it.
-mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch._inductor.compile_fx", "trainer.step"])
+# Ranks are forked from a server that has imported what takes seconds.
+mp.get_context("forkserver").set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, kind: str = "cpu") -> list[Any]:

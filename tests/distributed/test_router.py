@@ -63,18 +63,18 @@ ROUTERS: list[dict[str, Any]] = [
 ]
 
 
-def losses_of_one_batch(world: World, told: TrainerSpec) -> tuple[list[float], dict[str, Tensor]]:
+def losses_of_one_batch(world: World, told: TrainerSpec, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     trainer = Trainer(told, world)
     share = random_batch(0).num_rows // world.size
     batch = random_batch(0).rows(world.rank * share, (world.rank + 1) * share)
-    losses = [float(trainer.learn(batch, cross_entropy, 1e-2)["train/loss"]) for _ in range(25)]  # type: ignore[arg-type]
+    losses = [float(trainer.learn(batch, cross_entropy, 1e-2)["train/loss"]) for _ in range(steps)]  # type: ignore[arg-type]
     return losses, own_state(trainer)
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=[router["kind"] for router in ROUTERS])
 def test_each_router_trains_to_a_lower_loss(router: dict[str, Any]) -> None:
     model = tiny_model(router=router, selection_bias=router["kind"] != "expert_choice")
-    losses, state = run_ranks(losses_of_one_batch, 2, spec(model, micro_rows=2))[0]
+    losses, state = run_ranks(losses_of_one_batch, 2, spec(model, micro_rows=2), 25)[0]
     assert losses[-1] < 0.5 * losses[0]
     gate = [tensor for name, tensor in state.items() if ".gate." in name]
     assert all(bool(tensor.any()) for tensor in gate)
@@ -85,7 +85,7 @@ def test_experts_that_take_tokens_give_the_same_bits_in_chunks() -> None:
     model = tiny_model(router=ROUTERS[2], selection_bias=False)
     (whole, wanted), (cut, found) = (
         run_ranks(
-            losses_of_one_batch, 2, spec(model, micro_rows=2, parallel=parallel(transport="messages", schedule=schedule))
+            losses_of_one_batch, 2, spec(model, micro_rows=2, parallel=parallel(transport="messages", schedule=schedule)), 8
         )[0]
         for schedule in ("off", 3)
     )
@@ -96,7 +96,7 @@ def test_experts_that_take_tokens_give_the_same_bits_in_chunks() -> None:
 def test_where_passes_must_equal_generation_no_noise_is_drawn_or_learned(stage: int) -> None:
     options: dict[str, Any] = {"micro_rows": 2, "batch_invariant": True, "parallel": parallel(zero_stage=stage)}
     noisy, plain = (
-        run_ranks(losses_of_one_batch, 2, spec(tiny_model(router=router), **options))[0]
+        run_ranks(losses_of_one_batch, 2, spec(tiny_model(router=router), **options), 8)[0]
         for router in (ROUTERS[0], {"kind": "top_k"})
     )
     assert noisy[0] == plain[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import run, series, start, wait_for_memory, wait_for_step, wait_for_text
+from tests.end_to_end.commands import WAIT_S, run, series, start, wait_for_memory, wait_for_step, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
 from tests.listening import beyond_loopback
@@ -23,6 +23,8 @@ RANK = f"trainer/{SEED % 2}"
 ROLES = shuffled(["driver", RANK])
 STEPS = APART * (len(ROLES) + 1)
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "ink"]
+
+pytestmark = pytest.mark.timeout(900)  # up to five starts of ranks, while other tests run
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
     wait_for_step(workplace / "runs" / "asked", 3, process)
     assert beyond_loopback(process.pid) == {}
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == REQUEUE, output
     last = max(losses(workplace, "asked"))
     assert f"stopped by SIGUSR1 after step {last}; resume=auto goes on" in output
@@ -100,7 +102,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     stopped = process_of("trainer/1", process.pid)
     assert stopped is not None
     stopped.suspend()
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, output
     assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
     assert "restart 1 of" in output
@@ -111,7 +113,6 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     assert losses(workplace, "still") == uninterrupted
 
 
-@pytest.mark.timeout(600)  # five starts of ranks
 def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothing_is(
     workplace: Path, uninterrupted: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +135,7 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
 
         def wait_for_attempt(number: int) -> tuple[list[str], int]:
             """Until that many have gone on from memory; the nodes of the ranks, and the step after which the last one did."""
-            deadline = time.monotonic() + 150
+            deadline = time.monotonic() + WAIT_S
             while len(steps := re.findall(r"continuing after step (\d+) from the memory of 1 node", log.read_text())) < number:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
@@ -155,5 +156,5 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
         cluster.kill_node(next(name for name in nodes if name != left))
         wait_for_text(log, "2 wanted, room for 0 on the nodes that are alive (plain); a rank takes 1 CPU and 0.001", process)
         cluster.start_node("fourth", cpus=1, gpu_type="H100")
-        assert process.wait(timeout=150) == 0, log.read_text()
+        assert process.wait(timeout=WAIT_S) == 0, log.read_text()
     assert losses(workplace, "nodes") == pytest.approx(uninterrupted, rel=1e-3), "the same rows, on another number of ranks"

@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.timeout(300 + 60 * len(ROLES))
+@pytest.mark.timeout(600 + 90 * len(ROLES))
 def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +53,7 @@ def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
         # Threads add up a norm in another order, and a rank with engines in places of their own gets fewer of them.
         *("cluster.ranks=1", "cluster.threads_per_rank=1", f"cluster.max_restarts={len(ROLES)}", "resume=auto"),
     ]
-    finish(start(*command, "rollout.engines=2", "run_name=whole"), timeout_s=200 + 30 * len(ROLES))
+    finish(start(*command, "rollout.engines=2", "run_name=whole"), timeout_s=300 + 30 * len(ROLES))
     killed_run = [*command, "run_name=killed"]
     more = [*killed_run, "rollout.engines=3", "rollout.placement=separate"]  # resumed with more engines, and elsewhere
     said = kill_at_random([*killed_run, "rollout.engines=2"], tmp_path / "runs" / "killed", ROLES, again=more)

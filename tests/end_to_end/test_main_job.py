@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from launch.convert import convert
-from tests.end_to_end.commands import finish, records, run, series, start, wait_for_step
+from tests.end_to_end.commands import WAIT_S, finish, records, run, series, start, wait_for_step
 from tests.listening import beyond_loopback
 from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
@@ -32,7 +32,7 @@ STEPS, ROUNDS = 200, 24
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
-pytestmark = pytest.mark.timeout(900)  # three runs side by side take minutes, and longer where others use the machine as well
+pytestmark = pytest.mark.timeout(900)  # three runs side by side take minutes, and longer while other tests run
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,6 @@ def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs:
     assert not list((runs / "rl-server" / "logs").glob("*/engine_*.log")), "no engine of ours was started"
 
 
-@pytest.mark.timeout(600)  # four starts of Ray
 def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor, the optimizers and the value head are in the checkpoint, and the
     reference policy in the run. Starts from an export."""
@@ -157,7 +156,7 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     wait_for_step(runs / "rl-killed", 1, process)
     assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
     process = start("rl", *common, "run_name=rl-killed", "resume=auto")
     wait_for_step(runs / "rl-killed", 5, process)

@@ -17,7 +17,7 @@ from tests.end_to_end.slurm_cluster import SlurmCluster, require_slurm
 from trainer.run_dir import read_status
 
 STEPS = 16
-WAIT_S = 100
+WAIT_S = 250
 OPTIONS = [
     *("experiment=smoke", f"train.steps={STEPS}", "train.checkpoint_every=2", "train.eval_every=100"),
     *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
@@ -26,7 +26,7 @@ CLUSTER = [
     *("cluster=slurm", "cluster.slurm.gpus_per_node=0", "cluster.slurm.time_limit='30:00'"),
     *("cluster.object_store_mib=80", "cluster.threads_per_rank=1"),
 ]
-pytestmark = pytest.mark.timeout(600)  # three starts of Ray on two nodes
+pytestmark = pytest.mark.timeout(900)  # three starts of Ray on two nodes, while other tests run
 
 
 @pytest.fixture(scope="module")

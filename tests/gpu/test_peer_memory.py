@@ -18,7 +18,7 @@ from parallel.schedule.pipeline import Degrees
 from parallel.topology import World, join, leave
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_moe_layer import CASES, case, close, equal, one_device, spread
+from tests.distributed.test_moe_layer import CASES, close, equal, one_device, spread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -93,7 +93,7 @@ def test_sharded_experts_equal_experts_on_one_device(kind: TransportKind) -> Non
 def check_against_one_device(size: int, kind: TransportKind) -> None:
     by_rank = run_ranks(spread, size, range(CASES), "none", kind, kind="cuda")
     for seed in range(CASES):
-        expected = one_device(case(seed, size), size)
+        expected = one_device(seed, size)
         for micro, wanted in enumerate(expected["tokens"]):
             for index in range(3):
                 parts = [rank[seed]["tokens"][micro][index].cpu() for rank in by_rank]

@@ -21,8 +21,9 @@ from parallel.topology import World
 def able() -> bool:
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "tessera_probe"], capture_output=True, check=False).returncode == 0
-    subprocess.run(["ip", "netns", "del", "tessera_probe"], capture_output=True, check=False)
+    probe = f"tessera_probe{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
     return made
 
 

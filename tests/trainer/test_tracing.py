@@ -6,6 +6,7 @@ import gzip
 import json
 import socket
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,14 @@ def request(steps: int, **wanted: Any) -> TraceRequest:
     )
 
 
+@cache
+def composed() -> PretrainConfig:
+    return load(PretrainConfig, "pretrain", ["run_name=traced"])
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
-    run = RunDir.open(load(PretrainConfig, "pretrain", [f"runs_dir={tmp_path}", "run_name=traced"]), "pretrain")
+    run = RunDir.open(composed().model_copy(update={"runs_dir": tmp_path}), "pretrain")
     run.log_file("driver").parent.mkdir(parents=True)
     yield run
     run.lock.close()
@@ -141,7 +147,7 @@ def test_a_request_that_is_none_is_said_and_removed(content: bytes | dict[str, i
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        config = load(PretrainConfig, "pretrain", [f"runs_dir={folder}", "run_name=traced"])
+        config = composed().model_copy(update={"runs_dir": Path(folder)})
         run, said, ranks = RunDir.open(config, "pretrain"), list[str](), Ranks()
         (run.path / REQUEST).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
         steps(Traces(UNTRACED, run, 3, said.append), ranks, 1, 2)
