@@ -42,13 +42,14 @@ SHOWN: dict[Stage, tuple[str, ...]] = {
         *("train/loss", "eval/bits_per_byte", "train/grad_norm", "train/lr", "train/skipped"),
         *("moe/max_vio", "moe/rank_imbalance", "perf/tokens_per_s", "perf/tokens_per_s_per_device", "perf/mfu"),
         *("time/step_s", "time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens"),
-        *("time/checkpoint_s", "time/memory_checkpoint_s", "mem/peak_gib"),
+        *("time/checkpoint_s", "time/memory_checkpoint_s", "perf/checkpoint_share", "mem/peak_gib"),
     ),
     "rl": (
         *("reward/mean", "reward/eval_mean", "train/loss", "train/entropy", "train/grad_norm", "train/skipped"),
         *("rollout/stale_token_share", "rollout/staleness_max", "rollout/length_mean", "moe/max_vio"),
         *("rollout/tokens_per_s", "perf/tokens_per_s", "perf/tokens_per_s_per_device", "perf/mfu", "time/step_s"),
-        *("time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens", "mem/peak_gib"),
+        *("time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens"),
+        *("perf/checkpoint_share", "mem/peak_gib"),
     ),
 }
 

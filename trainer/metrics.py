@@ -213,6 +213,13 @@ _DECLARED = (
         ",.2f",
         "price of the step's GPUs for a million learned tokens, by cluster.dollars_per_gpu_hour",
     ),
+    Metric(
+        "perf/checkpoint_share",
+        "share",
+        "checkpoints",
+        ".2%",
+        "part of the time since the attempt's first record in which training stood still for checkpoints, memory's included",
+    ),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout", stage="rl"),
     Metric(
@@ -307,6 +314,7 @@ SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at th
         "moe/max_vio",
         "eval/max_vio",
         "perf/tokens_per_s",
+        "perf/checkpoint_share",
         "mem/peak_gib",
     ),
     "rl": (
@@ -317,6 +325,7 @@ SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at th
         "rollout/stale_token_share",
         "train/entropy",
         "rollout/tokens_per_s",
+        "perf/checkpoint_share",
         "mem/peak_gib",
     ),
 }

@@ -51,6 +51,7 @@ class Tracker:
         self.started = time.monotonic()
         self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
         self.durations: list[float] = []  # seconds of the steps of this attempt
+        self.stepped_s, self.paused_s = 0.0, 0.0  # their sum, and what of it was for checkpoints
         self.peak_gib, self.measured = 0.0, -MEMORY_EVERY_S
         self.wandb: wandb.Run | None = None
 
@@ -118,7 +119,11 @@ class Tracker:
         return {**measured, "mem/peak_gib": self.peak_gib}
 
     def _of_step(self, step_s: float, values: Values) -> dict[str, Value]:
-        told: dict[str, Value] = {"time/step_s": step_s}
+        for key in ("time/checkpoint_s", "time/memory_checkpoint_s"):
+            paused_s = values.get(key)
+            self.paused_s += paused_s if isinstance(paused_s, int | float) else 0.0
+        self.stepped_s += step_s
+        told: dict[str, Value] = {"time/step_s": step_s, "perf/checkpoint_share": self.paused_s / self.stepped_s}
         idle_s, tokens = values.get("time/gpu_idle_s"), values.get("train/tokens")
         if isinstance(idle_s, int | float):
             told["perf/gpu_idle_share"] = min(1.0, idle_s / step_s)  # the samples lag behind the step by a part of a second

@@ -70,6 +70,17 @@ def test_a_step_tells_its_price_and_how_long_gpus_had_nothing_to_do(run: RunDir)
     assert (second["perf/gpu_idle_share"], third["perf/gpu_idle_share"]) == (0.0, 1.0)
 
 
+def test_the_share_of_checkpoints_is_that_of_all_steps_so_far(run: RunDir) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=3, devices=1) as tracker:
+        tracker.log(1, {})
+        tracker.log(2, {"time/checkpoint_s": 3.0})
+        tracker.log(3, {"time/memory_checkpoint_s": 2.0})
+    _, second, third = read_records(run.metrics_file)
+    took_s = [float(record["time/step_s"]) for record in (second, third)]  # type: ignore[arg-type]
+    assert second["perf/checkpoint_share"] == pytest.approx(3 / took_s[0])
+    assert third["perf/checkpoint_share"] == pytest.approx(5 / sum(took_s))
+
+
 def test_without_a_price_there_is_no_cost(run: RunDir) -> None:
     with Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker:
         for step in (1, 2):
