@@ -6,7 +6,7 @@ A finished run is shown once. Others are looked at again every two seconds, unti
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import re
 import sys
 import time
@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -28,8 +27,8 @@ from rich.text import Text
 from kernels.errors import UserError
 from launch.cli import guarded
 from trainer.hangs import tail
-from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, seconds_left
-from trainer.run_dir import read_status, shown
+from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, parsed_record, seconds_left
+from trainer.run_dir import option, read_config, read_status, shown
 
 REFRESH_S = 2.0
 BARS = "▁▂▃▄▅▆▇█"
@@ -78,15 +77,15 @@ class Curves:
                 if not line.endswith(b"\n"):  # it is being written
                     break
                 self._read += len(line)
-                self._add(json.loads(line))
+                self._add(parsed_record(line, self.file))
 
     def _add(self, record: Mapping[str, Any]) -> None:
         self.step = int(record["step"])
         for key, value in record.items():
-            if key in METRICS and isinstance(value, int | float):
+            if key in METRICS and isinstance(value, int | float) and math.isfinite(value):
                 self.values.setdefault(key, []).append(float(value))
         if "time/step_s" in record:
-            self.recent_s.append(float(record["time/step_s"]))
+            self.recent_s.append(self.values["time/step_s"][-1])
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -127,8 +126,7 @@ def picture(run: Path, curves: Curves, now: float) -> Panel:
     """Everything about the run, as of `now` (seconds since the epoch)."""
     status = read_status(run)
     stage: Stage = status["kind"]
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    total = config["train"]["steps"] if stage == "pretrain" else config["loop"]["rounds"]
+    total = option(read_config(run), "train.steps" if stage == "pretrain" else "loop.rounds", int)
     state = str(status["state"])
     parts: list[Any] = [_progress(stage, state, curves, total, now), _numbers(stage, curves)]
     told = messages(run, status["attempt"])

@@ -5,12 +5,15 @@ Keys are `group/name` with the unit as suffix where there is one. A key that is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from kernels.errors import UserError
 
 Stage = Literal["pretrain", "rl"]
 Value = float | list[list[float]]  # the tables are LOAD, (L MoE layers, E experts), and LENGTHS, (2, bins)
@@ -397,10 +400,25 @@ class Change:
     last: str
 
 
+_Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float
+_RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, _Number | str | list[list[float]]])
+
+
+def parsed_record(line: str | bytes, file: Path) -> dict[str, Any]:
+    """A line of a metrics.jsonl: `stage`, `step`, and values. UserError, which names the file, if it is something else."""
+    try:
+        record = _RECORD.validate_json(line)
+    except ValidationError as error:
+        raise UserError(f"{file} holds a line that is no record: {error.errors(include_url=False)[0]['msg']}") from None
+    if type(record.get("step")) is not int:
+        raise UserError(f"{file} holds a record without a step")
+    return record
+
+
 def read_records(file: Path) -> list[dict[str, Value]]:
     """The records of a metrics.jsonl, each with `step` and `stage`; a last line that was cut off is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [parsed_record(line, file) for line in lines if line.endswith(b"\n")]
 
 
 def summary(stage: Stage, records: Sequence[Values]) -> list[Change]:

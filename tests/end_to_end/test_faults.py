@@ -102,7 +102,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_restarts_by_itself(
     stopped.suspend()
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in" in output
+    assert "trainer/1 hangs (it wrote no stack, so its whole process or machine stands still); trainer/0 waits in" in output
     assert "restart 1 of" in output
     assert not stopped.is_running(), "the rank that stood still is still there"
     assert output.count("The run goes on without it") <= 2, output
