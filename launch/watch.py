@@ -131,7 +131,7 @@ def picture(run: Path, curves: Curves, now: float) -> Panel:
     parts: list[Any] = [_progress(stage, state, curves, total, now), _numbers(stage, curves)]
     told = messages(run, status["attempt"])
     if told:
-        parts.append(Text("\n".join(told), style="dim", overflow="ellipsis", no_wrap=True))
+        parts.append(Text("\n".join(told), style="dim"))
     title = f"[{COLOURS[state]}]{state}[/], attempt {status['attempt']}: {shown(run)}"
     return Panel(Group(*parts), title=title, title_align="left", subtitle=f"revision {status['git']}", subtitle_align="right")
 

@@ -289,6 +289,12 @@ USE = {  # how well a step used its devices, in the words of the console line
     "perf/gpu_idle_share": "idle",
     "perf/dollars_per_million_tokens": "$/M",
 }
+UNKNOWN = {  # why a step may not tell them
+    "perf/mfu": "no known peak of this device",
+    "time/communication_exposed_s": "one rank",
+    "perf/gpu_idle_share": "no GPU that tells",
+    "perf/dollars_per_million_tokens": "set cluster.dollars_per_gpu_hour",
+}
 CONSOLE: dict[Stage, dict[str, str]] = {  # the console line, most important first, and what it calls each
     "pretrain": {
         "train/loss": "loss",

@@ -20,7 +20,21 @@ from wandb.errors import CommError, UsageError
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
 from trainer.memory import resident_gib
-from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, seconds_left, summary
+from trainer.metrics import (
+    AXES,
+    UNKNOWN,
+    USE,
+    Change,
+    Stage,
+    Value,
+    Values,
+    clock,
+    console_line,
+    emit,
+    read_records,
+    seconds_left,
+    summary,
+)
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 
@@ -52,6 +66,7 @@ class Tracker:
         self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
         self.durations: list[float] = []  # seconds of the steps of this attempt
         self.stepped_s, self.paused_s = 0.0, 0.0  # their sum, and what of it was for checkpoints
+        self.told_unknown = False
         self.peak_gib, self.measured = 0.0, -MEMORY_EVERY_S
         self.wandb: wandb.Run | None = None
 
@@ -97,6 +112,10 @@ class Tracker:
         self._tell_wandb(lambda run: run.log({AXES[self.stage]: step, **scalars}))
         if values.get("train/skipped"):
             self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
+        if not self.told_unknown and {"time/step_s", "train/tokens"} <= complete.keys():
+            self.told_unknown = True
+            if unknown := [f"{USE[key]} ({why})" for key, why in UNKNOWN.items() if key not in complete]:
+                self.say(f"steps do not tell {', '.join(unknown)}")
         eta_s = seconds_left(self.durations, step, self.total_steps)
         self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 
