@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
-from trainer.metrics import LENGTHS, LOAD, Stage, Value, clock, read_records
+from trainer.metrics import LENGTHS, LOAD, Stage, Value, clock
+from trainer.records import read_records
 from trainer.run_dir import option, read_config, read_status, shown
 
 HEADINGS: dict[Stage, str] = {"pretrain": "Pretraining", "rl": "Reinforcement learning"}

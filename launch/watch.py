@@ -27,7 +27,8 @@ from rich.text import Text
 from kernels.errors import UserError
 from launch.cli import guarded
 from trainer.hangs import tail
-from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, parsed_record, seconds_left
+from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, seconds_left
+from trainer.records import parsed_record
 from trainer.run_dir import option, read_config, read_status, shown
 
 REFRESH_S = 2.0

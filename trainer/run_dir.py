@@ -36,7 +36,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kernels.errors import UserError
 from trainer.config.run import RunConfig
 from trainer.json_text import parsed_yaml
-from trainer.metrics import Stage, parsed_record
+from trainer.metrics import Stage
+from trainer.records import parsed_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACES = "traces"

@@ -20,21 +20,8 @@ from wandb.errors import CommError, UsageError
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
 from trainer.memory import resident_gib
-from trainer.metrics import (
-    AXES,
-    UNKNOWN,
-    USE,
-    Change,
-    Stage,
-    Value,
-    Values,
-    clock,
-    console_line,
-    emit,
-    read_records,
-    seconds_left,
-    summary,
-)
+from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, console_line, emit, seconds_left
+from trainer.records import Change, read_records, summary
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 

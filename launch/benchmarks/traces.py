@@ -13,7 +13,8 @@ import numpy as np
 from kernels.errors import UserError
 from launch.recorded import require_one_shape
 from parallel.placement import Floats
-from trainer.metrics import LOAD, read_records
+from trainer.metrics import LOAD
+from trainer.records import read_records
 
 Draw = Callable[[int, int, np.random.Generator], Floats]  # (steps, E, random) -> popularity (steps, E)
 

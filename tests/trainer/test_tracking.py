@@ -18,7 +18,8 @@ from tests.listening import beyond_loopback
 from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
-from trainer.metrics import UNKNOWN, USE, Change, read_records
+from trainer.metrics import UNKNOWN, USE
+from trainer.records import Change, read_records
 from trainer.run_dir import RunDir, read_status
 from trainer.tracking import Tracker, summary_table
 
