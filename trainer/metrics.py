@@ -214,7 +214,7 @@ _DECLARED = (
     Metric(
         "perf/checkpoint_share",
         "share",
-        "checkpoints",
+        "in checkpoints",
         ".2%",
         "part of the time since the attempt's first record in which training stood still for checkpoints, memory's included",
     ),
