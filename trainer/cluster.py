@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from kernels.errors import UserError
 from trainer.config.run import ClusterConfig
 from trainer.guard import UpdateRefused
-from trainer.hangs import CUT_OFF, NCCL_WAITS, TIMED_OUT, report, tail
+from trainer.hangs import CUT_OFF, TIMED_OUT, gave_up, report
 from trainer.places import WAIT_S, Say, nodes_alive
 from trainer.ports import listens, why_taken
 from trainer.run_dir import shown
@@ -205,15 +205,16 @@ def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = No
         try:
             answers[name] = ray.get(ready[0])
         except RayActorError as error:
-            # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
-            if logs and name in logs and NCCL_WAITS.search(tail(logs[name])):
+            # One that has waited too long is ended by NCCL's watchdog: not that one is lost, but the one it waited for.
+            if logs and name in logs and gave_up(logs[name]):
                 raise ProcessLost(report(logs)) from error
             log = f"; its log is {shown(logs[name])}" if logs and name in logs else ""
             raise ProcessLost(f"{name} died ({reason_of(error)}{log})") from error
         except RayTaskError as error:
             failures[name] = error
-    for failure in failures.values():
-        if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
+    for name, failure in failures.items():
+        late = isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause))
+        if logs and (late or (name in logs and gave_up(logs[name]))):
             raise ProcessLost(report(logs)) from failure
     for name, failure in failures.items():
         if logs and isinstance(failure.cause, RuntimeError) and CUT_OFF.search(str(failure.cause)):

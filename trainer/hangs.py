@@ -29,6 +29,10 @@ WENT_ON = "what took so long has ended"  # written behind the stacks of a call t
 STANDS_STILL = "it wrote no stack, so its whole process or machine stands still"
 PLACES = 3  # that are shown of the way to where a process is
 NCCL_WAITS = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(.*?OpType=(\w+)")
+PEER_WAITS = re.compile(
+    r"failed to receive signal from (rank \d+)"
+)  # what a GPU prints that waits in peer memory, and gives up
+JOINED = "has joined on"  # in what a rank logs when it has; above it are the words of one that had its place before
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
 
 
@@ -93,16 +97,29 @@ def whereabouts(log: str) -> Whereabouts:
     place = " < ".join(lines) if lines else STANDS_STILL
     calls = [name for file, _, name in frames if file.endswith("distributed/distributed_c10d.py")]
     waits_in = calls[-1] if calls else nccl[-1].lower() if nccl else None  # the outermost of torch's is what we called
+    if waits_in is None and (peers := PEER_WAITS.findall(log)):
+        waits_in = f"the memory that ranks share, for {' and '.join(dict.fromkeys(peers))}"
     return Whereabouts(waits_in, place)
 
 
 def report(logs: Mapping[str, Path]) -> str:
     """Who hangs, and in which operation the others wait for it; `logs`: process -> file."""
-    found = {name: whereabouts(tail(file)) for name, file in logs.items()}
+    found = {name: whereabouts(of_this_process(file)) for name, file in logs.items()}
     waiting = [f"{name} waits in {one.waits_in} ({one.place})" for name, one in found.items() if one.waits_in is not None]
     missing = [f"{name} hangs ({one.place})" for name, one in found.items() if one.waits_in is None]
     folder = next(iter(logs.values())).parent
     return f"a collective did not end in time: {'; '.join(missing + waiting)}. The stacks of all ranks are in {shown(folder)}"
+
+
+def gave_up(log_file: Path) -> bool:
+    """Whether NCCL, or a GPU, says in a rank's log that it has waited too long for another one, and ends this one."""
+    said = of_this_process(log_file)
+    return any(pattern.search(said) is not None for pattern in (NCCL_WAITS, PEER_WAITS))
+
+
+def of_this_process(log_file: Path) -> str:
+    """The end of a rank's log, without what one wrote that was lost and had its place before."""
+    return tail(log_file).rpartition(JOINED)[2]
 
 
 def tail(log_file: Path) -> str:

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from tests.models import random_batch
 from trainer.batch import TrainBatch
-from trainer.hangs import STANDS_STILL, TIMED_OUT, WENT_ON, StackWatch, Whereabouts, report, whereabouts
+from trainer.hangs import JOINED, STANDS_STILL, TIMED_OUT, WENT_ON, StackWatch, Whereabouts, gave_up, report, whereabouts
 from trainer.worker import TrainWorker
 
 TIMEOUT_S = 4.0
@@ -60,6 +60,8 @@ def test_the_rank_that_did_not_come_and_the_operation_are_named(tmp_path: Path) 
 
 
 NCCL = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLTOALL_BASE, NumelIn=8)"
+PEER = "[FATAL] CUDASymmetricMemory::barrier: rank 0 failed to receive signal from rank 1 on channel 0\n"
+SHARED = "the memory that ranks share, for rank 1"
 STACK = """Timeout (0:00:04)!
 Thread 0x00007f (most recent call first):
   File "/usr/lib/python3/threading.py", line 324 in wait
@@ -92,6 +94,7 @@ Thread 0x00007e (most recent call first):
         (STACK, Whereabouts("all_to_all_single", EXCHANGE)),
         (STACK.replace("distributed_c10d", "other"), Whereabouts(None, EXCHANGE)),
         (f"{STACK.replace('distributed_c10d', 'other')}{NCCL}", Whereabouts("alltoall_base", EXCHANGE)),
+        (f"{PEER}{STACK.replace('distributed_c10d', 'other')}", Whereabouts(SHARED, EXCHANGE)),
         (STACK + STACK.replace("distributed_c10d", "other"), Whereabouts(None, EXCHANGE)),
         (f"{ENGINE}{WENT_ON}, after 9.1 s\nupdate 3\n", Whereabouts(None, STANDS_STILL)),
         (f"{ENGINE}{WENT_ON}, after 9.1 s\nupdate 3\n{STACK}", Whereabouts("all_to_all_single", EXCHANGE)),
@@ -105,6 +108,15 @@ def test_who_cannot_write_hangs(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_text(STACK)
     told = report({"trainer/0": tmp_path / "a.log", "trainer/1": tmp_path / "none.log"})
     assert f"trainer/1 hangs ({STANDS_STILL}); trainer/0 waits in all_to_all_single" in told
+
+
+@pytest.mark.parametrize("words", [NCCL, PEER])
+def test_a_process_that_gave_up_is_not_taken_for_the_one_that_follows_it(words: str, tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text(f"rank 0 of 2 {JOINED} cuda:0\n{words}\n")
+    assert gave_up(log)
+    log.write_text(f"{log.read_text()}{STACK}rank 0 of 2 {JOINED} cuda:0\nupdate 3\n")
+    assert not gave_up(log) and f"trainer/0 hangs ({STANDS_STILL})" in report({"trainer/0": log})
 
 
 def test_a_call_that_was_slow_and_has_ended_is_no_place_where_a_process_hangs(tmp_path: Path) -> None:
