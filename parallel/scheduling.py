@@ -229,7 +229,7 @@ class Scheduling:
                 if kept["machine"] == self._machine and kept["profile"]["tokens"] == tokens:
                     reduce = kept["reduce"] and Fit(Line(**kept["reduce"]["line"]), kept["reduce"]["r_squared"])
                     found = [(Profile.from_json(kept["profile"]), reduce)]
-            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:  # the other ranks wait for an answer
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # the others wait
                 log.warning("%s is damaged (%s: %s); it is measured again", self._folder / FILE, type(error).__name__, error)
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:

@@ -49,6 +49,7 @@ from trainer.model.transformer import LanguageModel
 from trainer.run_dir import RunDir
 from trainer.sources import documents
 from trainer.tokenizer import Tokenizer, train_tokenizer
+from trainer.tracing import REQUEST, TraceRequest, Traces
 from trainer.worker import named_tensors, read_model
 
 MODEL = tiny_model()
@@ -401,6 +402,19 @@ def prepared(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
         (place / "texts" / f"{number}.txt").write_text(f"some text of a few words {number} " * 9)
     source = TextSource(kind="text", paths=(str(place / "texts"),), validation_share=0.5, cache_dir=place / "cache")
     return prepare(source, TokenizerConfig(vocab_size=300, train_mib=1), lambda text: None).folder
+
+
+@few
+@given(st.data())
+def test_requests_for_traces(config: PretrainConfig, data: st.DataObject) -> None:
+    whole = {"steps": 2, "ranks": [0], "engines": "all", "tokens": 9, "memory": False}
+    with folder() as place, open(os.devnull) as lock:
+        run, asked = RunDir(place, "pretrain", 1, "", "", "", "", lock), list[TraceRequest]()
+        content = data.draw(st.one_of(changed(whole).map(lambda tree: json.dumps(tree).encode()), st.just(DEEP)))
+        (place / REQUEST).write_bytes(content)
+        traces = Traces(config.trace, run, 1, lambda text: None)
+        traces.before(lambda _, wanted: asked.append(wanted) or [], 1)
+        assert not (place / REQUEST).exists() and all(one.ranks in ("all", (), (0,)) for one in asked)
 
 
 @few
