@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kernels.errors import UserError
 from launch.benchmarks import (
+    checkpoints,
     collectives,
     experts,
     fssdp,
@@ -62,6 +63,7 @@ BENCHMARKS = {
     "learning": Benchmark(learning.LearningOptions, learning.DEFAULTS, {}, learning.measure, learning.table),
     "old_tokens": Benchmark(old_tokens.OldTokensOptions, old_tokens.DEFAULTS, {}, old_tokens.measure, old_tokens.table),
     "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),
+    "checkpoints": Benchmark(checkpoints.CheckpointsOptions, checkpoints.DEFAULTS, {}, checkpoints.measure, checkpoints.table),
 }
 
 

@@ -18,7 +18,8 @@ from launch.report import write_report
 from launch.rl import reinforce
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
-from trainer.metrics import METRICS, Value, clock, read_records
+from trainer.metrics import METRICS, Value, clock
+from trainer.records import read_records
 from trainer.run_dir import shown
 
 # What the closing table shows of each stage: a metric's first and last value ...

@@ -15,6 +15,7 @@ from parallel.placement import Topology
 from parallel.schedule.cost import Fit, fit
 from trainer.config.plan import LinkConfig, MachineConfig
 from trainer.config.record import Record
+from trainer.json_text import parsed_yaml
 
 CONF = Path(__file__).parents[1] / "conf"
 BYTES, FLOAT32 = 2, 4  # of a value in bfloat16 and in sums
@@ -62,12 +63,10 @@ def profiled(machine: MachineConfig, file: Path) -> tuple[MachineConfig, list[st
         UserError: the file cannot be read, or is no profile.
     """
     try:
-        profile = Profile.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        profile = Profile.model_validate(parsed_yaml(file.read_bytes()))
         fits = {name: fit([n for n, _ in samples], [s for _, s in samples]) for name, samples in profile if samples is not None}
     except OSError as error:
         raise UserError(f"profile = {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"profile = {file} is neither YAML nor JSON: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
@@ -75,7 +74,7 @@ def profiled(machine: MachineConfig, file: Path) -> tuple[MachineConfig, list[st
             f"profile = {file}: {where}: {first['msg']}; it holds lists of [amount, seconds] named "
             f"{', '.join(Profile.model_fields)}"
         ) from error
-    except ValueError as error:
+    except ValueError as error:  # neither YAML nor JSON, or times that no line fits
         raise UserError(f"profile = {file}: {error}") from error
     if free := [name for name, found in fits.items() if found.line.beta_s == 0]:
         raise UserError(f"profile = {file}: {free[0]}: larger amounts took no longer, so there is no rate; measure larger ones")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from parallel.schedule.pipeline import ACROSS, COMPUTE, WITHIN
-from parallel.schedule.timeline import Span, Task, Timeline
+from parallel.schedule.timeline import Span, Timeline
 from parallel.scheduling import FILE, WAITING
 
 LANES = (COMPUTE, WAITING, WITHIN, ACROSS)  # from top to bottom; any other resource below them
@@ -93,21 +93,36 @@ def save(figure: Figure, file: Path) -> None:
         raise UserError(f"the picture {file} cannot be written: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class _Machine:
+    ranks: int
+    device: str
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the picture needs of the file."""
+
+    machine: _Machine
+    timelines: dict[str, tuple[Span, ...]]
+
+
+_KEPT = TypeAdapter(_Kept)
+
+
 def draw_schedule(run: Path) -> Path | None:
     """A run's first MoE layer as it was planned and as it was measured, if it was: `schedule.svg` in its folder."""
     if not (run / FILE).exists():
         return None
-    record = json.loads((run / FILE).read_text(encoding="utf-8"))
-    panels = [Panel(title, _timeline(spans)) for title, spans in record["timelines"].items()]
-    machine = record["machine"]
-    heading = f"The first MoE layer on {machine['ranks']} ranks ({machine['device']}), in chunks"
+    try:
+        kept = _KEPT.validate_json((run / FILE).read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{run / FILE} is damaged: {error.errors(include_url=False)[0]['msg']}; remove it") from None
+    panels = [Panel(title, Timeline(spans)) for title, spans in kept.timelines.items()]
+    heading = f"The first MoE layer on {kept.machine.ranks} ranks ({kept.machine.device}), in chunks"
     note = "measured: what the device of rank 0 did and waited for, in one update; planned: from times measured at the start"
     save(draw(panels, heading, note), run / "schedule.svg")
     return run / "schedule.svg"
-
-
-def _timeline(spans: Sequence[Any]) -> Timeline:
-    return Timeline(tuple(Span(Task(**{**span["task"], "after": ()}), span["start_s"], span["end_s"]) for span in spans))
 
 
 def _lanes(timeline: Timeline) -> list[str]:

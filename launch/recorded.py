@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kernels.errors import UserError
-from trainer.metrics import Stage, Value, clock, read_records
-from trainer.run_dir import read_status, shown
+from trainer.metrics import LENGTHS, LOAD, Stage, Value, clock
+from trainer.records import read_records
+from trainer.run_dir import option, read_config, read_status, shown
 
 HEADINGS: dict[Stage, str] = {"pretrain": "Pretraining", "rl": "Reinforcement learning"}
 
@@ -27,14 +27,16 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Raises UserError if the folder is no run or has no records yet."""
+        """Raises UserError if the folder is no run, has no records yet, or is damaged."""
         path = path.resolve()
         status = read_status(path)
         records = read_records(path / "metrics.jsonl")
         if not records:
             raise UserError(f"{shown(path)} has no records yet; the report needs at least one step")
-        text = (path / "config.yaml").read_text(encoding="utf-8")
-        return cls(path, status["kind"], status, yaml.safe_load(text), text, records)
+        for key in (LOAD, LENGTHS):
+            require_one_shape([record[key] for record in records if key in record], key, path / "metrics.jsonl")
+        text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        return cls(path, status["kind"], status, read_config(path), text, records)
 
     def numbers(self, key: str) -> list[float]:
         return [y for _, y in self.points(key)]
@@ -48,20 +50,29 @@ class Run:
 
     def facts(self) -> list[tuple[str, str]]:
         """What the run is and what it took, name and value."""
-        config, status = self.config, self.status
+        status = self.status
+
+        def number(name: str) -> str:
+            return f"{option(self.config, name, int):,}"
+
         if self.stage == "pretrain":
-            model, train = config["model"], config["train"]
+            steps, rows, length = map(number, ("train.steps", "train.batch_rows", "train.sequence_length"))
+            layers, experts, top_k = map(number, ("model.num_layers", "model.num_experts", "model.top_k"))
             what = [
-                ("model", f"{model['num_layers']} layers, {model['num_experts']} experts, {model['top_k']} per token"),
-                ("data", str(config["data"]["kind"])),
-                ("plan", f"{train['steps']:,} steps x {train['batch_rows']:,} rows x {train['sequence_length']:,} tokens"),
+                ("model", f"{layers} layers, {experts} experts, {top_k} per token"),
+                ("data", option(self.config, "data.kind", str)),
+                ("plan", f"{steps} steps x {rows} rows x {length} tokens"),
             ]
         else:
-            rollout, loop = config["rollout"], config["loop"]
+            rounds, groups, samples = map(number, ("loop.rounds", "rollout.groups", "rollout.samples_per_group"))
+            over_provision = option(self.config, "rollout.over_provision", int, float)
             what = [
-                ("task", str(config["task"]["name"])),
-                ("plan", f"{loop['rounds']:,} rounds x {rollout['groups']} groups x {rollout['samples_per_group']} samples"),
-                ("over-provision", f"{rollout['over_provision']:g} times the groups are submitted"),
+                ("task", option(self.config, "task.name", str)),
+                ("plan", f"{rounds} rounds x {groups} groups x {samples} samples"),
+                (
+                    "over-provision",
+                    f"{over_provision:g} times the groups are submitted",
+                ),
             ]
         seconds, tokens = sum(self.numbers("time/step_s")), sum(self.numbers("train/tokens"))
         return [
@@ -71,3 +82,10 @@ class Run:
             ("started", str(status["created"])[:16].replace("T", " ")),
             ("revision", str(status["git"])),
         ]
+
+
+def require_one_shape(tables: Sequence[Any], key: str, file: Path) -> None:
+    """UserError unless all are tables of one shape."""
+    shapes = {(len(table), *map(len, table)) if isinstance(table, list) else () for table in tables}
+    if len(shapes) > 1 or any(len(set(shape[1:])) != 1 for shape in shapes):
+        raise UserError(f"{shown(file)} is damaged: {key} should be tables of one shape")

@@ -16,7 +16,7 @@ from kernels.errors import UserError
 from launch.cli import guarded
 from launch.figures import figures
 from launch.recorded import HEADINGS, Run
-from trainer.metrics import summary
+from trainer.records import summary
 from trainer.run_dir import shown, write_atomically
 
 

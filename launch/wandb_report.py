@@ -18,7 +18,8 @@ from wandb_workspaces.reports.v2 import H2, H3, MarkdownBlock, PanelGrid, Report
 
 from kernels.errors import UserError
 from launch.recorded import HEADINGS, Run
-from trainer.metrics import GROUPS, Metric, metrics_of, summary
+from trainer.metrics import GROUPS, Metric, metrics_of
+from trainer.records import summary
 from trainer.run_dir import write_atomically
 from trainer.workspace import ensure_workspace, panels
 

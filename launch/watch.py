@@ -6,7 +6,7 @@ A finished run is shown once. Others are looked at again every two seconds, unti
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import re
 import sys
 import time
@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -29,7 +28,8 @@ from kernels.errors import UserError
 from launch.cli import guarded
 from trainer.hangs import tail
 from trainer.metrics import ETA_STEPS, METRICS, STEP_WORDS, Stage, clock, seconds_left
-from trainer.run_dir import read_status, shown
+from trainer.records import parsed_record
+from trainer.run_dir import option, read_config, read_status, shown
 
 REFRESH_S = 2.0
 BARS = "▁▂▃▄▅▆▇█"
@@ -42,13 +42,14 @@ SHOWN: dict[Stage, tuple[str, ...]] = {
         *("train/loss", "eval/bits_per_byte", "train/grad_norm", "train/lr", "train/skipped"),
         *("moe/max_vio", "moe/rank_imbalance", "perf/tokens_per_s", "perf/tokens_per_s_per_device", "perf/mfu"),
         *("time/step_s", "time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens"),
-        *("time/checkpoint_s", "time/memory_checkpoint_s", "mem/peak_gib"),
+        *("time/checkpoint_s", "time/memory_checkpoint_s", "perf/checkpoint_share", "mem/peak_gib"),
     ),
     "rl": (
         *("reward/mean", "reward/eval_mean", "train/loss", "train/entropy", "train/grad_norm", "train/skipped"),
         *("rollout/stale_token_share", "rollout/staleness_max", "rollout/length_mean", "moe/max_vio"),
         *("rollout/tokens_per_s", "perf/tokens_per_s", "perf/tokens_per_s_per_device", "perf/mfu", "time/step_s"),
-        *("time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens", "mem/peak_gib"),
+        *("time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens"),
+        *("perf/checkpoint_share", "mem/peak_gib"),
     ),
 }
 
@@ -77,15 +78,15 @@ class Curves:
                 if not line.endswith(b"\n"):  # it is being written
                     break
                 self._read += len(line)
-                self._add(json.loads(line))
+                self._add(parsed_record(line, self.file))
 
     def _add(self, record: Mapping[str, Any]) -> None:
         self.step = int(record["step"])
         for key, value in record.items():
-            if key in METRICS and isinstance(value, int | float):
+            if key in METRICS and isinstance(value, int | float) and math.isfinite(value):
                 self.values.setdefault(key, []).append(float(value))
         if "time/step_s" in record:
-            self.recent_s.append(float(record["time/step_s"]))
+            self.recent_s.append(self.values["time/step_s"][-1])
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -126,13 +127,12 @@ def picture(run: Path, curves: Curves, now: float) -> Panel:
     """Everything about the run, as of `now` (seconds since the epoch)."""
     status = read_status(run)
     stage: Stage = status["kind"]
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    total = config["train"]["steps"] if stage == "pretrain" else config["loop"]["rounds"]
+    total = option(read_config(run), "train.steps" if stage == "pretrain" else "loop.rounds", int)
     state = str(status["state"])
     parts: list[Any] = [_progress(stage, state, curves, total, now), _numbers(stage, curves)]
     told = messages(run, status["attempt"])
     if told:
-        parts.append(Text("\n".join(told), style="dim", overflow="ellipsis", no_wrap=True))
+        parts.append(Text("\n".join(told), style="dim"))
     title = f"[{COLOURS[state]}]{state}[/], attempt {status['attempt']}: {shown(run)}"
     return Panel(Group(*parts), title=title, title_align="left", subtitle=f"revision {status['git']}", subtitle_align="right")
 

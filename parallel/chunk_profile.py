@@ -70,7 +70,7 @@ class Profile:
         """Of what `asdict` gave."""
 
         def line(part: str) -> Fit:
-            return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
+            return Fit(Line(**{key: float(s) for key, s in kept[part]["line"].items()}), float(kept[part]["r_squared"]))
 
         lines = {name: line(name) for name in LINES}
         return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], tokens=kept["tokens"])

@@ -224,10 +224,13 @@ class Scheduling:
         """Measures, or reads what was measured before on such ranks and for so many tokens. Collective."""
         found: list[tuple[Profile, Fit | None] | None] = [None]
         if self._arena.world.rank == 0 and self._folder is not None and (self._folder / FILE).exists():
-            kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
-            if kept["machine"] == self._machine and kept["profile"]["tokens"] == tokens:
-                reduce = kept["reduce"] and Fit(Line(**kept["reduce"]["line"]), kept["reduce"]["r_squared"])
-                found = [(Profile.from_json(kept["profile"]), reduce)]
+            try:
+                kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
+                if kept["machine"] == self._machine and kept["profile"]["tokens"] == tokens:
+                    reduce = kept["reduce"] and Fit(Line(**kept["reduce"]["line"]), kept["reduce"]["r_squared"])
+                    found = [(Profile.from_json(kept["profile"]), reduce)]
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # the others wait
+                log.warning("%s is damaged (%s: %s); it is measured again", self._folder / FILE, type(error).__name__, error)
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
             self._profile, self._reduce = found[0]

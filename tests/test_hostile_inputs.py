@@ -16,12 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kernels.errors import UserError
+from launch.benchmarks.traces import recorded as loads_of
 from launch.cli import load
+from launch.machines import profiled, read_machine
+from launch.recorded import Run
+from launch.report import write_report
+from launch.watch import watch
 from parallel.topology import World
 from rl.engine.completions import BadReply, Completion
 from rl.engine.engine import EngineSettings
@@ -34,11 +40,16 @@ from tests.models import tiny_model
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.config.rl import RLConfig
-from trainer.config.run import JsonlSource, ParquetSource, PretrainConfig, TokenizerConfig
+from trainer.config.run import JsonlSource, ParquetSource, PretrainConfig, TextSource, TokenizerConfig
+from trainer.data import open_corpus, prepare
+from trainer.keeper import Kept, whole_ones
+from trainer.metrics import LOAD
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import LanguageModel
+from trainer.run_dir import RunDir
 from trainer.sources import documents
 from trainer.tokenizer import Tokenizer, train_tokenizer
+from trainer.tracing import REQUEST, TraceRequest, Traces
 from trainer.worker import named_tensors, read_model
 
 MODEL = tiny_model()
@@ -321,6 +332,111 @@ def test_states_of_rollouts(data: st.DataObject) -> None:
     assert RolloutBuffer.parse(json.dumps(whole), "step_000001").next_group == 4
     text = data.draw(st.one_of(changed(whole).map(json.dumps), st.just(DEEP.decode())))
     read_or_refused(lambda: RolloutBuffer.parse(text, "step_000001"))
+
+
+@few
+@given(st.data())
+def test_what_keepers_say_that_they_have(written: Path, data: st.DataObject) -> None:
+    record = json.loads((written / "meta.json").read_text())
+    files = record["files"]
+    assert [one.step for one in whole_ones({"a": {3: Kept(json.dumps(record), files)}})] == [3]
+    strange = st.one_of(changed(record).map(json.dumps), st.just(DEEP.decode()), st.none())
+    kept = st.builds(Kept, strange, changed(files).filter(lambda tree: isinstance(tree, dict)))
+    found = data.draw(st.dictionaries(st.sampled_from(["a", "b"]), st.dictionaries(st.integers(0, 3), kept, max_size=2)))
+    for one in whole_ones(found):
+        for name, keepers in one.keepers.items():
+            sums = [found[keeper][one.step].files[name] for keeper in keepers]
+            assert sums and all(sum_ == json.loads(one.record)["files"][name] for sum_ in sums)
+
+
+# ---------------------------------------------------------------- run folders, corpora and profiles
+
+
+@pytest.fixture(scope="module")
+def config() -> PretrainConfig:
+    return load(PretrainConfig, "pretrain", ["run_name=run"])
+
+
+@pytest.fixture(scope="module")
+def recorded(config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended."""
+    run = RunDir.open(config.model_copy(update={"runs_dir": tmp_path_factory.mktemp("runs")}), "pretrain")
+    record = {"stage": "pretrain", "step": 1, "train/loss": 2.0, "time/step_s": 1.0, LOAD: [[0.5, 0.5]]}
+    run.metrics_file.write_text("".join(json.dumps({**record, "step": step}) + "\n" for step in (1, 2)))
+    run.close("finished")
+    return run.path
+
+
+@settings(few, max_examples=40)  # folders are written, and pages are drawn
+@given(st.data(), st.sampled_from(["status.json", "config.yaml", "metrics.jsonl"]))
+def test_run_folders(recorded: Path, config: PretrainConfig, data: st.DataObject, name: str) -> None:
+    content = (recorded / name).read_bytes()
+    lines = content.splitlines() if name == "metrics.jsonl" else [content]
+    tree = yaml.safe_load(lines[-1])
+    other = st.one_of(
+        changed(tree).map(lambda tree: json.dumps(tree).encode()), st.just(DEEP), st.just(b"a: &a [*a]"), broken(lines[-1])
+    )
+    with folder() as place:
+        own = place / "run"
+        shutil.copytree(recorded, own)
+        (own / name).write_bytes(b"\n".join([*lines[:-1], data.draw(other), b""]))
+        read_or_refused(lambda: watch(own, once=True))
+        read_or_refused(lambda: Run.read(own).facts())
+        if name == "metrics.jsonl":
+            read_or_refused(lambda: write_report([own], place / "report.html"))
+            read_or_refused(lambda: loads_of(own, 16))
+
+        def resume() -> None:
+            run = RunDir.open(config.model_copy(update={"runs_dir": place, "resume": "auto"}), "pretrain")
+            run.rewind(1)
+            run.close("stopped")
+
+        read_or_refused(resume)
+
+
+@pytest.fixture(scope="module")
+def prepared(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("corpus")
+    (place / "texts").mkdir()
+    for number in range(8):
+        (place / "texts" / f"{number}.txt").write_text(f"some text of a few words {number} " * 9)
+    source = TextSource(kind="text", paths=(str(place / "texts"),), validation_share=0.5, cache_dir=place / "cache")
+    return prepare(source, TokenizerConfig(vocab_size=300, train_mib=1), lambda text: None).folder
+
+
+@few
+@given(st.data())
+def test_requests_for_traces(config: PretrainConfig, data: st.DataObject) -> None:
+    whole = {"steps": 2, "ranks": [0], "engines": "all", "tokens": 9, "memory": False}
+    with folder() as place, open(os.devnull) as lock:
+        run, asked = RunDir(place, "pretrain", 1, "", "", "", "", lock), list[TraceRequest]()
+        content = data.draw(st.one_of(changed(whole).map(lambda tree: json.dumps(tree).encode()), st.just(DEEP)))
+        (place / REQUEST).write_bytes(content)
+        traces = Traces(config.trace, run, 1, lambda text: None)
+        traces.before(lambda _, wanted: asked.append(wanted) or [], 1)
+        assert not (place / REQUEST).exists() and all(one.ranks in ("all", (), (0,)) for one in asked)
+
+
+@few
+@given(st.data())
+def test_corpora(prepared: Path, data: st.DataObject) -> None:
+    whole = json.loads((prepared / "corpus.json").read_text())
+    with folder() as place:
+        own = place / "corpus"
+        shutil.copytree(prepared, own)
+        (own / "corpus.json").write_text(data.draw(st.one_of(changed(whole).map(json.dumps), st.just(DEEP.decode()))))
+        read_or_refused(lambda: open_corpus(own))
+
+
+@few
+@given(st.data())
+def test_profiles_of_machines(data: st.DataObject) -> None:
+    whole = {"products": [[1e9, 1e-3], [2e9, 2e-3]], "across": [[1e6, 1e-3], [2e6, 2e-3]]}
+    strange = st.sampled_from([DEEP, b"a: &a [*a]", b"!!python/object/apply:os.system [ls]", b"\xff"])
+    with folder() as place:
+        content = data.draw(st.one_of(changed(whole).map(lambda tree: json.dumps(tree).encode()), strange))
+        (place / "profile").write_bytes(content)
+        read_or_refused(lambda: profiled(read_machine("h100"), place / "profile"))
 
 
 # ---------------------------------------------------------------- the Hugging Face layout

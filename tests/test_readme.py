@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from launch.cli import group_choices, option_names
+from launch import submit
+from launch.bench import BENCHMARKS
+from launch.benchmarks.options import read_options
+from launch.cli import group_choices, load, option_names
+from launch.submit import job_script
 from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
@@ -63,14 +70,42 @@ def test_metrics_and_options_in_the_pages_exist() -> None:
     assert checked > 30
 
 
-def test_the_commands_in_the_pages_name_real_modules_and_options() -> None:
-    options = {name for root in ROOTS.values() for name in option_names(root)} | {"experiment", "task.options"}
-    commands = re.findall(r"^ {4}python -m (launch\.\w+)(.*)$", PAGES, re.MULTILINE)
-    assert len(commands) >= 7
-    for module, rest in commands:
-        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
-        for argument in re.findall(r"'?([\w.]+)=", rest.partition("#")[0]):
-            assert argument in options or argument.startswith("task.options."), argument
+INDENTED = re.findall(r"^ {4}(?:\.venv/bin/)?python -m launch\.(\w+)(.*)$", PAGES, re.MULTILINE)
+INLINE = re.findall(r"`python -m launch\.(\w+)([^`]*)`", PAGES)
+COMMANDS = [(module, shlex.split(rest, comments=True)) for module, rest in INDENTED + INLINE]
+
+
+def test_there_are_commands_of_every_kind_in_the_pages() -> None:
+    assert {"pretrain", "rl", "submit", "plan", "bench", "doctor", "watch", "trace", "report", "convert"} <= dict(
+        COMMANDS
+    ).keys()
+    assert {name for module, arguments in COMMANDS if module == "bench" for name in arguments[:1]} <= BENCHMARKS.keys()
+
+
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS, ids=lambda part: part if isinstance(part, str) else " ".join(part))
+def test_a_command_in_the_pages_is_one_that_its_module_takes(
+    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options are read as the command reads them; nothing is started."""
+    roots = {**ROOTS, "doctor": PretrainConfig}
+    if module in roots:
+        load(roots[module], "pretrain" if module == "doctor" else module, arguments)
+    elif module == "submit":
+        name, *options = arguments
+        config = load(submit.COMMANDS[name], name, options)
+        assert f"launch.slurm.job --max-requeues={config.cluster.slurm.max_requeues}" in job_script(
+            name, "job", config, options
+        )
+    elif module == "bench":
+        name, *options = arguments
+        for defaults in BENCHMARKS[name].defaults.values():
+            read_options(BENCHMARKS[name].options, {**defaults, "out": "out.json"}, options)
+    else:
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit):
+            import_module(f"launch.{module}").main()
+        helped = capsys.readouterr().out
+        assert all(argument in helped for argument in arguments if argument.startswith("--"))
 
 
 def test_the_task_in_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,25 +13,30 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import torch
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.exceptions import RayActorError, RayTaskError
 
 from kernels.errors import UserError
 from trainer.config.run import ClusterConfig
 from trainer.guard import UpdateRefused
-from trainer.hangs import CUT_OFF, NCCL_WAITS, TIMED_OUT, report, tail
+from trainer.hangs import CUT_OFF, TIMED_OUT, gave_up, report
 from trainer.places import WAIT_S, Say, nodes_alive
 from trainer.ports import listens, why_taken
+from trainer.run_dir import shown
 from trainer.stopping import Stopped, StopRequest
 
 T = TypeVar("T")
 MAX_AUTO_RANKS = 2
 LOOPBACK = "127.0.0.1"
+SENTENCE_END = re.compile(r"[.:]?\n|\. ")
+GONE = "its connection broke, so it was killed, crashed, or the machine had no memory left"
 
 
 class ProcessLost(RuntimeError):
@@ -51,6 +56,7 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the ranks beside any other program
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray_worker.print_to_stdstream = partial(_say_of_ray, say)  # which it calls with what its own processes report
     if config.address is not None:
         say(f"joining the Ray cluster at {config.address}")
         _join(config, common, say)
@@ -71,6 +77,14 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
         _node_ip_address=config.host,
         **common,
     )
+
+
+def _say_of_ray(say: Say, report: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """The first sentence of each of Ray's paragraphs. That a process of ours died is said, with its name, by who asked it."""
+    for paragraph in report["lines"]:
+        sentence = SENTENCE_END.split(paragraph.strip(), maxsplit=1)[0]
+        if not sentence.startswith("A worker died or was killed"):
+            say(f"Ray: {sentence}")
 
 
 def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
@@ -191,14 +205,16 @@ def gather(calls: dict[str, ray.ObjectRef], logs: Mapping[str, Path] | None = No
         try:
             answers[name] = ray.get(ready[0])
         except RayActorError as error:
-            # NCCL's watchdog ends a process that has waited too long: not that one is lost, but the one it waited for.
-            if logs and name in logs and NCCL_WAITS.search(tail(logs[name])):
+            # One that has waited too long is ended by NCCL's watchdog: not that one is lost, but the one it waited for.
+            if logs and name in logs and gave_up(logs[name]):
                 raise ProcessLost(report(logs)) from error
-            raise ProcessLost(f"{name} died ({reason_of(error)})") from error
+            log = f"; its log is {shown(logs[name])}" if logs and name in logs else ""
+            raise ProcessLost(f"{name} died ({reason_of(error)}{log})") from error
         except RayTaskError as error:
             failures[name] = error
-    for failure in failures.values():
-        if logs and isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause)):
+    for name, failure in failures.items():
+        late = isinstance(failure.cause, RuntimeError) and TIMED_OUT.search(str(failure.cause))
+        if logs and (late or (name in logs and gave_up(logs[name]))):
             raise ProcessLost(report(logs)) from failure
     for name, failure in failures.items():
         if logs and isinstance(failure.cause, RuntimeError) and CUT_OFF.search(str(failure.cause)):
@@ -213,8 +229,10 @@ def told_by(error: RayTaskError) -> Exception:
 
 
 def reason_of(error: RayActorError) -> str:
-    """The telling part of Ray's paragraph."""
+    """The telling part of Ray's paragraph, or what it means."""
     detail = re.search(r"exit detail: ([^.]+)", str(error))
+    if detail and detail[1].startswith("Worker unexpectedly exits with a connection error"):
+        return GONE
     lines = str(error).strip().splitlines()
     return detail[1] if detail else lines[-1 if error.actor_init_failed else 0][:200]
 

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import tokenizers
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from trainer.config.run import TokenizerConfig
@@ -94,18 +95,40 @@ def prepare(source: AnySource, tokenizer_config: TokenizerConfig, say: Say) -> C
 def open_corpus(folder: Path) -> Corpus:
     """Maps a folder that `prepare` made. Raises UserError if it is no such folder or a file in it has a wrong size."""
     try:
-        about = json.loads((folder / "corpus.json").read_text())
+        about = _ABOUT.validate_json((folder / "corpus.json").read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} is no prepared corpus: it has no corpus.json; delete the folder and start again") from None
-    arrays = {name: _open_array(folder, name, about[name]) for name in ("train", "validation")}
-    return Corpus(Tokenizer.load(folder / "tokenizer.json"), **arrays, folder=folder, fingerprint=about["fingerprint"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{folder / 'corpus.json'} is damaged: {where}: {first['msg']}; delete {folder} and start again"
+        ) from None
+    arrays = {name: _open_array(folder, name, one) for name, one in (("train", about.train), ("validation", about.validation))}
+    return Corpus(Tokenizer.load(folder / "tokenizer.json"), **arrays, folder=folder, fingerprint=about.fingerprint)
 
 
-def _open_array(folder: Path, name: str, about: dict[str, int | str]) -> TokenArray:
-    shapes = {
-        "tokens": (int(about["tokens"]), np.dtype(str(about["dtype"]))),
-        "offsets": (int(about["documents"]) + 1, np.dtype("<i8")),
-    }
+@dataclass(frozen=True)
+class _AboutArray:
+    tokens: Annotated[int, Field(ge=0)]
+    documents: Annotated[int, Field(ge=0)]
+    dtype: Literal["<u2", "<u4"]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What corpus.json holds of what is read again."""
+
+    train: _AboutArray
+    validation: _AboutArray
+    fingerprint: str
+
+
+_ABOUT = TypeAdapter(_About)
+
+
+def _open_array(folder: Path, name: str, about: _AboutArray) -> TokenArray:
+    shapes = {"tokens": (about.tokens, np.dtype(about.dtype)), "offsets": (about.documents + 1, np.dtype("<i8"))}
     mapped: dict[str, np.memmap] = {}
     for kind, (count, dtype) in shapes.items():
         path = folder / f"{name}.{kind}.bin"

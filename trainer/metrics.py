@@ -5,11 +5,9 @@ Keys are `group/name` with the unit as suffix where there is one. A key that is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Literal
 
 Stage = Literal["pretrain", "rl"]
@@ -213,6 +211,13 @@ _DECLARED = (
         ",.2f",
         "price of the step's GPUs for a million learned tokens, by cluster.dollars_per_gpu_hour",
     ),
+    Metric(
+        "perf/checkpoint_share",
+        "share",
+        "in checkpoints",
+        ".2%",
+        "part of the time since the attempt's first record in which training stood still for checkpoints, memory's included",
+    ),
     Metric("time/step_s", "s", "step", ".2f", "wall time from one record to the next"),
     Metric("time/rollout_s", "s", "rollout", ".2f", "wall time of the rollout", stage="rl"),
     Metric(
@@ -279,6 +284,12 @@ USE = {  # how well a step used its devices, in the words of the console line
     "perf/gpu_idle_share": "idle",
     "perf/dollars_per_million_tokens": "$/M",
 }
+UNKNOWN = {  # why a step may not tell them
+    "perf/mfu": "no known peak of this device",
+    "time/communication_exposed_s": "one rank",
+    "perf/gpu_idle_share": "no GPU that tells",
+    "perf/dollars_per_million_tokens": "set cluster.dollars_per_gpu_hour",
+}
 CONSOLE: dict[Stage, dict[str, str]] = {  # the console line, most important first, and what it calls each
     "pretrain": {
         "train/loss": "loss",
@@ -298,27 +309,6 @@ CONSOLE: dict[Stage, dict[str, str]] = {  # the console line, most important fir
         "train/grad_norm": "norm",
         "time/step_s": "step",
     },
-}
-SUMMARY: dict[Stage, tuple[str, ...]] = {  # the table from first to last, at the end of a run
-    "pretrain": (
-        "train/loss",
-        "eval/loss",
-        "eval/bits_per_byte",
-        "moe/max_vio",
-        "eval/max_vio",
-        "perf/tokens_per_s",
-        "mem/peak_gib",
-    ),
-    "rl": (
-        "reward/mean",
-        "reward/eval_mean",
-        "rollout/length_mean",
-        "rollout/truncated_share",
-        "rollout/stale_token_share",
-        "train/entropy",
-        "rollout/tokens_per_s",
-        "mem/peak_gib",
-    ),
 }
 
 
@@ -373,33 +363,3 @@ def markdown_table() -> str:
     """All metrics, for the documentation."""
     rows = [f"| `{m.key}` | {m.unit or '-'} | {m.meaning} |" for m in METRICS.values()]
     return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows])
-
-
-# ---------------------------------------------------------------- records of a run
-
-
-@dataclass(frozen=True)
-class Change:
-    """A metric's first and last value in a run, as text."""
-
-    label: str
-    unit: str
-    first: str
-    last: str
-
-
-def read_records(file: Path) -> list[dict[str, Value]]:
-    """The records of a metrics.jsonl, each with `step` and `stage`; a last line that was cut off is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def summary(stage: Stage, records: Sequence[Values]) -> list[Change]:
-    """First and last value of each metric that says how the run went."""
-    changes = []
-    for key in SUMMARY[stage]:
-        metric = METRICS[key]
-        found = [value for record in records if isinstance(value := record.get(key), int | float)]
-        if found:
-            changes.append(Change(metric.label, metric.unit, metric.text(found[0]), metric.text(found[-1])))
-    return changes

@@ -89,6 +89,10 @@ def seats(nodes: Sequence[str], ranks: int) -> tuple[list[int], list[int]]:
     return chosen, [place for places in by_node.values() for place in places if place not in chosen]
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 class Placement:
     """A bundle, which is a place, for each trainer rank; engines share them in turn, or have as many of their own where they
     are `separate`. Freed at the end of the `with` block.
@@ -144,7 +148,7 @@ class Placement:
             if fewer and fewer[0] != self.ranks and waited > self.config.shrink_after_s:
                 remove_placement_group(self.group)
                 self.ranks = fewer[0]
-                say(f"going on with {self.ranks} trainer ranks (cluster.min_ranks): {state}")
+                say(f"going on with {_counted(self.ranks, 'trainer rank')} (cluster.min_ranks): {state}")
                 self.group = self._reserve()
             else:
                 say(f"waiting for a place for {self.processes} ({waited:.0f} s): {state}")
@@ -190,8 +194,8 @@ class Placement:
     @property
     def processes(self) -> str:
         """In words."""
-        engines = f" and {self.engines} engines{' in places of their own' * self.separate}" if self.engines else ""
-        return f"{self.ranks} trainer ranks{engines}"
+        ranks, engines = _counted(self.ranks, "trainer rank"), _counted(self.engines, "engine")
+        return f"{ranks} and {engines}{' in places of their own' * self.separate}" if self.engines else ranks
 
     def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
         """An actor of class `kind` named `name`, rank or engine `index`, in its place; of a GPU that they share ranks get the

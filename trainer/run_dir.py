@@ -23,17 +23,21 @@ import json
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from trainer.config.run import RunConfig
+from trainer.json_text import parsed_yaml
+from trainer.metrics import Stage
+from trainer.records import parsed_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACES = "traces"
@@ -44,6 +48,21 @@ HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
 # Engines, how many and where: a sample's tokens are the same from any; without over-provision so is all else.
 HARMLESS |= {f"rollout.{name}" for name in ("engines", "placement", "engine_slots", "cache_tokens", "metrics_port")}
 HARMLESS_ENDINGS = ("checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What status.json holds."""
+
+    kind: Stage
+    state: State
+    attempt: Annotated[int, Field(ge=1)]
+    created: str
+    id: str
+    git: str
+
+
+STATUS = TypeAdapter(Status)
 
 
 @dataclass(frozen=True)
@@ -128,10 +147,10 @@ class RunDir:
         """Drops the records after `step`, because the run continues from there; -1 drops all."""
         if not self.metrics_file.exists():
             return
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = self.metrics_file.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and parsed_record(line, self.metrics_file)["step"] <= step]
         with _writable(self.path):
-            write_atomically(self.metrics_file, "".join(kept))
+            write_atomically(self.metrics_file, b"".join(kept).decode())
 
     def close(self, state: State) -> None:
         """Writes how the run ended and lets go of the folder."""
@@ -145,11 +164,38 @@ def as_yaml(config: RunConfig) -> str:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """status.json of a run folder. UserError if there is none."""
+    """status.json of a run folder. UserError if there is none, or it says something else."""
+    file = path / "status.json"
     try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8"))
+        return asdict(STATUS.validate_json(file.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{shown(file)} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.yaml of a run folder, of whatever version. UserError if there is none, or it is no mapping."""
+    file = path / "config.yaml"
+    try:
+        config = parsed_yaml(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(file)} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{shown(file)} is damaged: it holds no options")
+    return config
+
+
+def option(config: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    """The value of `name`, such as train.steps, in a `read_config`. UserError if there is none of these types."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"config.yaml of the run has {name}={value!r}, which should be {wanted}")
+    return value
 
 
 def traces_of(path: Path) -> list[Path]:
@@ -263,7 +309,7 @@ def _writable(path: Path) -> Iterator[None]:
 
 def _require_same(path: Path, config: RunConfig) -> None:
     """UserError unless the run's configuration and this one give the same numbers."""
-    old = _leaves(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    old = _leaves(read_config(path))
     new = _leaves(config.model_dump(mode="json"))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) and not _is_harmless(name)]
     if changed:

@@ -20,7 +20,8 @@ from wandb.errors import CommError, UsageError
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
 from trainer.memory import resident_gib
-from trainer.metrics import AXES, Change, Stage, Value, Values, clock, console_line, emit, read_records, seconds_left, summary
+from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, console_line, emit, seconds_left
+from trainer.records import Change, read_records, summary
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
 
@@ -51,6 +52,8 @@ class Tracker:
         self.started = time.monotonic()
         self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
         self.durations: list[float] = []  # seconds of the steps of this attempt
+        self.stepped_s, self.paused_s = 0.0, 0.0  # their sum, and what of it was for checkpoints
+        self.told_unknown = False
         self.peak_gib, self.measured = 0.0, -MEMORY_EVERY_S
         self.wandb: wandb.Run | None = None
 
@@ -96,6 +99,10 @@ class Tracker:
         self._tell_wandb(lambda run: run.log({AXES[self.stage]: step, **scalars}))
         if values.get("train/skipped"):
             self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
+        if not self.told_unknown and {"time/step_s", "train/tokens"} <= complete.keys():
+            self.told_unknown = True
+            if unknown := [f"{USE[key]} ({why})" for key, why in UNKNOWN.items() if key not in complete]:
+                self.say(f"steps do not tell {', '.join(unknown)}")
         eta_s = seconds_left(self.durations, step, self.total_steps)
         self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 
@@ -118,7 +125,11 @@ class Tracker:
         return {**measured, "mem/peak_gib": self.peak_gib}
 
     def _of_step(self, step_s: float, values: Values) -> dict[str, Value]:
-        told: dict[str, Value] = {"time/step_s": step_s}
+        for key in ("time/checkpoint_s", "time/memory_checkpoint_s"):
+            paused_s = values.get(key)
+            self.paused_s += paused_s if isinstance(paused_s, int | float) else 0.0
+        self.stepped_s += step_s
+        told: dict[str, Value] = {"time/step_s": step_s, "perf/checkpoint_share": self.paused_s / self.stepped_s}
         idle_s, tokens = values.get("time/gpu_idle_s"), values.get("train/tokens")
         if isinstance(idle_s, int | float):
             told["perf/gpu_idle_share"] = min(1.0, idle_s / step_s)  # the samples lag behind the step by a part of a second

@@ -33,7 +33,7 @@ from trainer.checkpoint_writer import Shelf, Writer
 from trainer.config.model import ModelConfig
 from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
-from trainer.hangs import SHARE, StackWatch, watched
+from trainer.hangs import JOINED, SHARE, StackWatch, watched
 from trainer.keeper import MemoryShelf, Whole, open_whole, send
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
@@ -100,7 +100,7 @@ class TrainWorker(Traceable):
         self.world = join(self.store, self.rank, size, device, timeout_s)
         if self.log is not None:
             self.stack_watch = StackWatch(self.log, SHARE * timeout_s)
-        log.info("rank %d of %d has joined on %s", self.rank, size, device)
+        log.info("rank %d of %d %s %s", self.rank, size, JOINED, device)
 
     def build(self, spec: TrainerSpec, refused: Path | None = None) -> None:
         self.trainer = Trainer(spec, self.world, refused)
@@ -340,7 +340,8 @@ def log_to(file: Path) -> IO[str]:
     file.parent.mkdir(parents=True, exist_ok=True)
     stream = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - it lives as long as the process
     sys.stdout = sys.stderr = stream
-    os.dup2(stream.fileno(), 2)  # NCCL's watchdog and fatal signals write there
+    for descriptor in (1, 2):  # GPUs print to the one; NCCL's watchdog and fatal signals write to the other
+        os.dup2(stream.fileno(), descriptor)
     faulthandler.enable(stream)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

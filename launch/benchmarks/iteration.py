@@ -16,10 +16,9 @@ import torch
 
 from launch.benchmarks.april import ForcedEngine, RoundOptions, conf, engine_settings, random_prompts, rollout_config
 from launch.benchmarks.kernel_times import KernelTimes, kernel_times
-from launch.benchmarks.models import floor_bytes
+from launch.benchmarks.models import floor_bytes, trainer_spec
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
-from parallel.adamw import AdamWSettings
 from rl.actors import EngineActor, Patience, RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
@@ -33,12 +32,10 @@ from trainer.batch import TrainBatch
 from trainer.cluster import Processes, gather, start_ray
 from trainer.config.model import ModelConfig
 from trainer.config.rl import AlgorithmConfig, RewardConfig, RolloutConfig, SyncConfig, TaskConfig
-from trainer.config.run import BalanceConfig, ClusterConfig, ParallelConfig
+from trainer.config.run import ClusterConfig
 from trainer.estimate import flops_per_token
-from trainer.guard import Guard
 from trainer.loop import meet
 from trainer.places import Placement
-from trainer.state import TrainerSpec
 from trainer.tracing import TraceRequest
 
 LEARNING_RATE = 1e-6
@@ -79,7 +76,7 @@ class ForcedEngineActor(EngineActor):
 def iterate(
     options: IterationOptions, model: ModelConfig, cluster: ClusterConfig, device: torch.device, ceilings: Ceilings
 ) -> Rounds:
-    spec = trainer_spec(options, model, device)
+    spec = trainer_spec(model, device, options.micro_rows, options.seed, batch_invariant=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         rewards = stack.enter_context(judges(options, folder))
@@ -196,24 +193,6 @@ def judges(options: IterationOptions, folder: Path) -> RewardWorkers:
     task = TaskConfig(name="launch.benchmarks.parity:Parity", options={}, eval_prompts=1)
     config = RewardConfig(workers=options.workers, timeout_s=30.0, memory_gib=4.0)
     return RewardWorkers(task, options.seed, config, lambda name: folder / f"{name}.log", print)
-
-
-def trainer_spec(options: IterationOptions, model: ModelConfig, device: torch.device) -> TrainerSpec:
-    return TrainerSpec(
-        model=model,
-        adamw=AdamWSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_norm=1.0),
-        balance=BalanceConfig.model_validate(conf("balance", "frozen")),
-        parallel=ParallelConfig.model_validate(conf("parallel", "fssdp")),
-        dtype="bfloat16" if device.type == "cuda" else "float32",
-        recompute=False,
-        micro_rows=options.micro_rows,
-        batch_invariant=True,
-        temperature=1.0,
-        freeze_router=False,
-        value_decay=None,
-        seed=options.seed,
-        guard=Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
-    )
 
 
 @dataclass

@@ -26,7 +26,7 @@ from launch.benchmarks.options import FileOptions, Listed, OneOrMore
 from launch.benchmarks.timing import Ceilings
 from rl.evaluation import Estimate
 from trainer.config.rl import RLConfig
-from trainer.metrics import read_records
+from trainer.records import read_records
 
 
 class LearningOptions(FileOptions):

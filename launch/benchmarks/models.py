@@ -6,8 +6,13 @@ import torch
 from pydantic import Field, PositiveInt
 
 from launch.benchmarks.options import Options
+from launch.machines import read_group
+from parallel.adamw import AdamWSettings
 from trainer.config.model import ModelConfig, TopKRouter
+from trainer.config.run import BalanceConfig, ParallelConfig
+from trainer.guard import Guard
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, parameter_counts
+from trainer.state import TrainerSpec
 
 
 class ModelOptions(Options):
@@ -63,6 +68,25 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
         for weight in (*dense.parameters(), experts.gate_up_LECD, experts.down_LEDF):
             weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, config.init_std, generator=generator)
     return LanguageModel(config, dense, experts, bias_LE)
+
+
+def trainer_spec(model: ModelConfig, device: torch.device, micro_rows: int, seed: int, batch_invariant: bool) -> TrainerSpec:
+    """Of ranks that learn by FSSDP as a run does; `batch_invariant`: as in RL."""
+    return TrainerSpec(
+        model=model,
+        adamw=AdamWSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_norm=1.0),
+        balance=read_group("balance", "frozen", BalanceConfig),
+        parallel=read_group("parallel", "fssdp", ParallelConfig),
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        recompute=False,
+        micro_rows=micro_rows,
+        batch_invariant=batch_invariant,
+        temperature=1.0,
+        freeze_router=False,
+        value_decay=None,
+        seed=seed,
+        guard=Guard(skip_nonfinite=0, spike_zscore=None, spike_window=2, on_spike="stop"),
+    )
 
 
 def floor_bytes(config: ModelConfig, rows: float, context: float, size: int) -> float:

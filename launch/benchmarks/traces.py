@@ -5,15 +5,16 @@ A trace is (steps, E) entries of one layer. No expert gets more than one entry o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from kernels.errors import UserError
+from launch.recorded import require_one_shape
 from parallel.placement import Floats
 from trainer.metrics import LOAD
+from trainer.records import read_records
 
 Draw = Callable[[int, int, np.random.Generator], Floats]  # (steps, E, random) -> popularity (steps, E)
 
@@ -71,10 +72,10 @@ def recorded(run_dir: Path, entries: int) -> Floats:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run_dir} holds no metrics.jsonl; name the folder of a run")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    steps = [record[LOAD] for record in records if LOAD in record]
+    steps = [record[LOAD] for record in read_records(file) if LOAD in record]
     if not steps:
         raise UserError(f"{file} has no record of {LOAD}")
+    require_one_shape(steps, LOAD, file)
     shares_SLE = np.array(steps, dtype=np.float64)
     shares_SLE /= np.maximum(shares_SLE.sum(axis=2, keepdims=True), 1e-12)
     return shares_SLE * entries

@@ -90,6 +90,10 @@ def train(world: World, folder: str) -> dict[str, Any]:
     levels = Scheduling(over_two, None, K, Path(folder) / "levels")
     for _ in range(WATCHED + 1):
         update(levels, over_two, hot=False)
+    (Path(folder) / "damaged").mkdir(exist_ok=True)
+    (Path(folder) / "damaged" / FILE).write_text(json.dumps({"machine": again._machine, "profile": {"tokens": TOKENS}}))
+    damaged = Scheduling(arena, None, K, Path(folder) / "damaged")
+    damaged.prepare(TOKENS, attend)
     fixed = Scheduling(arena, Degrees(3, 3), K, None)
     fixed.prepare(TOKENS, attend)
     return {
@@ -111,7 +115,7 @@ def test_all_ranks_plan_alike_and_plan_again_when_loads_change(tmp_path: Path) -
     assert all(found["levels"] == one["levels"] and found["degrees"] == one["degrees"] for found in others)
     assert one["degrees"] == other["degrees"] and one["profile"] == other["profile"]
     assert one["kept"] == other["kept"] == one["profile"], "measured times are read again"
-    assert one["measured"] == 3, "once, once for other micro-batches, and once over two levels"
+    assert one["measured"] == 4, "once, once for other micro-batches, once over two levels, and once because a file was damaged"
     assert not one["even"] and one["hot"], "even loads are what was planned for, hot ones are not"
     assert one["in_place"] == [WHOLE] * SHAPE.layers and one["fixed"] == [Degrees(3, 3)] * SHAPE.layers
     degrees = one["degrees"]

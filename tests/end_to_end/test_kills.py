@@ -65,5 +65,5 @@ def test_rl_whose_driver_rank_engine_and_scorer_are_killed_learns_the_same(
         assert {key: found[key] for key in told} == {key: expected[key] for key in told}, f"round {found['step']}, {context}"
     assert all(record["train/grad_norm"] > 0 for record in whole[1:]), "there was something to learn"
     assert said.count("trainer/0 died") == ROLES.count("trainer/0"), context
-    assert ("1 trainer ranks and 3 engines in places of their own" in said) == ("driver" in ROLES), context
+    assert ("1 trainer rank and 3 engines in places of their own" in said) == ("driver" in ROLES), context
     assert ("engine/0 died" in said) == ("engine/0" in ROLES), context

@@ -21,7 +21,7 @@ def test_a_rank_and_an_engine_that_have_a_gpu_each(tmp_path: Path) -> None:
     common = ["rl", f"checkpoint={tmp_path}/start", "experiment=smoke", f"runs_dir={tmp_path}", "cluster.ranks=1"]
     common += ["rollout.placement=separate", "sync.check=true", "logger.wandb=off", "loop.rounds=4"]
     said = run(*common, "rollout=sync", "run_name=sync")
-    assert "starting 1 trainer ranks and 1 engines in places of their own" in said
+    assert "starting 1 trainer rank and 1 engine in places of their own" in said
     assert "weights go to the engines directly" in said
     found = series(tmp_path / "sync", "policy/mismatch_abs")
     assert len(found) == 4 and set(found.values()) == {0.0}, "every weight has arrived, and its tokens are the rank's"

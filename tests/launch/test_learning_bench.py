@@ -18,9 +18,9 @@ from rl.evaluation import Estimate
 from rl.rewards.lists import Countdown
 from tests.models import tiny_model
 from trainer.config.run import TokenizerConfig
-from trainer.metrics import read_records
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
+from trainer.records import read_records
 from trainer.tokenizer import train_tokenizer
 
 SMALL = [

@@ -58,7 +58,7 @@ def test_a_run_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     run = tmp_path / "run"
     run.mkdir()
     shares = [[[0.7, 0.1, 0.1, 0.1], [0.25] * 4]] * 3  # two layers, three steps
-    (run / "metrics.jsonl").write_text("\n".join(json.dumps({"step": i, "moe/load": s}) for i, s in enumerate(shares)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "moe/load": s}) + "\n" for i, s in enumerate(shares)))
     out = tmp_path / "placement.json"
     assert main([*SMALL, "experts=4", "devices=4", "trace=", f"run={run}", f"out={out}"]) == 0
     replayed = json.loads(out.read_text(encoding="utf-8"))["cases"][0]["replayed"]

@@ -413,7 +413,9 @@ def test_a_key_of_the_environment_is_sent(model: LanguageModel, monkeypatch: pyt
         (["sync=delta"], r"set sync=full"),
         (["rollout.over_provision=1.5"], r"long samples would never end; set rollout=sync, or name rollout.server_reload"),
         (["rollout.overlap=true"], r"set rollout=sync, or name rollout.server_reload"),
-        (["rollout.server=localhost:8000"], r"rollout.server"),
+        (["rollout.server=localhost:8000"], r"rollout.server.*should begin with http"),
+        (["rollout.server=http://me:hush@127.0.0.1/v1"], r"rollout.server.*has a name or password in it"),
+        (["rollout.server_reload=http://me@127.0.0.1/v1"], r"rollout.server_reload.*give a key in TESSERA_SERVER_KEY"),
         (["rollout.placement=separate"], r"separate gives GPUs to our engines, and rollout.server is another"),
     ],
 )

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import ProcessLost, check_cluster, choose_ranks, rank_choices, supervise
+from trainer.cluster import GONE, ProcessLost, _say_of_ray, check_cluster, choose_ranks, rank_choices, reason_of, supervise
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.places import seats
 from trainer.worker import check_division
@@ -41,6 +42,20 @@ def test_a_lost_process_leads_to_another_attempt_and_is_named() -> None:
     assert supervise(attempt, max_restarts=2, say=said.append) == "done"
     assert attempts == [1, 2, 3]
     assert said[0] == "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint"
+
+
+def test_a_process_that_was_killed_is_said_to_be_gone_with_what_may_have_been() -> None:
+    killed, owner = "Worker unexpectedly exits with a connection error code 2. End of file", "Owner's node has crashed. Some"
+    reasons = [reason_of(RayActorError(error_msg=f"It died. Worker exit detail: {why}")) for why in (killed, owner)]
+    assert reasons == [GONE, "Owner's node has crashed"]
+
+
+def test_what_ray_reports_is_a_line_of_the_run_unless_it_is_told_anyway() -> None:
+    said: list[str] = []
+    death = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the problem"
+    memory = "1 Workers killed due to memory pressure (OOM) at node (IP: 127.0.0.1) over the last time period. To see more"
+    _say_of_ray(said.append, {"lines": [death, memory]}, False)
+    assert said == ["Ray: 1 Workers killed due to memory pressure (OOM) at node (IP: 127.0.0.1) over the last time period"]
 
 
 def test_restarts_are_limited() -> None:

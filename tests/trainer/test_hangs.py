@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch.multiprocessing as mp
 
 from tests.models import random_batch
 from trainer.batch import TrainBatch
-from trainer.hangs import TIMED_OUT, Whereabouts, report, whereabouts
+from trainer.hangs import JOINED, STANDS_STILL, TIMED_OUT, WENT_ON, StackWatch, Whereabouts, gave_up, report, whereabouts
 from trainer.worker import TrainWorker
 
 TIMEOUT_S = 4.0
@@ -52,13 +53,15 @@ def test_the_rank_that_did_not_come_and_the_operation_are_named(tmp_path: Path) 
     assert TIMED_OUT.search((tmp_path / "raised_0").read_text()), "this is how the driver knows"
     logs = {f"trainer/{rank}": tmp_path / f"trainer_{rank}.log" for rank in range(2)}
     told = report(logs)
-    assert "a collective did not end in time: trainer/1 hangs (it wrote no stack); " not in told
-    assert "trainer/1 hangs (trainer/" in told, told
-    assert "trainer/0 waits in all_reduce (parallel/topology.py:" in told, told
+    assert "a collective did not end in time: trainer/1 hangs (it wrote no stack" not in told
+    assert "trainer/1 hangs (" in told and "predict trainer/worker.py:" in told, told
+    assert "trainer/0 waits in all_reduce (sum parallel/topology.py:" in told, told
     assert str(tmp_path) in told
 
 
 NCCL = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLTOALL_BASE, NumelIn=8)"
+PEER = "[FATAL] CUDASymmetricMemory::barrier: rank 0 failed to receive signal from rank 1 on channel 0\n"
+SHARED = "the memory that ranks share, for rank 1"
 STACK = """Timeout (0:00:04)!
 Thread 0x00007f (most recent call first):
   File "/usr/lib/python3/threading.py", line 324 in wait
@@ -71,6 +74,7 @@ Thread 0x00007e (most recent call first):
   File "/x/trainer/worker.py", line 104 in _learn
   File "/x/ray/_private/worker.py", line 1 in main_loop
 """
+EXCHANGE = "dispatch parallel/token_exchange.py:99 < learn trainer/step.py:12 < _learn trainer/worker.py:104"
 ENGINE = """Timeout (0:00:04)!
 Thread 0x00007e (most recent call first):
   File "/v/torch/cuda/streams.py", line 31 in synchronize
@@ -84,16 +88,16 @@ Thread 0x00007e (most recent call first):
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
-        ("", Whereabouts(None, "it wrote no stack")),
-        ("update 3 loss 1.0", Whereabouts(None, "it wrote no stack")),
-        (ENGINE, Whereabouts(None, "engine/decoder.py:99, tokens")),
-        (STACK, Whereabouts("all_to_all_single", "parallel/token_exchange.py:99, dispatch")),
-        (STACK.replace("distributed_c10d", "other"), Whereabouts(None, "parallel/token_exchange.py:99, dispatch")),
-        (
-            f"{STACK.replace('distributed_c10d', 'other')}{NCCL}",
-            Whereabouts("alltoall_base", "parallel/token_exchange.py:99, dispatch"),
-        ),
-        (STACK + STACK.replace("distributed_c10d", "other"), Whereabouts(None, "parallel/token_exchange.py:99, dispatch")),
+        ("", Whereabouts(None, STANDS_STILL)),
+        ("update 3 loss 1.0", Whereabouts(None, STANDS_STILL)),
+        (ENGINE, Whereabouts(None, "tokens engine/decoder.py:99 < advance engine/engine.py:170 < advance rl/actors.py:51")),
+        (STACK, Whereabouts("all_to_all_single", EXCHANGE)),
+        (STACK.replace("distributed_c10d", "other"), Whereabouts(None, EXCHANGE)),
+        (f"{STACK.replace('distributed_c10d', 'other')}{NCCL}", Whereabouts("alltoall_base", EXCHANGE)),
+        (f"{PEER}{STACK.replace('distributed_c10d', 'other')}", Whereabouts(SHARED, EXCHANGE)),
+        (STACK + STACK.replace("distributed_c10d", "other"), Whereabouts(None, EXCHANGE)),
+        (f"{ENGINE}{WENT_ON}, after 9.1 s\nupdate 3\n", Whereabouts(None, STANDS_STILL)),
+        (f"{ENGINE}{WENT_ON}, after 9.1 s\nupdate 3\n{STACK}", Whereabouts("all_to_all_single", EXCHANGE)),
     ],
 )
 def test_the_last_stacks_of_a_log_are_read(log: str, expected: Whereabouts) -> None:
@@ -103,4 +107,24 @@ def test_the_last_stacks_of_a_log_are_read(log: str, expected: Whereabouts) -> N
 def test_who_cannot_write_hangs(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_text(STACK)
     told = report({"trainer/0": tmp_path / "a.log", "trainer/1": tmp_path / "none.log"})
-    assert "trainer/1 hangs (it wrote no stack); trainer/0 waits in all_to_all_single" in told
+    assert f"trainer/1 hangs ({STANDS_STILL}); trainer/0 waits in all_to_all_single" in told
+
+
+@pytest.mark.parametrize("words", [NCCL, PEER])
+def test_a_process_that_gave_up_is_not_taken_for_the_one_that_follows_it(words: str, tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text(f"rank 0 of 2 {JOINED} cuda:0\n{words}\n")
+    assert gave_up(log)
+    log.write_text(f"{log.read_text()}{STACK}rank 0 of 2 {JOINED} cuda:0\nupdate 3\n")
+    assert not gave_up(log) and f"trainer/0 hangs ({STANDS_STILL})" in report({"trainer/0": log})
+
+
+def test_a_call_that_was_slow_and_has_ended_is_no_place_where_a_process_hangs(tmp_path: Path) -> None:
+    with open(tmp_path / "a.log", "a", buffering=1) as log:
+        for took_s, error in ((0.0, None), (0.3, None), (0.3, RuntimeError("timed out"))):
+            with suppress(RuntimeError), StackWatch(log, 0.1):
+                time.sleep(took_s)
+                if error is not None:
+                    raise error
+    told = (tmp_path / "a.log").read_text()
+    assert told.count(WENT_ON) == 1 and told.index("Timeout (") < told.index(WENT_ON) < told.rindex("Timeout (")

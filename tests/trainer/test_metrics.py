@@ -18,16 +18,14 @@ from trainer.metrics import (
     LENGTHS,
     LOAD,
     METRICS,
-    SUMMARY,
     Stage,
     clock,
     console_line,
     emit,
     markdown_table,
     metrics_of,
-    read_records,
-    summary,
 )
+from trainer.records import SUMMARY, read_records, summary
 
 REPOSITORY = Path(__file__).parents[2]
 SCALARS = [key for key in METRICS if key != LOAD]

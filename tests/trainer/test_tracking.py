@@ -18,7 +18,8 @@ from tests.listening import beyond_loopback
 from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
-from trainer.metrics import Change, read_records
+from trainer.metrics import UNKNOWN, USE
+from trainer.records import Change, read_records
 from trainer.run_dir import RunDir, read_status
 from trainer.tracking import Tracker, summary_table
 
@@ -70,11 +71,25 @@ def test_a_step_tells_its_price_and_how_long_gpus_had_nothing_to_do(run: RunDir)
     assert (second["perf/gpu_idle_share"], third["perf/gpu_idle_share"]) == (0.0, 1.0)
 
 
-def test_without_a_price_there_is_no_cost(run: RunDir) -> None:
-    with Tracker(run, "pretrain", OFF, total_steps=2, devices=2) as tracker:
-        for step in (1, 2):
-            tracker.log(step, {"train/tokens": 100, "time/train_s": 0.5})
+def test_the_share_of_checkpoints_is_that_of_all_steps_so_far(run: RunDir) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=3, devices=1) as tracker:
+        tracker.log(1, {})
+        tracker.log(2, {"time/checkpoint_s": 3.0})
+        tracker.log(3, {"time/memory_checkpoint_s": 2.0})
+    _, second, third = read_records(run.metrics_file)
+    took_s = [float(record["time/step_s"]) for record in (second, third)]  # type: ignore[arg-type]
+    assert second["perf/checkpoint_share"] == pytest.approx(3 / took_s[0])
+    assert third["perf/checkpoint_share"] == pytest.approx(5 / sum(took_s))
+
+
+def test_what_a_step_cannot_tell_is_said_once_with_the_reason(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=3, devices=2) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"train/tokens": 100, "time/train_s": 0.5, "time/communication_exposed_s": 0.1})
     assert "perf/dollars_per_million_tokens" not in read_records(run.metrics_file)[-1]
+    out = capsys.readouterr().out
+    assert out.count("steps do not tell MFU (") == 1 and "$/M (set cluster.dollars_per_gpu_hour)" in out
+    assert "exposed (" not in out and UNKNOWN.keys() <= USE.keys(), "they are what the line says of devices"
 
 
 def test_a_step_after_a_restart_has_no_step_time(run: RunDir) -> None:

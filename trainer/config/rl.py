@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from trainer.config.record import Record
 from trainer.config.run import RunConfig, TraceConfig
 
 MOST_TRACED_TOKENS = 1000  # decoding steps, of each of which a trace has thousands of events
+
+
+def _address(url: str) -> str:
+    """Configurations are in run folders, checkpoints and reports, and at W&B."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("should begin with http:// or https://")
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("has a name or password in it, and options are no secret; give a key in TESSERA_SERVER_KEY")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class TaskConfig(Record):
@@ -63,8 +75,8 @@ class RolloutConfig(Record):
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
     overlap: bool  # the engines go on generating while the ranks learn
     metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others behind it; 0: none does
-    server: str | None = Field(pattern="^https?://")  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
-    server_reload: str | None = Field(pattern="^https?://")  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
+    server: Address | None  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
+    server_reload: Address | None  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
     server_retries: int = Field(ge=0)  # requests in a row that bring no token
 
