@@ -97,6 +97,18 @@ def test_hostile_json_is_worth_nothing(completion: str) -> None:
     assert JsonSchema()(completion, '{"type": "object"}') == 0
 
 
+@pytest.mark.parametrize("depth", [64, 65, 400, 950])
+def test_json_that_is_nested_too_deeply_for_a_schema_is_worth_nothing(depth: int) -> None:
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        schema = {"items": {"$ref": "#"}, "additionalProperties": {"$ref": "#"}}
+        assert JsonSchema()(opening * depth + "[]" + closing * depth, json.dumps(schema)) == (depth < 64)
+
+
+@pytest.mark.parametrize("completion", ["1" + "0" * 400, "1e400", "-1e400", "[1e999]"])
+def test_numbers_beyond_any_float_are_worth_nothing_and_raise_nothing(completion: str) -> None:
+    assert JsonSchema()(completion, '{"multipleOf": 0.5, "items": {"multipleOf": 0.5}}') == 0
+
+
 @pytest.mark.parametrize(
     "completion", ["(" * 10**6, "\\frac{" * 10**5, "\\boxed{" * 10**5 + "1", "1" * 10**6 + "!", "$" * 10**6]
 )
