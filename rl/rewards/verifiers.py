@@ -1,5 +1,7 @@
-"""Verifiers: how a completion is compared with the answer that the data has. Reward workers call them; none raises for what
-a model wrote, however odd it is, and one that takes forever is ended by the worker's driver.
+"""Verifiers: how a completion is compared with the answer that the data has. Reward workers call them, and end one that takes
+forever. None raises for what a model wrote, however odd it is, but math: where math-verify itself fails, nobody knows whether
+the completion was right, so it has no reward and is counted. What is slow to import is imported when a verifier is made, since
+the time of the first score is limited.
 """
 
 from __future__ import annotations
@@ -57,8 +59,11 @@ class Math:
     """1 if what math-verify takes for the result at the end of the completion equals the answer as mathematics: a \\boxed{},
     LaTeX between dollars, or a number."""
 
+    def __post_init__(self) -> None:
+        import math_verify  # noqa: F401
+
     def __call__(self, completion: str, answer: str) -> float:
-        from math_verify import parse, verify  # here, because it takes a while to import
+        from math_verify import parse, verify
 
         # Its own timeouts are signal.alarm, and it takes an exception for a wrong answer: both are left to the worker.
         def read(text: str) -> list[object]:
@@ -154,8 +159,11 @@ class Bleu:
 
     max_order: int = 4
 
+    def __post_init__(self) -> None:
+        import rl.rewards.bleu  # noqa: F401
+
     def __call__(self, completion: str, answer: str) -> float:
-        import torch  # here, because it takes a while to import
+        import torch
 
         from rl.rewards.bleu import bleu
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
-from rl.rewards.verifiers import VERIFIERS, CodeIO, CodeTests, Exact, JsonSchema, Math, Regex, last_block, make_verifier
+from rl.rewards.verifiers import VERIFIERS, Bleu, CodeIO, CodeTests, Exact, JsonSchema, Math, Regex, last_block, make_verifier
 from rl.rewards.workers import Response, RewardWorkers
 from tests.rl.test_sandbox import possible
 from trainer.config.rl import RewardConfig, TaskConfig
@@ -161,6 +163,16 @@ def test_programs_are_judged_by_what_they_print() -> None:
 )
 def test_code_has_to_pass_its_tests_and_leaving_early_does_not(completion: str, reward: float) -> None:
     assert CodeTests(timeout_s=8.0)(completion, "assert double(4) == 8\nassert double(0) == 0") == reward
+
+
+@pytest.mark.parametrize(("kind", "module"), [(Math, "math_verify"), (Bleu, "rl.rewards.bleu")])
+def test_what_is_slow_to_import_is_imported_before_the_first_score(
+    monkeypatch: pytest.MonkeyPatch, kind: Callable[[], Any], module: str
+) -> None:
+    """On a busy machine sympy alone has taken longer than reward.timeout_s."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=module):
+        kind()
 
 
 def test_the_last_complete_block_counts() -> None:
