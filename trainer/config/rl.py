@@ -47,7 +47,7 @@ class RolloutConfig(Record):
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
-    temperature: float = Field(gt=0)
+    temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
