@@ -20,9 +20,10 @@ from launch.benchmarks.models import floor_bytes
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
 from parallel.adamw import AdamWSettings
-from rl.actors import EngineActor, Patience, RayPool
+from rl.actors import Patience, RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
+from rl.engine.actor import EngineActor
 from rl.engine.engine import EngineSettings
 from rl.links import Links
 from rl.packing import documents_of, policy_batches
