@@ -52,6 +52,7 @@ class RolloutConfig(Record):
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
     stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
+    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...]  # tokens that do, by name, such as <|im_end|>
     include_stop: bool  # whether the task sees the string that ended the text
     replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
