@@ -180,7 +180,7 @@ def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(c
     victim.kill()
     while not pool.counts()["rollout/engines_returned"]:
         done += pool.advance(1)
-    assert "engine/0 died" in engines.said[0]
+    assert any("engine/0 died" in line for line in engines.said), engines.said
     interrupted = pool.drain()
     pool.submit(interrupted)
     assert any(sample.status == "partial" for sample in interrupted) or len(done) == 24
