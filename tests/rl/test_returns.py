@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.errors import UserError
+from launch.cli import load
 from rl.extras import ADVANTAGES, PROXIMAL, REFERENCE, RESPONSES, RETURNS, VALUES
 from rl.packing import Document, pack
 from rl.returns import clipped_value_loss, explained_variance, gae, whitened, with_token_advantages
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
+from trainer.config.rl import RLConfig
 
 Spans = list[tuple[int, int, int]]  # (row, first, end) of every response
 seeds = st.integers(0, 10**6)
@@ -161,6 +164,16 @@ def test_value_loss_and_gradient_are_the_formula(clip: float | None, value: floa
     if abs(free - bound) > 1e-9 or clip is None or abs(value - old) < clip - 1e-9:
         slope = value - target if free >= bound else 0.0
         assert gradient.item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+def test_only_estimators_that_compare_nothing_within_a_prompt_take_a_single_sample() -> None:
+    for algorithm in ("ppo_gae", "reinforce_pp"):
+        assert load(RLConfig, "rl", ["checkpoint=a", f"algorithm={algorithm}", "rollout.samples_per_group=1"])
+    for algorithm in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gspo"):
+        with pytest.raises(UserError, match=r"compares the samples of a prompt, .*samples_per_group is 1; raise it, or choose"):
+            load(RLConfig, "rl", ["checkpoint=a", f"algorithm={algorithm}", "rollout.samples_per_group=1"])
+    with pytest.raises(UserError, match=r"rollout.refills \(9\) replaces groups .* set refills=0"):
+        load(RLConfig, "rl", ["checkpoint=a", "algorithm=ppo_gae", "rollout=dynamic", "rollout.samples_per_group=1"])
 
 
 def test_explained_variance_is_one_for_the_truth_zero_for_a_constant_and_negative_for_worse() -> None:
