@@ -151,7 +151,10 @@ def _ended(process: subprocess.Popen[bytes], until: float) -> int | None:
 
 
 def memory_of(process: int) -> int:
-    """Bytes in memory of a process and of all that it started and that did not leave it; 0 of one that is gone."""
+    """Bytes in memory of a process and of all that it started and that did not leave it; 0 of one that is gone.
+
+    Linux tells it. Where it does not (a kernel without CONFIG_PROC_CHILDREN, macOS) only the limit of each process holds.
+    """
     total = 0
     waiting = [process]
     while waiting:
