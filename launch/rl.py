@@ -43,6 +43,8 @@ def reinforce(config: RLConfig) -> Path | None:
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
     tokenizer = Tokenizer.load(start_from / "tokenizer.json")
+    for name in config.rollout.stop_tokens:
+        tokenizer.id_of(name)  # says so before anything is started, if there is none
     run = RunDir.open(config, "rl")
     price = config.cluster.dollars_per_gpu_hour
     with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds, ranks + apart, price) as tracker:

@@ -1,4 +1,4 @@
-"""The Ray actors of RL, thin: an engine that logs to a file, and the pool that drives several of them at once.
+"""The pool that drives several engines at once, each an actor of Ray (rl/engine/actor.py).
 
 An engine that dies or does not answer is replaced while everything else goes on. What it was generating others generate anew,
 from where it was when that engine got it: tokens depend on the weights and on the noise of their sample's uid alone, so they
@@ -17,15 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from torch.distributed import TCPStore
-from torch.profiler import record_function
 
-from parallel.topology import use_interface_to
 from rl.april import OverlappingPool
-from rl.engine.engine import Engine, EngineSettings, Receipt
-from rl.engine.metrics import serve_state
+from rl.engine.actor import EngineActor
+from rl.engine.engine import EngineSettings, Receipt
 from rl.engine.pool import advancing, deal
 from rl.links import Links
 from rl.trajectory import Sample
@@ -33,80 +29,11 @@ from trainer.cluster import Processes, ProcessLost, gather, reason_of, told_by
 from trainer.config.model import ModelConfig
 from trainer.config.rl import SyncConfig
 from trainer.config.run import ClusterConfig
-from trainer.hangs import SHARE, StackWatch, tail, watched, whereabouts
+from trainer.hangs import tail, whereabouts
 from trainer.places import WAIT_S, Placement, Say
 from trainer.run_dir import RunDir
-from trainer.tracing import Traceable
-from trainer.weight_links import Offer, Receiver, gpu_of, open_group
-from trainer.weight_sync import WeightUpdate
-from trainer.worker import log_to
 
 LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are there
-
-
-@watched
-class EngineActor(Traceable):
-    """An engine in a process of its own, on a share of a GPU where there are GPUs. A call that takes long writes its stacks."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        settings: EngineSettings,
-        dtype: str,
-        log_file: Path,
-        timeout_s: float,
-        metrics: tuple[str, int] | None = None,
-    ) -> None:
-        """`metrics`: host and port where it answers Prometheus."""
-        self.stack_watch = StackWatch(log_to(log_file), SHARE * timeout_s)
-        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._engine = self._new_engine(config, settings, getattr(torch, dtype))
-        self._receiver: Receiver | None = None
-        self._role = log_file.stem  # engine_0
-        if metrics is not None:
-            serve_state(log_file.stem, self._engine.state, *metrics)
-
-    def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
-        """What it drives."""
-        return Engine(config, settings, self._device, dtype)
-
-    def gpu(self) -> str | None:
-        return gpu_of(self._device)
-
-    def link(self, name: str, meeting: tuple[str, int], groups: Mapping[int, tuple[str, int, int]], timeout_s: float) -> None:
-        """From here on the engine is `name` to the ranks; `groups`: rank -> (group where it broadcasts, place in it, size)."""
-        if self._receiver is not None:
-            self._receiver.close()
-        use_interface_to(*meeting)
-        store = TCPStore(*meeting, is_master=False)
-        opened = {rank: open_group(store, *group, self._device, timeout_s) for rank, group in groups.items()}
-        self._receiver = Receiver(name, self._device, opened)
-
-    def take(self, offers: Sequence[Offer]) -> Receipt:
-        assert self._receiver is not None, "no ranks are linked"
-        return self._engine.take(offers, self._receiver)
-
-    def receive(self, *updates: WeightUpdate) -> Receipt | None:
-        """Takes updates in their order; the receipt of the last one, None if there is no update."""
-        receipts = [self._engine.receive(update) for update in updates]
-        return receipts[-1] if receipts else None
-
-    def submit(self, samples: Sequence[Sample]) -> None:
-        self._engine.submit(samples)
-
-    def advance(self, tokens: int) -> list[Sample]:
-        if self.tracing is None:
-            return self._engine.advance(tokens)
-        with record_function(f"generate {tokens} tokens a row"):  # a name in traces
-            done = self._engine.advance(tokens)
-        self.tracing.decoded(tokens)
-        return done
-
-    def drain(self) -> list[Sample]:
-        return self._engine.drain()
-
-    def traced_as(self) -> tuple[str, torch.device]:
-        return self._role, self._device
 
 
 class SyncedPool(OverlappingPool, Protocol):

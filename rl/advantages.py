@@ -26,7 +26,8 @@ def grpo(rewards: Values) -> Values:
 
 def dr_grpo(rewards: Values) -> Values:
     """Dr. GRPO (2503.20783): R - mean. Prompts that are nearly always or nearly never solved get no extra weight."""
-    return rewards - float(rewards.mean())
+    excess = rewards - rewards[0]  # of equal rewards exactly 0, which rounding of their mean would not give
+    return excess - float(excess.mean())
 
 
 def rloo(rewards: Values) -> Values:

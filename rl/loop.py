@@ -211,8 +211,12 @@ class Reinforcement:
         return self.task.prompt(group) if group < EVAL_GROUP else self.task.held_out(group - EVAL_GROUP)
 
     def _text(self, turn: Sequence[int], own: bool) -> str:
-        ids = turn[:-1] if turn[-1] == self.tokenizer.eos else turn
+        ids = turn[:-1] if turn[-1] in (self.tokenizer.eos, *self.stop_ids) else turn
         return self.tokenizer.decode(ids) if self.stops is None or not own else self.stops.text(ids)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(map(self.tokenizer.id_of, self.config.rollout.stop_tokens))
 
     @cached_property
     def stops(self) -> Stops | None:
@@ -303,6 +307,7 @@ class Reinforcement:
             cache_tokens=rollout.cache_tokens,
             sampling=Sampling(rollout.temperature, self.config.seed, rollout.top_k, rollout.top_p, rollout.min_p),
             eos_id=self.tokenizer.eos,
+            stop_ids=self.stop_ids,
             stops=self.stops,
             record_routing=rollout.replay_routing,
         )

@@ -1,8 +1,10 @@
 """Advantages of single tokens: rewards that stand at tokens, returns, and values that predict them.
 
 Pure functions on packed rows. A position predicts the token behind it; a reward stands where its token is predicted, a value is
-what the policy may expect before that token. The end of a response is the end of its episode, cut off or not: nothing is
-expected behind it. Letters: B rows, S positions.
+what the policy may expect before that token. The steps of an episode are the learned tokens of a response: what the environment
+said between two turns is no choice of the policy, its values are never fitted, and a long answer of a tool must not discount
+what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected behind it. Letters: B
+rows, S positions.
 """
 
 from __future__ import annotations
@@ -21,25 +23,31 @@ from trainer.config.rl import PER_TOKEN, AlgorithmConfig
 
 
 def gae(
-    rewards_BS: Tensor, values_BS: Tensor, documents_BS: Tensor, responses_BS: Tensor, discount: float, gae_lambda: float
+    rewards_BS: Tensor, values_BS: Tensor, documents_BS: Tensor, learned_BS: Tensor, discount: float, gae_lambda: float
 ) -> Tensor:
-    """Generalised advantage estimation (1506.02438, equation 16) over the response of each document; 0 elsewhere.
+    """Generalised advantage estimation (1506.02438, equation 16) over the learned tokens of each document; 0 elsewhere.
 
-    A_t = delta_t + discount * gae_lambda * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t; A and V behind the last token
-    are 0. With values 0 and gae_lambda 1 it is the discounted return. Computed in float64.
+    A_t = delta_t + discount * gae_lambda * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t, where t + 1 is the next
+    learned token; A and V behind the last one are 0. A reward at a token that is not learned belongs to the learned token
+    before it. With values 0 and gae_lambda 1 it is the discounted return. Computed in float64.
     """
     rewards_BS, values_BS = rewards_BS.double(), values_BS.double()
     advantages_BS = torch.zeros_like(rewards_BS)
-    behind_B = value_behind_B = torch.zeros_like(rewards_BS[:, 0])
+    behind_B = value_behind_B = earned_B = torch.zeros_like(rewards_BS[:, 0])
     last = rewards_BS.shape[1] - 1
     for place in range(last, -1, -1):
         if place < last:
             goes_on_B = documents_BS[:, place] == documents_BS[:, place + 1]
-            behind_B = torch.where(goes_on_B, advantages_BS[:, place + 1], 0.0)
-            value_behind_B = torch.where(goes_on_B, values_BS[:, place + 1], 0.0)
-        delta_B = rewards_BS[:, place] + discount * value_behind_B - values_BS[:, place]
+            behind_B, value_behind_B, earned_B = (
+                torch.where(goes_on_B, x_B, 0.0) for x_B in (behind_B, value_behind_B, earned_B)
+            )
+        learned_B, value_B = learned_BS[:, place], values_BS[:, place]
+        earned_B = earned_B + rewards_BS[:, place]
+        delta_B = earned_B + discount * value_behind_B - value_B
         found_B = delta_B + discount * gae_lambda * behind_B
-        advantages_BS[:, place] = torch.where(responses_BS[:, place], found_B, 0.0)
+        advantages_BS[:, place] = torch.where(learned_B, found_B, 0.0)
+        behind_B, value_behind_B = torch.where(learned_B, found_B, behind_B), torch.where(learned_B, value_B, value_behind_B)
+        earned_B = torch.where(learned_B, 0.0, earned_B)
     return advantages_BS
 
 
@@ -85,8 +93,8 @@ def with_token_advantages(batches: Sequence[TrainBatch], config: AlgorithmConfig
 
     def estimated(gae_lambda: float) -> list[Tensor]:
         return [
-            gae(token_rewards(b, config), value_BS, b.documents_BS, b.extras[RESPONSES], config.discount, gae_lambda)
-            for b, value_BS in zip(batches, values, strict=True)
+            gae(token_rewards(b, config), value_BS, b.documents_BS, mask, config.discount, gae_lambda)
+            for b, value_BS, mask in zip(batches, values, learned, strict=True)
         ]
 
     found = estimated(config.gae_lambda if config.advantage == "gae" else 1.0)

@@ -19,7 +19,7 @@ from rl.length_bias import GroupLengths, LengthWindow
 from rl.routed_experts import RoutedExperts
 from trainer.json_text import parsed
 
-# pending: nothing generated yet; partial: interrupted; finished: ended with <eos> or a stop string;
+# pending: nothing generated yet; partial: interrupted; finished: ended with <eos>, a stop token or a stop string;
 # truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
 Status = Literal["pending", "partial", "finished", "truncated", "abandoned"]
 
@@ -53,8 +53,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt, at any stage. What ended a finished sample, <eos> or a stop string, ends its last token or
-    stands in it.
+    """One completion of one prompt, at any stage. What ended a finished sample, <eos>, a stop token or a stop string, ends its
+    last token or stands in it.
 
     In a conversation the response has several turns, each of the model's with its end, and the environment's answers between.
     """

@@ -20,7 +20,7 @@ from trainer.run_dir import shown
 
 Class = TypeVar("Class", bound=type)
 ROOMS = {"kernels", "parallel", "trainer", "rl"}
-CALLED = ("trainer/worker.py", "rl/actors.py")  # whose methods the driver calls
+CALLED = ("trainer/worker.py", "rl/engine/actor.py")  # whose methods the driver calls
 SHARE = 0.8  # of the timeout of collectives, after which stacks are written: before the first rank gives up
 TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks and warnings are
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what gloo and NCCL raise

@@ -108,6 +108,14 @@ class Tokenizer:
         """Text of ids; special tokens stand for no text, bytes that are not UTF-8 become U+FFFD."""
         return str(self._core.decode(list(ids), skip_special_tokens=True))
 
+    def id_of(self, name: str) -> int:
+        """The id of a token, special or not, by its name in the vocabulary. Raises UserError where there is none."""
+        found: int | None = self._core.token_to_id(name)
+        if found is None:
+            there = ", ".join(token.content for token in self._core.get_added_tokens_decoder().values())
+            raise UserError(f"tokenizer {self._origin} has no token {name!r}; its added tokens are: {there or 'none'}")
+        return found
+
     def spelled(self) -> tuple[bytes, ...]:
         """The bytes that each id stands for, V of them; none for special tokens and for ids without a token."""
         letters, bytes_V = byte_letters(), [b""] * self.vocab_size

@@ -66,6 +66,7 @@ class Round:
     generated_tokens: int
     recomputed_tokens: int  # of prefixes of samples that were interrupted, prompts included
     busy_slots: float  # mean over the time in which the engine generated
+    decode_steps: int
     stale_share: float  # of the trained tokens
     staleness: int  # rounds that the oldest trained token is behind
     waiting_tokens: int  # in the buffer when it ended
@@ -108,6 +109,11 @@ class Rounds:
     def idle_share(self) -> float:
         """Slots that decode nothing, of all slots, over the time of the rounds."""
         return 1 - sum(one.busy_slots * one.seconds for one in self.rounds) / self.seconds / self.slots
+
+    @property
+    def idle_of_steps(self) -> float:
+        """The same over the decoding steps of the rounds, whatever prefill takes between them."""
+        return 1 - self.generated / sum(one.decode_steps for one in self.rounds) / self.slots
 
 
 def response_length(uid: int, median: int, longest: int, seed: int) -> int:
@@ -244,6 +250,7 @@ def one_round(
         generated_tokens=int(result.metrics["rollout/new_tokens"]),
         recomputed_tokens=engine.recomputed_tokens - recomputed,
         busy_slots=(pool.busy_slot_seconds - busy) / seconds,
+        decode_steps=int(result.metrics["rollout/decode_steps"]),
         stale_share=result.metrics["rollout/stale_token_share"],
         staleness=int(result.metrics["rollout/staleness_max"]),
         waiting_tokens=_tokens((*buffer.recycled, *buffer.surplus)),
@@ -289,6 +296,7 @@ def table(case: Rounds) -> Table:
         "of sync": f"{case.trained_rate / case.sync_rate:.2f}x",
         "generated of sync": f"{generated / case.seconds / case.sync_rate:.2f}x",
         "idle": f"{case.idle_share:.1%}",
+        "of steps": f"{case.idle_of_steps:.1%}",
         "of floor": f"{case.floor_s / case.seconds:.0%}",
         "stale": f"{sum(one.stale_share * one.trained_tokens for one in rounds) / case.trained:.0%}",
         "oldest": f"{max(one.staleness for one in rounds)}",

@@ -19,9 +19,10 @@ from launch.benchmarks.kernel_times import KernelTimes, kernel_times
 from launch.benchmarks.models import floor_bytes, trainer_spec
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
-from rl.actors import EngineActor, Patience, RayPool
+from rl.actors import Patience, RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
+from rl.engine.actor import EngineActor
 from rl.engine.engine import EngineSettings
 from rl.links import Links
 from rl.packing import documents_of, policy_batches

@@ -189,10 +189,15 @@ class CountdownInDigits:
         return torch.tensor(rows)
 
 
+def countdown(seed: int) -> Countdown:
+    """The policy sees two digits, so the prompts differ in nothing else."""
+    return Countdown(seed, MISTAKES, exercises=0)
+
+
 def warmed_up(seed: int) -> TinyPolicy:
     """After supervised learning of demonstrations."""
     torch.manual_seed(seed)
-    policy, task = TinyPolicy(), CountdownInDigits(Countdown(seed, MISTAKES))
+    policy, task = TinyPolicy(), CountdownInDigits(countdown(seed))
     optimizer = torch.optim.Adam(policy.parameters(), lr=WARMUP_RATE)
     for step in range(WARMUP_STEPS):
         shown = task.demonstrations(step * WARMUP_EXAMPLES, WARMUP_EXAMPLES)
@@ -220,7 +225,7 @@ class TinyRun:
 def run(config: RLConfig, policy: TinyPolicy, seed: int, prompts: int) -> TinyRun:
     """Learns in place."""
     rollout, optimizer = config.rollout, config.optimizer
-    task, pool, buffer = CountdownInDigits(Countdown(seed, MISTAKES)), TinyPool(policy, config, seed), RolloutBuffer()
+    task, pool, buffer = CountdownInDigits(countdown(seed)), TinyPool(policy, config, seed), RolloutBuffer()
     adamw = torch.optim.AdamW(policy.parameters(), 0.0, optimizer.betas, optimizer.eps, optimizer.weight_decay)
     rounds, rewards = list[dict[str, float]](), dict[int, float]()
 

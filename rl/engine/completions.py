@@ -113,7 +113,7 @@ class Completion:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": hash((sampling.seed, sample.uid, sample.length + len(self.tokens))) % SEEDS,
-            "stop_token_ids": [self.settings.eos_id],
+            "stop_token_ids": [self.settings.eos_id, *sorted(self.settings.stop_ids)],
             **({"stop": [string.decode() for string in stops.strings]} if stops else {}),
             "logprobs": 0,  # of the sampled tokens alone
             "return_token_ids": True,
@@ -142,7 +142,7 @@ class Completion:
         if self.status == "partial":
             count = min(len(self.tokens), len(self.logprobs))
             del self.tokens[count:], self.logprobs[count:]
-            if self.tokens and self.tokens[-1] == self.settings.eos_id:
+            if self.tokens and self.settings.ends(self.tokens[-1]):
                 self.status = "finished"
             elif self.missing <= 0:
                 self.status = "truncated"
@@ -176,8 +176,9 @@ class Completion:
         for value in choice.logprobs.token_logprobs if choice.logprobs else []:
             if not IMPOSSIBLE < value <= ROUNDING:
                 raise self._wrong(f"has {value} as the log-probability of a token that it drew")
-        if self.settings.eos_id in self.tokens[max(0, len(self.tokens) - len(choice.token_ids) - 1) : -1]:
-            raise self._wrong("goes on after <eos>; start the server so that it stops there")
+        before = self.tokens[max(0, len(self.tokens) - len(choice.token_ids) - 1) : -1]
+        if any(map(self.settings.ends, before)):
+            raise self._wrong("goes on after <eos> or a stop token; start the server so that it stops there")
 
     def _finish(self, reason: str) -> None:
         if reason == "abort" or self.status == "finished":
@@ -185,7 +186,7 @@ class Completion:
         if len(self.tokens) != len(self.logprobs):
             raise self._wrong(f"has {len(self.tokens)} tokens, but {len(self.logprobs)} log-probabilities")
         last = self.tokens[-1] if self.tokens else None
-        if reason in ("stop", "length") and last == self.settings.eos_id:
+        if reason in ("stop", "length") and last is not None and self.settings.ends(last):
             self.status = "finished"
         elif reason == "length" and self.missing == 0:
             self.status = "truncated"
@@ -197,7 +198,7 @@ class Completion:
         else:
             raise self._wrong(
                 f'ends with "{reason}" at token {last} instead of <eos>, which is {self.settings.eos_id}; does the server have '
-                "stops of its own, or another tokenizer?"
+                "stops of its own (rollout.stop_tokens names them), or another tokenizer?"
             )
 
     def _wrong(self, what: str) -> BadReply:

@@ -60,8 +60,13 @@ class EngineSettings:
     cache_tokens: int | None  # that the cache holds; None: max_length for every slot
     sampling: Sampling
     eos_id: int
-    stops: Stops | None = None  # what ends a turn besides <eos>
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a turn besides <eos>
+    stops: Stops | None = None  # and strings that do
     record_routing: bool = False  # keeps the experts of every token for the trainer
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a turn, whatever text is before it."""
+        return token == self.eos_id or token in self.stop_ids
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError when one may grow beyond `max_length`."""
@@ -293,7 +298,7 @@ class Engine:
 
     def _status(self, row: Row) -> Status:
         """What its newest token makes of a row that is not done."""
-        if row.ids[-1] == self._settings.eos_id or self._completes_stop(row, row.ids[-1]):
+        if self._settings.ends(row.ids[-1]) or self._completes_stop(row, row.ids[-1]):
             return "finished"
         return "truncated" if row.generated >= self._settings.max_new_tokens else "partial"
 

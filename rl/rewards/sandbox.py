@@ -25,12 +25,15 @@ from kernels.errors import UserError
 Isolation = Literal["namespaces", "none"]
 SANDBOX = Path(__file__).with_name("sandbox_process.py")
 CHUNK = 1 << 16
+LOOK_S = 0.05  # between two looks at how much memory all processes take
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. `memory_mib` is of each of its processes; `processes` counts threads, too; `output_kib` is of
-    its standard output."""
+    """What one program may use. `memory_mib` is what each of its processes may ask for, and what all of them may take together;
+    what one inherits from another counts for both. `processes` counts threads, too; `output_kib` is of its standard output.
+    Without isolation a process that detaches is not counted."""
 
     timeout_s: float
     memory_mib: int = 1024
@@ -41,11 +44,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: by itself with `exit_code` (128 + signal), or stopped at a limit of time or output."""
+    """How a program ended: by itself with `exit_code` (128 + signal), or stopped at a limit."""
 
     output: str
     exit_code: int | None
-    stopped: Literal["timeout", "output"] | None = None
+    stopped: Literal["timeout", "output", "memory"] | None = None
 
 
 def run_program(source: str, stdin: str, limits: Limits, isolation: Isolation) -> Outcome:
@@ -116,27 +119,50 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits) -> Outcome:
     """Reads what the process prints until it ends or has to be ended."""
     assert process.stdout is not None
     deadline = time.monotonic() + limits.timeout_s
-    output = bytearray()
-    stopped: Literal["timeout", "output"] | None = None
+    output, exit_code = bytearray(), None
+    stopped: Literal["timeout", "output", "memory"] | None = None
     with process.stdout as stream:
-        while True:
-            if not wait([stream.fileno()], max(0.0, deadline - time.monotonic())):
-                stopped = "timeout"
-                break
-            chunk = os.read(stream.fileno(), CHUNK)
-            if not chunk:
-                break
-            output += chunk
+        reads, look = True, time.monotonic() + LOOK_S
+        while stopped is None and exit_code is None:
+            if reads and wait([stream.fileno()], max(0.0, min(look, deadline) - time.monotonic())):
+                chunk = os.read(stream.fileno(), CHUNK)
+                output += chunk
+                reads = bool(chunk)
+            elif not reads:
+                exit_code = _ended(process, min(look, deadline))
             if len(output) > limits.output_kib * 1024:
                 stopped = "output"
-                break
-    exit_code = None
-    if stopped is None:
-        try:
-            exit_code = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            stopped = "timeout"
+            elif time.monotonic() >= deadline and exit_code is None:
+                stopped = "timeout"
+            elif time.monotonic() >= look:
+                stopped = "memory" if memory_of(process.pid) > limits.memory_mib << 20 else None
+                look = time.monotonic() + LOOK_S
     if exit_code is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return Outcome(output[: limits.output_kib * 1024].decode(errors="replace"), exit_code, stopped)
+
+
+def _ended(process: subprocess.Popen[bytes], until: float) -> int | None:
+    try:
+        return process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def memory_of(process: int) -> int:
+    """Bytes in memory of a process and of all that it started and that did not leave it; 0 of one that is gone.
+
+    Linux tells it. Where it does not (a kernel without CONFIG_PROC_CHILDREN, macOS) only the limit of each process holds.
+    """
+    total = 0
+    waiting = [process]
+    while waiting:
+        folder = Path(f"/proc/{waiting.pop()}")
+        try:
+            total += int((folder / "statm").read_text().split()[1]) * PAGE
+            for task in (folder / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+    return total

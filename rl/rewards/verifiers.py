@@ -1,11 +1,14 @@
-"""Verifiers: how a completion is compared with the answer that the data has. Reward workers call them; none raises for what
-a model wrote, however odd it is, and one that takes forever is ended by the worker's driver.
+"""Verifiers: how a completion is compared with the answer that the data has. Reward workers call them, and end one that takes
+forever. None raises for what a model wrote, however odd it is, but math: where math-verify itself fails, nobody knows whether
+the completion was right, so it has no reward and is counted. What is slow to import is imported when a verifier is made, since
+the time of the first score is limited.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import secrets
 import time
@@ -19,6 +22,7 @@ from rl.rewards.sandbox import Isolation, Limits, Outcome, check_isolation, run_
 Verifier = Callable[[str, str], float]  # completion, answer -> reward in [0, 1]; raises for an answer that is no answer
 Option = int | float | str | bool
 MATH_CHARACTERS = 4000  # of the end of a completion, where the result is
+JSON_LEVELS = 64  # of arrays and objects in each other; a schema that refers to itself takes Python's stack for each
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class Math:
     """1 if what math-verify takes for the result at the end of the completion equals the answer as mathematics: a \\boxed{},
     LaTeX between dollars, or a number."""
 
+    def __post_init__(self) -> None:
+        import math_verify  # noqa: F401
+
     def __call__(self, completion: str, answer: str) -> float:
-        from math_verify import parse, verify  # here, because it takes a while to import
+        from math_verify import parse, verify
 
         # Its own timeouts are signal.alarm, and it takes an exception for a wrong answer: both are left to the worker.
         def read(text: str) -> list[object]:
@@ -73,7 +80,7 @@ class Math:
 @dataclass(frozen=True)
 class JsonSchema:
     """1 if the completion, or its last fenced block, is JSON that the answer, a JSON schema, allows. References to other
-    documents are not followed."""
+    documents are not followed. JSON of more than JSON_LEVELS levels, or with numbers beyond float64, is worth 0."""
 
     def __call__(self, completion: str, answer: str) -> float:
         from jsonschema.validators import validator_for
@@ -83,10 +90,15 @@ class JsonSchema:
         kind = validator_for(schema)
         kind.check_schema(schema)
         try:
-            given = json.loads(last_block(completion), parse_constant=_refuse_constant)
+            given = json.loads(last_block(completion), parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError):  # no JSON, or none that a parser reads
             return 0.0
-        return float(kind(schema, registry=Registry()).is_valid(given))
+        if _levels(given) > JSON_LEVELS:
+            return 0.0
+        try:
+            return float(kind(schema, registry=Registry()).is_valid(given))
+        except OverflowError:  # an integer with hundreds of digits, beside a float of the schema
+            return 0.0
 
 
 @dataclass(frozen=True)
@@ -147,8 +159,11 @@ class Bleu:
 
     max_order: int = 4
 
+    def __post_init__(self) -> None:
+        import rl.rewards.bleu  # noqa: F401
+
     def __call__(self, completion: str, answer: str) -> float:
-        import torch  # here, because it takes a while to import
+        import torch
 
         from rl.rewards.bleu import bleu
 
@@ -203,3 +218,19 @@ def last_block(text: str) -> str:
 
 def _refuse_constant(word: str) -> float:
     raise ValueError(f"{word} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is beyond float64")
+    return number
+
+
+def _levels(value: object) -> int:
+    """How deep arrays and objects lie in each other; 0 of anything else."""
+    levels, layer = 0, [value]
+    while layer := [item for item in layer if isinstance(item, list | dict)]:
+        levels += 1
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
+    return levels

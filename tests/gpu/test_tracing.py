@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.actors import EngineActor
+from rl.engine.actor import EngineActor
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
@@ -31,7 +31,7 @@ def test_kernels_and_memory_are_traced(tmp_path: Path) -> None:
 
 
 def test_an_engine_traces_its_first_tokens_with_kernels_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rl.actors.log_to", lambda file: file.open("a"))  # the test keeps its own output
+    monkeypatch.setattr("rl.engine.actor.log_to", lambda file: file.open("a"))  # the test keeps its own output
     config = tiny_model(hidden_size=64, expert_hidden_size=32, max_positions=64, vocab_size=20)
     settings = EngineSettings(4, 40, 30, None, Sampling(1.0, 0), 1)
     actor = EngineActor(config, settings, "bfloat16", tmp_path / "engine_0.log", 60)

@@ -66,7 +66,8 @@ def test_a_response_has_its_own_length_however_often_it_was_interrupted() -> Non
         assert one.generated_tokens == one.trained_tokens and one.waiting_tokens == one.recomputed_tokens == one.staleness == 0
     assert april.submitted_groups == 6 and april.discarded_tokens == 0
     assert any(one.stale_share > 0 and one.recomputed_tokens > 0 for one in april.rounds), "some were interrupted"
-    assert all(0 <= case.idle_share < 1 for case in (sync, april)) and april.sync_rate == sync.trained_rate
+    assert all(0 <= share < 1 for case in (sync, april) for share in (case.idle_share, case.idle_of_steps))
+    assert april.sync_rate == sync.trained_rate
 
 
 def test_every_generated_token_is_trained_waits_or_is_counted_as_discarded() -> None:

@@ -121,7 +121,7 @@ class CompletionServer:
         length = len(body["prompt"]) + body["max_tokens"]
         engine = Engine(
             self.model.config,
-            EngineSettings(1, length, body["max_tokens"], None, sampling, self.eos_id),
+            EngineSettings(1, length, body["max_tokens"], None, sampling, self.eos_id, frozenset(body["stop_token_ids"])),
             torch.device("cpu"),
             torch.float32,
         )

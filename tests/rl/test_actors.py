@@ -15,8 +15,9 @@ import ray
 import torch
 
 from kernels.errors import UserError
-from rl.actors import EngineActor, Patience, RayPool, sync_metrics
+from rl.actors import Patience, RayPool, sync_metrics
 from rl.april import complete
+from rl.engine.actor import EngineActor
 from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.sampler import Sampling
 from rl.links import Links

@@ -35,6 +35,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         top_p=1.0,
         min_p=0.0,
         stop=(),
+        stop_tokens=(),
         include_stop=False,
         replay_routing=False,
         cache_tokens=None,

@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.errors import UserError
+from launch.cli import load
 from rl.extras import ADVANTAGES, PROXIMAL, REFERENCE, RESPONSES, RETURNS, VALUES
 from rl.packing import Document, pack
 from rl.returns import clipped_value_loss, explained_variance, gae, whitened, with_token_advantages
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
+from trainer.config.rl import RLConfig
 
 Spans = list[tuple[int, int, int]]  # (row, first, end) of every response
 seeds = st.integers(0, 10**6)
@@ -46,24 +49,29 @@ def batch_of(seed: int) -> tuple[TrainBatch, Spans]:
     return replace(batch, extras={**batch.extras, **drawn}), spans
 
 
-def by_definition(rewards: list[float], values: list[float], discount: float, decay: float) -> list[float]:
-    """A_t = sum_k (discount decay)^k delta_{t + k}."""
-    after = [*values[1:], 0.0]
-    deltas = [r + discount * following - value for r, value, following in zip(rewards, values, after, strict=True)]
-    return [
-        math.fsum((discount * decay) ** k * delta for k, delta in enumerate(deltas[place:])) for place in range(len(deltas))
-    ]
+def by_definition(rewards: list[float], values: list[float], learned: list[bool], discount: float, decay: float) -> list[float]:
+    """A_t = sum_k (discount decay)^k delta_{t + k} over the learned tokens, each with what is earned before the next one."""
+    places = [place for place, own in enumerate(learned) if own]
+    earned = [math.fsum(rewards[one:following]) for one, following in zip(places, [*places[1:], len(rewards)], strict=True)]
+    after = [*(values[place] for place in places[1:]), 0.0]
+    deltas = [r + discount * next_value - values[place] for r, next_value, place in zip(earned, after, places, strict=True)]
+    found = [0.0] * len(rewards)
+    for number, place in enumerate(places):
+        found[place] = math.fsum((discount * decay) ** k * delta for k, delta in enumerate(deltas[number:]))
+    return found
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seeds, st.sampled_from([(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.7, 1.0)]))
-def test_gae_of_packed_rows_is_that_of_each_response_alone(seed: int, factors: tuple[float, float]) -> None:
+def test_gae_of_packed_rows_is_that_of_the_learned_tokens_of_each_response_alone(
+    seed: int, factors: tuple[float, float]
+) -> None:
     batch, spans = batch_of(seed)
     rewards = batch.extras[REFERENCE]  # any numbers, prompts and padding included, which must not leak
-    found = gae(rewards, batch.extras[VALUES], batch.documents_BS, batch.extras[RESPONSES], *factors)
+    found = gae(rewards, batch.extras[VALUES], batch.documents_BS, batch.weights_BS > 0, *factors)
     wanted = torch.zeros_like(found)
     for row, first, end in spans:
-        own = [x[row, first:end].tolist() for x in (rewards, batch.extras[VALUES])]
+        own = [x[row, first:end].tolist() for x in (rewards, batch.extras[VALUES], batch.weights_BS > 0)]
         wanted[row, first:end] = torch.tensor(by_definition(*own, *factors), dtype=torch.float64)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
@@ -89,8 +97,9 @@ def test_advantages_of_a_round_equal_a_loop_over_tokens(advantage: str, kl_coeff
             values, decay = (
                 (batch.extras[VALUES][row, first:end].tolist(), 0.8) if advantage == "gae" else ([0.0] * len(gap), 1.0)
             )
-            found[row, first:end] = torch.tensor(by_definition(rewards, values, 0.9, decay))
-            returned[row, first:end] = torch.tensor(by_definition(rewards, values, 0.9, 0.95)) + torch.tensor(values)
+            own = learned_here.tolist()
+            found[row, first:end] = torch.tensor(by_definition(rewards, values, own, 0.9, decay))
+            returned[row, first:end] = torch.tensor(by_definition(rewards, values, own, 0.9, 0.95)) + torch.tensor(values)
         raw.append(found)
         returns.append(returned)
     learned = [batch.weights_BS > 0 for batch, _ in rounds]
@@ -104,6 +113,21 @@ def test_advantages_of_a_round_equal_a_loop_over_tokens(advantage: str, kl_coeff
         if advantage == "gae":
             torch.testing.assert_close(result.extras[RETURNS][mask], returned[mask].float(), rtol=1e-5, atol=1e-5)
     assert metrics.keys() == ({"value/explained_variance"} if advantage == "gae" else set())
+
+
+def test_a_long_answer_of_a_tool_takes_nothing_from_the_turn_before_it() -> None:
+    """Two turns of two tokens with 40 tokens of the environment between them, and the same without those."""
+    turns = Document((1,), (2,) * 4, (-1.0,) * 4, 1.0, (True,) * 4)
+    talk = Document((1,), (2,) * 44, (-1.0,) * 44, 1.0, (True,) * 2 + (False,) * 40 + (True,) * 2)
+    config, found = algorithm_config(advantage="gae", discount=0.9, gae_lambda=0.9, value_lambda=0.9), list[list[float]]()
+    for document in (turns, talk):
+        batch = pack([document], sequence_length=48, rows_multiple_of=1, aggregation="token", pad_id=0)
+        own = batch.weights_BS > 0
+        values_BS = torch.where(own, torch.linspace(0, 1, 48), 9.0)  # what is said of the environment's tokens means nothing
+        values_BS[own] = torch.tensor([0.5, 0.25, 0.75, 0.5])
+        (result,), _ = with_token_advantages([replace(batch, extras={**batch.extras, VALUES: values_BS})], config)
+        found.append(result.extras[RETURNS][own].tolist())
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def without(batch: TrainBatch, name: str) -> TrainBatch:
@@ -140,6 +164,16 @@ def test_value_loss_and_gradient_are_the_formula(clip: float | None, value: floa
     if abs(free - bound) > 1e-9 or clip is None or abs(value - old) < clip - 1e-9:
         slope = value - target if free >= bound else 0.0
         assert gradient.item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+def test_only_estimators_that_compare_nothing_within_a_prompt_take_a_single_sample() -> None:
+    for algorithm in ("ppo_gae", "reinforce_pp"):
+        assert load(RLConfig, "rl", ["checkpoint=a", f"algorithm={algorithm}", "rollout.samples_per_group=1"])
+    for algorithm in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gspo"):
+        with pytest.raises(UserError, match=r"compares the samples of a prompt, .*samples_per_group is 1; raise it, or choose"):
+            load(RLConfig, "rl", ["checkpoint=a", f"algorithm={algorithm}", "rollout.samples_per_group=1"])
+    with pytest.raises(UserError, match=r"rollout.refills \(9\) replaces groups .* set refills=0"):
+        load(RLConfig, "rl", ["checkpoint=a", "algorithm=ppo_gae", "rollout=dynamic", "rollout.samples_per_group=1"])
 
 
 def test_explained_variance_is_one_for_the_truth_zero_for_a_constant_and_negative_for_worse() -> None:

@@ -91,13 +91,23 @@ def test_answers_follow_from_the_text_of_the_prompt() -> None:
         sort, countdown, brackets = (make_task(task_config(n), 1).prompt(index) for n in ("sort", "countdown", "brackets"))
         numbers = sort.text.removeprefix("# sort ").removesuffix(":").split()
         assert sort.answer.split() == sorted(numbers, key=int)
-        first, last = map(int, re.findall(r"\d+", countdown.text))
+        number, first, last = map(int, re.findall(r"\d+", countdown.text))
+        assert 0 <= number < 10
         expected = [(first - place) % 10 for place in range(1 + (first - last) % 10)]
         assert [int(digit) for digit in countdown.answer.split()] == expected
         nested = "".join((brackets.text.removeprefix("# close ").removesuffix(":") + brackets.answer).split())
         while (shorter := re.sub(r"\(\)|\[\]|\{\}", "", nested)) != nested:
             nested = shorter
         assert nested == ""
+
+
+@pytest.mark.parametrize(("exercises", "prompts", "held_out"), [(10, 900, 116), (0, 90, 8)])
+def test_countdown_holds_out_as_many_prompts_as_its_page_says(exercises: int, prompts: int, held_out: int) -> None:
+    task = make_task(task_config("countdown", exercises=exercises), 5)
+    found = [{side(index).text for index in range(9000)} for side in (task.prompt, task.held_out)]
+    assert [len(texts) for texts in found] == [prompts - held_out, held_out]
+    with pytest.raises(UserError, match=r"task.options.exercises is -1; countdown needs a number >= 0"):
+        make_task(task_config("countdown", exercises=-1), 0)
 
 
 def test_white_space_around_items_does_not_matter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_what_stays_is_that_of_the_definition_and_logprobs_are_of_what_stays(
     wanted = torch.tensor([math.log(powers[token] / total) for token in tokens.tolist()])
     torch.testing.assert_close(logprobs, wanted, rtol=1e-5, atol=1e-6)
     assert sampling.whole == (top_k is None and top_p == 1 and min_p == 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}])
+def test_the_lowest_temperature_takes_the_likeliest_token_and_its_logprob_is_finite(changes: dict[str, Any]) -> None:
+    logits = torch.tensor([[-100.0, 60.0, 20.0, 59.5], [3.0, 3.0, -3.0, 0.0]])
+    for uid in range(20):
+        uids = torch.full((2,), uid)
+        tokens, logprobs = sample(logits, uids, uids, Sampling(1e-3, 5, **changes))
+        assert tokens[0] == 1 and logprobs[0] == pytest.approx(0.0, abs=1e-6)
+        assert tokens[1] in (0, 1), "two are alike"
+        assert logprobs[1] == pytest.approx(-math.log(2), abs=3000 * 2**-23), "and share it; a step of float32 is that"
+
+
+def test_a_temperature_below_the_lowest_is_refused() -> None:
+    load(RLConfig, "rl", ["checkpoint=a", "rollout.temperature=0.001"])
+    for lower in ("0", "1e-4", "-1"):
+        with pytest.raises(UserError, match=r"rollout.temperature .* greater than or equal to 0.001"):
+            load(RLConfig, "rl", ["checkpoint=a", f"rollout.temperature={lower}"])
 
 
 CASES = {

@@ -93,6 +93,22 @@ def test_memory_and_files_have_an_end(isolation: Isolation) -> None:
     assert run(fill, isolation).output in ("No space left on device\n", "File too large\n")
 
 
+def test_processes_that_keep_below_the_limit_alone_are_stopped_for_what_they_take_together(isolation: Isolation) -> None:
+    program = """
+import os, time
+for _ in range(8):
+    if os.fork() == 0:
+        kept = b"x" * (100 << 20)
+        time.sleep(1000)
+print("started", flush=True)
+time.sleep(1000)
+"""
+    assert run(program, isolation, timeout_s=30.0) == Outcome("started\n", None, "memory")
+    assert swept()
+    alone = "import time\nkept = b'x' * (300 << 20)\ntime.sleep(0.3)\nprint('ended')"
+    assert run(alone, isolation) == Outcome("ended\n", 0), "below the limit"
+
+
 def test_a_program_sees_only_what_it_needs(tmp_path: Path) -> None:
     folder = str(tmp_path)
     repository = Path(__file__).parents[2]

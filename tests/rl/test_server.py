@@ -42,9 +42,15 @@ def model() -> LanguageModel:
 
 @contextmanager
 def pool_at(
-    server: CompletionServer, *, url: str | None = None, retries: int = 2, folder: Path = Path(), **changes: Any
+    server: CompletionServer,
+    *,
+    url: str | None = None,
+    retries: int = 2,
+    timeout_s: float = 20.0,
+    folder: Path = Path(),
+    **changes: Any,
 ) -> Iterator[ServerPool]:
-    config = rollout_config(server=url or server.url, server_retries=retries, server_timeout_s=20.0)
+    config = rollout_config(server=url or server.url, server_retries=retries, server_timeout_s=timeout_s)
     config = config.model_copy(update={key: changes.pop(key) for key in ("server_reload",) if key in changes})
     with ServerPool(config, settings(**changes), VOCABULARY, folder, Path("tokenizer.json")) as pool:
         yield pool
@@ -130,6 +136,17 @@ def test_a_server_that_breaks_off_is_asked_again_for_the_rest(model: LanguageMod
     with CompletionServer(model, EOS, mutate=fragile) as server, pool_at(server) as pool:
         done = complete(pool, requests(6), 1)
     assert len(server.bodies) > 6 and all(len(item.segments) == 1 for item in done)
+    assert_like_the_trainer(model, done)
+
+
+def test_a_server_that_falls_silent_is_asked_again_for_the_rest(model: LanguageModel) -> None:
+    def silent(number: int, events: Events) -> Events:
+        return [*events[:3], HOLD, *events[3:]] if number == 0 else events
+
+    with CompletionServer(model, EOS, mutate=silent) as server, pool_at(server, timeout_s=0.5) as pool:
+        done = complete(pool, requests(1), 1)
+        assert [len(body["prompt"]) - len(done[0].prompt_ids) for body in server.bodies] == [0, 3]
+        server.go_on()
     assert_like_the_trainer(model, done)
 
 

@@ -138,7 +138,46 @@ def test_each_turn_ends_at_its_own_string_and_answers_end_nothing(model: Languag
     assert [(s.turns, s.logprobs, s.status) for s in done] == [(s.turns, s.logprobs, s.status) for s in whole]
 
 
+STOP_IDS = frozenset({5, 12})  # the second spells nothing, as special tokens do
+
+
+@pytest.fixture(scope="module")
+def ended(model: LanguageModel) -> list[Sample]:
+    return complete(engine_for(model, stop_ids=STOP_IDS), requests(40), advance_tokens=5)
+
+
+def test_a_stop_token_ends_a_response_as_eos_does(model: LanguageModel, ended: list[Sample]) -> None:
+    free, by_token = complete(engine_for(model), requests(40), advance_tokens=5), 0
+    for found, whole in zip(ended, free, strict=True):
+        count = next((n for n, token in enumerate(whole.response_ids, start=1) if token in (EOS, *STOP_IDS)), None)
+        assert found.response_ids == whole.response_ids[:count] and found.logprobs == whole.logprobs[:count]
+        assert found.status == ("truncated" if count is None else "finished")
+        by_token += found.response_ids[-1] in STOP_IDS
+    assert by_token > 8
+    assert_like_the_trainer(model, ended)
+
+
 # ---------------------------------------------------------------- completion servers
+
+
+def test_completions_end_at_a_stop_token_and_one_that_goes_on_is_an_error(model: LanguageModel) -> None:
+    with CompletionServer(model, EOS) as server, pool_at(server, slots=3, stop_ids=STOP_IDS) as pool:
+        done = complete(pool, requests(40), advance_tokens=5)
+        assert all(body["stop_token_ids"] == [EOS, *sorted(STOP_IDS)] for body in server.bodies)
+    assert sum(sample.response_ids[-1] in STOP_IDS for sample in done) > 8
+    for sample in done:
+        assert not {EOS, *STOP_IDS} & set(sample.response_ids[:-1])
+        assert (sample.status == "finished") == (sample.response_ids[-1] in (EOS, *STOP_IDS))
+    assert_like_the_trainer(model, done)
+
+    def deaf(number: int, events: Events) -> Events:
+        events[0]["choices"][0]["token_ids"] = [12]
+        return events
+
+    with CompletionServer(model, EOS, mutate=deaf) as server, pool_at(server, stop_ids=STOP_IDS) as pool:
+        pool.submit(requests(1))
+        with pytest.raises(UserError, match="goes on after <eos> or a stop token"):
+            pool.advance(1)
 
 
 @pytest.mark.parametrize("together", [1, 3, 100], ids=["a-token-an-event", "three", "all-at-once"])
@@ -206,6 +245,18 @@ def test_the_task_sees_the_models_turns_up_to_the_string(
     assert driver.engine_settings.stops == driver.stops and driver.stops is not None
     assert driver.stops.strings == (b" +", b"nothing")
     assert reinforcement(Calculator(seed=0), "task=calculator").engine_settings.stops is None
+
+
+def test_the_task_sees_the_text_before_a_stop_token(reinforcement: Any, tokenizer: Tokenizer) -> None:  # noqa: F811
+    driver: Reinforcement = reinforcement(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|bos|>',c]")
+    letter = tokenizer.id_of("c")
+    assert driver.engine_settings.stop_ids == {tokenizer.bos, letter} and driver.engine_settings.ends(tokenizer.eos)
+    turn = tuple(tokenizer.encode(" 1 + 2"))
+    for end in (tokenizer.bos, letter, tokenizer.eos):
+        said = Segment((*turn, end), (0.0,) * (len(turn) + 1), 0)
+        assert driver._response(Sample(0, 0, (1,)).extended(said, "finished")).turns == (" 1 + 2",)
+    with pytest.raises(UserError, match=r"has no token '<\|im_end\|>'; its added tokens are: <\|bos\|>, <\|eos\|>, <\|pad\|>"):
+        _ = reinforcement(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|im_end|>']").engine_settings
 
 
 def test_bytes_of_tokens_are_the_text_that_the_tokenizer_makes_of_them(tokenizer: Tokenizer) -> None:  # noqa: F811

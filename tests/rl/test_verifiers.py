@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from rl.rewards.task import Prompt
-from rl.rewards.verifiers import VERIFIERS, CodeIO, CodeTests, Exact, JsonSchema, Math, Regex, last_block, make_verifier
+from rl.rewards.verifiers import VERIFIERS, Bleu, CodeIO, CodeTests, Exact, JsonSchema, Math, Regex, last_block, make_verifier
 from rl.rewards.workers import Response, RewardWorkers
 from tests.rl.test_sandbox import possible
 from trainer.config.rl import RewardConfig, TaskConfig
@@ -97,6 +99,18 @@ def test_hostile_json_is_worth_nothing(completion: str) -> None:
     assert JsonSchema()(completion, '{"type": "object"}') == 0
 
 
+@pytest.mark.parametrize("depth", [64, 65, 400, 950])
+def test_json_that_is_nested_too_deeply_for_a_schema_is_worth_nothing(depth: int) -> None:
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        schema = {"items": {"$ref": "#"}, "additionalProperties": {"$ref": "#"}}
+        assert JsonSchema()(opening * depth + "[]" + closing * depth, json.dumps(schema)) == (depth < 64)
+
+
+@pytest.mark.parametrize("completion", ["1" + "0" * 400, "1e400", "-1e400", "[1e999]"])
+def test_numbers_beyond_any_float_are_worth_nothing_and_raise_nothing(completion: str) -> None:
+    assert JsonSchema()(completion, '{"multipleOf": 0.5, "items": {"multipleOf": 0.5}}') == 0
+
+
 @pytest.mark.parametrize(
     "completion", ["(" * 10**6, "\\frac{" * 10**5, "\\boxed{" * 10**5 + "1", "1" * 10**6 + "!", "$" * 10**6]
 )
@@ -149,6 +163,16 @@ def test_programs_are_judged_by_what_they_print() -> None:
 )
 def test_code_has_to_pass_its_tests_and_leaving_early_does_not(completion: str, reward: float) -> None:
     assert CodeTests(timeout_s=8.0)(completion, "assert double(4) == 8\nassert double(0) == 0") == reward
+
+
+@pytest.mark.parametrize(("kind", "module"), [(Math, "math_verify"), (Bleu, "rl.rewards.bleu")])
+def test_what_is_slow_to_import_is_imported_before_the_first_score(
+    monkeypatch: pytest.MonkeyPatch, kind: Callable[[], Any], module: str
+) -> None:
+    """On a busy machine sympy alone has taken longer than reward.timeout_s."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=module):
+        kind()
 
 
 def test_the_last_complete_block_counts() -> None:

@@ -80,7 +80,7 @@ Thread 0x00007e (most recent call first):
   File "/v/torch/cuda/streams.py", line 31 in synchronize
   File "/x/rl/engine/decoder.py", line 99 in tokens
   File "/x/rl/engine/engine.py", line 170 in advance
-  File "/x/rl/actors.py", line 51 in advance
+  File "/x/rl/engine/actor.py", line 51 in advance
   File "/x/trainer/hangs.py", line 53 in call
 """
 

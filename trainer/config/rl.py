@@ -53,17 +53,18 @@ class RolloutConfig(Record):
     """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
 
     groups: int = Field(gt=0)  # N finished groups end a round
-    samples_per_group: int = Field(gt=1)  # n
+    samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 where samples are not compared with their group
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
-    temperature: float = Field(gt=0)
+    temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
     stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
+    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...]  # tokens that do, by name, such as <|im_end|>
     include_stop: bool  # whether the task sees the string that ended the text
     replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
@@ -113,6 +114,7 @@ class SyncConfig(Record):
 Band = tuple[float, float]  # lowest and highest ratio
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
 PER_TOKEN: tuple[Estimator, ...] = ("reinforce_pp", "reinforce_pp_baseline", "gae")  # a token has an advantage of its own
+WITHOUT_GROUP: tuple[Estimator, ...] = ("reinforce_pp", "gae")  # no sample is compared with others of its prompt
 
 
 class AlgorithmConfig(Record):
@@ -215,6 +217,16 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
                 f"({self.rollout.max_new_tokens}); lower it"
+            )
+        if self.rollout.samples_per_group == 1 and self.algorithm.advantage not in WITHOUT_GROUP:
+            raise ValueError(
+                f"algorithm.advantage={self.algorithm.advantage} compares the samples of a prompt, and "
+                "rollout.samples_per_group is 1; raise it, or choose algorithm=reinforce_pp or ppo_gae"
+            )
+        if self.rollout.samples_per_group == 1 and self.rollout.refills:
+            raise ValueError(
+                f"rollout.refills ({self.rollout.refills}) replaces groups whose rewards are all equal, which those of one "
+                "sample are (rollout.samples_per_group is 1); set refills=0"
             )
         if self.rollout.overlap and self.rollout.max_staleness == 0:
             raise ValueError(
