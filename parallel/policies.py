@@ -23,6 +23,7 @@ from parallel.packing import even_replicas, pack
 from parallel.placement import Floats, Ints, Placement, Topology, without_copies
 from parallel.planning import LESS, hottest, materialise
 
+AHEAD = 0.97  # of the first choice's expected time counts where loads are those of steps before: others suit them alone
 LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away what need not come to them
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
@@ -62,11 +63,11 @@ def hecate(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
 
 
 def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
-    """The plan with the least predicted time: no copies, as many as there is room for, or fewer of the hottest experts.
+    """The plan with the least predicted time: no copies, as many as there is room for, or fewer (copy_numbers.py).
 
-    They are added where the load per replica is largest, so each number of copies divides the experts into those whose tokens
-    had better move and those whose weights had better; the predicted time decides where. Where load stays uneven, experts that
-    others serve in their owner's place (`llep`) are weighed too. The time is never above that without copies.
+    There is time to look at a few choices only, so those come first that are expected to take least. Where load stays uneven or
+    copies cost much, experts that others serve in their owner's place (`llep`) are weighed too. The time is never above that
+    without copies.
     """
     bare = plain(loads_E, owner_E, setting)
     weights = weights_time(bare.placement, setting, present=None)
@@ -113,6 +114,8 @@ def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placemen
     expected_C, copies_C = expected_times(extra_CE, loads_E, owner_E, setting, present), extra_CE.sum(axis=1)
     search = next(one for one in SEARCHES if seats <= one.seats)
     best, looked_at, packed = bare, 0, 0
+    if present is None:
+        expected_C[0] *= AHEAD
     for choice in np.argsort(expected_C, kind="stable").tolist():
         if expected_C[choice] >= best.total_s * search.within or looked_at == search.choices:
             break
