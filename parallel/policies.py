@@ -42,7 +42,7 @@ class Search:
 
 
 # A plan shall take 1 ms of the host's time for 64 devices with room for 4 copies, and 20 for 1,024.
-SEARCHES = Search(64, 6, 320, 1.25), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
+SEARCHES = Search(64, 3, 320, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
 
 
 class Policy(Protocol):
