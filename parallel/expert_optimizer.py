@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.accumulate import accumulate
+from kernels.squares import squares
 from parallel.adamw import AdamWSettings, adamw, set_lr, zero_steps
 from parallel.expert_states import ExpertStates, StatesInMemory
 from parallel.sparse_collectives import Parts
-
-NORM_EXPERTS = 16  # whose norms are taken at once
 
 
 class ExpertOptimizer(ABC):
@@ -31,8 +30,8 @@ class ExpertOptimizer(ABC):
         """What has been added since the last step, shaped as the masters, once all of it has arrived; None before the first."""
 
     @abstractmethod
-    def squared_norm(self) -> Tensor:
-        """Of all gradients, float64 on the rank's device."""
+    def squared_norms(self) -> Tensor:
+        """Of each row's gradients, (rows,) float64 on the rank's device."""
 
     @abstractmethod
     def step(self, lr: float, scale: float, weights: Parts) -> None:
@@ -81,16 +80,10 @@ class DeviceAdamW(ExpertOptimizer):
         assert not found or all(self._filled), "every MoE layer gives gradients, zeros where no token came"
         return found or None
 
-    def squared_norm(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         gradients = self.gradients()
         assert gradients is not None, "every MoE layer gives gradients, zeros where no token came"
-        # A few experts at a time: in float64 all of them would take twice the memory of the gradients.
-        norms = [
-            torch.linalg.vector_norm(some, dim=(1, 2), dtype=torch.float64)
-            for gradient in gradients
-            for some in gradient.split(NORM_EXPERTS)
-        ]
-        return torch.cat(norms).square().sum()
+        return torch.stack([squares(gradient) for gradient in gradients]).sum(dim=0)
 
     def step(self, lr: float, scale: float, weights: Parts) -> None:
         gradients = self.gradients()

@@ -56,8 +56,7 @@ class ExpertShards:
         has experts. `kind` is that of the transport.
         """
         self.world = world
-        self.owner_LE = owner_LE
-        self.own = _own(owner_LE, world)
+        self._belong(owner_LE)
         self.optimizer = optimizer
         assert optimizer.states.rows == len(self.own), "a row for every own expert"
 
@@ -73,14 +72,24 @@ class ExpertShards:
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 
+    def _belong(self, owner_LE: Ints) -> None:
+        """Takes note of owners."""
+        own_O = np.flatnonzero(owner_LE == self.world.rank)  # in the order of the masters' rows
+        self.owner_LE = owner_LE
+        self.own: list[tuple[int, int]] = [divmod(place, owner_LE.shape[1]) for place in own_O.tolist()]  # (layer, expert)
+        self._place_O = torch.from_numpy(own_O).to(self.world.device)
+
     # ------------------------------------------------------------ the update
 
     def squared_norm(self) -> Tensor:
         """The squared gradient norm of the experts of all ranks, each counted once; the same on every rank.
 
-        After the last micro-batch's backward.
+        After the last micro-batch's backward. Experts are added in their own order, whoever owns them: equal gradients have
+        the same bits under all owners and on any number of ranks.
         """
-        return self.world.sum(self.optimizer.squared_norm()) / self.world.size**2
+        norms_LE = torch.zeros(self.owner_LE.shape, dtype=torch.float64, device=self.world.device)
+        norms_LE.view(-1)[self._place_O] = self.optimizer.squared_norms()
+        return self.world.sum(norms_LE).sum() / self.world.size**2
 
     def step(self, lr: float, scale: float) -> None:
         """One AdamW update with the global loss's gradients multiplied by `scale`; gradients are gone afterwards."""
@@ -143,7 +152,7 @@ class ExpertShards:
         held = {name: row for row, name in enumerate(self.own)}
         for moves in exchanges(self.owner_LE, owner_LE):
             self._exchange(moves, held)
-        self.owner_LE, self.own = owner_LE, _own(owner_LE, self.world)
+        self._belong(owner_LE)
         self.optimizer.states.reorder([held[name] for name in self.own])
         self.arena.place([without_copies(owner_E, self.world.size) for owner_E in owner_LE])
         self.round_masters()
@@ -204,11 +213,6 @@ class ExpertShards:
                     messages.append(dist.P2POp(dist.irecv, whole[index][expert], owner, tag=2 * expert + index))
         Pending(messages).wait()
         return whole
-
-
-def _own(owner_LE: Ints, world: World) -> list[tuple[int, int]]:
-    """(layer, expert) of what this rank owns, in the order of the masters' rows."""
-    return [(layer, expert) for layer, expert in np.argwhere(owner_LE == world.rank).tolist()]
 
 
 def _ahead(initial: Callable[[int, int], Parts], own: Sequence[tuple[int, int]], threads: int) -> Generator[Parts]:

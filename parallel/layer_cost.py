@@ -35,8 +35,8 @@ class Link:
 class LayerCosts:
     """Measured or published speeds, for one layer of one model."""
 
-    entry_s: float  # one token through one expert, forward
-    expert_s: float  # what an expert with tokens costs beside them, forward: its weights are read, its last tile is not full
+    entry_s: float  # one token through one expert, forward, or a third of forward and backward
+    expert_s: float  # and what an expert with tokens costs beside them: its weights are read, its last tile is not full
     row_bytes: float  # of a token on its way
     expert_bytes: float  # of a copy on its way
     sum_bytes: float  # of an expert's gradient between nodes, in float32
@@ -130,7 +130,7 @@ def least_pass_s(crossing: float, busiest: float, entries: float, setting: Setti
     mean = entries / topology.devices
     tokens, far = mean / setting.top_k, topology.devices - per_node
     taken = np.array([crossing / topology.devices, crossing / topology.nodes])  # some device and some node take the mean
-    to_device, to_node = _rows(taken[:, None], (far, far), tokens, setting.top_k)[:, 0].tolist()
+    to_device, to_node = rows_of(taken[:, None], (far, far), tokens, setting.top_k)[:, 0].tolist()
     if setting.two_level:
         relayed, inside = to_node / per_node, to_device * (per_node - 1) / per_node
         sent = Exchanged(inside * costs.row_bytes, relayed * costs.row_bytes, tokens + 2 * relayed + to_device)
@@ -168,7 +168,7 @@ def exchanged(found: Flows, setting: Setting) -> Exchanged:
     own_D = found.entries_D - found.within_in_D - found.across_in_D
     if setting.two_level:
         return _in_two_levels(found, own_D, tokens, setting)
-    within_D, across_D, here_D = _rows(np.array([found.within_in_D, found.across_in_D, own_D]), (near, far, 1), tokens, top_k)
+    within_D, across_D, here_D = rows_of(np.array([found.within_in_D, found.across_in_D, own_D]), (near, far, 1), tokens, top_k)
     return Exchanged(
         _most(within_D, found.within_in_D, found.within_out_D) * costs.row_bytes,
         _most(across_D, found.across_in_D, found.across_out_D) * costs.row_bytes,
@@ -184,7 +184,7 @@ def _in_two_levels(found: Flows, own_D: Floats, tokens: float, setting: Setting)
     to_node_D = np.repeat(found.across_in_D.reshape(topology.nodes, size).sum(axis=1), size)
     stays_D = tokens * top_k - found.across_out_D
     kinds_KD = np.array([found.within_in_D, found.across_in_D, own_D, to_node_D, stays_D])
-    within_D, across_D, here_D, relayed_D, stays_D = _rows(kinds_KD, (near, far, 1, far, 1), tokens, top_k)
+    within_D, across_D, here_D, relayed_D, stays_D = rows_of(kinds_KD, (near, far, 1, far, 1), tokens, top_k)
     relayed_D = relayed_D / size
     elsewhere = near / size  # of what others send to a node's device so much comes through other devices there
     in_D = found.within_in_D + found.across_in_D * elsewhere
@@ -196,7 +196,7 @@ def _in_two_levels(found: Flows, own_D: Floats, tokens: float, setting: Setting)
     )
 
 
-def _rows(in_KD: Floats, sources: tuple[int, ...], tokens: float, top_k: int) -> Floats:
+def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: float, top_k: int) -> Floats:
     """The rows that come to each device with so many entries from other numbers of `sources`, devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its

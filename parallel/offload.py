@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.squares import squares
 from parallel.adamw import AdamWSettings
 from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
 from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
@@ -59,8 +60,8 @@ class CPUAdamW(ExpertOptimizer):
     def gradients(self) -> Parts | None:
         return self._gradients.arrived()
 
-    def squared_norm(self) -> Tensor:
-        return self._gradients.squared_norm()
+    def squared_norms(self) -> Tensor:
+        return self._gradients.squared_norms()
 
     @torch.no_grad()
     def step(self, lr: float, scale: float, weights: Parts) -> None:
@@ -165,10 +166,10 @@ class HostGradients:
     @torch.no_grad()
     def _add(self, row: int, gradients: Parts) -> None:
         rows = slice(row, row + gradients[0].shape[0])
-        for part, gradient, squares in zip(self.parts, gradients, self._squares, strict=True):
+        for part, gradient, norms in zip(self.parts, gradients, self._squares, strict=True):
             filled = self._filled[row]
             total = part[rows].to(self._device, non_blocking=True).add_(gradient) if filled else gradient.float()
-            squares[rows] = torch.linalg.vector_norm(total, dim=(1, 2), dtype=torch.float64).square()
+            norms[rows] = squares(total)
             part[rows].copy_(total, non_blocking=True)
         self._filled[rows] = [True] * gradients[0].shape[0]
 
@@ -180,9 +181,9 @@ class HostGradients:
         assert all(self._filled) or not any(self._filled), "gradients came for some experts only"
         return self.parts if any(self._filled) else None
 
-    def squared_norm(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         assert self.arrived() is not None, "every MoE layer gives gradients, zeros where no token came"
-        return self._squares.sum()
+        return self._squares.sum(dim=0)
 
     def clear(self) -> None:
         self._filled = [False] * len(self._filled)

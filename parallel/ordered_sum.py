@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,7 @@ def levels(world: World) -> list[Level]:
         every = [inside, across]
     else:
         every = [[range(world.size)]]
-    timeout = timedelta(seconds=world.timeout_s)
-    return [Level(own_group(world, groups, timeout), len(groups[0])) for groups in every]
+    return [Level(own_group(world, groups), len(groups[0])) for groups in every]
 
 
 def ordered_sum(message: Tensor, over: Sequence[Level]) -> Tensor:

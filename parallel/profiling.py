@@ -2,8 +2,9 @@
 its free memory. Measured, not guessed.
 
 Every function here is collective and gives every rank the same numbers: the slowest rank's. What is timed is what a step finds:
-GPUs begin together when their hosts have started the work, products run until clocks have settled under their load, and a first
-call, which may compile a kernel, never counts.
+GPUs begin together when their hosts have started the work, first calls, which may compile a kernel, never count, and products,
+exchanges and sums come in turns, as in a layer: a GPU that only multiplies slows its clock down. Rows have as many choices as
+those that come in a layer: with one choice each there would be several times as many to read and to write.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,15 +37,13 @@ from parallel.topology import World
 
 FLOAT32 = 4
 WARM_UPS, REPEATS = 2, 5
+TURNS = {"cpu": 5, "cuda": 25}  # of the parts of a layer
 SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
 LARGE = {"cpu": 2**22, "cuda": 2**26}
 HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
-SETTLED_S = 0.2  # of products, after which a GPU has the clock that it keeps under them
-SETTLED_TURNS = 25  # that count then: what an expert costs is a small difference of two of them
-MOST_CALLS = 1000
-MOST_ENTRIES = 2**14  # in the products that are timed
+MOST_ENTRIES = {"cpu": 2**16, "cuda": 2**17}  # in the products that are timed
 MOST_TOKENS = 2**14  # in the exchanges that are timed
-MOST_EXPERTS = 8  # in the products and sums that are timed
+MOST_EXPERTS = 8  # in the sums that are timed
 SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 
@@ -55,12 +55,11 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
     """
     world, shape = arena.world, arena.shape
     assert arena.attention is not None, "the attention is timed in the updates before"
-    entry_s, expert_s = _product_costs(arena, min(max(tokens * top_k // 4, 64), MOST_ENTRIES))
     within, across = _links(arena)
     expert_parameters = 3 * shape.hidden * shape.expert_hidden
     measured = LayerCosts(
-        entry_s=entry_s,
-        expert_s=expert_s,
+        entry_s=0.0,
+        expert_s=0.0,
         row_bytes=shape.hidden * arena.dtype.itemsize,
         expert_bytes=expert_parameters * arena.dtype.itemsize,
         sum_bytes=expert_parameters * FLOAT32,
@@ -70,10 +69,9 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
         planning_s=0.0,
         row_s=0.0,
         exchange_s=0.0,
-        sum_s=_sum_cost(arena),
+        sum_s=0.0,
     )
-    row_s, exchange_s = _exchange_costs(arena, measured, min(max(tokens, 64), MOST_TOKENS), top_k)
-    measured = replace(measured, row_s=row_s, exchange_s=exchange_s)
+    measured = _with_parts(measured, arena, tokens, top_k)
     measured = replace(measured, planning_s=median(_on_host(lambda: planning(measured)) for _ in range(REPEATS)))
     slowest = torch.tensor(measured.numbers, dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -92,40 +90,60 @@ def copies_that_fit(arena: ExpertArena, layers: int) -> int:
     return min(int(fitting), arena.shape.experts)
 
 
-def _product_costs(arena: ExpertArena, entries: int) -> tuple[float, float]:
-    """(seconds of one entry, seconds of an expert beside its entries), forward."""
-    device, experts = arena.world.device, min(arena.owned, MOST_EXPERTS)
-    slots_E = torch.arange(experts, dtype=torch.int32, device=device)
+def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) -> LayerCosts:
+    """With what products, exchanges and sums take. Choices are even."""
+    world, topology, experts = arena.world, arena.world.topology, arena.shape.experts
+    entries = min(max(tokens * top_k, 256), MOST_ENTRIES[world.device.type])
+    products = [_Products(arena, entries // 4, top_k), _Products(arena, entries, top_k)]
+    tokens = min(max(tokens, 64), MOST_TOKENS)
+    owners = Plan(without_copies(np.arange(experts) % topology.devices, topology.devices))
+    sizes = tokens // 2, tokens  # with much fewer a GPU would wait for its host
+    exchanges = [_exchange(arena, owners, size, top_k) for size in sizes]
+    seconds = _in_turns([products[0], products[1], *exchanges, _sums(arena)], world)
 
-    def product(count: int, used: int) -> Callable[[], Tensor]:
-        x_TD = torch.randn(count, arena.shape.hidden, device=device).to(arena.dtype)
-        weights_TK = torch.ones(count, 1, device=device)
-        order = expert_order((torch.arange(count, device=device) % used).unsqueeze(1), experts)
-        return lambda: expert_mlp(x_TD, order, weights_TK, *arena.rows, slots_E=slots_E, gradients=None)
-
-    products = [product(entries, experts), product(4 * entries, experts), product(entries, 1)]
-    few, many, single = _steady_seconds(products, arena.world)
-    _, entry_s = line(entries, few, 4 * entries, many)
-    together = few - single if experts > 1 else few - entries * entry_s
-    return entry_s, max(together, 0.0) / max(experts - 1, 1)
-
-
-def _exchange_costs(arena: ExpertArena, costs: LayerCosts, tokens: int, top_k: int) -> tuple[float, float]:
-    """(seconds of a row on a device, seconds of an exchange beside its rows): what is left of the time of real exchanges, forth
-    and back, forward and backward, when the model's time on links has been taken off. Choices are even."""
-    topology = arena.world.topology
-    plan = Plan(without_copies(np.arange(arena.shape.experts) % topology.devices, topology.devices))
+    beside_s, entry_s = line(products[0].entries, seconds[0], products[1].entries, seconds[1])
     setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.two_level)
 
-    def left(tokens: int) -> tuple[float, float]:
-        """(rows in one direction, seconds)"""
-        loads_E = np.full(arena.shape.experts, tokens * top_k * topology.devices / arena.shape.experts)
-        found = flows(plan, topology, loads_E)
-        both_s = _seconds(_exchange(arena, plan, tokens, top_k), arena.world)
+    def left(size: int, both_s: float) -> tuple[float, float]:
+        """(rows in one direction, seconds forth and back, forward and backward, that the model's time on links leaves)"""
+        found = flows(owners, topology, np.full(experts, size * top_k * topology.devices / experts))
         return exchanged(found, setting).rows, max(both_s - 4 * exchange_time(found, setting), 0.0)
 
-    exchange_s, row_s = line(*left(tokens // 2), *left(tokens))  # with much fewer a GPU would wait for its host
-    return row_s / 4, exchange_s
+    exchange_s, row_s = line(*left(sizes[0], seconds[2]), *left(sizes[1], seconds[3]))
+    return replace(
+        costs,
+        entry_s=entry_s / 3,
+        expert_s=beside_s / 3 / products[1].experts,
+        row_s=row_s / 4,
+        exchange_s=exchange_s,
+        sum_s=seconds[4] / min(arena.owned, MOST_EXPERTS),
+    )
+
+
+class _Products:
+    """Those of a layer on this rank, forward and backward, for about so many entries, in rows as they come from all ranks."""
+
+    def __init__(self, arena: ExpertArena, entries: int, top_k: int) -> None:
+        world, shape = arena.world, arena.shape
+        self.experts = min(max(shape.experts // world.size, 1), arena.owned)
+        self._arena, choices = arena, min(top_k, self.experts)
+        options: Any = {"device": world.device, "generator": torch.Generator(world.device).manual_seed(world.rank)}
+        # One choice of a row that comes is here, and any other one if this rank is the one of all that serves it.
+        here_R = 1 + (torch.rand(entries, choices - 1, **options) < 1 / world.size).sum(dim=1)
+        here_R = here_R[here_R.cumsum(0) <= entries]
+        self.entries, rows = int(here_R.sum()), len(here_R)
+        slots_RK = torch.rand(rows, self.experts, **options).topk(choices).indices
+        slots_RK = slots_RK.masked_fill(torch.arange(choices, device=world.device) >= here_R[:, None], -1)
+        self._order = expert_order(slots_RK, self.experts, num_entries=self.entries)
+        self._slots_E = torch.arange(self.experts, dtype=torch.int32, device=world.device)
+        x_RD, self._pull_RD = (torch.randn(rows, shape.hidden, **options).to(arena.dtype) for _ in range(2))
+        self._inputs = x_RD.requires_grad_(), torch.full(slots_RK.shape, 1 / top_k, device=world.device).requires_grad_()
+
+    @torch.enable_grad()
+    def __call__(self) -> object:
+        (x_RD, weights_RK), rows = self._inputs, self._arena.rows
+        y_RD = expert_mlp(x_RD, self._order, weights_RK, *rows, slots_E=self._slots_E, gradients=lambda up, down: None)
+        return torch.autograd.grad(y_RD, self._inputs, self._pull_RD)
 
 
 def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callable[[], object]:
@@ -175,8 +193,8 @@ def exchange_call(
     return partial(whole, ends) if isinstance(ends, PeerTokens) else partial(as_messages, ends)
 
 
-def _sum_cost(arena: ExpertArena) -> float:
-    """Seconds in which the gradient of one expert is added in float32; of no expert where this rank has none."""
+def _sums(arena: ExpertArena) -> Callable[[], None]:
+    """Adds gradients of some experts in float32."""
     experts = min(arena.owned, MOST_EXPERTS)
     totals = arena.shape.matrices(experts, torch.float32, arena.world.device)
     for total in totals:
@@ -186,7 +204,7 @@ def _sum_cost(arena: ExpertArena) -> float:
         for total, rows in zip(totals, arena.rows, strict=True):
             accumulate(total, rows[:experts])
 
-    return _seconds(add, arena.world) / max(experts, 1)
+    return add
 
 
 def _links(arena: ExpertArena) -> tuple[Link, Link]:
@@ -228,24 +246,13 @@ def _seconds(call: Callable[[], object], world: World) -> float:
     return median([timed(call, world) for _ in range(WARM_UPS + REPEATS)][WARM_UPS:])
 
 
-def _steady_seconds(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
-    """Of each of several pieces of work, in turns, all at one clock: that which a GPU keeps once it has worked
-    for a while."""
-    once = [_seconds(call, world) for call in calls]
-    if world.device.type == "cpu":
-        return once
-    turns = min(int(SETTLED_S / max(sum(once), 1e-6)), MOST_CALLS) + SETTLED_TURNS
-    spans = [
-        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls] for _ in range(turns)
-    ]
-    for turn in spans:
-        for call, (start, end) in zip(calls, turn, strict=True):
-            start.record()
-            call()
-            end.record()
-    torch.cuda.synchronize()
-    counted = spans[-SETTLED_TURNS:]
-    return [median(turn[index][0].elapsed_time(turn[index][1]) / 1e3 for turn in counted) for index in range(len(calls))]
+def _in_turns(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
+    """The medians of several pieces of work, on the rank that takes longest. Collective."""
+    turns = TURNS[world.device.type]
+    taken = [[timed(call, world) for call in calls] for _ in range(WARM_UPS + turns)][WARM_UPS:]
+    seconds = torch.tensor([median(one) for one in zip(*taken, strict=True)], dtype=torch.float64, device=world.device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return [float(one) for one in seconds.tolist()]
 
 
 def timed(call: Callable[[], object], world: World) -> float:

@@ -56,11 +56,14 @@ def across_and_inside(topology: Topology) -> tuple[list[range], list[range]]:
     return across, [range(node * size, (node + 1) * size) for node in range(topology.nodes)]
 
 
-def own_group(world: World, groups: Sequence[range], timeout: timedelta | None = None) -> dist.ProcessGroup:
+def own_group(world: World, groups: Sequence[range]) -> dist.ProcessGroup:
     """This rank's among groups of ranks that are all made anew. Collective: all ranks make all of them, in the same order.
 
-    `timeout`: of their collectives; None is torch's.
+    What two groups carry may be under way on a GPU at the same time. That is safe as long as all ranks start it in one order,
+    which is that of the program: whatever waits for its peers is found on every rank before what was started behind it, and
+    kernels that compute come to an end, so no two ranks wait for each other in different groups.
     """
+    timeout = timedelta(seconds=world.timeout_s)
     made = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
     return next(group for group, ranks in zip(made, groups, strict=True) if world.rank in ranks)
 

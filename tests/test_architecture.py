@@ -16,7 +16,7 @@ PURE = {  # mathematics that must be testable without any process group
     **{
         f"parallel/{name}.py": {"numpy", "parallel", "__future__"}
         | {"bisect", "collections", "dataclasses", "functools", "heapq", "itertools", "typing"}
-        for name in ("placement", "flows", "routes", "layer_cost", "planning", "policies", *SCHEDULE)
+        for name in ("placement", "flows", "routes", "layer_cost", "packing", "copy_numbers", "planning", "policies", *SCHEDULE)
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
     "rl/algorithms.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.router import Routing, route
+from kernels.squares import squares
 from parallel.adamw import AdamWSettings, adamw, set_lr
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
@@ -287,6 +288,10 @@ def test_sharded_experts_equal_experts_on_one_device(size: int, offload: str, ki
                 close(torch.cat(parts, dim=1 if index == 2 else 0), wanted[index], f"case {seed}, micro-batch {micro}, {name}")
         for result in results:
             assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        gradient_of = {name: parts for result in results for name, parts in result["gradients"].items()}
+        norms = [sum(squares(part[None]) for part in gradient_of[name]) for name in sorted(gradient_of)]
+        in_order = torch.stack(norms).view(SHAPE.layers, SHAPE.experts).sum().item()
+        assert all(result["norms"][0] == in_order for result in results), "bits depend on owners"
         owned = [name for result in results for name in result["gradients"]]
         assert sorted(owned) == sorted(expected["gradients"]), "each expert has one owner"
         for result in results:

@@ -27,7 +27,8 @@ if not GPU:
     import kernels.triton_peer_rows
     import kernels.triton_race
     import kernels.triton_router
-    import kernels.triton_rows  # noqa: F401
+    import kernels.triton_rows
+    import kernels.triton_squares  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -11,6 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.benchmarks.traces import capped
+from launch.machines import layer_costs, read_machine
+from parallel.copy_numbers import expected_times, fewest_crossing, numbers_of_copies
 from parallel.flows import Plan, device_loads, flows, imbalance
 from parallel.layer_cost import (
     LayerCosts,
@@ -24,9 +27,10 @@ from parallel.layer_cost import (
     least_pass_s,
     pass_times,
 )
-from parallel.placement import Budget, Placement, Topology, without_copies
-from parallel.policies import POLICIES, by_cost, even_replicas, fewest_crossing, pack, plain
-from parallel.two_level_exchange import rows_across
+from parallel.packing import even_replicas, pack
+from parallel.placement import Budget, Floats, Ints, Placement, Topology, without_copies
+from parallel.policies import POLICIES, by_cost, plain
+from parallel.two_level_exchange import has_two_levels, rows_across
 from tests.parallel.plans import loads, owners, plans, settings, topologies
 
 H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
@@ -82,6 +86,66 @@ def test_by_cost_against_the_others_under_zipf(devices: int, experts: int, memor
     times = {name: layer_time(policy(loads_E, owner_E, setting), loads_E, setting).total_s for name, policy in POLICIES.items()}
     assert times["cost"] <= 1.2 * min(times.values()), times
     assert times["cost"] < times["plain"] / 1.5
+
+
+SHAPES = [  # hidden, expert hidden, experts, top-k: few large ones (Mixtral, DBRX, Llama 4) to many small ones (Qwen3-Next)
+    (4096, 14336, 8, 2), (6144, 10752, 16, 4), (5120, 8192, 16, 1), (2048, 1024, 64, 8), (2048, 768, 128, 8),
+    (7168, 2048, 256, 8), (2048, 512, 512, 10),
+]  # fmt: skip
+
+
+def drawn(random: np.random.Generator) -> tuple[Floats, Ints, Setting]:
+    """A layer of some model on some cluster, with loads of some kind."""
+    hidden, expert_hidden, experts, top_k = SHAPES[random.integers(len(SHAPES))]
+    devices, tokens = int(random.choice([2, 4, 8, 16, 32, 64])), int(random.choice([256, 1024, 4096, 16384, 32768]))
+    topology = Topology(devices, min(devices, int(random.choice([1, 4, 8, 8]))))
+    some_E = random.choice(experts, max(experts // 8, top_k), replace=False)
+    popularity_E = random.uniform(0.5, 1.5, experts)
+    kind = random.integers(5)
+    if kind == 1:
+        popularity_E = random.permutation(1.0 / np.arange(1, experts + 1) ** random.uniform(0.3, 2))
+    elif kind == 2:
+        popularity_E[some_E[0]] *= 10 ** random.uniform(1, 3)  # one is hot
+    elif kind == 3:
+        popularity_E[some_E] *= random.uniform(2, 30)  # some are
+    elif kind == 4:
+        popularity_E = np.where(np.isin(np.arange(experts), some_E), popularity_E, 0)  # nobody chooses the others
+    loads_E = random.multinomial(tokens * top_k * devices, capped(popularity_E, 1 / top_k)).astype(np.float64)
+    attention = float(random.choice([0, 1, 3])) * tokens * (8 * hidden**2 + 2 * 4096 * hidden)
+    costs = layer_costs(read_machine(str(random.choice(["h200", "a100"]))), hidden, expert_hidden, attention)
+    budget = Budget(min(hidden_copies(costs, topology.nodes), experts), min(int(random.choice([1, 2, 4, 8, 32])), experts))
+    setting = Setting(topology, top_k, budget, bool(random.random() < 0.3), costs, has_two_levels(topology))
+    return loads_E, random.permutation(np.arange(experts) * devices // experts), setting
+
+
+def test_other_policies_are_hardly_ever_ahead_whatever_the_model_the_cluster_and_the_loads() -> None:
+    """A plan has no time to look at all that they would do."""
+    behind = []
+    for seed in range(150):
+        loads_E, owner_E, setting = drawn(np.random.default_rng(seed))
+        times = {name: layer_time(plan(loads_E, owner_E, setting), loads_E, setting).total_s for name, plan in POLICIES.items()}
+        behind.append(times.pop("cost") / min(times.values()))
+    assert sum(one > 1.01 for one in behind) <= 0.04 * len(behind), sorted(behind)[-9:]
+    assert np.exp(np.log(behind).mean()) < 0.99
+
+
+@given(topologies(), st.integers(1, 16), st.integers(1, 8), st.integers(0, 9999))
+def test_choices_have_room_and_what_is_expected_of_them_is_near(
+    topology: Topology, experts: int, memory: int, seed: int
+) -> None:
+    """Of copies that go everywhere nothing is left to chance: there the expected time is the predicted one."""
+    loads_E, owner_E = loads(seed, experts) + 1.0, owners(seed, topology, experts)
+    setting = settings(seed, topology, memory)
+    extra_CE = numbers_of_copies(loads_E, setting)
+    assert (extra_CE >= 0).all() and (extra_CE < topology.devices).all()
+    assert (extra_CE.sum(axis=1) > 0).all() and (extra_CE.sum(axis=1) <= topology.devices * memory).all()
+    if topology.devices > 1:
+        everywhere_E = np.full(experts, topology.devices - 1)
+        placement = Placement(owner_E, np.ones((experts, topology.devices), dtype=np.bool_))
+        costs = replace(setting.costs, sum_s=0.0, expert_bytes=0.0, sum_bytes=0.0, attention_s=1e9)
+        free = replace(setting, costs=costs)
+        expected = expected_times(everywhere_E[None], loads_E, owner_E, free, None)
+        assert expected == pytest.approx(layer_time(Plan(placement), loads_E, free).total_s)
 
 
 def test_tokens_are_few_and_weights_are_slow() -> None:
