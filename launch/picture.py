@@ -34,6 +34,7 @@ COLOURS = {  # by the word that a task's name begins with
     "collect": "#a3b18a",
     "relay": "#7a8b99",
     "sum": "#9c8f7a",
+    "start": "#b39c9c",
 }
 OTHER = "#b0b7bd"
 INK, SOFT, GRID, IDLE = "#22262b", "#667078", "#dfe2e4", "#f1f3f4"

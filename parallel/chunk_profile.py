@@ -173,7 +173,7 @@ def _chunk_seconds(arena: ExpertArena, tokens: int, top_k: int, costs: Execution
     if degree == 1:
         return 0.0
     parts = LayerParts(arena, tokens, top_k)
-    runs = [parts.in_chunks(Degrees(chunks, chunks)) for chunks in (1, degree)]
+    runs = [partial(parts.in_chunks, Degrees(chunks, chunks)) for chunks in (1, degree)]
     turns = [[timed(run, arena.world) for run in runs] for _ in range(repeats + 1)][1:]
     amounts = [parts.bytes[0], parts.entries, parts.bytes[-1] if len(parts.bytes) > 1 else 0]
     most = torch.tensor([*map(median, zip(*turns, strict=True)), *amounts], dtype=torch.float64, device=arena.world.device)
@@ -232,10 +232,10 @@ class LayerParts:
         """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
         self._passes(Chunked(self._sent, self._experts, _ready, _gradients, mark, in_sequence=True))
 
-    def in_chunks(self, degrees: Degrees) -> Callable[[], None]:
-        """The same, overlapping, as often as it is called."""
-        run = Chunked(self._exchange(degrees), self._experts, _ready, _gradients, unmarked)
-        return partial(self._passes, run)
+    def in_chunks(self, degrees: Degrees) -> None:
+        """The same, overlapping, with what tells each rank what will come: on a GPU the host waits for it, and has to start
+        every chunk behind it; and there is more of it with more chunks."""
+        self._passes(Chunked(self._exchange(degrees), self._experts, _ready, _gradients, unmarked))
 
     @torch.enable_grad()
     def _passes(self, run: Chunked) -> None:

@@ -34,9 +34,9 @@ from parallel.peer_exchange import PeerTokens
 from parallel.placement import Floats, without_copies
 from parallel.schedule.cost import Fit, Line
 from parallel.schedule.execution import LayerPlan, LayerWork, backward_tasks, degrees_of, layer_work, plan_layer
-from parallel.schedule.generalised import Around, slices_of, slots_of
+from parallel.schedule.generalised import Around, around_copies, slices_of, slots_of
 from parallel.schedule.gradients import Slot
-from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Copies, Degrees
+from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Degrees
 from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.stopwatch import Mark, Marks
@@ -156,10 +156,7 @@ class Scheduling:
         if copying is None:
             return Around(attention_s)
         times = copy_times(plan.placement, self._arena.world.topology, copying)
-        copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
-        if self._arena.rematerialise:  # those of the layer before are as many, more or less
-            back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
-        return Around(attention_s, copies, back)
+        return around_copies(times, attention_s, rematerialise=self._arena.rematerialise)
 
     def _work(self, plan: Plan, loads_E: Floats) -> LayerWork:
         row_bytes = self._arena.shape.hidden * self._arena.dtype.itemsize

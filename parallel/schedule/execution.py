@@ -13,7 +13,8 @@ Source: FSMoE, arXiv 2501.10714, section 4.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
@@ -166,6 +167,11 @@ def _nearly_fastest(timelines: list[Timeline], present: int) -> int:
     if present <= len(timelines) and timelines[present - 1].seconds <= enough_s:
         return present
     return next(degree for degree, one in enumerate(timelines, start=1) if one.seconds <= enough_s)
+
+
+def in_sequence(tasks: Sequence[Task]) -> list[Task]:
+    """Nothing overlaps: each task waits for the one before."""
+    return [replace(task, after=(place - 1,) if place else ()) for place, task in enumerate(tasks)]
 
 
 def in_sequence_s(costs: ExecutionCosts, work: LayerWork) -> float:

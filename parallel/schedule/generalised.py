@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from parallel.layer_cost import CopyTimes
 from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
 from parallel.schedule.gradients import Partition, Slot, partition
 from parallel.schedule.pipeline import ACROSS, ATTENTION, COMPUTE, COPIES, GRADIENTS, WITHIN, Copies, Pipelined
@@ -34,6 +35,15 @@ class Around:
 
 
 ALONE = Around()
+
+
+def around_copies(times: CopyTimes, attention_s: float, *, rematerialise: bool) -> Around:
+    """`rematerialise`: copies are fetched again for the backward pass, those of the layer before under the attention of this
+    one; as many, more or less."""
+    copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
+    if rematerialise:
+        back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
+    return Around(attention_s, copies, back)
 
 
 def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
