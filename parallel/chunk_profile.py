@@ -93,8 +93,9 @@ def _told(one: Fit, amount: float) -> str:
     return f"{1e3 * one.line.alpha_s:.3g} ms + {1e3 * amount * one.line.beta_s:.3g} ms"
 
 
-def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Profile:
-    """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s."""
+def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, *, among: int = 1) -> Profile:
+    """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s, of which it has one part
+    `among` so many ways of tokens."""
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
@@ -102,7 +103,7 @@ def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Prof
     slowest = torch.tensor(once, dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up.
-    repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(slowest.item(), 1e-6)))))
+    repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * among * max(slowest.item(), 1e-6)))))
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
     profile = _fitted([_slowest(one, arena.world.device) for one in found], tokens)
     profile = replace(profile, chunk_s=_chunk_seconds(arena, sizes[-1], top_k, profile.costs, repeats))

@@ -85,7 +85,7 @@ class ExpertArena:
         `kind`: as transport.transport_kind finds it.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self.peer_memory, self.two_level = kind == "peer_memory", kind == "two_level"
+        self._kind = kind
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind)
         self._add_gradients = add_gradients
@@ -93,6 +93,19 @@ class ExpertArena:
         self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
         self._moved_bytes = 0.0
+
+    def travel(self, kind: TransportKind) -> None:
+        """From here on tokens travel so: as messages, in one way or the other. Collective."""
+        self.transport.travel(kind)
+        self._kind = kind
+
+    @property
+    def peer_memory(self) -> bool:
+        return self._kind == "peer_memory"
+
+    @property
+    def two_level(self) -> bool:
+        return self._kind == "two_level"
 
     @property
     def rows(self) -> Parts:

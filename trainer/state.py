@@ -25,7 +25,7 @@ from parallel.schedule.pipeline import OFF, Degrees
 from parallel.schedule.slices import PLACES_OF_LAYER
 from parallel.scheduling import Scheduling
 from parallel.topology import World
-from parallel.transport import TransportKind, transport_kind
+from parallel.transport import TransportKind, alternatives, transport_kind
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.config.model import ModelConfig, NoisyTopKRouter
@@ -82,7 +82,8 @@ class TrainerState:
         slices = spec.parallel.schedule != "off" and world.size > 1
         places = PLACES_OF_LAYER * config.num_moe_layers if slices else 0
         self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen(), places)
-        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, self.dense.slices)
+        kinds = alternatives(spec.parallel.transport, kind)
+        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, kinds, self.dense.slices)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         decay = spec.value_decay
         self.value_head = None if decay is None else ValueHead(config.hidden_size, config.num_layers, world, decay)
