@@ -60,6 +60,8 @@ ROUTERS: list[dict[str, Any]] = [
     {"kind": "noisy_top_k"},
     {"kind": "cosine", "size": 6, "temperature": 0.3},
     {"kind": "expert_choice", "most_experts": 5},
+    {"kind": "group_limited", "groups": 4, "top_groups": 2},
+    {"kind": "top_k"},
 ]
 
 
