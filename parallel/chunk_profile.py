@@ -214,8 +214,7 @@ class LayerParts:
         self._sent = self.announce()
         self._way = way = self._sent.forward
         self.entries = self._sent.order.entry_N.shape[0]
-        row_bytes = shape.hidden * arena.dtype.itemsize
-        self.bytes = [row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
+        self.bytes = [arena.row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
         gate_up_SCD, down_SDF = arena.rows
         self._experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
         self._setting_out = [self._x_TD]  # on each leg

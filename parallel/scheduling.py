@@ -185,9 +185,9 @@ class Scheduling:
 
     def _work(self, plan: Plan, loads_E: Floats, kind: TransportKind | None = None) -> LayerWork:
         """`kind`: by which tokens travel; None: as now."""
-        row_bytes = self._arena.shape.hidden * self._arena.dtype.itemsize
         two_level = self._arena.two_level if kind is None else kind == "two_level"
-        return layer_work(plan, loads_E, self._arena.world.topology, self._top_k, row_bytes, levels=1 + two_level)
+        topology, row_bytes = self._arena.world.topology, self._arena.row_bytes
+        return layer_work(plan, loads_E, topology, self._top_k, row_bytes, levels=1 + two_level)
 
     def _planned(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
@@ -239,8 +239,14 @@ class Scheduling:
         """What the measured times belong to."""
         world, shape = self._arena.world, self._arena.shape
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        sizes = {"experts": shape.experts, "hidden": shape.hidden, "expert_hidden": shape.expert_hidden, "top_k": self._top_k}
+        sizes: dict[str, float] = {
+            "experts": shape.experts,
+            "hidden": shape.hidden,
+            "expert_hidden": shape.expert_hidden,
+            "top_k": self._top_k,
+        }
         nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node, "kinds": list(self._kinds)}
+        sizes["row_bytes"] = self._arena.row_bytes
         sizes["dense"] = 0 if self._slices is None else self._slices.total
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.errors import UserError
+from parallel.hooks import Hooks
 from parallel.peer_exchange import PeerTokens
 from parallel.peer_experts import PeerExperts
 from parallel.peer_memory import PeerMemory, within_reach
@@ -117,11 +118,13 @@ def alternatives(wanted: Literal["auto"] | TransportKind, kind: TransportKind) -
     return ("messages", "two_level") if wanted == "auto" and kind == "two_level" else (kind,)
 
 
-def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind) -> Transport:
-    """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide."""
+def transport(
+    world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind, hooks: Hooks
+) -> Transport:
+    """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide. `hooks`: of messages."""
     if kind == "peer_memory":
         return PeerTransport(world, hidden, rows, shapes, dtype)
-    return MessageTransport(world, rows, shapes, dtype, kind)
+    return MessageTransport(world, rows, shapes, dtype, kind, hooks)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class MessageMovement:
 class MessageTransport:
     """Over process groups."""
 
-    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind) -> None:
-        self._world = world
+    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind, hooks: Hooks) -> None:
+        self._world, self._hooks = world, hooks
         self._shapes, self._dtype = shapes, dtype
         self._rows = self._room(rows)
         self._made: dict[TransportKind, Levels] = {}
@@ -178,7 +181,8 @@ class MessageTransport:
 
     def travel(self, kind: TransportKind) -> None:
         if kind not in self._made:
-            self._made[kind] = two_levels(self._world) if kind == "two_level" else one_level(self._world)
+            levels_of = two_levels if kind == "two_level" else one_level
+            self._made[kind] = levels_of(self._world, self._hooks)
         self._levels = self._made[kind]
 
     @property

@@ -58,7 +58,7 @@ class LayerWork:
         return any(abs(one - two) > share * two for one, two in pairs)
 
 
-def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: int, *, levels: int = 1) -> LayerWork:
+def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: float, *, levels: int = 1) -> LayerWork:
     """Of a layer under a plan and the entries of each expert on all ranks. `row_bytes`: of one token's row."""
     found = flows(plan, topology, loads_E)
     entries = float(found.entries_D.max())

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kernels.router import Routing
 from parallel import chunk_profile, scheduling
 from parallel.chunk_profile import Profile
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan
+from parallel.hooks import NONE, Change, Hooks
 from parallel.moe_layer import ShardedExperts
 from parallel.placement import even_owners, without_copies
 from parallel.schedule.cost import Line
@@ -29,9 +31,9 @@ SHAPE = ExpertShape(layers=2, experts=4, hidden=8, expert_hidden=8)
 TOKENS, K = 32, 2
 
 
-def arena_of(world: World, kind: TransportKind) -> ExpertArena:
+def arena_of(world: World, kind: TransportKind, hooks: Hooks = NONE) -> ExpertArena:
     owned = SHAPE.layers * SHAPE.experts // world.size
-    arena = ExpertArena(SHAPE, owned, 0, world, torch.float32, lambda row, gradients: None, kind)
+    arena = ExpertArena(SHAPE, owned, 0, world, torch.float32, lambda row, gradients: None, kind, hooks)
     for part in arena.rows:
         part.fill_(0.1)
     arena.place(plans(world), rematerialise=False)
@@ -92,6 +94,36 @@ def choose(arena: ExpertArena, folder: Path, slow: TransportKind) -> tuple[bool,
     return *found, kept["transports"]
 
 
+def hooked(world: World) -> list[str]:
+    """What a layer calls of its hooks, in order; they are where they should be, and autograd goes through the outer two."""
+    called: list[str] = []
+
+    def noting(name: str, factor: float) -> Change:
+        def change(rows: Tensor) -> Tensor:
+            called.append(name)
+            return rows * factor
+
+        return change
+
+    factors = {
+        "before_start": 2.0, "before_dispatch": 0.25, "after_dispatch": 4.0, "before_combine": 8.0, "after_combine": 0.125,
+        "after_end": 3.0,
+    }  # fmt: skip
+    hooks = Hooks(**{name: noting(name, factor) for name, factor in factors.items()})
+    routing = Routing(torch.arange(TOKENS)[:, None] % SHAPE.experts, torch.ones(TOKENS, 1), torch.full((SHAPE.experts,), 8))
+    results = []
+    for scale, arena in ((2.0, arena_of(world, "messages")), (1.0, arena_of(world, "messages", hooks))):
+        x_TD = (scale * torch.linspace(-1, 1, TOKENS * SHAPE.hidden)).view(TOKENS, SHAPE.hidden).requires_grad_()
+        with arena.backward_pass():
+            y_TD = ShardedExperts(0, arena)(x_TD, routing)
+            y_TD.backward(torch.ones_like(y_TD))
+        results.append((y_TD, x_TD.grad))
+    (y_TD, d_x_TD), (hooked_TD, d_hooked_TD) = results
+    torch.testing.assert_close(hooked_TD, 3 * y_TD)
+    torch.testing.assert_close(d_hooked_TD, 6 * d_x_TD)
+    return called
+
+
 def train(world: World, folder: str) -> dict[str, Any]:
     chunk_profile.BUDGET_S = 0.1
     world = replace(world, ranks_per_node=2)
@@ -127,6 +159,7 @@ def train(world: World, folder: str) -> dict[str, Any]:
     chosen = [choose(over_two, Path(folder), slow) for slow in BOTH]
     update(levels, over_two, hot=False)
     return {
+        "hooked": hooked(world),
         "chosen": chosen,
         "degrees": schedule.degrees_L,
         "profile": schedule._profile,
@@ -151,6 +184,8 @@ def test_all_ranks_plan_alike_and_plan_again_when_loads_change(tmp_path: Path) -
     assert late and late_again and not soon and not soon_again, "tokens travel by what is expected to take less"
     assert all([kind for *kind, _ in found["chosen"]] == [kind for *kind, _ in one["chosen"]] for found in (*others, other))
     assert expected["messages"] > expected["two_level"] + 1 and expected_other["two_level"] > expected_other["messages"] + 1
+    ways = ["before_dispatch", "after_dispatch", "before_combine", "after_combine"]
+    assert one["hooked"] == ["before_start", *ways, "after_end", *ways], "forward, then backward"
     assert not one["even"] and one["hot"], "even loads are what was planned for, hot ones are not"
     assert one["in_place"] == [WHOLE] * SHAPE.layers and one["fixed"] == [Degrees(3, 3)] * SHAPE.layers
     degrees = one["degrees"]
