@@ -214,7 +214,8 @@ class Scheduling:
         slots: list[Slot] = []
         for work, around in zip(reversed(works), reversed(arounds), strict=True):
             ready = int(ready_P[len(slots)]), int(ready_P[len(slots) + 1])
-            slots += slots_of(partial(backward_tasks, costs, work), degrees_of(tokens), around, ready)
+            backward_of = partial(backward_tasks, costs, work)
+            slots += slots_of(backward_of, degrees_of(tokens), around, ready, costs.beside_s)
         last = (self._slices.total - self._slices.complete_P[-1]) * itemsize
         return slices_of(slots, last, self._reduce.line).taken_S
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
+import numpy as np
+
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology
@@ -42,6 +44,15 @@ class ExecutionCosts:
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
     chunk_s: float = 0.0  # of each chunk of a pass behind the first, beside its parts: until the host has started them
+    # (chunks, seconds by which both passes took longer in so many than all this says; 0 chunks: with nothing overlapping)
+    beside: tuple[tuple[int, float], ...] = ()
+
+    def beside_s(self, degree: int) -> float:
+        """Of a pass in so many chunks; between those that were measured on a line, and behind the last as much as there."""
+        if not self.beside:
+            return 0.0
+        degrees, seconds = zip(*self.beside, strict=True)
+        return float(np.interp(degree, degrees, seconds)) / 2
 
 
 @dataclass(frozen=True)
@@ -132,16 +143,17 @@ class _Program:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Timelines of the two passes, without what tells each rank what will come, and those of the layer in one chunk."""
+    """Timelines of the two passes, without what tells each rank what will come, and seconds of the layer in one chunk."""
 
     degrees: Degrees
     forward: Timeline
     backward: Timeline
+    beside_s: float  # that it takes longer than they do
     whole_s: float
 
     @property
     def seconds(self) -> float:
-        return self.forward.seconds + self.backward.seconds
+        return self.forward.seconds + self.backward.seconds + self.beside_s
 
 
 def plan_layer(
@@ -152,9 +164,13 @@ def plan_layer(
     degrees = degrees_of(tokens)
     ahead = [simulate(forward_around(forward_tasks(costs, work, degree), around)) for degree in degrees]
     back = [simulate(backward_around(backward_tasks(costs, work, degree), around)) for degree in degrees]
-    forward, backward = _nearly_fastest(ahead, present.forward), _nearly_fastest(back, present.backward)
-    whole_s = ahead[0].seconds + back[0].seconds
-    return LayerPlan(Degrees(forward, backward), ahead[forward - 1], back[backward - 1], whole_s)
+    beside = [costs.beside_s(degree) for degree in degrees]
+    ahead_s, back_s = ([one.seconds + more for one, more in zip(way, beside, strict=True)] for way in (ahead, back))
+    forward, backward = _nearly_fastest(ahead_s, present.forward), _nearly_fastest(back_s, present.backward)
+    beside_s = beside[forward - 1] + beside[backward - 1]
+    return LayerPlan(
+        Degrees(forward, backward), ahead[forward - 1], back[backward - 1], beside_s, whole_s=ahead_s[0] + back_s[0]
+    )
 
 
 def degrees_of(tokens: int) -> range:
@@ -162,11 +178,11 @@ def degrees_of(tokens: int) -> range:
     return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 
-def _nearly_fastest(timelines: list[Timeline], present: int) -> int:
-    enough_s = (1 + NEARLY) * min(one.seconds for one in timelines)
-    if present <= len(timelines) and timelines[present - 1].seconds <= enough_s:
+def _nearly_fastest(seconds: list[float], present: int) -> int:
+    enough_s = min(seconds) + NEARLY * abs(min(seconds))
+    if present <= len(seconds) and seconds[present - 1] <= enough_s:
         return present
-    return next(degree for degree, one in enumerate(timelines, start=1) if one.seconds <= enough_s)
+    return next(degree for degree, one in enumerate(seconds, start=1) if one <= enough_s)
 
 
 def in_sequence(tasks: Sequence[Task]) -> list[Task]:
@@ -177,6 +193,15 @@ def in_sequence(tasks: Sequence[Task]) -> list[Task]:
 def in_sequence_s(costs: ExecutionCosts, work: LayerWork) -> float:
     """Of both passes of a whole layer in which nothing overlaps."""
     return sum(task.seconds for tasks_of in (forward_tasks, backward_tasks) for task in tasks_of(costs, work, 1))
+
+
+def layer_seconds(costs: ExecutionCosts, work: LayerWork, degrees: Degrees) -> float:
+    """Of both passes of a layer alone, with what tells each rank what will come."""
+    if degrees.in_sequence:
+        return costs.announce_s + in_sequence_s(costs, work) + 2 * costs.beside_s(0)
+    ahead_s = simulate(forward_tasks(costs, work, degrees.forward)).seconds + costs.beside_s(degrees.forward)
+    back_s = simulate(backward_tasks(costs, work, degrees.backward)).seconds + costs.beside_s(degrees.backward)
+    return costs.announce_s + ahead_s + back_s
 
 
 def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:
