@@ -2,8 +2,8 @@
 the start, planned from loads and copies, planned again when they have changed.
 
 Every rank plans with the same pure functions from the same numbers, so no plan travels. Planning is done beside the training,
-and its result is taken before the next update. Degrees and slices change no number, so a run does not depend on what was
-measured.
+and its result is taken before the first update that finds it done on all ranks. Degrees and slices change no number, so a run
+does not depend on what was measured; but where that decides by which way tokens travel, sums have the order of that way.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Scheduling:
 
     def prepare(self, tokens: int, attend: Attend) -> None:
         """Before an update with micro-batches of so many tokens a rank. The first time measures, collectively; later ones take
-        what was planned beside the update before."""
+        what was planned beside the updates before, if it is done."""
         if not self._plans:
             return
         if self._profile is None:
@@ -108,11 +108,17 @@ class Scheduling:
             self._choose_transport(owners, even_E, tokens)
             works = [self._work(plan, even_E) for plan in owners]
             self._take(self._planned(works, [self._around(plan, None, tokens) for plan in owners], tokens))
-        elif self._planning is not None:
+        elif self._planning is not None and self._planned_everywhere(self._planning):
             done, self._planning = self._planning, None
             self._take(done.result())
         self._updates += 1
         self._watch(Marks(self._arena.world.device) if self._updates == WATCHED else None)
+
+    def _planned_everywhere(self, planning: Future[Planned]) -> bool:
+        """Ranks take a plan before the same update, and nobody waits for it. Collective."""
+        done = torch.tensor(int(planning.done()), device=self._arena.world.device)
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        return bool(done)
 
     def _choose_transport(self, owners: Sequence[Plan], loads_E: Floats, tokens: int) -> None:
         """Once, before the first update, by layers without copies whose loads are even. Collective."""
@@ -160,7 +166,7 @@ class Scheduling:
         works = [self._work(plan, loads_E) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
         arounds = [self._around(plan, copying, tokens) for plan in plans]
-        if self._drifted(works, arounds):
+        if self._planning is None and self._drifted(works, arounds):
             self._planning = self._beside.submit(self._planned, works, arounds, tokens)
         return found
 

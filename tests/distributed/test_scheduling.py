@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,20 @@ def hooked(world: World) -> list[str]:
     return called
 
 
+def not_done_on(rank: int, schedule: Scheduling) -> bool:
+    """Whether all ranks go on with the plan that they have while one still plans the next."""
+    done, before = schedule._planning, schedule.degrees_L
+    if done is None:
+        return False
+    done.result()
+    if dist.get_rank() == rank:
+        schedule._planning = Future()
+    schedule.prepare(TOKENS, attend)
+    kept = schedule._planning is not None and schedule.degrees_L == before
+    schedule._planning = done
+    return kept
+
+
 def train(world: World, folder: str) -> dict[str, Any]:
     chunk_profile.BUDGET_S = 0.1
     world = replace(world, ranks_per_node=2)
@@ -141,7 +156,9 @@ def train(world: World, folder: str) -> dict[str, Any]:
     planned_again = schedule._planning is not None
     update(schedule, arena, hot=True)
     waiting = schedule._planning is not None
+    late = not_done_on(world.size - 1, schedule)
     schedule.prepare(TOKENS, attend)
+    assert late == (schedule._planning is None), "its result is taken"
     again = Scheduling(arena, None, K, Path(folder), ["messages"])
     again.prepare(TOKENS, attend)
     other = Scheduling(arena, None, K, Path(folder), ["messages"])
