@@ -126,6 +126,8 @@ def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Predicti
         "cluster=ray",
         f"cluster.ranks={config.gpus}",
     ]
+    if cluster.unscheduled(best).total_s < best.step.total_s:
+        options.append("parallel.schedule=off")
     obstacle = cluster.obstacle()
     host = f", and {in_gib(best.memory.host)} of its host's memory" if best.memory.host else ""
     return [

@@ -42,7 +42,7 @@ from parallel.schedule.generalised import (
     slots_of,
 )
 from parallel.schedule.gradients import Partition, Slot, when_complete
-from parallel.schedule.pipeline import WHOLE, Degrees, best
+from parallel.schedule.pipeline import COMPUTE, WHOLE, Degrees, best
 from parallel.schedule.published import published
 from parallel.schedule.timeline import Task, Timeline, simulate
 from parallel.schedule.transports import Choice, Way, choose_transport
@@ -72,7 +72,7 @@ class Described:
     work: LayerWork
     around: Around
     tokens: int  # of a device
-    in_place: bool  # ranks read each other's memory: the layer is whole, and nothing of it overlaps
+    in_place: bool  # ranks read each other's memory: the layer is whole, and only slices and copies travel beside it
 
     def forward(self, degrees: Degrees, *, copies: bool = True) -> Timeline:
         around = self.around if copies else Around(self.around.attention_s)
@@ -85,7 +85,8 @@ class Described:
 
     def _tasks(self, tasks_of: Callable[..., list[Task]], degree: int, degrees: Degrees) -> list[Task]:
         tasks = tasks_of(self.costs, self.work, degree)
-        if self.in_place:  # results return when gradients of weights are there too
+        if self.in_place:  # the device itself reads, and results when gradients of weights are there too
+            tasks = [replace(task, resource=COMPUTE) for task in tasks]
             tasks.sort(key=lambda task: task.name.startswith(("combine", "collect")))
         return in_sequence(tasks) if self.in_place or degrees.in_sequence else tasks
 

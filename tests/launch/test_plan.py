@@ -52,7 +52,7 @@ def test_plain_expert_parallelism_with_even_loads_by_hand() -> None:
     dense, link_s = dense_bytes(model), 7 / 8 / 370e9  # of a byte, one way
     assert dense.total(48) == 2 * counts.dense
     slices_s = [2 * (7 * 10e-6 + size * link_s) for size in (dense.head, *[dense.layer] * 47, dense.layer + dense.below)]
-    hidden_s = 2 * expert_s + sums_s  # what a layer computes between its tokens' ways there and back
+    hidden_s = 2 * way_s + 2 * expert_s + sums_s  # the backward pass of a layer, whose tokens the device itself reads
     waited_s = sum(max(slice_s - hidden_s, 0.0) for slice_s in slices_s[:-1]) + slices_s[-1]
     assert step.gradients_s == pytest.approx(waited_s + 7 * 10e-6 + 2 * counts.dense * link_s)
     assert 0 < waited_s < sum(slices_s) / 2 and step.copies_s == step.offload_s == 0
