@@ -62,7 +62,7 @@ class Profile:
     relay: Fit
     announce_s: float
     chunk_s: float
-    beside: tuple[tuple[int, float], ...]  # of ExecutionCosts
+    times: tuple[tuple[int, float], ...]  # of ExecutionCosts
     tokens: int  # of a rank, at most
 
     @staticmethod
@@ -73,13 +73,13 @@ class Profile:
             return Fit(Line(**kept[part]["line"]), kept[part]["r_squared"])
 
         lines = {name: line(name) for name in LINES}
-        beside = tuple((degree, seconds) for degree, seconds in kept["beside"])
-        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], beside=beside, tokens=kept["tokens"])
+        times = tuple((degree, factor) for degree, factor in kept["times"])
+        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], times=times, tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
         lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
-        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s, beside=self.beside)
+        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s, times=self.times)
 
     def _fits(self) -> list[tuple[str, Fit]]:
         return [(name, getattr(self, name)) for name in LINES]
@@ -87,11 +87,8 @@ class Profile:
     def __str__(self) -> str:
         shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
         lines = [f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown]
-        beside = [
-            f"{1e3 * seconds:.3g} in {degree}" if degree else f"{1e3 * seconds:.3g} in sequence"
-            for degree, seconds in self.beside
-        ]
-        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"ms beside all this in so many chunks: {', '.join(beside)}"]
+        times = [f"{factor:.2f} {f'in {degree}' if degree else 'in sequence'}" for degree, factor in self.times]
+        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"times as long in so many chunks: {', '.join(times)}"]
         return "; ".join(lines)
 
 
@@ -171,7 +168,7 @@ def _fitted(found: Sequence[_Times], tokens: int) -> Profile:
         relay=line("inside_bytes", "relay") if two else UNUSED,
         announce_s=found[-1].announce,
         chunk_s=0.0,
-        beside=(),
+        times=(),
         tokens=tokens,
     )
 
@@ -192,9 +189,8 @@ def _with_chunks(profile: Profile, arena: ExpertArena, tokens: int, top_k: int, 
     if len(chunks) > 1:
         least = min((more[place] - more[1]) / count for place, count in enumerate(chunks, start=1) if count)
         profile = replace(profile, chunk_s=max(least, 0.0))
-    more = [taken - layer_seconds(profile.costs, work, way) for taken, way in zip(seconds, ways, strict=True)]
-    degrees = [0, *(way.forward for way in ways[1:])]
-    return replace(profile, beside=tuple(zip(degrees, more, strict=True)))
+    times = [taken / layer_seconds(profile.costs, work, way) for taken, way in zip(seconds, ways, strict=True)]
+    return replace(profile, times=tuple(zip([0, *(way.forward for way in ways[1:])], times, strict=True)))
 
 
 def _ready(direction: Direction) -> None:

@@ -221,7 +221,7 @@ class Scheduling:
         for work, around in zip(reversed(works), reversed(arounds), strict=True):
             ready = int(ready_P[len(slots)]), int(ready_P[len(slots) + 1])
             backward_of = partial(backward_tasks, costs, work)
-            slots += slots_of(backward_of, degrees_of(tokens), around, ready, costs.beside_s)
+            slots += slots_of(backward_of, degrees_of(tokens), around, ready, costs.factor)
         last = (self._slices.total - self._slices.complete_P[-1]) * itemsize
         return slices_of(slots, last, self._reduce.line).taken_S
 

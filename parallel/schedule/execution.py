@@ -44,15 +44,15 @@ class ExecutionCosts:
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
     chunk_s: float = 0.0  # of each chunk of a pass behind the first, beside its parts: until the host has started them
-    # (chunks, seconds by which both passes took longer in so many than all this says; 0 chunks: with nothing overlapping)
-    beside: tuple[tuple[int, float], ...] = ()
+    # (chunks, how many times as long both passes took in so many as all this says; 0 chunks: with nothing overlapping)
+    times: tuple[tuple[int, float], ...] = ()
 
-    def beside_s(self, degree: int) -> float:
-        """Of a pass in so many chunks; between those that were measured on a line, and behind the last as much as there."""
-        if not self.beside:
-            return 0.0
-        degrees, seconds = zip(*self.beside, strict=True)
-        return float(np.interp(degree, degrees, seconds)) / 2
+    def factor(self, degree: int) -> float:
+        """For a pass in so many chunks; between those that were measured on a line, and behind the last as there."""
+        if not self.times:
+            return 1.0
+        degrees, factors = zip(*self.times, strict=True)
+        return float(np.interp(degree, degrees, factors))
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,13 @@ class _Program:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Timelines of the two passes, without what tells each rank what will come, and seconds of the layer in one chunk."""
+    """Timelines of the two passes, without what tells each rank what will come; `whole_s` is of the layer in one chunk."""
 
     degrees: Degrees
     forward: Timeline
     backward: Timeline
-    beside_s: float  # that it takes longer than they do
+    seconds: float  # of both, as many times as long as layers took that were measured
     whole_s: float
-
-    @property
-    def seconds(self) -> float:
-        return self.forward.seconds + self.backward.seconds + self.beside_s
 
 
 def plan_layer(
@@ -162,15 +158,28 @@ def plan_layer(
     """The fewest chunks that are nearly the fastest, none of them empty: what more would gain is less than the times are sure
     of. Degrees at present that are nearly the fastest too stay. What lies `around` the layer is in its timelines."""
     degrees = degrees_of(tokens)
-    ahead = [simulate(forward_around(forward_tasks(costs, work, degree), around)) for degree in degrees]
-    back = [simulate(backward_around(backward_tasks(costs, work, degree), around)) for degree in degrees]
-    beside = [costs.beside_s(degree) for degree in degrees]
-    ahead_s, back_s = ([one.seconds + more for one, more in zip(way, beside, strict=True)] for way in (ahead, back))
-    forward, backward = _nearly_fastest(ahead_s, present.forward), _nearly_fastest(back_s, present.backward)
-    beside_s = beside[forward - 1] + beside[backward - 1]
+    ahead, back = ([tasks_of(costs, work, degree) for degree in degrees] for tasks_of in (forward_tasks, backward_tasks))
+    forward = [simulate(forward_around(tasks, around)) for tasks in ahead]
+    backward = [simulate(backward_around(tasks, around)) for tasks in back]
+    forward_s, backward_s = _as_measured(costs, ahead, forward), _as_measured(costs, back, backward)
+    one, other = _nearly_fastest(forward_s, present.forward), _nearly_fastest(backward_s, present.backward)
     return LayerPlan(
-        Degrees(forward, backward), ahead[forward - 1], back[backward - 1], beside_s, whole_s=ahead_s[0] + back_s[0]
+        Degrees(one, other),
+        forward[one - 1],
+        backward[other - 1],
+        seconds=forward_s[one - 1] + backward_s[other - 1],
+        whole_s=forward_s[0] + backward_s[0],
     )
+
+
+def _as_measured(costs: ExecutionCosts, layers: list[list[Task]], timelines: list[Timeline]) -> list[float]:
+    """Seconds of timelines, by their degrees from 1 on: the layers in them take as many times as long as was measured."""
+    if not costs.times:
+        return [one.seconds for one in timelines]
+    return [
+        timeline.seconds + (costs.factor(degree) - 1) * simulate(layer).seconds
+        for degree, (layer, timeline) in enumerate(zip(layers, timelines, strict=True), start=1)
+    ]
 
 
 def degrees_of(tokens: int) -> range:
@@ -179,7 +188,7 @@ def degrees_of(tokens: int) -> range:
 
 
 def _nearly_fastest(seconds: list[float], present: int) -> int:
-    enough_s = min(seconds) + NEARLY * abs(min(seconds))
+    enough_s = (1 + NEARLY) * min(seconds)
     if present <= len(seconds) and seconds[present - 1] <= enough_s:
         return present
     return next(degree for degree, one in enumerate(seconds, start=1) if one <= enough_s)
@@ -198,10 +207,10 @@ def in_sequence_s(costs: ExecutionCosts, work: LayerWork) -> float:
 def layer_seconds(costs: ExecutionCosts, work: LayerWork, degrees: Degrees) -> float:
     """Of both passes of a layer alone, with what tells each rank what will come."""
     if degrees.in_sequence:
-        return costs.announce_s + in_sequence_s(costs, work) + 2 * costs.beside_s(0)
-    ahead_s = simulate(forward_tasks(costs, work, degrees.forward)).seconds + costs.beside_s(degrees.forward)
-    back_s = simulate(backward_tasks(costs, work, degrees.backward)).seconds + costs.beside_s(degrees.backward)
-    return costs.announce_s + ahead_s + back_s
+        return costs.factor(0) * (costs.announce_s + in_sequence_s(costs, work))
+    ahead_s = costs.announce_s + simulate(forward_tasks(costs, work, degrees.forward)).seconds
+    back_s = simulate(backward_tasks(costs, work, degrees.backward)).seconds
+    return costs.factor(degrees.forward) * ahead_s + costs.factor(degrees.backward) * back_s
 
 
 def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:

@@ -111,8 +111,8 @@ def _with_slice(layer: Sequence[Task], link: str, seconds: float) -> list[Task]:
 # ---------------------------------------------------------------- how many bytes go where
 
 
-def _nothing(degree: int) -> float:
-    return 0.0
+def _as_tasks_say(degree: int) -> float:
+    return 1.0
 
 
 def slots_of(
@@ -120,26 +120,27 @@ def slots_of(
     degrees: Sequence[int],
     around: Around,
     ready: tuple[int, int],
-    beside_s: Callable[[int], float] = _nothing,
+    factor: Callable[[int], float] = _as_tasks_say,
 ) -> list[Slot]:
     """The two places of a layer: under itself, and under the dense layers before it.
 
     Args:
         backward_of: the layer's tasks, by its degree.
         ready: bytes that are complete at either place and were not at the place before.
-        beside_s: that the layer takes longer than its tasks say, by its degree.
+        factor: how many times as long as its tasks say the layer takes, by its degree.
     """
-    options = tuple(_pipelined(backward_of(degree), degree, beside_s(degree)) for degree in degrees)
+    options = tuple(_pipelined(backward_of(degree), degree, factor(degree)) for degree in degrees)
     back_s = around.back.across_s + around.back.within_s
     dense = Pipelined(1, back_s, max(BACKWARD_PRODUCTS * around.attention_s, back_s))
     return [Slot(options, ready[0]), Slot((dense,), ready[1])]
 
 
-def _pipelined(layer: list[Task], degree: int, beside_s: float) -> Pipelined:
+def _pipelined(layer: list[Task], degree: int, factor: float) -> Pipelined:
     """A slice costs nothing while it fits, and its own time where it binds; between the two the first of both is meant."""
     free_s = simulate(layer).seconds
     link_s = simulate(backward_around(layer, Around(layer_slice_s=free_s))).seconds - free_s
-    return Pipelined(degree, link_s + beside_s, free_s + beside_s)
+    more_s = (factor - 1) * free_s
+    return Pipelined(degree, link_s + more_s, free_s + more_s)
 
 
 def slices_of(slots: Sequence[Slot], last_bytes: int, reduce: Line) -> Partition:
