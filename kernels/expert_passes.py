@@ -9,8 +9,9 @@ Letters: P rows of a part, R of all, K top-k, N entries of all, D model, F exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,9 +78,12 @@ class ForwardPass:
             _, a_NF = rows.up(rows_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a))
             rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows)
             return
-        for places, gate_up_CD, down_DF in experts.in_turn(order):
+        here = list(experts.in_turn(order))
+        for places, gate_up_CD, _ in here:
             self.h[places] = product(rows_ND[places], gate_up_CD, self.h.dtype)
-            rows_ND[places] = product(swiglu(self.h[places]), down_DF, self.h.dtype)
+        activated = swiglu(_rows_at(self.h, here))  # of all experts at once: many small operations take longer
+        for (places, _, down_DF), a_NF in zip(here, _of_each(activated, here), strict=True):
+            rows_ND[places] = product(a_NF, down_DF, self.h.dtype)
 
 
 class BackwardPass:
@@ -114,15 +118,18 @@ class BackwardPass:
             return dots_PN
         weights_N = self._weights_RK.flatten()[order.entry_N.long()].unsqueeze(1)
         dots_N = weights_N.new_zeros(self._entries, dtype=torch.promote_types(self._dy.dtype, torch.float32))
-        for places, gate_up_CD, down_DF in experts.in_turn(order):
-            d_a = product(self._dy[places], down_DF.t(), torch.promote_types(self._dy.dtype, torch.float32))
-            with torch.enable_grad():
-                h = self._h[places].requires_grad_()
-                a = swiglu(h)
-                (d_h,) = torch.autograd.grad(a, h, (d_a * weights_N[places]).to(a.dtype))
-            self._d_h[places], self._weighted[places] = d_h, a.detach() * weights_N[places]
-            dots_N[places] = (d_a * a.detach()).sum(1)
-            self._d_x[places] = product(d_h, gate_up_CD.t(), d_h.dtype)
+        here = list(experts.in_turn(order))
+        d_a = torch.cat([product(self._dy[places], down_DF.t(), dots_N.dtype) for places, _, down_DF in here])
+        weights = _rows_at(weights_N, here)
+        with torch.enable_grad():
+            h = _rows_at(self._h, here).requires_grad_()
+            a = swiglu(h)
+            (d_h,) = torch.autograd.grad(a, h, (d_a * weights).to(a.dtype))
+        a = a.detach()
+        parts = (_of_each(rows, here) for rows in (d_h, a * weights, (d_a * a).sum(1)))
+        for (places, gate_up_CD, _), *found in zip(here, *parts, strict=True):
+            self._d_h[places], self._weighted[places], dots_N[places] = found
+            self._d_x[places] = product(found[0], gate_up_CD.t(), found[0].dtype)
         return dots_N.unsqueeze(0)
 
     def weights(self, x_RD: Tensor, place_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,6 +153,21 @@ class BackwardPass:
             torch.mm(self._d_h[places].t(), x_ND[places], out=d_gate_up_ECD[expert])
             torch.mm(self._dy[places].t(), self._weighted[places], out=d_down_EDF[expert])
         return d_gate_up_ECD, d_down_EDF
+
+
+Here = Sequence[tuple[slice, Tensor, Tensor]]  # of ArenaExperts.in_turn
+
+
+def _rows_at(matrix: Tensor, here: Here) -> Tensor:
+    """The rows of all experts, one after the other; without a copy where they are adjacent."""
+    places = [places for places, _, _ in here]
+    if all(one.stop == other.start for one, other in pairwise(places)):
+        return matrix[places[0].start : places[-1].stop]
+    return torch.cat([matrix[one] for one in places])
+
+
+def _of_each(rows: Tensor, here: Here) -> tuple[Tensor, ...]:
+    return rows.split([places.stop - places.start for places, _, _ in here])
 
 
 def _room(entries: int, width: int, like: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ COLOURS = {  # by the word that a task's name begins with
     "collect": "#a3b18a",
     "relay": "#7a8b99",
     "sum": "#9c8f7a",
+    "start": "#b39c9c",
 }
 OTHER = "#b0b7bd"
 INK, SOFT, GRID, IDLE = "#22262b", "#667078", "#dfe2e4", "#f1f3f4"
@@ -53,6 +54,7 @@ STYLE: Any = {
 WIDTH = 11.0  # inches
 LANE, AROUND = 0.34, 0.62  # inches of height of a lane, and around the lanes of a panel
 BAR = 0.72  # of a lane
+LEGEND_COLUMNS, LEGEND_LINE = 9, 0.22  # inches
 CHARACTER = 0.085  # inches that a character of a bar's label takes
 
 
@@ -67,7 +69,8 @@ def draw(panels: Sequence[Panel], heading: str, note: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         lanes = [_lanes(panel.timeline) for panel in panels]
         heights = [AROUND + LANE * len(one) for one in lanes]
-        foot, head = 0.85, 0.55
+        words = _words(panels)
+        foot, head = 0.85 + LEGEND_LINE * ((len(words) - 1) // LEGEND_COLUMNS), 0.55
         figure = Figure(figsize=(WIDTH, sum(heights) + foot + head))
         height = figure.get_figheight()
         longest_s = max(panel.timeline.seconds for panel in panels)
@@ -79,7 +82,7 @@ def draw(panels: Sequence[Panel], heading: str, note: str) -> Figure:
             top -= tall
         figure.text(0.12, 1 - 0.30 / height, heading, fontsize=12.5, weight="bold", va="center")
         figure.text(0.12, 0.16 / height, note, fontsize=8.5, color=SOFT, va="bottom")
-        _legend(figure, panels, 0.36 / height)
+        _legend(figure, words, 0.36 / height)
         return figure
 
 
@@ -170,15 +173,19 @@ def _label(span: Span, inches: float) -> str:
     return next((text for text in (span.task.name, number or word) if len(text) * CHARACTER < inches), "")
 
 
-def _legend(figure: Figure, panels: Sequence[Panel], bottom: float) -> None:
+def _words(panels: Sequence[Panel]) -> list[str]:
+    """That stand in the legend."""
     words = {span.task.name.split()[0] for panel in panels for span in panel.timeline.spans}
-    shown = [word for word in COLOURS if word in words] + sorted(words - COLOURS.keys())
-    patches = [Patch(color=COLOURS.get(word, OTHER), label=word) for word in shown]
+    return [word for word in COLOURS if word in words] + sorted(words - COLOURS.keys())
+
+
+def _legend(figure: Figure, words: Sequence[str], bottom: float) -> None:
+    patches = [Patch(color=COLOURS.get(word, OTHER), label=word) for word in words]
     figure.legend(
         handles=patches,
         loc="lower left",
         bbox_to_anchor=(0.115, bottom),
-        ncols=len(patches),
+        ncols=min(len(patches), LEGEND_COLUMNS),
         frameon=False,
         handlelength=1.0,
         handleheight=1.0,

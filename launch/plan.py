@@ -20,10 +20,11 @@ from kernels.errors import UserError
 from launch.cli import main
 from launch.machines import profiled
 from launch.picture import Panel, draw, save
-from launch.prediction import LEFT_OUT, LIBRARIES_GIB, SKEWED, Cluster, Pipeline, Prediction, best_of_each, chosen, pipeline
+from launch.prediction import LEFT_OUT, LIBRARIES_GIB, SKEWED, Cluster, Prediction, best_of_each, chosen
 from trainer.config.plan import LinkConfig, PlanConfig
 from trainer.estimate import GIB, in_gib, millions
 
+MILLISECONDS_BELOW_S = 0.1  # steps so short are told in them
 TABLE_WIDTH = 200  # columns where the output is no terminal
 PARTS = ("products", "tokens", "copies", "gradients", "offload", "optimizer")  # of launch.prediction.StepTime
 
@@ -45,13 +46,12 @@ def plan(config: PlanConfig) -> Prediction | None:
     best = chosen(predictions)
     console.print(_table(predictions, best))
     shown = best or min(predictions, key=lambda one: one.memory.total)
-    chunks = pipeline(cluster, shown)
-    for line in [*_verdict(cluster, predictions, best, chunks), f"predicted, not measured. Left out: {LEFT_OUT}"]:
+    for line in [*_verdict(cluster, predictions, best), f"predicted, not measured. Left out: {LEFT_OUT}"]:
         say(line)
     if config.picture is not None:
         heading = f"One MoE layer with its attention, {shown.layout.name} on {config.gpus:,} GPUs"
         note = "predicted for the busiest rank of one micro-batch; a training run plans its own chunks from what it measures"
-        save(draw([Panel(*panel) for panel in chunks.panels], heading, note), config.picture)
+        save(draw([Panel(*panel) for panel in cluster.timelines(shown)], heading, note), config.picture)
         say(f"one layer's timeline is in {config.picture}")
     return best
 
@@ -78,9 +78,11 @@ def _link(link: LinkConfig) -> str:
 
 
 def _table(predictions: Sequence[Prediction], best: Prediction | None) -> Table:
+    unit, scale = _unit(predictions)
     shown = Table(
-        title="each layout with the rows, recomputation and ZeRO stage that make it fastest: seconds of a step and its parts",
-        caption=f"waiting: for communication. useful: the model's products, spread evenly. {SKEWED}: a step with such loads",
+        title=f"each layout with the rows, recomputation and ZeRO stage that make it fastest: {unit} of a step and its parts",
+        caption="tokens, copies, gradients, offload: waited for, beyond what hides them; waiting: all of these. useful: the "
+        f"model's products, spread evenly. {SKEWED}: a step with such loads",
     )
     shown.add_column("layout", no_wrap=True)
     parts = [part for part in PARTS if any(_seconds(one, part) > 0 for one in predictions)]
@@ -96,11 +98,11 @@ def _table(predictions: Sequence[Prediction], best: Prediction | None) -> Table:
             str(layout.parallel.zero_stage),
             f"{one.memory.total / GIB:.1f}" if one.fits else f"{one.memory.total / GIB:.1f} > {one.room_gib:.1f}",
             f"{one.tokens_per_s:,.0f}",
-            f"{step.total_s:.3f}",
-            *(f"{_seconds(one, part):.3f}" for part in parts),
+            f"{scale * step.total_s:.3f}",
+            *(f"{scale * _seconds(one, part):.3f}" for part in parts),
             f"{step.exposed_s / step.total_s:.0%}",
             f"{one.ideal_s / step.total_s:.0%}",
-            f"{one.skewed.total_s:.3f}",
+            f"{scale * one.skewed.total_s:.3f}",
         )
     return shown
 
@@ -109,7 +111,7 @@ def _seconds(prediction: Prediction, part: str) -> float:
     return float(getattr(prediction.step, f"{part}_s"))
 
 
-def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Prediction | None, chunks: Pipeline) -> list[str]:
+def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Prediction | None) -> list[str]:
     config = cluster.config
     if best is None:
         least = min(predictions, key=lambda one: one.memory.total)
@@ -124,14 +126,17 @@ def _verdict(cluster: Cluster, predictions: Sequence[Prediction], best: Predicti
         "cluster=ray",
         f"cluster.ranks={config.gpus}",
     ]
+    if cluster.unscheduled(best).total_s < best.step.total_s:
+        options.append("parallel.schedule=off")
     obstacle = cluster.obstacle()
     host = f", and {in_gib(best.memory.host)} of its host's memory" if best.memory.host else ""
     return [
         f"choice   {' '.join(options)}",
         f"why      {_why(best, predictions)}; {in_gib(best.memory.total)} of {best.room_gib:.1f} GiB a GPU{host}",
-        *(f"         {_against(other, best)}" for other in predictions if other is not best),
+        *(f"         {_against(other, best, *_unit(predictions))}" for other in predictions if other is not best),
         *([f"but      Tessera cannot run it as it stands: {obstacle}"] if obstacle else []),
-        f"chunks   {_pipelined(chunks)}",
+        f"tokens   {_transport(cluster, best)}",
+        f"schedule {_schedule(cluster, best)}",
     ]
 
 
@@ -142,23 +147,46 @@ def _why(best: Prediction, predictions: Sequence[Prediction]) -> str:
     return f"as good as the fastest that fits ({fastest.layout.name}), and faster where loads are skewed"
 
 
-def _against(other: Prediction, best: Prediction) -> str:
+def _against(other: Prediction, best: Prediction, unit: str, scale: float) -> str:
     """What the other layout loses most time with."""
     gaps = {part: _seconds(other, part) - _seconds(best, part) for part in PARTS}
     most = max(gaps, key=lambda part: gaps[part])
-    gap = f", {gaps[most]:.3f} s more for {most}" if gaps[most] > 0 else ""
+    gap = f", {scale * gaps[most]:.3f} {unit} more for {most}" if gaps[most] > 0 else ""
     room = "" if other.fits else f"; does not fit, {in_gib(other.memory.total)} a GPU"
     skewed = f"; {other.skewed.total_s / best.skewed.total_s:.2f} times with {SKEWED} loads"
     return f"{other.layout.name} takes {other.step.total_s / best.step.total_s:.2f} times as long{gap}{skewed}{room}"
 
 
-def _pipelined(chunks: Pipeline) -> str:
-    if chunks.saved_s <= 0:
-        return "would gain nothing: no exchange of tokens is long enough"
+def _transport(cluster: Cluster, best: Prediction) -> str:
+    if cluster.in_place:
+        return "read in the memory of other ranks: a layer is whole, and its tokens hide under nothing"
+    choice = cluster.transport(best.layout.micro_rows)
+    if len(choice.seconds) == 1:
+        return f"travel as {choice.kind}: nodes have one GPU each"
+    return f"travel by transport={choice.kind}, as auto would choose by such times: without copies a layer takes {choice}"
+
+
+def _schedule(cluster: Cluster, best: Prediction) -> str:
+    """In how many chunks, and what would be without."""
+    degrees, slices, layers = best.layer.degrees, best.slices, cluster.model.num_moe_layers
+    under = 1 - slices.exposed_bytes / cluster.dense.total(layers)
+    off = cluster.unscheduled(best)
+    unit, scale = _unit([best])
     return (
-        f"{chunks.forward_degree} forward and {chunks.backward_degree} backward would take {chunks.saved_s:.3f} s "
-        "off a step, tokens travelling under products; a run whose tokens travel as messages plans its own (parallel.schedule)"
+        f"{_chunks(degrees.forward)} forward and {_chunks(degrees.backward)} backward; {under:.0%} of the dense gradients "
+        "travel under the backward pass. With parallel.schedule=off a step takes "
+        f"{off.total_s / best.step.total_s:.2f} times as long, {scale * off.exposed_s:.3f} {unit} of it waiting "
+        f"instead of {scale * best.step.exposed_s:.3f} {unit}"
     )
+
+
+def _chunks(degree: int) -> str:
+    return "whole" if degree == 1 else f"in {degree} chunks"
+
+
+def _unit(predictions: Sequence[Prediction]) -> tuple[str, float]:
+    """What steps are told in, and how many of it are a second."""
+    return ("ms", 1e3) if max(one.step.total_s for one in predictions) < MILLISECONDS_BELOW_S else ("s", 1.0)
 
 
 if __name__ == "__main__":

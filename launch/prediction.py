@@ -1,39 +1,49 @@
 """What a pretraining would take on a cluster: step time, communication that is waited for, and memory, for each layout that
 Tessera can run. Predicted from what a machine reaches; nothing is started.
 
-The model of time is that of the placement policies (parallel/layer_cost.py) for the MoE layers, in which nothing but copies of
-experts hides, as it is today; products at one rate; ZeRO's all-reduce behind the backward pass, as DeepSpeed runs it here; and
-optimizers as fast as memory. LEFT_OUT says what is missing.
+MoE layers and the dense gradients under their backward pass are planned and simulated as a run's are (predicted_layer.py):
+chunks, copies and slices on one timeline. Products are at one rate, optimizers as fast as memory, and ZeRO's gathering of new
+weights is waited for. LEFT_OUT says what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from itertools import product
-from statistics import mean
 
 import numpy as np
+import torch
 
 from kernels.errors import UserError
-from launch.benchmarks.placement import owners, replay
+from launch.benchmarks.placement import owners
 from launch.benchmarks.traces import draw
 from launch.machines import BYTES, layer_costs, read_group, topology_of
-from parallel.flows import Plan
-from parallel.layer_cost import LayerCosts, Setting, copy_times, hidden_copies
+from launch.predicted_layer import (
+    DenseBytes,
+    LayerPrediction,
+    PassTime,
+    chosen_transport,
+    gradient_slices,
+    predicted_layer,
+    typical_slices,
+)
+from parallel.layer_cost import LayerCosts, Setting, hidden_copies
 from parallel.placement import Budget, Floats, Topology
-from parallel.planning import predict
-from parallel.policies import POLICIES
 from parallel.profiling import SHARE_FOR_COPIES
-from parallel.schedule.cost import sharded_chunk, sharded_workload
-from parallel.schedule.pipeline import MOST_CHUNKS, Copies, backward_tasks, forward_tasks
-from parallel.schedule.timeline import Timeline, simulate
+from parallel.schedule.cost import Line
+from parallel.schedule.gradients import Partition
+from parallel.schedule.pipeline import OFF, Degrees
+from parallel.schedule.timeline import Timeline
+from parallel.schedule.transports import Choice
+from parallel.transport import TransportKind
 from parallel.two_level_exchange import has_two_levels
+from trainer.config.model import ModelConfig
 from trainer.config.plan import PlanConfig
 from trainer.config.run import ParallelConfig
 from trainer.estimate import GIB, Memory, flops_per_token, memory_per_rank
-from trainer.model.transformer import ParameterCounts, parameter_counts
+from trainer.model.transformer import ParameterCounts, Transformer, parameter_counts
 from trainer.worker import check_division
 
 LEFT_OUT = (
@@ -79,25 +89,13 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class LayerPrediction:
-    """One MoE layer and one micro-batch, forward and backward, on average over the steps of a trace."""
-
-    products_s: float
-    tokens_s: float
-    copies_s: float  # waited for
-    sums_s: float  # of gradients
-    imbalance: float  # entries of the busiest rank over the mean
-    setting: Setting
-
-
-@dataclass(frozen=True)
 class StepTime:
     """Seconds of one update."""
 
     products_s: float  # of all matrix products, on the busiest rank of each layer, with the sums of their gradients
-    tokens_s: float  # their exchanges, on links and devices
-    copies_s: float
-    gradients_s: float  # dense ones, and ZeRO's new weights
+    tokens_s: float  # that their exchanges and chunks add, beyond what products hide
+    copies_s: float  # that copies of experts add, beyond what hides them
+    gradients_s: float  # that dense gradients add, beyond what hides them; and ZeRO's new weights
     offload_s: float  # gradients of experts on their way to the host, as far as nothing hides it
     optimizer_s: float
 
@@ -117,10 +115,16 @@ class Prediction:
     memory: Memory
     room_gib: float  # of a GPU, libraries aside
     layer: LayerPrediction
+    slices: Partition  # of the dense gradients, in one backward pass
     step: StepTime
-    skewed: StepTime  # with loads that follow Zipf's law
     ideal_s: float  # of the products alone, if every rank had equally many
     tokens: int  # of a step
+    under_skewed: Callable[[], StepTime]
+
+    @cached_property
+    def skewed(self) -> StepTime:
+        """With loads that follow Zipf's law; who compares many layouts asks for it of few."""
+        return self.under_skewed()
 
     @property
     def tokens_per_s(self) -> float:
@@ -131,16 +135,6 @@ class Prediction:
         return self.memory.total <= self.room_gib * GIB
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """The MoE layers of a layout in chunks, as parallel/schedule plans them from what is published."""
-
-    forward_degree: int
-    backward_degree: int
-    saved_s: float  # of a step
-    panels: tuple[tuple[str, Timeline], ...]  # of one layer, whole and in chunks, forward and backward
-
-
 class Cluster:
     """A model on so many GPUs of a machine."""
 
@@ -148,11 +142,15 @@ class Cluster:
         self.config, self.model, self.machine = config, config.model, config.machine
         self.topology: Topology = topology_of(config.machine, config.gpus)
         self.counts: ParameterCounts = parameter_counts(config.model)
+        self.dense = dense_bytes(config.model)
         self.owner_E = owners(config.model.num_experts, config.gpus)
         self.owned = (self.counts.total - self.counts.dense) / config.gpus  # parameters of experts that a rank owns
         self.flops_per_s = config.machine.product_tflops * 1e12
         self.room_gib = config.machine.memory_gib - LIBRARIES_GIB
+        self.in_place = self.topology.nodes == 1  # ranks read each other's memory, as parallel.transport=auto has it
         self._layers = cache(self._predicted_layer)
+        self._sliced = cache(self._gradient_slices)
+        self.transport = cache(self._transport)
 
     def obstacle(self) -> str | None:
         """Why Tessera cannot run this, whatever the layout; None if it can."""
@@ -175,52 +173,92 @@ class Cluster:
     def predict(self, layout: Layout) -> Prediction:
         config = self.config
         parallel = layout.parallel.model_copy(update={"memory": self._copies(layout)})
-        layer, skewed = (self._layer(layout.micro_rows, parallel, loads) for loads in (config.loads, SKEWED))
         tokens = config.batch_rows * config.sequence_length
         flops = tokens / config.gpus * flops_per_token(config.model, config.sequence_length)
+        told = self._told(layout.micro_rows, parallel)
+
+        def step(loads: str) -> StepTime:
+            return self._step(layout, self._layers(*told, loads), self._sliced(*told, loads)[1])
+
         return Prediction(
             layout=layout,
             memory=self._memory(layout, parallel),
             room_gib=self.room_gib,
-            layer=layer,
-            step=self._step(layout, layer),
-            skewed=self._step(layout, skewed),
+            layer=self._layers(*told, config.loads),
+            slices=self._sliced(*told, config.loads)[0],
+            step=step(config.loads),
             ideal_s=flops / self.flops_per_s,
             tokens=tokens,
+            under_skewed=partial(step, SKEWED),
         )
 
-    def _step(self, layout: Layout, layer: LayerPrediction) -> StepTime:
+    def _step(self, layout: Layout, layer: LayerPrediction, slices_s: float) -> StepTime:
+        """`slices_s`: that dense gradients add to a backward pass which averages them."""
         config, layers = self.config, self.model.num_moe_layers
         micro_batches = config.batch_rows // config.gpus // layout.micro_rows
-        tokens = layout.micro_rows * config.sequence_length
-        passes = 4 if layout.recompute else 3  # forward, backward twice as much; forward again
-        products_s = passes / 3 * (tokens * self._dense_flops() / self.flops_per_s + layers * layer.products_s)
-        products_s += layers * layer.sums_s
-        exchanges_s = (3 if layout.recompute else 2) / 2 * layers * layer.tokens_s  # forward, backward; forward again
+        again = replace(layer.forward, copies_s=0.0)  # the copies are there, or counted with those of the backward pass
+        passes = [layer.forward, layer.backward] + [again] * layout.recompute
+        rest_s = layout.micro_rows * config.sequence_length * self._rest_flops() / self.flops_per_s
+        rest_s *= (len(passes) + 1) / 3  # the backward pass has twice the products of the forward one
+        products_s = rest_s + layers * sum(one.products_s for one in passes)
         reductions = micro_batches if layout.parallel.zero_stage == 2 else 1
+        backward_s = products_s - rest_s / (len(passes) + 1) - layers * layer.forward.products_s
         return StepTime(
             products_s=micro_batches * products_s,
-            tokens_s=micro_batches * exchanges_s,
-            copies_s=micro_batches * layers * layer.copies_s,
-            gradients_s=(2 * reductions + 1) * self.ring_s(self.counts.dense * BYTES),
-            offload_s=micro_batches * self._offload_s(layout.parallel, (passes - 1) / passes * products_s),
+            tokens_s=micro_batches * layers * sum(one.tokens_s for one in passes),
+            copies_s=micro_batches * layers * sum(one.copies_s for one in passes),
+            gradients_s=reductions * slices_s + self.gathering.seconds(self.counts.dense * BYTES),
+            offload_s=micro_batches * self._offload_s(layout.parallel, backward_s),
             optimizer_s=self._optimizer_s(layout.parallel),
         )
 
-    def _dense_flops(self) -> float:
-        """Of everything but the routed experts, for a token, forward and backward."""
-        model = self.model
-        routed = 6 * model.num_moe_layers * model.top_k * self.counts.per_expert
-        return flops_per_token(model, self.config.sequence_length) - routed
+    def unscheduled(self, prediction: Prediction) -> StepTime:
+        """With parallel.schedule=off: nothing overlaps but copies with the attention, and DeepSpeed reduces all dense gradients
+        behind the backward pass."""
+        layer, typical = prediction.layer, prediction.layer.typical
+        added = []
+        for timeline_of, degree in ((typical.forward, layer.degrees.forward), (typical.backward, layer.degrees.backward)):
+            added.append(timeline_of(OFF).seconds - timeline_of(Degrees(degree, degree)).seconds)
+        slower = [
+            PassTime(one.products_s, one.tokens_s + more_s, one.copies_s)
+            for one, more_s in zip((layer.forward, layer.backward), added, strict=True)
+        ]
+        reduction_s = 2 * self.gathering.seconds(self.counts.dense * BYTES)
+        return self._step(prediction.layout, replace(layer, forward=slower[0], backward=slower[1]), reduction_s)
 
-    def ring_s(self, size: float) -> float:
+    def _rest_flops(self) -> float:
+        """Of everything but routed experts and the attention of their layers, for a token, forward and backward."""
+        model, layers = self.model, self.model.num_moe_layers
+        routed = 6 * layers * model.top_k * self.counts.per_expert
+        return flops_per_token(model, self.config.sequence_length) - routed - 3 * layers * self._attention_flops()
+
+    def _attention_flops(self) -> float:
+        """Of one layer, for a token, forward: causal, over half the row."""
+        model, length = self.model, self.config.sequence_length
+        heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        return 2 * model.hidden_size * (2 * heads + 2 * kv_heads) + 2 * length * heads
+
+    @property
+    def gathering(self) -> Line:
         """One pass of a ring over all ranks, a reduce-scatter or an all-gather of so many bytes; all GPUs of a node share what
-        crosses nodes."""
+        crosses nodes, and links of both kinds carry at the same time."""
+        start_s, within_s, across_s = self._ring
+        return Line(start_s, max(within_s, across_s))
+
+    @property
+    def slice_line(self) -> Line:
+        """A slice of dense gradients by its bytes, there and back (parallel/ordered_sum.py): inside nodes, then across."""
+        start_s, within_s, across_s = self._ring
+        return Line(2 * start_s, 2 * (within_s + across_s))
+
+    @property
+    def _ring(self) -> tuple[float, float, float]:
+        """(seconds of the messages' starts; of a byte inside nodes, and between them)."""
         nodes, near = self.topology.nodes, self.topology.devices_per_node
         within, across = self.machine.within, self.machine.across
-        within_s = size * (near - 1) / near / (within.gbytes * 1e9)
-        across_s = size * (nodes - 1) / nodes / near / (across.gbytes * 1e9)
-        return (near - 1) * within.latency_s + (nodes - 1) * across.latency_s + max(within_s, across_s)
+        start_s = (near - 1) * within.latency_s + (nodes - 1) * across.latency_s
+        within_s, across_s = (near - 1) / near / (within.gbytes * 1e9), (nodes - 1) / nodes / near / (across.gbytes * 1e9)
+        return start_s, within_s, across_s
 
     def _offload_s(self, parallel: ParallelConfig, backward_s: float) -> float:
         """The last layer's gradients have nothing that hides them; the others have the backward pass of a micro-batch."""
@@ -258,10 +296,8 @@ class Cluster:
     # ------------------------------------------------------------ one MoE layer
 
     def costs(self, micro_rows: int) -> LayerCosts:
-        model, length = self.model, self.config.sequence_length
-        heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        attention = 2 * model.hidden_size * (2 * heads + 2 * kv_heads) + 2 * length * heads  # causal: over half the row
-        return layer_costs(self.machine, model.hidden_size, model.expert_hidden_size, micro_rows * length * attention)
+        model, tokens = self.model, micro_rows * self.config.sequence_length
+        return layer_costs(self.machine, model.hidden_size, model.expert_hidden_size, tokens * self._attention_flops())
 
     def loads(self, micro_rows: int, name: str) -> Floats:
         """Of the experts of a layer, entries of a micro-batch of all ranks, step by step."""
@@ -271,58 +307,69 @@ class Cluster:
             return np.full((TRACE_STEPS, model.num_experts), entries / model.num_experts)
         return draw(name, TRACE_STEPS, model.num_experts, entries, model.top_k, np.random.default_rng(config.seed))
 
-    def _layer(self, micro_rows: int, parallel: ParallelConfig, loads: str) -> LayerPrediction:
+    def _told(self, micro_rows: int, parallel: ParallelConfig) -> tuple[int, str, bool, int]:
         assert parallel.memory != "auto", "the room for copies is known by now"
-        return self._layers(micro_rows, parallel.policy, parallel.rematerialise, parallel.memory, loads)
+        return micro_rows, parallel.policy, parallel.rematerialise, parallel.memory
 
     def _predicted_layer(self, micro_rows: int, policy: str, rematerialise: bool, memory: int, loads: str) -> LayerPrediction:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
-        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, has_two_levels(self.topology))
-        replayed = replay(policy, self.loads(micro_rows, loads)[:, None], setting)
-        return LayerPrediction(
-            products_s=mean(time.products_s for time in replayed.times),
-            tokens_s=mean(time.tokens_s for time in replayed.times),
-            copies_s=mean(time.weights_s for time in replayed.times),
-            sums_s=mean(time.sums_s for time in replayed.times),
-            imbalance=replayed.imbalance,
-            setting=setting,
-        )
+        two_level = self.transport(micro_rows).kind == "two_level"
+        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, two_level)
+        loads_SE, chunk_s = self.loads(micro_rows, loads), self.machine.chunk_s
+        return predicted_layer(policy, loads_SE, self.owner_E, setting, in_place=self.in_place, chunk_s=chunk_s)
 
-    def last_step(self, prediction: Prediction) -> tuple[Plan, Floats]:
-        """The plan of the trace's last step, made from those before it, and the loads that then came."""
-        loads_SE = self.loads(prediction.layout.micro_rows, self.config.loads)
-        policy = POLICIES[prediction.layout.parallel.policy]
-        return policy(predict(loads_SE[:-1, None])[0], self.owner_E, prediction.layer.setting), loads_SE[-1]
+    def _gradient_slices(self, *told: int | str | bool) -> tuple[Partition, float]:
+        return gradient_slices(self._layers(*told), self.model.num_moe_layers, self.dense, self.slice_line)
+
+    def _transport(self, micro_rows: int) -> Choice[TransportKind]:
+        kinds: tuple[TransportKind, ...] = ("messages",)
+        if self.in_place:
+            kinds = ("peer_memory",)
+        elif has_two_levels(self.topology):
+            kinds = ("messages", "two_level")
+        costs, model = self.costs(micro_rows), self.model
+        settings = {
+            kind: Setting(self.topology, model.top_k, Budget(0, 0), False, costs, kind == "two_level") for kind in kinds
+        }
+        even_E = self.loads(micro_rows, "even")[0]
+        return chosen_transport(settings, even_E, self.owner_E, self.machine.chunk_s)
+
+    # ------------------------------------------------------------ what one looks at
+
+    def timelines(self, prediction: Prediction) -> list[tuple[str, Timeline]]:
+        """Of a layer in the middle under mean loads, by their titles: nothing overlapping, and as planned, with its slices of
+        dense gradients."""
+        layer, typical = prediction.layer, prediction.layer.typical
+        places = typical_slices(prediction.slices, self.model.num_moe_layers)
+        under_layer_s, under_dense_s = map(self.slice_line.seconds, places)
+        found = []
+        for name, off, planned, degree in (
+            ("forward", typical.forward(OFF), typical.forward(layer.degrees), layer.degrees.forward),
+            (
+                "backward",
+                typical.backward(OFF),
+                typical.backward(layer.degrees, slices_s=(under_layer_s, under_dense_s)),
+                layer.degrees.backward,
+            ),
+        ):
+            how = "whole" if degree == 1 else f"in {degree} chunks"
+            found.append((f"{name}, nothing overlapping: {1e3 * off.seconds:.2f} ms", off))
+            found.append((f"{name}, as planned, {how}: {1e3 * planned.seconds:.2f} ms", planned))
+        return found
 
 
-def pipeline(cluster: Cluster, prediction: Prediction) -> Pipeline:
-    """The best degrees for the last step of the trace, forward and backward apart, and a layer's timelines with and without."""
-    plan, loads_E = cluster.last_step(prediction)
-    layout, setting = prediction.layout, prediction.layer.setting
-    costs, work = setting.costs, sharded_workload(plan, loads_E, setting)
-    times, again = copy_times(plan.placement, setting.topology, costs), layout.parallel.rematerialise
-    back_s = times.back_across_s + times.across_s if again else times.back_across_s
-    back = Copies(back_s, (2 if again else 1) * times.within_s)
-    saved, degrees, panels = [], [], []
-    for name, backward, tasks_of, attention_s, copies in (
-        ("forward", False, forward_tasks, costs.attention_s, Copies(times.across_s, times.within_s)),
-        ("backward", True, backward_tasks, 2 * costs.attention_s, back),
-    ):
-        found = [
-            simulate(tasks_of(sharded_chunk(costs, work, degree, backward=backward), degree, attention_s, copies))
-            for degree in range(1, MOST_CHUNKS + 1)
-        ]
-        whole, cut = found[0], min(found, key=lambda timeline: timeline.seconds)
-        degrees.append(found.index(cut) + 1)
-        saved.append(whole.seconds - cut.seconds)
-        panels.append((f"{name}, whole: {1e3 * whole.seconds:.2f} ms", whole))
-        if cut is not whole:
-            less = f"{saved[-1] / whole.seconds:.0%} less"
-            panels.append((f"{name}, in {degrees[-1]} chunks: {1e3 * cut.seconds:.2f} ms, {less}", cut))
-    micro_batches = cluster.config.batch_rows // cluster.config.gpus // layout.micro_rows
-    saved_s = micro_batches * cluster.model.num_moe_layers * ((2 if layout.recompute else 1) * saved[0] + saved[1])
-    return Pipeline(degrees[0], degrees[1], saved_s, tuple(panels))
+@cache
+def dense_bytes(model: ModelConfig) -> DenseBytes:
+    """In bfloat16. A tied embedding is complete where the backward pass ends."""
+    with torch.device("meta"):
+        whole = Transformer(model)
+
+    def size(*modules: torch.nn.Module | None) -> int:
+        return BYTES * sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+
+    head, layer = size(whole.norm, whole.head), size(whole.blocks[-1])
+    return DenseBytes(head, layer, size(whole) - head - model.num_moe_layers * layer)
 
 
 def best_of_each(predictions: Sequence[Prediction]) -> list[Prediction]:

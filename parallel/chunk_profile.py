@@ -27,14 +27,13 @@ from parallel.expert_arena import ExpertArena
 from parallel.peer_exchange import PeerTokens
 from parallel.profiling import HEAD_START_CYCLES, timed
 from parallel.schedule.cost import Fit, Line, fit
-from parallel.schedule.execution import ExecutionCosts, LayerWork, backward_tasks, forward_tasks
-from parallel.schedule.pipeline import WHOLE, Degrees
-from parallel.schedule.timeline import simulate
+from parallel.schedule.execution import ExecutionCosts, LayerWork, layer_seconds
+from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.stopwatch import Mark, Marks
 from parallel.token_exchange import Exchange, Leg, exchange
 from parallel.topology import World
 
-CHUNKS = 4  # in which a layer runs to see what a chunk costs beside its parts
+CHUNKS = (1, 2, 4, 8)  # in which a layer runs to see what it takes beside its parts
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
 BUDGET_S = 15.0
@@ -63,6 +62,7 @@ class Profile:
     relay: Fit
     announce_s: float
     chunk_s: float
+    times: tuple[tuple[int, float], ...]  # of ExecutionCosts
     tokens: int  # of a rank, at most
 
     @staticmethod
@@ -73,12 +73,13 @@ class Profile:
             return Fit(Line(**{key: float(s) for key, s in kept[part]["line"].items()}), float(kept[part]["r_squared"]))
 
         lines = {name: line(name) for name in LINES}
-        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], tokens=kept["tokens"])
+        times = tuple((degree, factor) for degree, factor in kept["times"])
+        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], times=times, tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
         lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
-        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s)
+        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s, times=self.times)
 
     def _fits(self) -> list[tuple[str, Fit]]:
         return [(name, getattr(self, name)) for name in LINES]
@@ -86,26 +87,30 @@ class Profile:
     def __str__(self) -> str:
         shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
         lines = [f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown]
-        return "; ".join([*lines, f"a chunk more {1e3 * self.chunk_s:.3g} ms"])
+        times = [f"{factor:.2f} {f'in {degree}' if degree else 'in sequence'}" for degree, factor in self.times]
+        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"times as long in so many chunks: {', '.join(times)}"]
+        return "; ".join(lines)
 
 
 def _told(one: Fit, amount: float) -> str:
     return f"{1e3 * one.line.alpha_s:.3g} ms + {1e3 * amount * one.line.beta_s:.3g} ms"
 
 
-def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend) -> Profile:
-    """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s."""
+def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, *, among: int = 1) -> Profile:
+    """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s, of which it has one part
+    `among` so many ways of tokens."""
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
     once = _measure_size(arena, sizes[-1], top_k, attend, repeats=1).seconds
     slowest = torch.tensor(once, dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up.
-    repeats = max(1, min(REPEATS, int(BUDGET_S / (3 * max(slowest.item(), 1e-6)))))
+    # All ranks repeat as often; the sizes together take about twice what the largest does, and as much to be set up; and the
+    # largest runs in five ways.
+    repeats = max(1, min(REPEATS, int(BUDGET_S / (6 * among * max(slowest.item(), 1e-6)))))
     found = [_measure_size(arena, size, top_k, attend, repeats) for size in sizes]
     profile = _fitted([_slowest(one, arena.world.device) for one in found], tokens)
-    profile = replace(profile, chunk_s=_chunk_seconds(arena, sizes[-1], top_k, profile.costs, repeats))
+    profile = _with_chunks(profile, arena, sizes[-1], top_k, repeats)
     log.info("a layer's parts, measured in %.1f s: %s", time.perf_counter() - started, profile)
     return profile
 
@@ -163,28 +168,29 @@ def _fitted(found: Sequence[_Times], tokens: int) -> Profile:
         relay=line("inside_bytes", "relay") if two else UNUSED,
         announce_s=found[-1].announce,
         chunk_s=0.0,
+        times=(),
         tokens=tokens,
     )
 
 
-def _chunk_seconds(arena: ExpertArena, tokens: int, top_k: int, costs: ExecutionCosts, repeats: int) -> float:
-    """How much longer both passes take in some chunks than in one, beyond what the lines say, for each chunk of a pass more."""
-    degree = min(CHUNKS, tokens)
-    if degree == 1:
-        return 0.0
+def _with_chunks(profile: Profile, arena: ExpertArena, tokens: int, top_k: int, repeats: int) -> Profile:
+    """With what a layer takes beside its parts, in some numbers of chunks and in sequence: at least what a chunk costs, which a
+    timeline shows, and the rest."""
     parts = LayerParts(arena, tokens, top_k)
-    runs = [parts.in_chunks(Degrees(chunks, chunks)) for chunks in (1, degree)]
-    turns = [[timed(run, arena.world) for run in runs] for _ in range(repeats + 1)][1:]
+    ways = [OFF, *(Degrees(chunks, chunks) for chunks in CHUNKS if chunks <= tokens)]
+    turns = [[timed(partial(parts.in_chunks, way), arena.world) for way in ways] for _ in range(repeats + 1)][1:]
     amounts = [parts.bytes[0], parts.entries, parts.bytes[-1] if len(parts.bytes) > 1 else 0]
     most = torch.tensor([*map(median, zip(*turns, strict=True)), *amounts], dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    whole_s, chunked_s, *amounts = most.tolist()
-    work = LayerWork(*amounts)
-    expected = [
-        sum(simulate(tasks_of(costs, work, chunks)).seconds for tasks_of in (forward_tasks, backward_tasks))
-        for chunks in (1, degree)
-    ]
-    return max((chunked_s - whole_s) - (expected[1] - expected[0]), 0.0) / (2 * (degree - 1))
+    *seconds, row_bytes, entries, inside_bytes = most.tolist()
+    work = LayerWork(row_bytes, entries, inside_bytes)
+    more = [taken - layer_seconds(profile.costs, work, way) for taken, way in zip(seconds, ways, strict=True)]
+    chunks = [2 * (way.forward - 1) for way in ways[1:]]
+    if len(chunks) > 1:
+        least = min((more[place] - more[1]) / count for place, count in enumerate(chunks, start=1) if count)
+        profile = replace(profile, chunk_s=max(least, 0.0))
+    times = [taken / layer_seconds(profile.costs, work, way) for taken, way in zip(seconds, ways, strict=True)]
+    return replace(profile, times=tuple(zip([0, *(way.forward for way in ways[1:])], times, strict=True)))
 
 
 def _ready(direction: Direction) -> None:
@@ -213,8 +219,7 @@ class LayerParts:
         self._sent = self.announce()
         self._way = way = self._sent.forward
         self.entries = self._sent.order.entry_N.shape[0]
-        row_bytes = shape.hidden * arena.dtype.itemsize
-        self.bytes = [row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
+        self.bytes = [arena.row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
         gate_up_SCD, down_SDF = arena.rows
         self._experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
         self._setting_out = [self._x_TD]  # on each leg
@@ -232,10 +237,11 @@ class LayerParts:
         """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
         self._passes(Chunked(self._sent, self._experts, _ready, _gradients, mark, in_sequence=True))
 
-    def in_chunks(self, degrees: Degrees) -> Callable[[], None]:
-        """The same, overlapping, as often as it is called."""
-        run = Chunked(self._exchange(degrees), self._experts, _ready, _gradients, unmarked)
-        return partial(self._passes, run)
+    def in_chunks(self, degrees: Degrees) -> None:
+        """The same, overlapping, with what tells each rank what will come: on a GPU the host waits for it, and has to start
+        every chunk behind it; and there is more of it with more chunks."""
+        sent = self._exchange(degrees)
+        self._passes(Chunked(sent, self._experts, _ready, _gradients, unmarked, degrees.in_sequence))
 
     @torch.enable_grad()
     def _passes(self, run: Chunked) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel.hooks import NONE, Hooks
 from parallel.placement import Floats, Ints, Placement, missing
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
@@ -79,20 +80,34 @@ class ExpertArena:
         dtype: torch.dtype,
         add_gradients: AddGradients,
         kind: TransportKind,
+        hooks: Hooks = NONE,
     ) -> None:
         """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one.
 
-        `kind`: as transport.transport_kind finds it.
+        `kind`: as transport.transport_kind finds it. `hooks`: of the layers whose experts these are.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self.peer_memory, self.two_level = kind == "peer_memory", kind == "two_level"
+        self._kind, self.hooks = kind, hooks
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
-        self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind)
+        self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind, hooks)
         self._add_gradients = add_gradients
         self._returning: tuple[int, Returning] | None = None
         self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
         self._moved_bytes = 0.0
+
+    def travel(self, kind: TransportKind) -> None:
+        """From here on tokens travel so: as messages, in one way or the other. Collective."""
+        self.transport.travel(kind)
+        self._kind = kind
+
+    @property
+    def peer_memory(self) -> bool:
+        return self._kind == "peer_memory"
+
+    @property
+    def two_level(self) -> bool:
+        return self._kind == "two_level"
 
     @property
     def rows(self) -> Parts:
@@ -102,6 +117,11 @@ class ExpertArena:
     @property
     def expert_bytes(self) -> int:
         return sum(rows[0].nbytes for rows in self.rows)
+
+    @property
+    def row_bytes(self) -> float:
+        """Of a token on its way."""
+        return self.hooks.row_bytes(self.shape.hidden, self.dtype)
 
     def take_costs(self) -> tuple[float, float]:
         """(bytes of weights and gradients sent, seconds waited for copies) by this rank since the last call."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_optimizer import ExpertOptimizer
 from parallel.expert_states import ExpertState
+from parallel.hooks import NONE, Hooks
 from parallel.placement import Ints, without_copies
 from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
@@ -48,12 +49,13 @@ class ExpertShards:
         dtype: torch.dtype,
         optimizer: ExpertOptimizer,
         kind: TransportKind,
+        hooks: Hooks = NONE,
     ) -> None:
         """`initial(layer, expert)` gives (gate_up_CD, down_DF) in float32; it is asked for this rank's experts only, by several
         threads at once.
 
         `copies` is the arena's room for copies of other ranks' experts. `optimizer` is new and has as many rows as this rank
-        has experts. `kind` is that of the transport.
+        has experts. `kind` is that of the transport, `hooks` those of the layers.
         """
         self.world = world
         self._belong(owner_LE)
@@ -68,7 +70,7 @@ class ExpertShards:
 
             optimizer.states.change(range(len(self.own)), begin)
         add = optimizer.add_gradients
-        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind)
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind, hooks)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -48,7 +48,7 @@ class Materialisation:
     def __init__(self, shards: ExpertShards, settings: MaterialisationSettings) -> None:
         self.shards, self.settings = shards, settings
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
-        self.setting: Setting | None = None  # nothing is copied before it is known
+        self._setting: Setting | None = None
         self._calibrated = 0  # layers, in this step
         if not self._measures:
             shards.arena.attention = None  # nobody would ever look at its events
@@ -58,6 +58,11 @@ class Materialisation:
     def _measures(self) -> bool:
         """Whether there will be copies, whose costs have to be known."""
         return self.shards.world.size > 1 and self.settings.memory != 0
+
+    @property
+    def setting(self) -> Setting | None:
+        """As tokens travel now; nothing is copied before it is known."""
+        return self._setting and replace(self._setting, two_level=self.shards.arena.two_level)
 
     def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
         """Takes the loads of the step that is done, moves owners if it is time, and places copies for the next step.
@@ -142,7 +147,7 @@ class Materialisation:
     def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
         arena, settings, world = self.shards.arena, self.settings, self.shards.world
         budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
-        self.setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
+        self._setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
         arena.attention = None
         self.shards.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
         log.info("copies: %s, %s", budget, costs)

@@ -67,6 +67,10 @@ class ShardedExperts:
             self.arena.attention.start()
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        hooks = self.arena.hooks
+        return hooks.after_end(self._computed(hooks.before_start(x_TD), routing))
+
+    def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if self.arena.attention is not None:
             self.arena.attention.stop()
         self.mark(ATTENTION)

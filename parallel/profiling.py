@@ -60,7 +60,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
     measured = LayerCosts(
         entry_s=0.0,
         expert_s=0.0,
-        row_bytes=shape.hidden * arena.dtype.itemsize,
+        row_bytes=arena.row_bytes,
         expert_bytes=expert_parameters * arena.dtype.itemsize,
         sum_bytes=expert_parameters * FLOAT32,
         within=within,

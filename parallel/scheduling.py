@@ -2,8 +2,8 @@
 the start, planned from loads and copies, planned again when they have changed.
 
 Every rank plans with the same pure functions from the same numbers, so no plan travels. Planning is done beside the training,
-and its result is taken before the next update. Degrees and slices change no number, so a run does not depend on what was
-measured.
+and its result is taken before the first update that finds it done on all ranks. Degrees and slices change no number, so a run
+does not depend on what was measured; but where that decides by which way tokens travel, sums have the order of that way.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from parallel.flows import Plan
 from parallel.gradient_slices import ARRIVES, SETS_OUT, GradientSlices
 from parallel.layer_cost import LayerCosts, copy_times
 from parallel.moe_layer import PREPARES
-from parallel.peer_exchange import PeerTokens
 from parallel.placement import Floats, without_copies
 from parallel.schedule.cost import Fit, Line
 from parallel.schedule.execution import LayerPlan, LayerWork, backward_tasks, degrees_of, layer_work, plan_layer
-from parallel.schedule.generalised import Around, slices_of, slots_of
+from parallel.schedule.generalised import Around, around_copies, slices_of, slots_of
 from parallel.schedule.gradients import Slot
-from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Copies, Degrees
+from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Degrees
 from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.schedule.timeline import Span, Task, Timeline
+from parallel.schedule.transports import Way, choose_transport
 from parallel.stopwatch import Mark, Marks
+from parallel.transport import TransportKind
 
 DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where it is planned again
 WINDOW = 5  # updates whose mean load counts
@@ -65,9 +66,16 @@ class Scheduling:
     """All ranks hold one and tell it the same loads."""
 
     def __init__(
-        self, arena: ExpertArena, fixed: Degrees | None, top_k: int, folder: Path | None, slices: GradientSlices | None = None
+        self,
+        arena: ExpertArena,
+        fixed: Degrees | None,
+        top_k: int,
+        folder: Path | None,
+        kinds: Sequence[TransportKind],
+        slices: GradientSlices | None = None,
     ) -> None:
         """`fixed`: degrees of all layers; None plans them, where tokens travel as messages. `folder`: for what is measured.
+        `kinds`: by which tokens may travel; where there are several, and nothing is fixed, what is measured decides.
 
         Slices whose bytes are not planned take what is complete at each layer.
         """
@@ -75,10 +83,11 @@ class Scheduling:
         self._reduce: Fit | None = None  # what a slice takes by its bytes
         self._arena, self._top_k, self._folder = arena, top_k, folder
         self.degrees_L = [fixed or WHOLE] * arena.shape.layers
-        tokens = arena.transport.tokens
-        self._levels = 0 if isinstance(tokens, PeerTokens) else len(tokens)  # over which tokens travel as messages
-        self._plans = fixed is None and arena.world.size > 1 and self._levels > 0
-        self._profile: Profile | None = None
+        self._kinds = tuple(kinds)
+        self._plans = fixed is None and arena.world.size > 1 and not arena.peer_memory
+        self._profile: Profile | None = None  # of the way by which tokens travel
+        self._profiles: dict[TransportKind, Profile] = {}
+        self._transport: dict[TransportKind, float] = {}  # seconds that all layers are expected to take by each
         self._planning: Future[Planned] | None = None
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schedule")
         self._now = Planned([], [], [], None)
@@ -88,7 +97,7 @@ class Scheduling:
 
     def prepare(self, tokens: int, attend: Attend) -> None:
         """Before an update with micro-batches of so many tokens a rank. The first time measures, collectively; later ones take
-        what was planned beside the update before."""
+        what was planned beside the updates before, if it is done."""
         if not self._plans:
             return
         if self._profile is None:
@@ -96,13 +105,35 @@ class Scheduling:
             shape, ranks = self._arena.shape, self._arena.world.size
             even_E = np.full(shape.experts, tokens * self._top_k * ranks / shape.experts)
             owners = [Plan(without_copies(placement.owner_E, ranks)) for placement in self._arena.placements]
+            self._choose_transport(owners, even_E, tokens)
             works = [self._work(plan, even_E) for plan in owners]
             self._take(self._planned(works, [self._around(plan, None, tokens) for plan in owners], tokens))
-        elif self._planning is not None:
+        elif self._planning is not None and self._planned_everywhere(self._planning):
             done, self._planning = self._planning, None
             self._take(done.result())
         self._updates += 1
         self._watch(Marks(self._arena.world.device) if self._updates == WATCHED else None)
+
+    def _planned_everywhere(self, planning: Future[Planned]) -> bool:
+        """Ranks take a plan before the same update, and nobody waits for it. Collective."""
+        done = torch.tensor(int(planning.done()), device=self._arena.world.device)
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        return bool(done)
+
+    def _choose_transport(self, owners: Sequence[Plan], loads_E: Floats, tokens: int) -> None:
+        """Once, before the first update, by layers without copies whose loads are even. Collective."""
+        first, *others = self._profiles.values()
+        if not others:
+            self._profile = first
+            return
+        ways = {
+            kind: Way(profile.costs, [self._work(plan, loads_E, kind) for plan in owners])
+            for kind, profile in self._profiles.items()
+        }
+        choice = choose_transport(ways, tokens, [Around(first.costs.attention.seconds(tokens))] * len(owners))
+        self._arena.travel(choice.kind)
+        self._profile, self._transport = self._profiles[choice.kind], dict(choice.seconds)
+        log.info("tokens travel by %s: all layers are expected to take %s", choice.kind, choice)
 
     def _watch(self, marks: Marks | None) -> None:
         self.marks = marks
@@ -135,7 +166,7 @@ class Scheduling:
         works = [self._work(plan, loads_E) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)
         arounds = [self._around(plan, copying, tokens) for plan in plans]
-        if self._drifted(works, arounds):
+        if self._planning is None and self._drifted(works, arounds):
             self._planning = self._beside.submit(self._planned, works, arounds, tokens)
         return found
 
@@ -156,14 +187,13 @@ class Scheduling:
         if copying is None:
             return Around(attention_s)
         times = copy_times(plan.placement, self._arena.world.topology, copying)
-        copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
-        if self._arena.rematerialise:  # those of the layer before are as many, more or less
-            back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
-        return Around(attention_s, copies, back)
+        return around_copies(times, attention_s, rematerialise=self._arena.rematerialise)
 
-    def _work(self, plan: Plan, loads_E: Floats) -> LayerWork:
-        row_bytes = self._arena.shape.hidden * self._arena.dtype.itemsize
-        return layer_work(plan, loads_E, self._arena.world.topology, self._top_k, row_bytes, levels=self._levels)
+    def _work(self, plan: Plan, loads_E: Floats, kind: TransportKind | None = None) -> LayerWork:
+        """`kind`: by which tokens travel; None: as now."""
+        two_level = self._arena.two_level if kind is None else kind == "two_level"
+        topology, row_bytes = self._arena.world.topology, self._arena.row_bytes
+        return layer_work(plan, loads_E, topology, self._top_k, row_bytes, levels=1 + two_level)
 
     def _planned(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
@@ -190,7 +220,8 @@ class Scheduling:
         slots: list[Slot] = []
         for work, around in zip(reversed(works), reversed(arounds), strict=True):
             ready = int(ready_P[len(slots)]), int(ready_P[len(slots) + 1])
-            slots += slots_of(partial(backward_tasks, costs, work), degrees_of(tokens), around, ready)
+            backward_of = partial(backward_tasks, costs, work)
+            slots += slots_of(backward_of, degrees_of(tokens), around, ready, costs.factor)
         last = (self._slices.total - self._slices.complete_P[-1]) * itemsize
         return slices_of(slots, last, self._reduce.line).taken_S
 
@@ -215,27 +246,35 @@ class Scheduling:
         """What the measured times belong to."""
         world, shape = self._arena.world, self._arena.shape
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        sizes = {"experts": shape.experts, "hidden": shape.hidden, "expert_hidden": shape.expert_hidden, "top_k": self._top_k}
-        nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node, "levels": self._levels}
+        sizes: dict[str, float] = {
+            "experts": shape.experts,
+            "hidden": shape.hidden,
+            "expert_hidden": shape.expert_hidden,
+            "top_k": self._top_k,
+        }
+        nodes = {"ranks": world.size, "ranks_per_node": world.ranks_per_node, "kinds": list(self._kinds)}
+        sizes["row_bytes"] = self._arena.row_bytes
         sizes["dense"] = 0 if self._slices is None else self._slices.total
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 
     def _know(self, tokens: int, attend: Attend) -> None:
         """Measures, or reads what was measured before on such ranks and for so many tokens. Collective."""
-        found: list[tuple[Profile, Fit | None] | None] = [None]
+        found: list[tuple[dict[TransportKind, Profile], Fit | None] | None] = [None]
         if self._arena.world.rank == 0 and self._folder is not None and (self._folder / FILE).exists():
             try:
                 kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
-                if kept["machine"] == self._machine and kept["profile"]["tokens"] == tokens:
+                if kept["machine"] == self._machine and kept["tokens"] == tokens:
                     reduce = kept["reduce"] and Fit(Line(**kept["reduce"]["line"]), kept["reduce"]["r_squared"])
-                    found = [(Profile.from_json(kept["profile"]), reduce)]
+                    found = [({kind: Profile.from_json(one) for kind, one in kept["profiles"].items()}, reduce)]
             except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # the others wait
                 log.warning("%s is damaged (%s: %s); it is measured again", self._folder / FILE, type(error).__name__, error)
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
-            self._profile, self._reduce = found[0]
+            self._profiles, self._reduce = found[0]
             return
-        self._profile = measure(self._arena, tokens, self._top_k, attend)
+        for kind in self._kinds:
+            self._arena.travel(kind)
+            self._profiles[kind] = measure(self._arena, tokens, self._top_k, attend, among=len(self._kinds))
         if self._slices is not None:
             self._reduce = self._slices.measure()
             line = self._reduce.line
@@ -257,7 +296,9 @@ class Scheduling:
         layers = [{**asdict(plan.degrees), "seconds": plan.seconds, "whole_s": plan.whole_s} for plan in self._now.plans]
         record = {
             "machine": self._machine,
-            "profile": asdict(self._profile),
+            "tokens": self._profile.tokens,
+            "profiles": {kind: asdict(profile) for kind, profile in self._profiles.items()},
+            "transports": self._transport,
             "reduce": None if self._reduce is None else asdict(self._reduce),
             "slices": self._now.bytes_P,
             "layers": layers,

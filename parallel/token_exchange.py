@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
 from kernels.rows import combine_rows, spread_rows
+from parallel.hooks import Change, Hooks, unchanged
 from parallel.placement import Floats
 from parallel.schedule.pipeline import Degrees
 from parallel.topology import World
@@ -63,6 +64,7 @@ class Level:
     group: dist.ProcessGroup | None  # None: all ranks
     size: int
     each: int
+    hooks: Hooks  # what rows travel as
 
     def member_of(self, rank_TK: Tensor) -> Tensor:
         """Which member takes a choice that a rank serves; int64, -1 stays."""
@@ -76,9 +78,9 @@ class Level:
 Levels = tuple[Level, ...]  # in the order in which a row passes them
 
 
-def one_level(world: World) -> Levels:
+def one_level(world: World, hooks: Hooks) -> Levels:
     """Straight to the ranks."""
-    return (Level(world, None, world.size, 1),)
+    return (Level(world, None, world.size, 1, hooks),)
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,11 @@ class Splits:
 
 
 class InFlight:
-    """Rows under way to this rank."""
+    """Rows under way to this rank; `arrived` gives what they are when they are there."""
 
-    def __init__(self, level: Level, sent: Tensor, splits: Splits, *, back: bool = False) -> None:
-        self._world = level.world
+    def __init__(self, level: Level, sent: Tensor, splits: Splits, *, back: bool = False, arrived: Change = unchanged) -> None:
+        self._world, self._arrived = level.world, arrived
+        self._rows: Tensor | None = None
         send_W, receive_W = (splits.receive_W, splits.send_W) if back else (splits.send_W, splits.receive_W)
         self._sent = sent.contiguous()  # alive until it is through
         self._received = sent.new_empty(sum(receive_W), *sent.shape[1:])
@@ -103,7 +106,9 @@ class InFlight:
         """The rows. On a GPU the host does not wait, only what it starts from here on; this wait alone counts as exposed."""
         with self._world.exposed:
             self._work.wait()
-        return self._received
+        if self._rows is None:
+            self._rows = self._arrived(self._received)
+        return self._rows
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,13 @@ class Leg:
         return rows_SD
 
     def send(self, rows_SD: Tensor, chunk: int) -> InFlight:
-        return InFlight(self.level, rows_SD, self.splits[chunk])
+        hooks = self.level.hooks
+        return InFlight(self.level, hooks.before_dispatch(rows_SD), self.splits[chunk], arrived=hooks.after_dispatch)
 
     def give_back(self, y_PD: Tensor, chunk: int) -> InFlight:
         """Results of the rows of a chunk, in the order in which they arrived."""
-        return InFlight(self.level, y_PD, self.splits[chunk], back=True)
+        hooks = self.level.hooks
+        return InFlight(self.level, hooks.before_combine(y_PD), self.splits[chunk], back=True, arrived=hooks.after_combine)
 
     def collect(self, rows_SD: Tensor, chunk: int) -> Tensor:
         """Results of the rows that set out; those of several members are added in float32."""

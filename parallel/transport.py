@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.errors import UserError
+from parallel.hooks import Hooks
 from parallel.peer_exchange import PeerTokens
 from parallel.peer_experts import PeerExperts
 from parallel.peer_memory import PeerMemory, within_reach
@@ -82,6 +83,9 @@ class Transport(Protocol):
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
+    def travel(self, kind: TransportKind) -> None:
+        """From here on tokens travel so, if they travel as messages. Collective."""
+
     @property
     def tokens(self) -> PeerTokens | Levels:
         """What exchanges the tokens of a whole layer in place; or the levels over which they travel as messages, which may go
@@ -90,7 +94,7 @@ class Transport(Protocol):
 
 def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> TransportKind:
     """What `wanted` means in this world: auto reads memory where all ranks can, and else sends messages, in two levels where
-    several nodes have several ranks each. Collective.
+    several nodes have several ranks each, until it is known what takes less (`alternatives`). Collective.
 
     Raises UserError where the ranks do not lie as it is wanted.
     """
@@ -109,11 +113,18 @@ def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> Tra
     return "two_level" if has_two_levels(world.topology) else "messages"
 
 
-def transport(world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind) -> Transport:
-    """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide."""
+def alternatives(wanted: Literal["auto"] | TransportKind, kind: TransportKind) -> tuple[TransportKind, ...]:
+    """What tokens may travel by, where `wanted` means `kind` at first: who measures decides (scheduling.py)."""
+    return ("messages", "two_level") if wanted == "auto" and kind == "two_level" else (kind,)
+
+
+def transport(
+    world: World, hidden: int, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind, hooks: Hooks
+) -> Transport:
+    """Room for `rows` experts, uninitialised, whose parts have `shapes`; tokens are `hidden` wide. `hooks`: of messages."""
     if kind == "peer_memory":
         return PeerTransport(world, hidden, rows, shapes, dtype)
-    return MessageTransport(world, rows, shapes, dtype, two_levels(world) if kind == "two_level" else one_level(world))
+    return MessageTransport(world, rows, shapes, dtype, kind, hooks)
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,12 @@ class MessageMovement:
 class MessageTransport:
     """Over process groups."""
 
-    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, levels: Levels) -> None:
-        self._world, self._levels = world, levels
+    def __init__(self, world: World, rows: int, shapes: Shapes, dtype: torch.dtype, kind: TransportKind, hooks: Hooks) -> None:
+        self._world, self._hooks = world, hooks
         self._shapes, self._dtype = shapes, dtype
         self._rows: Parts = self._room(rows)
+        self._made: dict[TransportKind, Levels] = {}
+        self.travel(kind)
 
     def _room(self, rows: int) -> Parts:
         return empty_parts(rows, self._shapes, self._dtype, self._world.device)
@@ -164,6 +177,12 @@ class MessageTransport:
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
+
+    def travel(self, kind: TransportKind) -> None:
+        if kind not in self._made:
+            levels_of = two_levels if kind == "two_level" else one_level
+            self._made[kind] = levels_of(self._world, self._hooks)
+        self._levels = self._made[kind]
 
     @property
     def tokens(self) -> Levels:
@@ -220,6 +239,9 @@ class PeerTransport:
             received.copy_(memory.of_rank[source])
 
         return pull
+
+    def travel(self, kind: TransportKind) -> None:
+        assert kind == "peer_memory", f"there are no process groups for {kind}"
 
     @property
     def tokens(self) -> PeerTokens:

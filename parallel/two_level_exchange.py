@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from parallel.hooks import Hooks
 from parallel.placement import Topology
 from parallel.token_exchange import Level, Levels
 from parallel.topology import World, across_and_inside, own_group
 
 
-def two_levels(world: World) -> Levels:
+def two_levels(world: World, hooks: Hooks) -> Levels:
     """Between nodes, then inside them. Makes process groups: all ranks call it together."""
     topology = world.topology
     across, inside = (own_group(world, groups) for groups in across_and_inside(topology))
     size = topology.devices_per_node
-    return Level(world, across, topology.nodes, size), Level(world, inside, size, 1)
+    return Level(world, across, topology.nodes, size, hooks), Level(world, inside, size, 1, hooks)
 
 
 def has_two_levels(topology: Topology) -> bool:

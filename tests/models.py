@@ -47,7 +47,14 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 def parallel(**changes: Any) -> ParallelConfig:
     values = {"zero_stage": 1, "policy": "hecate", "overlap": 2, "memory": 2}
-    values |= {"transport": "auto", "schedule": "off", "rematerialise": False, "reshard_every": 2, "calibrate": False}
+    values |= {
+        "transport": "auto",
+        "message_dtype": "auto",
+        "schedule": "off",
+        "rematerialise": False,
+        "reshard_every": 2,
+        "calibrate": False,
+    }
     values |= {"offload": "none", "nvme_dir": None}
     return ParallelConfig(**{**values, **changes})
 

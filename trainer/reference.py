@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import PARTS
+from parallel.hooks import Hooks
 from parallel.placement import even_owners, without_copies
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
@@ -30,17 +31,19 @@ class Weights:
 
 
 @torch.no_grad()
-def read_reference(folder: Path, config: ModelConfig, batch_invariant: bool, dtype: torch.dtype, world: World) -> Weights:
+def read_reference(
+    folder: Path, config: ModelConfig, batch_invariant: bool, dtype: torch.dtype, world: World, hooks: Hooks
+) -> Weights:
     """The policy of a checkpoint, frozen: rounded from its masters as those of the trainer are, so the same bits.
 
     Its experts have owners of their own, equally many on every rank, who never change and are never copied: the trainer may
-    move its own experts as it likes. Collective.
+    move its own experts as it likes. `hooks`: of the policy's layers. Collective.
     """
     checkpoint.read_meta(folder, config)
     shape = ExpertShape(config.num_moe_layers, config.num_experts, config.hidden_size, config.expert_hidden_size)
     owner_E = even_owners(config.num_experts, world.size)
     own = [(layer, int(expert)) for layer in range(shape.layers) for expert in np.flatnonzero(owner_E == world.rank)]
-    arena = ExpertArena(shape, len(own), 0, world, dtype, _no_gradients, "messages")
+    arena = ExpertArena(shape, len(own), 0, world, dtype, _no_gradients, "messages", hooks)
     arena.place([without_copies(owner_E, world.size)] * shape.layers)
     arena.attention = None
     model = Transformer(config, batch_invariant=batch_invariant).to(world.device, dtype).requires_grad_(False)

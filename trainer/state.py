@@ -17,6 +17,7 @@ from parallel.adamw import MOMENTS, AdamWSettings
 from parallel.dense import DenseZeRO
 from parallel.expert_arena import ExpertShape
 from parallel.expert_shards import PARTS, ExpertShards
+from parallel.hooks import Hooks, message_hooks
 from parallel.materialisation import UNKNOWN, Materialisation, MaterialisationSettings
 from parallel.offload import expert_optimizer
 from parallel.placement import even_owners
@@ -25,7 +26,7 @@ from parallel.schedule.pipeline import OFF, Degrees
 from parallel.schedule.slices import PLACES_OF_LAYER
 from parallel.scheduling import Scheduling
 from parallel.topology import World
-from parallel.transport import TransportKind, transport_kind
+from parallel.transport import TransportKind, alternatives, transport_kind
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.config.model import ModelConfig, NoisyTopKRouter
@@ -74,7 +75,8 @@ class TrainerState:
         optimizer = expert_optimizer(offload, nvme_dir, owned, shape.parts, spec.adamw, world.device)
         kind = transport_kind(spec.parallel.transport, world)
         fixed = fixed_degrees(spec.parallel, kind)
-        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind)
+        hooks = hooks_of(spec.parallel, kind, dtype)
+        self.experts = ExpertShards(shape, initial, owner_LE, 0, world, dtype, optimizer, kind, hooks)
         self.materialisation = Materialisation(self.experts, materialisation_settings(spec.parallel, config.top_k))
         self.model = Transformer(config, batch_invariant=spec.batch_invariant)
         self.model.initialize(spec.seed)
@@ -82,7 +84,8 @@ class TrainerState:
         slices = spec.parallel.schedule != "off" and world.size > 1
         places = PLACES_OF_LAYER * config.num_moe_layers if slices else 0
         self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen(), places)
-        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, self.dense.slices)
+        kinds = alternatives(spec.parallel.transport, kind)
+        self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, kinds, self.dense.slices)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)
         decay = spec.value_decay
         self.value_head = None if decay is None else ValueHead(config.hidden_size, config.num_layers, world, decay)
@@ -192,7 +195,9 @@ class TrainerState:
     def keep_reference(self, folder: Path) -> None:
         """From here on `predict` also asks the policy of this checkpoint, which takes the room of another set of weights."""
         dtype = getattr(torch, self.spec.dtype)
-        self.reference = read_reference(folder, self.spec.model, self.spec.batch_invariant, dtype, self.world)
+        self.reference = read_reference(
+            folder, self.spec.model, self.spec.batch_invariant, dtype, self.world, self.experts.arena.hooks
+        )
 
     @torch.no_grad()
     def reset_optimizer(self) -> None:
@@ -229,6 +234,16 @@ def fixed_degrees(config: ParallelConfig, kind: TransportKind) -> Degrees | None
             "where a layer is whole; set parallel.transport=messages, or parallel.schedule=auto"
         )
     return Degrees(config.schedule, config.schedule)
+
+
+def hooks_of(config: ParallelConfig, kind: TransportKind, dtype: torch.dtype) -> Hooks:
+    """Raises UserError where messages are to be rounded and tokens do not travel as messages."""
+    if kind == "peer_memory" and config.message_dtype != "auto":
+        raise UserError(
+            f"parallel.message_dtype={config.message_dtype} rounds rows on their way, but the ranks read each other's memory; "
+            "set parallel.transport=messages, or parallel.message_dtype=auto"
+        )
+    return message_hooks(config.message_dtype, dtype)
 
 
 def choose_dtype(asked: str) -> tuple[str, str]:

@@ -33,17 +33,10 @@ from parallel.flows import Plan
 from parallel.moe_layer import ShardedExperts
 from parallel.peer_exchange import PeerTokens
 from parallel.placement import even_owners, without_copies
-from parallel.schedule.execution import (
-    ExecutionCosts,
-    LayerWork,
-    backward_tasks,
-    forward_tasks,
-    in_sequence_s,
-    layer_work,
-    plan_layer,
-)
+from parallel.schedule.execution import layer_seconds, layer_work, plan_layer
+from parallel.schedule.generalised import ALONE
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
-from parallel.schedule.timeline import simulate
+from parallel.schedule.transports import Way, choose_transport
 from parallel.topology import World
 from parallel.transport import TransportKind, transport_kind
 from parallel.two_level_exchange import has_two_levels
@@ -73,6 +66,13 @@ class Found:
     ours: str  # the plan of the transport that training would take, or else of messages
     planned: dict[str, Degrees]
     profiles: list[str]
+    attention_ms: float  # forward and backward
+
+    @property
+    def least_ms(self) -> float:
+        """Of the layer with its attention, under which nothing of it travels: experts, or messages, hide all but themselves."""
+        computing, *communication = self.alone_ms.values()
+        return self.attention_ms + max(computing - self.attention_ms, min(communication))
 
     @property
     def bound_ms(self) -> float:
@@ -117,14 +117,16 @@ def measure_layer(world: World, told: Layer, cases: None) -> Found:
     alone |= {f"{one.name}communication": one.communication for one in found}
     timed = slowest({**calls, **alone, "attention": partial(_attention, attention, inputs)}, world, told.repeats, together=True)
     times = {name: timing.median_ms for name, timing in timed.items()}
-    ours = next((one for one in found if one.kind == chosen), found[0])
+    choice = choose_transport({one.kind: one.way for one in found}, told.tokens, [ALONE])
+    ours = next(one for one in found if one.kind == choice.kind)
     return Found(
         {name: times[name] for name in calls},
         {name: times["attention"] + 1e3 * seconds for one in found for name, seconds in one.predicted_s.items()},
         {name: times[name] for name in alone},
         f"{ours.name}plan",
         {f"{one.name}plan": one.planned for one in found},
-        [f"{one.name}{one.profile}" for one in found],
+        [f"{one.name}{one.profile}" for one in found] + ([f"tokens would travel by {choice}"] if len(found) > 1 else []),
+        times["attention"],
     )
 
 
@@ -160,10 +162,8 @@ class _Sides:
         self.calls: dict[str, Call] = {
             f"{name}{schedule}": partial(_call, arena, attention, inputs, one) for schedule, one in degrees.items()
         }
-        announce_s = self.profile.announce_s
-        self.predicted_s = {
-            f"{name}{schedule}": announce_s + predicted_s(costs, work, one) for schedule, one in degrees.items()
-        }
+        self.predicted_s = {f"{name}{schedule}": layer_seconds(costs, work, one) for schedule, one in degrees.items()}
+        self.way = Way(costs, [work])
         self._parts = LayerParts(arena, told.tokens, told.shape.top_k)
 
     def _attend(self, tokens: int) -> object:
@@ -188,15 +188,6 @@ def _arena(told: Layer, world: World, experts: tuple[Tensor, ...], kind: Transpo
     arena.place([without_copies(even_owners(told.shape.experts, world.size), world.size)])
     arena.attention = None
     return arena
-
-
-def predicted_s(costs: ExecutionCosts, work: LayerWork, degrees: Degrees) -> float:
-    """Of both passes of the layer."""
-    if degrees.in_sequence:
-        return in_sequence_s(costs, work)
-    ahead = simulate(forward_tasks(costs, work, degrees.forward))
-    back = simulate(backward_tasks(costs, work, degrees.backward))
-    return ahead.seconds + back.seconds
 
 
 def _call(arena: ExpertArena, attention: Attention, inputs: Inputs, degrees: Degrees, number: int) -> object:

@@ -29,6 +29,7 @@ from launch.benchmarks.options import OneOrMore, Options, Shape
 from launch.benchmarks.ranks import on_ranks, slowest
 from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import ExpertShape
+from parallel.hooks import NONE
 from parallel.peer_memory import within_reach
 from parallel.placement import Placement, even_owners, without_copies
 from parallel.sparse_collectives import Pending
@@ -133,7 +134,7 @@ def _gather_and_reduce(
     present = np.flatnonzero(placement.copies_ED[:, world.rank]).tolist()
     own = [expert for expert in present if placement.owner_E[expert] == world.rank]
     slot = {expert: row for row, expert in enumerate(own + [expert for expert in present if expert not in own])}
-    there = transport(world, shape.hidden, len(present), shape.parts, dtype, kind)
+    there = transport(world, shape.hidden, len(present), shape.parts, dtype, kind, NONE)
     movement = there.movement(placement, np.arange(shape.experts) % owned)
     gradients, sums = (shape.matrices(len(present), one, world.device) for one in (dtype, torch.float32))
     for part in (*there.rows, *gradients, *sums):

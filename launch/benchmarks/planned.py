@@ -38,7 +38,7 @@ from parallel.placement import Budget
 from parallel.policies import by_cost
 from parallel.schedule.closed_form import case_of, closed_form_degree, coded_degree
 from parallel.schedule.cost import Chunk, EspCosts, EspWorkload, Line, esp_chunk, esp_workload, sharded_chunk, sharded_workload
-from parallel.schedule.gradients import Slot, dense_slot, free_bytes
+from parallel.schedule.gradients import Slot, dense_slot, free_bytes, when_complete
 from parallel.schedule.pipeline import ACROSS, MOST_CHUNKS, WITHIN, best, every_degree, layer_tasks
 from parallel.schedule.plan import Block, plan
 from parallel.schedule.timeline import Task, simulate
@@ -266,11 +266,9 @@ def _without_search(blocks: Sequence[Block], reduce: Line) -> dict[str, list[flo
         complete = block.gradient_bytes
     total = sum(slot.ready_bytes for slot in slots) + complete
     plain_s = sum(best(slot.options).free_s for slot in slots)
-    slices = [reduce.seconds(slot.ready_bytes) for slot in slots]
-    in_layers_s = sum(best(slot.options, one).seconds(one) for slot, one in zip(slots, slices, strict=True))
     return {
         "behind": [plain_s + reduce.seconds(total)],
-        "next layer": [in_layers_s + reduce.seconds(complete)],
+        "next layer": [when_complete(slots, complete, reduce).seconds],
         "what is free": [plain_s + reduce.seconds(total - sum(free_bytes(slots, reduce)))],
     }
 

@@ -123,7 +123,8 @@ def against_bound(found: Found) -> dict[str, Compared]:
 def _notes(found: Found) -> Sequence[str]:
     plans = ", ".join(f"{name} {one.forward} chunks forward and {one.backward} backward" for name, one in found.planned.items())
     return [
-        f"{plans}; the bound is {found.bound_ms:.4g} ms: computing alone, or communication alone, whichever takes longer",
+        f"{plans}; the bound is {found.bound_ms:.4g} ms: computing alone, or communication alone, whichever takes longer; "
+        f"with attention, {found.attention_ms:.4g} ms, under which nothing travels, it is {found.least_ms:.4g} ms",
         *found.profiles,
     ]
 

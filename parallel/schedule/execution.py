@@ -13,7 +13,10 @@ Source: FSMoE, arXiv 2501.10714, section 4.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
 
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
@@ -41,6 +44,15 @@ class ExecutionCosts:
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
     chunk_s: float = 0.0  # of each chunk of a pass behind the first, beside its parts: until the host has started them
+    # (chunks, how many times as long both passes took in so many as all this says; 0 chunks: with nothing overlapping)
+    times: tuple[tuple[int, float], ...] = ()
+
+    def factor(self, degree: int) -> float:
+        """For a pass in so many chunks; between those that were measured on a line, and behind the last as there."""
+        if not self.times:
+            return 1.0
+        degrees, factors = zip(*self.times, strict=True)
+        return float(np.interp(degree, degrees, factors))
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class LayerWork:
         return any(abs(one - two) > share * two for one, two in pairs)
 
 
-def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: int, *, levels: int = 1) -> LayerWork:
+def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: float, *, levels: int = 1) -> LayerWork:
     """Of a layer under a plan and the entries of each expert on all ranks. `row_bytes`: of one token's row."""
     found = flows(plan, topology, loads_E)
     entries = float(found.entries_D.max())
@@ -131,16 +143,13 @@ class _Program:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Timelines of the two passes, without what tells each rank what will come, and those of the layer in one chunk."""
+    """Timelines of the two passes, without what tells each rank what will come; `whole_s` is of the layer in one chunk."""
 
     degrees: Degrees
     forward: Timeline
     backward: Timeline
+    seconds: float  # of both, as many times as long as layers took that were measured
     whole_s: float
-
-    @property
-    def seconds(self) -> float:
-        return self.forward.seconds + self.backward.seconds
 
 
 def plan_layer(
@@ -149,11 +158,28 @@ def plan_layer(
     """The fewest chunks that are nearly the fastest, none of them empty: what more would gain is less than the times are sure
     of. Degrees at present that are nearly the fastest too stay. What lies `around` the layer is in its timelines."""
     degrees = degrees_of(tokens)
-    ahead = [simulate(forward_around(forward_tasks(costs, work, degree), around)) for degree in degrees]
-    back = [simulate(backward_around(backward_tasks(costs, work, degree), around)) for degree in degrees]
-    forward, backward = _nearly_fastest(ahead, present.forward), _nearly_fastest(back, present.backward)
-    whole_s = ahead[0].seconds + back[0].seconds
-    return LayerPlan(Degrees(forward, backward), ahead[forward - 1], back[backward - 1], whole_s)
+    ahead, back = ([tasks_of(costs, work, degree) for degree in degrees] for tasks_of in (forward_tasks, backward_tasks))
+    forward = [simulate(forward_around(tasks, around)) for tasks in ahead]
+    backward = [simulate(backward_around(tasks, around)) for tasks in back]
+    forward_s, backward_s = _as_measured(costs, ahead, forward), _as_measured(costs, back, backward)
+    one, other = _nearly_fastest(forward_s, present.forward), _nearly_fastest(backward_s, present.backward)
+    return LayerPlan(
+        Degrees(one, other),
+        forward[one - 1],
+        backward[other - 1],
+        seconds=forward_s[one - 1] + backward_s[other - 1],
+        whole_s=forward_s[0] + backward_s[0],
+    )
+
+
+def _as_measured(costs: ExecutionCosts, layers: list[list[Task]], timelines: list[Timeline]) -> list[float]:
+    """Seconds of timelines, by their degrees from 1 on: the layers in them take as many times as long as was measured."""
+    if not costs.times:
+        return [one.seconds for one in timelines]
+    return [
+        timeline.seconds + (costs.factor(degree) - 1) * simulate(layer).seconds
+        for degree, (layer, timeline) in enumerate(zip(layers, timelines, strict=True), start=1)
+    ]
 
 
 def degrees_of(tokens: int) -> range:
@@ -161,16 +187,30 @@ def degrees_of(tokens: int) -> range:
     return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 
-def _nearly_fastest(timelines: list[Timeline], present: int) -> int:
-    enough_s = (1 + NEARLY) * min(one.seconds for one in timelines)
-    if present <= len(timelines) and timelines[present - 1].seconds <= enough_s:
+def _nearly_fastest(seconds: list[float], present: int) -> int:
+    enough_s = (1 + NEARLY) * min(seconds)
+    if present <= len(seconds) and seconds[present - 1] <= enough_s:
         return present
-    return next(degree for degree, one in enumerate(timelines, start=1) if one.seconds <= enough_s)
+    return next(degree for degree, one in enumerate(seconds, start=1) if one <= enough_s)
+
+
+def in_sequence(tasks: Sequence[Task]) -> list[Task]:
+    """Nothing overlaps: each task waits for the one before."""
+    return [replace(task, after=(place - 1,) if place else ()) for place, task in enumerate(tasks)]
 
 
 def in_sequence_s(costs: ExecutionCosts, work: LayerWork) -> float:
     """Of both passes of a whole layer in which nothing overlaps."""
     return sum(task.seconds for tasks_of in (forward_tasks, backward_tasks) for task in tasks_of(costs, work, 1))
+
+
+def layer_seconds(costs: ExecutionCosts, work: LayerWork, degrees: Degrees) -> float:
+    """Of both passes of a layer alone, with what tells each rank what will come."""
+    if degrees.in_sequence:
+        return costs.factor(0) * (costs.announce_s + in_sequence_s(costs, work))
+    ahead_s = costs.announce_s + simulate(forward_tasks(costs, work, degrees.forward)).seconds
+    back_s = simulate(backward_tasks(costs, work, degrees.backward)).seconds
+    return costs.factor(degrees.forward) * ahead_s + costs.factor(degrees.backward) * back_s
 
 
 def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:

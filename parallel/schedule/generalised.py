@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from parallel.layer_cost import CopyTimes
 from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
 from parallel.schedule.gradients import Partition, Slot, partition
 from parallel.schedule.pipeline import ACROSS, ATTENTION, COMPUTE, COPIES, GRADIENTS, WITHIN, Copies, Pipelined
@@ -34,6 +35,15 @@ class Around:
 
 
 ALONE = Around()
+
+
+def around_copies(times: CopyTimes, attention_s: float, *, rematerialise: bool) -> Around:
+    """`rematerialise`: copies are fetched again for the backward pass, those of the layer before under the attention of this
+    one; as many, more or less."""
+    copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
+    if rematerialise:
+        back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
+    return Around(attention_s, copies, back)
 
 
 def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
@@ -101,26 +111,36 @@ def _with_slice(layer: Sequence[Task], link: str, seconds: float) -> list[Task]:
 # ---------------------------------------------------------------- how many bytes go where
 
 
+def _as_tasks_say(degree: int) -> float:
+    return 1.0
+
+
 def slots_of(
-    backward_of: Callable[[int], list[Task]], degrees: Sequence[int], around: Around, ready: tuple[int, int]
+    backward_of: Callable[[int], list[Task]],
+    degrees: Sequence[int],
+    around: Around,
+    ready: tuple[int, int],
+    factor: Callable[[int], float] = _as_tasks_say,
 ) -> list[Slot]:
     """The two places of a layer: under itself, and under the dense layers before it.
 
     Args:
         backward_of: the layer's tasks, by its degree.
         ready: bytes that are complete at either place and were not at the place before.
+        factor: how many times as long as its tasks say the layer takes, by its degree.
     """
-    options = tuple(_pipelined(backward_of(degree), degree) for degree in degrees)
+    options = tuple(_pipelined(backward_of(degree), degree, factor(degree)) for degree in degrees)
     back_s = around.back.across_s + around.back.within_s
     dense = Pipelined(1, back_s, max(BACKWARD_PRODUCTS * around.attention_s, back_s))
     return [Slot(options, ready[0]), Slot((dense,), ready[1])]
 
 
-def _pipelined(layer: list[Task], degree: int) -> Pipelined:
+def _pipelined(layer: list[Task], degree: int, factor: float) -> Pipelined:
     """A slice costs nothing while it fits, and its own time where it binds; between the two the first of both is meant."""
     free_s = simulate(layer).seconds
     link_s = simulate(backward_around(layer, Around(layer_slice_s=free_s))).seconds - free_s
-    return Pipelined(degree, link_s, free_s)
+    more_s = (factor - 1) * free_s
+    return Pipelined(degree, link_s + more_s, free_s + more_s)
 
 
 def slices_of(slots: Sequence[Slot], last_bytes: int, reduce: Line) -> Partition:

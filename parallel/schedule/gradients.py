@@ -68,7 +68,10 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
     """
     complete_S = list(accumulate(slot.ready_bytes for slot in slots))
     total = (complete_S[-1] if complete_S else 0) + last_bytes
-    points_G = _grid(complete_S, accumulate(free_bytes(slots, reduce)), total, units)
+    free_S = free_bytes(slots, reduce)
+    if sum(free_S) + last_bytes == total:  # nothing that is complete is left, and nothing costs time: there is no better one
+        return partitioned(slots, free_S, last_bytes, reduce)
+    points_G = _grid(complete_S, accumulate(free_S), total, units)
     step_GG = points_G[:, None] - points_G  # what is taken between two running sums
     reduce_GG = np.where(step_GG > 0, reduce.alpha_s + step_GG * reduce.beta_s, np.where(step_GG == 0, 0.0, np.inf))
     least_G = np.full(len(points_G), np.inf)  # the least time so far, if so much has been sent
@@ -86,9 +89,21 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
     for before_G in reversed(chosen):
         sums.append(int(before_G[sums[-1]]))
     sent_S = points_G[sums[::-1]]
-    taken = tuple(np.diff(sent_S).tolist())
-    degrees = tuple(best(slot.options, reduce.seconds(one)).degree for slot, one in zip(slots, taken, strict=True))
-    return Partition(taken, degrees, total - int(sent_S[-1]), float(least_G.min()))
+    return partitioned(slots, tuple(np.diff(sent_S).tolist()), last_bytes, reduce)
+
+
+def partitioned(slots: Sequence[Slot], taken_S: tuple[int, ...], last_bytes: int, reduce: Line) -> Partition:
+    """If each slot takes so many bytes, and has the degree that is best with them."""
+    slices_S = [reduce.seconds(taken) for taken in taken_S]
+    found = [best(slot.options, slice_s) for slot, slice_s in zip(slots, slices_S, strict=True)]
+    exposed = sum(slot.ready_bytes for slot in slots) + last_bytes - sum(taken_S)
+    seconds = sum(one.seconds(slice_s) for one, slice_s in zip(found, slices_S, strict=True)) + reduce.seconds(exposed)
+    return Partition(taken_S, tuple(one.degree for one in found), exposed, seconds)
+
+
+def when_complete(slots: Sequence[Slot], last_bytes: int, reduce: Line) -> Partition:
+    """If each slot takes all that is complete, as slices do that nobody plans."""
+    return partitioned(slots, tuple(slot.ready_bytes for slot in slots), last_bytes, reduce)
 
 
 def _grid(complete: Sequence[int], free: accumulate[int], total: int, units: int) -> Ints:

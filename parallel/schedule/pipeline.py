@@ -108,36 +108,9 @@ def best(options: tuple[Pipelined, ...], gradients_s: float = 0.0) -> Pipelined:
     return min(options, key=lambda one: (one.seconds(gradients_s), one.degree))
 
 
-# ---------------------------------------------------------------- a layer with its attention and the copies of its experts
-
-
 @dataclass(frozen=True)
 class Copies:
     """Seconds that copies of experts, or the gradients of copies, are on their way."""
 
     across_s: float
     within_s: float
-
-
-def forward_tasks(chunk: Chunk, degree: int, attention_s: float, copies: Copies) -> list[Task]:
-    """Attention, under which the copies travel (between nodes first), then the layer, whose tokens wait for both."""
-    tasks = [Task(ATTENTION, COMPUTE, attention_s)]
-    arrived: tuple[int, ...] = ()
-    for resource, seconds in ((ACROSS, copies.across_s), (WITHIN, copies.within_s)):
-        if seconds:
-            tasks.append(Task(COPIES, resource, seconds, arrived))
-            arrived = (len(tasks) - 1,)
-    add_layer(tasks, chunk, degree, tokens_after=(0, *arrived))
-    return tasks
-
-
-def backward_tasks(chunk: Chunk, degree: int, attention_s: float, copies: Copies) -> list[Task]:
-    """The layer, then the attention, under which the gradients of the copies return (within nodes first)."""
-    tasks: list[Task] = []
-    computed, ended = add_layer(tasks, chunk, degree)
-    tasks.append(Task(ATTENTION, COMPUTE, attention_s, ended))
-    for resource, seconds in ((WITHIN, copies.within_s), (ACROSS, copies.across_s)):
-        if seconds:
-            tasks.append(Task(COPIES, resource, seconds, computed))
-            computed = (len(tasks) - 1,)
-    return tasks

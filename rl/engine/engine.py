@@ -46,7 +46,7 @@ def check_generates(config: ModelConfig) -> None:
         raise UserError(
             "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those behind a token included, "
             "and in generation there are none yet: such a model cannot generate, nor go into RL; pretrain one with "
-            "model.router.kind=top_k, noisy_top_k or cosine"
+            "model.router.kind=top_k, noisy_top_k, cosine or group_limited"
         )
 
 

@@ -60,6 +60,8 @@ ROUTERS: list[dict[str, Any]] = [
     {"kind": "noisy_top_k"},
     {"kind": "cosine", "size": 6, "temperature": 0.3},
     {"kind": "expert_choice", "most_experts": 5},
+    {"kind": "group_limited", "groups": 4, "top_groups": 2},
+    {"kind": "top_k"},
 ]
 
 
@@ -90,6 +92,21 @@ def test_experts_that_take_tokens_give_the_same_bits_in_chunks() -> None:
         for schedule in ("off", 3)
     )
     assert cut == whole and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("message_dtype", ["bfloat16", "float8"])
+def test_rounded_messages_train_too_and_give_the_same_bits_in_chunks(message_dtype: str) -> None:
+    """Losses stay near those of messages that nothing rounds; the first, of one forward pass, within what is rounded."""
+    exact, whole, cut = (
+        run_ranks(losses_of_one_batch, 2, spec(tiny_model(), micro_rows=2, parallel=parallel(transport="messages", **changes)))[
+            0
+        ]
+        for changes in ({}, {"message_dtype": message_dtype}, {"message_dtype": message_dtype, "schedule": 3})
+    )
+    assert whole[0] == cut[0] and all(torch.equal(cut[1][name], tensor) for name, tensor in whole[1].items())
+    rounded = 2.0**-8 if message_dtype == "bfloat16" else 2.0**-4
+    assert exact[0][0] != whole[0][0] and abs(exact[0][0] - whole[0][0]) < rounded * exact[0][0]
+    assert whole[0][-1] < 0.5 * whole[0][0]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

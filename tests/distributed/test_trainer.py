@@ -20,6 +20,7 @@ from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
+from parallel.hooks import NONE
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import TransportKind
@@ -34,7 +35,7 @@ from trainer.config.model import ModelConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.gate import router_noise
 from trainer.model.transformer import ExpertWeights, LanguageModel
-from trainer.state import MACHINE, OWNERS, TrainerSpec, fixed_degrees
+from trainer.state import MACHINE, OWNERS, TrainerSpec, fixed_degrees, hooks_of
 from trainer.step import Trainer
 from trainer.worker import named_tensors
 
@@ -299,3 +300,6 @@ def test_chunks_are_refused_where_nothing_travels_as_messages() -> None:
             assert fixed_degrees(parallel(schedule=4), kind) == Degrees(4, 4)
     with pytest.raises(UserError, match=r"parallel\.schedule=4 .*each other's memory.* set parallel\.transport=messages"):
         fixed_degrees(parallel(schedule=4), "peer_memory")
+    assert hooks_of(parallel(), "peer_memory", torch.float32) == NONE
+    with pytest.raises(UserError, match=r"message_dtype=float8 .*each other's memory.* set parallel\.transport=messages"):
+        hooks_of(parallel(message_dtype="float8"), "peer_memory", torch.float32)

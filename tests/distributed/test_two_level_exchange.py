@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parallel.hooks import NONE, message_hooks
 from parallel.placement import Topology
 from parallel.schedule.pipeline import MOST_CHUNKS, Degrees
 from parallel.token_exchange import Exchange, Way, exchange
@@ -22,6 +23,7 @@ from parallel.topology import World
 from parallel.two_level_exchange import rows_across, two_levels
 from tests.distributed.ranks import run_ranks
 
+ROUNDING = [message_hooks(wanted, torch.float32) for wanted in ("bfloat16", "float8")]
 HIDDEN, EACH = 8, 3  # numbers of a token, experts of a rank
 
 
@@ -93,7 +95,8 @@ def through_nodes(world: World, cases: list[Drawn], ranks_per_node: int) -> list
     index_E = torch.full((EACH * world.size,), -1, dtype=torch.int32)
     first = EACH * world.rank
     index_E[first : first + EACH] = torch.arange(EACH, dtype=torch.int32)
-    levels, found = two_levels(world), []
+    levels, found = two_levels(world, NONE), []
+    rounding = [(hooks, tuple(replace(level, hooks=hooks) for level in levels)) for hooks in ROUNDING]
     for told in cases:
         x_TD, weights_TK, experts_TK = (part.detach() for part in inputs(told, world.rank, world.size))
         rank_TK = experts_TK.div(EACH, rounding_mode="floor").int()  # -1 stays
@@ -109,6 +112,11 @@ def through_nodes(world: World, cases: list[Drawn], ranks_per_node: int) -> list
         d_factor_R1 = (d_y_RD * worked_RD[sent.backward.row_R]).sum(dim=1, keepdim=True)
         d_weights_RK = d_factor_R1 * factor_RK[sent.backward.row_R]
         d_weights_TK = sent.collect_weights(sent.pass_weights_on(sent.return_weights(d_weights_RK)))
+        for hooks, rounded in rounding:
+            other = exchange(rounded, weights_TK, experts_TK, rank_TK, index_E, EACH, told.degrees)
+            expected_RD = there(sent.forward, hooks.after_dispatch(hooks.before_dispatch(x_TD)))
+            torch.testing.assert_close(there(other.forward, x_TD), expected_RD, rtol=1e-6, atol=0)  # on each leg, to the same
+            torch.testing.assert_close(back(other.forward, x_RD), back(sent.forward, x_RD), rtol=2**-6, atol=2**-6)
         across, inside = sent.hops
         found.append(
             {

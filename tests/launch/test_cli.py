@@ -172,7 +172,9 @@ def test_a_router_is_chosen_by_its_kind_and_has_its_own_options() -> None:
     ]
     assert problems("model.router.size=4") == ["model.router.size = 4 is not an option of model.router.kind=top_k"]
     (line,) = problems("model.router.kind=cosin")
-    assert line.startswith("model.router.kind = cosin should be one of 'top_k', 'noisy_top_k', 'cosine', 'expert_choice'")
+    assert line.startswith(
+        "model.router.kind = cosin should be one of 'top_k', 'noisy_top_k', 'cosine', 'group_limited', 'expert_choice'"
+    )
 
 
 def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> None:
@@ -191,6 +193,8 @@ def test_a_disagreement_that_follows_from_a_reported_typo_is_not_reported() -> N
         (["parallel.offload=nvme"], ["offload=nvme needs nvme_dir", "set parallel.nvme_dir=FOLDER"]),
         (["model.router={kind: expert_choice, most_experts: 1}"], ["most_experts (1)", "top_k (2)", "num_experts (8)"]),
         (["model.router={kind: expert_choice, most_experts: 8}"], ["model.selection_bias=false", "balance=frozen"]),
+        (["model.router={kind: group_limited, groups: 3, top_groups: 1}"], ["router.groups (3)", "num_experts (8)"]),
+        (["model.router={kind: group_limited, groups: 4, top_groups: 5}"], ["top_groups (5)", "router.groups (4)"]),
         (["parallel.nvme_dir=here"], ["nvme_dir (here)", "write the whole path"]),
     ],
 )

@@ -11,19 +11,19 @@ from matplotlib.patches import Rectangle
 
 from kernels.errors import UserError
 from launch.picture import COLOURS, IDLE, Panel, draw, draw_schedule, save
-from parallel.schedule import execution
 from parallel.schedule.cost import Chunk, Line
-from parallel.schedule.execution import ExecutionCosts, LayerWork
-from parallel.schedule.pipeline import Copies, backward_tasks, forward_tasks, layer_tasks
+from parallel.schedule.execution import ExecutionCosts, LayerWork, backward_tasks, forward_tasks
+from parallel.schedule.generalised import Around, backward_around, forward_around
+from parallel.schedule.pipeline import Copies, layer_tasks
 from parallel.schedule.timeline import Task, simulate
 from parallel.scheduling import FILE
 
-CHUNK = Chunk(expert_s=2e-3, across_s=1e-3, within_s=0.5e-3)
 SLOW = Line(1e-3, 1e-3)
+COSTS, WORK = ExecutionCosts(*[SLOW] * 6, 0.0, inside=SLOW, relay=SLOW, chunk_s=1e-3), LayerWork(1.0, 1.0, 1.0)
+AROUND = Around(2e-3, Copies(1e-3, 0.5e-3), Copies(1e-3, 0.5e-3), 2e-3, 1e-3)
 TIMELINES = [
-    simulate(forward_tasks(CHUNK, 3, 2e-3, Copies(1e-3, 0.5e-3))),
-    simulate(backward_tasks(CHUNK, 1, 4e-3, Copies(1e-3, 0.5e-3))),
-    simulate(execution.backward_tasks(ExecutionCosts(*[SLOW] * 6, 0.0, inside=SLOW, relay=SLOW), LayerWork(1.0, 1.0, 1.0), 2)),
+    simulate(forward_around(forward_tasks(COSTS, WORK, 3), AROUND)),
+    simulate(backward_around(backward_tasks(COSTS, WORK, 2), AROUND)),
     simulate(layer_tasks(Chunk(expert_s=2e-3, across_s=1e-3, gather_s=1e-3, scatter_s=2e-3), 4, gradients_s=3e-3)),
 ]
 

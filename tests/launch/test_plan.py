@@ -11,12 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.benchmarks.placement import replay
 from launch.cli import load, main
 from launch.plan import plan
-from launch.prediction import EP, FSSDP, NEAR, Cluster, Layout, Prediction, best_of_each, chosen, pipeline
+from launch.predicted_layer import gradient_slices
+from launch.prediction import EP, FSSDP, NEAR, Cluster, Layout, Prediction, best_of_each, chosen, dense_bytes
+from parallel.flows import Plan
+from parallel.layer_cost import layer_time
+from parallel.placement import without_copies
+from parallel.schedule.pipeline import OFF, WHOLE
 from trainer.config.plan import PlanConfig
-from trainer.config.run import PretrainConfig
+from trainer.config.run import ParallelConfig, PretrainConfig
 from trainer.estimate import GIB, flops_per_token, memory_per_rank
 from trainer.model.transformer import parameter_counts
 
@@ -45,8 +49,13 @@ def test_plain_expert_parallelism_with_even_loads_by_hand() -> None:
     rows = tokens * (1 - (1 - 1 / 8) ** 8)  # of a device, to each of seven others unless none of 8 choices goes there
     way_s = 10e-6 + 7 * rows * 2 * 2048 / 370e9 + (tokens + 8 * rows) * 2 * 2 * 2048 / 4.2e12
     assert step.tokens_s == pytest.approx(micro_batches * 48 * (4 * way_s + 160e-6))
-    ring_s = 7 * 10e-6 + 2 * counts.dense * 7 / 8 / 370e9
-    assert step.gradients_s == pytest.approx(3 * ring_s) and step.copies_s == step.offload_s == 0
+    dense, link_s = dense_bytes(model), 7 / 8 / 370e9  # of a byte, one way
+    assert dense.total(48) == 2 * counts.dense
+    slices_s = [2 * (7 * 10e-6 + size * link_s) for size in (dense.head, *[dense.layer] * 47, dense.layer + dense.below)]
+    hidden_s = 2 * way_s + 2 * expert_s + sums_s  # the backward pass of a layer, whose tokens the device itself reads
+    waited_s = sum(max(slice_s - hidden_s, 0.0) for slice_s in slices_s[:-1]) + slices_s[-1]
+    assert step.gradients_s == pytest.approx(waited_s + 7 * 10e-6 + 2 * counts.dense * link_s)
+    assert 0 < waited_s < sum(slices_s) / 2 and step.copies_s == step.offload_s == 0
     owned = (counts.total - counts.dense) / 8
     assert step.optimizer_s == pytest.approx(38 * (owned + counts.dense / 8) / 4.2e12)
     assert step.total_s == pytest.approx(
@@ -68,11 +77,15 @@ def test_what_each_option_costs_and_saves() -> None:
             Layout(EP.model_copy(update={"offload": "cpu"}), 2, False),
         )
     )
-    assert twice.step.gradients_s == pytest.approx((2 * 8 + 1) / 3 * plain.step.gradients_s), "8 micro-batches are reduced"
+    gathering_s = found.gathering.seconds(2 * found.counts.dense)
+    waited_s = plain.step.gradients_s - gathering_s
+    assert waited_s > 0 and twice.step.gradients_s == pytest.approx(8 * waited_s + gathering_s), "8 micro-batches are reduced"
     assert twice.memory.gradients < plain.memory.gradients
-    sums_s = plain.layer.sums_s * 48 * 8  # layers and micro-batches; no gradient is added twice
-    assert recomputed.step.products_s - sums_s == pytest.approx(4 / 3 * (plain.step.products_s - sums_s))
-    assert recomputed.step.tokens_s == pytest.approx(1.5 * plain.step.tokens_s)
+    ahead, back = plain.layer.forward, plain.layer.backward
+    recomputed_s = 48 * 8 * ahead.products_s  # layers and micro-batches
+    rest_s = plain.step.products_s - 48 * 8 * (ahead.products_s + back.products_s)
+    assert recomputed.step.products_s == pytest.approx(plain.step.products_s + recomputed_s + rest_s / 3)
+    assert recomputed.step.tokens_s == pytest.approx(plain.step.tokens_s + 48 * 8 * ahead.tokens_s)
     assert recomputed.memory.activations < plain.memory.activations
     assert offloaded.memory.total < plain.memory.total and offloaded.memory.host > 0
     assert offloaded.step.optimizer_s > plain.step.optimizer_s and offloaded.step.offload_s > 0
@@ -119,23 +132,53 @@ def test_the_choice_fits_and_is_as_good_as_the_fastest() -> None:
     assert all(one.memory.total == min(o.memory.total for o in found if o.layout.name == one.layout.name) for one in least)
 
 
+@pytest.mark.parametrize(("gpus", "kind"), [(8, EP), (64, EP), (64, FSSDP), (8, FSSDP)])
+def test_a_step_is_what_its_timelines_add_up_to(gpus: int, kind: ParallelConfig) -> None:
+    """With even loads all steps of the trace are alike, so the mean layer is each of them."""
+    of = cluster(f"gpus={gpus}")
+    prediction = of.predict(Layout(kind, 2, False))
+    layer, typical, degrees = prediction.layer, prediction.layer.typical, prediction.layer.degrees
+    assert layer.forward.total_s == pytest.approx(typical.forward(degrees).seconds + typical.costs.announce_s)
+    assert layer.backward.total_s == pytest.approx(typical.backward(degrees).seconds)
+    for one in (layer.forward, layer.backward):
+        assert one.tokens_s > 0 and one.copies_s >= 0
+    assert (degrees == WHOLE) == (gpus == 8), "ranks that read each other's memory cut no layers"
+    off = of.unscheduled(prediction)
+    assert off.products_s == prediction.step.products_s and off.tokens_s >= prediction.step.tokens_s
+    assert typical.forward(OFF).seconds >= typical.forward(degrees).seconds
+    if gpus == 8 and kind == EP:  # nothing but tokens travels, and nothing hides them: the model of the placement policies
+        plan, loads_E = Plan(without_copies(of.owner_E, 8)), of.loads(2, "even")[0]
+        attention_s = 3 * layer.setting.costs.attention_s
+        assert layer.forward.total_s + layer.backward.total_s - attention_s == pytest.approx(
+            layer_time(plan, loads_E, layer.setting).total_s
+        )
+
+
 @pytest.mark.parametrize("gpus", [8, 64])
-def test_chunks_never_cost_time(gpus: int) -> None:
-    of = cluster(f"gpus={gpus}", "loads=drift")
-    prediction = of.predict(Layout(FSSDP, 2, True))
-    found = pipeline(of, prediction)
-    assert found.saved_s >= 0 and 1 <= found.forward_degree <= 16 and 1 <= found.backward_degree <= 16
-    whole = {title.split(",")[0]: timeline.seconds for title, timeline in found.panels if "whole" in title}
-    cut = {title.split(",")[0]: timeline.seconds for title, timeline in found.panels if "chunks" in title}
-    assert set(whole) == {"forward", "backward"} and all(cut[way] < whole[way] for way in cut)
+def test_slices_of_dense_gradients_cost_no_more_than_behind_the_pass_and_no_less_than_what_is_last(gpus: int) -> None:
+    of = cluster(f"gpus={gpus}")
+    prediction = of.predict(Layout(EP, 4, False))
+    found, added_s = gradient_slices(prediction.layer, 48, of.dense, of.slice_line)
+    assert found == prediction.slices and sum(found.taken_S) + found.exposed_bytes == of.dense.total(48)
+    last_s = of.slice_line.seconds(of.dense.layer + of.dense.below)
+    assert last_s * (1 - 1e-9) <= added_s < of.slice_line.seconds(of.dense.total(48))
+    titles = [title for title, _ in of.timelines(prediction)]
+    assert [title.split(",")[0] for title in titles] == ["forward", "forward", "backward", "backward"]
+    names = {span.task.name for span in of.timelines(prediction)[-1][1].spans}
+    assert "gradients" in names and "weights" in names
 
 
-def test_a_whole_layer_takes_in_its_timeline_what_it_takes_in_a_step() -> None:
+def test_tokens_travel_as_the_planner_expects_to_be_the_fastest() -> None:
     of = cluster("gpus=64")
-    prediction = of.predict(Layout(EP, 2, False))
-    layer, attention_s = prediction.layer, 3 * prediction.layer.setting.costs.attention_s
-    whole = [timeline.seconds for title, timeline in pipeline(of, prediction).panels if "whole" in title]
-    assert sum(whole) - attention_s == pytest.approx(layer.products_s + layer.tokens_s)
+    choice = of.transport(2)
+    assert choice.kind == "two_level" and choice.seconds["two_level"] < choice.seconds["messages"]
+    assert of.predict(Layout(EP, 2, False)).layer.setting.two_level
+    machine = of.machine  # links inside nodes that carry nothing more than those between them
+    slow = machine.model_copy(update={"within": machine.across.model_copy(update={"gbytes": 5.0})})
+    other = Cluster(of.config.model_copy(update={"machine": slow}))
+    assert other.transport(2).kind == "messages" and not other.predict(Layout(EP, 2, False)).layer.setting.two_level
+    assert cluster("gpus=8").transport(2).kind == "peer_memory"
+    assert cluster("gpus=8", "machine.gpus_per_node=1").transport(2).kind == "messages"
 
 
 def test_more_gpus_than_experts_are_predicted_and_said_not_to_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +242,10 @@ def test_help_lists_machines_and_options(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_layer_times_are_means_over_the_trace() -> None:
-    of = cluster("gpus=16", "loads=drift", "batch_rows=16")
+    """Of plain expert parallelism: what nothing hides grows with the loads of each step."""
+    of = cluster("gpus=16", "machine.gpus_per_node=16", "loads=drift", "batch_rows=16")
     layer = of.predict(Layout(EP, 1, False)).layer
-    replayed = replay("plain", of.loads(1, "drift")[:, None], layer.setting)
-    assert layer.tokens_s == pytest.approx(mean(time.tokens_s for time in replayed.times))
+    plan = Plan(without_copies(of.owner_E, 16))
+    times = [layer_time(plan, loads_E, layer.setting).total_s for loads_E in of.loads(1, "drift")[1:]]
+    attention_s = 3 * layer.setting.costs.attention_s
+    assert layer.forward.total_s + layer.backward.total_s - attention_s == pytest.approx(mean(times))

@@ -109,7 +109,13 @@ def test_logprobs_equal_the_trainers(model: LanguageModel, uninterrupted: list[S
 
 
 @pytest.mark.parametrize(
-    "router", [{"kind": "cosine", "size": 6, "temperature": 0.07}, {"kind": "noisy_top_k"}], ids=["cosine", "noisy_top_k"]
+    "router",
+    [
+        {"kind": "cosine", "size": 6, "temperature": 0.07},
+        {"kind": "noisy_top_k"},
+        {"kind": "group_limited", "groups": 2, "top_groups": 1},
+    ],
+    ids=["cosine", "noisy_top_k", "group_limited"],
 )
 def test_with_other_routers_logprobs_equal_the_trainers_too(router: dict[str, Any]) -> None:
     config = tiny_model(**{**CONFIG.model_dump(), "router": router})

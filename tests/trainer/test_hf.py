@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels.errors import UserError
 from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
-from trainer.config.model import CosineRouter, NoisyTopKRouter
+from trainer.config.model import CosineRouter, GroupLimitedRouter, NoisyTopKRouter
 from trainer.config.run import TokenizerConfig
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained, save_pretrained
@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm tied": {"num_shared_experts": 3, "qk_norm": False},
     "glm no shared": {"num_shared_experts": 0, "attention_bias": False, "renormalize": False},
     "glm no bias": PLAIN | {"selection_bias": False},
+    "glm in groups": {"router": GroupLimitedRouter(kind="group_limited", groups=2, top_groups=1), "num_experts": 8},
 }
 
 
@@ -208,7 +209,9 @@ def test_a_noisy_router_goes_out_as_what_it_is_without_noise(tmp_path: Path) -> 
 
 def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
     config = TINY.model_copy(update={"router": CosineRouter(kind="cosine", size=2, temperature=0.07)})
-    with pytest.raises(UserError, match=r"router\.kind=cosine, .* as top_k and noisy_top_k; go on from its checkpoint"):
+    with pytest.raises(
+        UserError, match=r"router\.kind=cosine, .* as top_k, noisy_top_k, group_limited; go on from its checkpoint"
+    ):
         save_pretrained(LanguageModel.initialize(config, seed=0), tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
 
@@ -229,7 +232,7 @@ def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ("qwen", {"hidden_size": None}, "does not say hidden_size"),
         ("qwen", {"num_experts_per_tok": 9}, r"top_k \(9\) is larger than num_experts \(4\)"),
         ("qwen", {"num_hidden_layers": "three"}, "describes no valid model: num_layers"),
-        ("glm", {"n_group": 2}, "n_group=2"),
+        ("glm", {"n_group": 3, "topk_group": 1}, r"router\.groups \(3\) has to divide num_experts"),
         ("glm", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("glm", {"rope_parameters": None, "partial_rotary_factor": None}, "partial_rotary_factor=0.5"),
         ("qwen", {"hidden_size": 16, "head_dim": 8}, r"lm_head.weight is \(96, 32\), but config.json makes it \(96, 16\)"),

@@ -30,6 +30,15 @@ class CosineRouter(Record):
     temperature: float = Field(gt=0)  # at the start; the paper takes 0.3 for softmax scores and 0.07 for sigmoid ones
 
 
+class GroupLimitedRouter(Record):
+    """As top_k, but only among the experts of a token's best groups of neighbours; a group is as good as its two best experts
+    (DeepSeek-V3, 2412.19437, section 2.1.2, with sigmoid scores)."""
+
+    kind: Literal["group_limited"]
+    groups: int = Field(gt=1)
+    top_groups: int = Field(gt=0)  # of a token
+
+
 class ExpertChoiceRouter(Record):
     """Experts take tokens, each equally many of a micro-batch, and a token has top_k experts on average (2202.09368). A token's
     experts depend on the tokens behind it: what is trained so cannot generate, and cannot go into RL."""
@@ -38,7 +47,9 @@ class ExpertChoiceRouter(Record):
     most_experts: int = Field(gt=0)  # of a token; the paper takes all
 
 
-RouterConfig = Annotated[TopKRouter | NoisyTopKRouter | CosineRouter | ExpertChoiceRouter, Field(discriminator="kind")]
+RouterConfig = Annotated[
+    TopKRouter | NoisyTopKRouter | CosineRouter | GroupLimitedRouter | ExpertChoiceRouter, Field(discriminator="kind")
+]
 
 
 class ModelConfig(Record):
@@ -77,6 +88,8 @@ class ModelConfig(Record):
             )
         if isinstance(self.router, ExpertChoiceRouter):
             self._consistent_with_expert_choice(self.router)
+        if isinstance(self.router, GroupLimitedRouter):
+            self._consistent_with_groups(self.router)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
@@ -97,6 +110,18 @@ class ModelConfig(Record):
             raise ValueError(
                 "router.kind=expert_choice fills all experts alike and has no use for a selection bias; set "
                 "model.selection_bias=false and balance=frozen"
+            )
+
+    def _consistent_with_groups(self, router: GroupLimitedRouter) -> None:
+        if self.num_experts % router.groups or self.num_experts < 2 * router.groups:
+            raise ValueError(
+                f"router.groups ({router.groups}) has to divide num_experts ({self.num_experts}) into groups of two or more"
+            )
+        kept = router.top_groups * (self.num_experts // router.groups)
+        if router.top_groups > router.groups or self.top_k > kept:
+            raise ValueError(
+                f"router.top_groups ({router.top_groups}) has to be at most router.groups ({router.groups}) and to leave top_k "
+                f"({self.top_k}) experts to choose from; it leaves {kept}"
             )
 
     @property

@@ -26,6 +26,7 @@ class MachineConfig(Record):
     within: LinkConfig  # to the other GPUs of the node
     across: LinkConfig  # to other nodes
     exchange_s: float = Field(ge=0)  # that tokens of an MoE layer take beside their way: sizes, plan, the host's part
+    chunk_s: float = Field(ge=0)  # that each chunk of a layer's pass but the first takes beside its parts, until it is started
     host_gbytes: float = Field(gt=0)  # GB/s of the host's memory that the optimizer of one rank reaches
     host_link_gbytes: float = Field(gt=0)  # GB/s each way between a GPU and its host
 

@@ -85,9 +85,12 @@ class ParallelConfig(Record):
 
     zero_stage: Literal[1, 2]
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
-    # auto: ranks read each other's memory where all can, as on one node; else two_level, where several nodes have several ranks
-    # each: a token crosses to a node once; else messages, in which it goes to every rank that serves it.
+    # auto: ranks read each other's memory where all can, as on one node; else messages, in which a token goes to every rank
+    # that serves it; where several nodes have several ranks each, that or two_level, in which it crosses to a node once: with
+    # schedule=auto whichever plans from measured lines let expect to be faster (schedule/transports.py), else two_level.
     transport: Literal["auto", "messages", "two_level", "peer_memory"]
+    # What rows of tokens are rounded to on their way, where they travel as messages; auto: nothing (parallel/hooks.py)
+    message_dtype: Literal["auto", "bfloat16", "float8"]
     # In how many chunks an MoE layer runs whose tokens travel as messages, over one level or two (parallel/chunked_experts.py);
     # off: one, and nothing overlaps; auto: as many, forward and backward apart, as measured parts of the layer let expect to be
     # the fastest, one where ranks read each other's memory.

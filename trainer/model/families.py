@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.config.model import ModelConfig
+from trainer.config.model import GroupLimitedRouter, ModelConfig
 
 OUR_KEY = "tessera"  # in config.json: what the architecture has no word for; also the mark of a folder that we wrote
 
@@ -102,7 +102,7 @@ GLM4_MOE = Family(
         "attention_bias": "attention_bias",
     },
     fixed={"router_scores": "sigmoid"},
-    demands={"n_group": 1, "topk_group": 1, "hidden_act": "silu", "attention_dropout": 0.0},
+    demands={"hidden_act": "silu", "attention_dropout": 0.0},
     defaults=COMMON_DEFAULTS
     | {
         "max_position_embeddings": 131072,
@@ -118,7 +118,8 @@ GLM4_MOE = Family(
 )
 
 FAMILIES = (QWEN3_MOE, GLM4_MOE)
-EXPRESSED_ROUTERS = ("top_k", "noisy_top_k")
+GROUPS = ("n_group", "topk_group")  # config.json keys of GLM
+EXPRESSED_ROUTERS = ("top_k", "noisy_top_k", "group_limited")
 
 
 # ---------------------------------------------------------------- config.json
@@ -132,12 +133,14 @@ def family_of(config: ModelConfig) -> Family:
     if config.router.kind not in EXPRESSED_ROUTERS:
         raise UserError(
             f"no Hugging Face architecture expresses this model: model.router.kind={config.router.kind}, and theirs have one "
-            f"matrix for a router, as {' and '.join(EXPRESSED_ROUTERS)}; go on from its checkpoint, or train with one of these"
+            f"matrix for a router, as {', '.join(EXPRESSED_ROUTERS)}; go on from its checkpoint, or train with one of these"
         )
     obstacles = []
     for family in FAMILIES:
         values = config.model_dump()
         wrong = [f"{name}={wanted} (is {values[name]})" for name, wanted in family.fixed.items() if values[name] != wanted]
+        if family is QWEN3_MOE and isinstance(config.router, GroupLimitedRouter):
+            wrong.append("router.kind=top_k (is group_limited)")
         if family is GLM4_MOE and config.num_experts < 2:
             wrong.append(f"num_experts of at least 2 (is {config.num_experts})")
         if not wrong:
@@ -160,6 +163,9 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         content["mlp_only_layers"] = list(range(config.num_dense_layers))
     else:
         content["num_nextn_predict_layers"] = 0
+        router = config.router
+        groups = (router.groups, router.top_groups) if isinstance(router, GroupLimitedRouter) else (1, 1)
+        content |= dict(zip(GROUPS, groups, strict=True))
     return content | {OUR_KEY: {"selection_bias": config.selection_bias}}
 
 
@@ -188,7 +194,7 @@ def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
         raise UserError(f"{path} asks for what Tessera does not support: {', '.join(wrong)}")
     fields = (
         dict(family.fixed)
-        | {"router": {"kind": "top_k"}}
+        | {"router": _router(family, known)}
         | {field: known[key] for key, field in keys.items()}
         | {"rope_theta": theta}
     )
@@ -201,6 +207,14 @@ def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise UserError(f"{path} describes no valid model: {problems}") from None
+
+
+def _router(family: Family, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of GLM, whose experts may stand in groups; all of them are one."""
+    groups, top_groups = (known[key] for key in GROUPS) if family is GLM4_MOE else (1, 1)
+    if groups == top_groups:
+        return {"kind": "top_k"}
+    return {"kind": "group_limited", "groups": groups, "top_groups": top_groups}
 
 
 def _family_named(content: Mapping[str, Any], path: Path) -> Family:

@@ -25,7 +25,7 @@ from kernels.expert_choice import choose_tokens
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
 from parallel.moe_layer import LocalExperts
-from trainer.config.model import ExpertChoiceRouter, ModelConfig
+from trainer.config.model import ExpertChoiceRouter, GroupLimitedRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
@@ -66,6 +66,14 @@ class Weighing(TypedDict):
     renormalize: bool
     scale: float
     valid_T: Tensor
+
+
+class Selection(TypedDict):
+    """Of `route` alone."""
+
+    top_k: int
+    num_groups: int
+    top_groups: int
 
 
 class MoE(nn.Module):
@@ -110,7 +118,9 @@ class MoE(nn.Module):
         if isinstance(router, ExpertChoiceRouter):
             return choose_tokens(logits_TE, top_k=config.top_k, most_experts=router.most_experts, **self._weighing(valid_T))
         bias = bias_E if config.selection_bias else None
-        return route(logits_TE, top_k=config.top_k, bias_E=bias, **self._weighing(valid_T))
+        groups, top_groups = (router.groups, router.top_groups) if isinstance(router, GroupLimitedRouter) else (1, 1)
+        selection: Selection = {"top_k": config.top_k, "num_groups": groups, "top_groups": top_groups}
+        return route(logits_TE, bias_E=bias, **selection, **self._weighing(valid_T))
 
 
 class Block(nn.Module):

@@ -20,10 +20,12 @@ from parallel.schedule.execution import (
     bound_s,
     forward_tasks,
     in_sequence_s,
+    layer_seconds,
     layer_work,
     plan_layer,
 )
-from parallel.schedule.pipeline import MOST_CHUNKS, WHOLE, WITHIN, Degrees
+from parallel.schedule.generalised import Around
+from parallel.schedule.pipeline import MOST_CHUNKS, OFF, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import simulate
 from parallel.token_exchange import FINEST
 
@@ -152,3 +154,23 @@ def test_no_layer_is_faster_for_it(measured: ExecutionCosts, work: LayerWork, de
     for tasks_of in (forward_tasks, backward_tasks):
         before, after = (simulate(tasks_of(one, work, degree)).seconds for one in (measured, costly))
         assert before * (1 - 1e-12) <= after <= before + (degree - 1) * chunk_s + 1e-9 * before
+
+
+@given(costs, works, st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4), st.integers(1, 40), st.floats(0.0, 5.0))
+def test_how_long_a_layer_took_counts_where_it_was_measured(
+    measured: ExecutionCosts, work: LayerWork, factors: list[float], tokens: int, attention_s: float
+) -> None:
+    known = replace(measured, times=tuple(zip((0, 1, 2, 4), factors, strict=True)))
+    for way, factor in zip((OFF, WHOLE, Degrees(2, 2), Degrees(4, 4)), factors, strict=True):
+        assert layer_seconds(known, work, way) == pytest.approx(factor * layer_seconds(measured, work, way))
+    assert known.factor(3) == pytest.approx((known.factor(2) + known.factor(4)) / 2) and known.factor(16) == known.factor(4)
+    found = plan_layer(known, work, tokens, around=Around(attention_s))
+    for tasks_of, degree in ((forward_tasks, found.degrees.forward), (backward_tasks, found.degrees.backward)):
+        more_s = attention_s if tasks_of is forward_tasks else 2 * attention_s  # as long, however the layer runs
+        tried = {
+            one: more_s + simulate(tasks_of(known, work, one)).seconds * known.factor(one) for one in DEGREES if one <= tokens
+        }
+        assert tried[degree] <= (1 + NEARLY) * min(tried.values()) * (1 + 1e-9)
+    planned_s = layer_seconds(replace(known, announce_s=0.0), work, found.degrees) + 3 * attention_s
+    assert found.seconds == pytest.approx(planned_s)
+    assert found.whole_s == pytest.approx(layer_seconds(replace(known, announce_s=0.0), work, WHOLE) + 3 * attention_s)

@@ -16,16 +16,13 @@ from parallel.schedule.pipeline import (
     COMPUTE,
     MOST_CHUNKS,
     WITHIN,
-    Copies,
-    backward_tasks,
     best,
     every_degree,
-    forward_tasks,
     layer_tasks,
     pipelined,
 )
 from parallel.schedule.timeline import simulate
-from tests.parallel.schedule.chunks import any_chunks, esp_chunks, layers, whole
+from tests.parallel.schedule.chunks import any_chunks, esp_chunks, layers
 
 Layer = tuple[Callable[[int], Chunk], Callable[[int], Chunk], EspCosts]
 
@@ -126,16 +123,3 @@ def test_short_exchanges_stay_whole_as_in_the_papers_code() -> None:
     chunk = Chunk(expert_s=1.0, across_s=0.9e-3, gather_s=1e-4, scatter_s=1e-4)
     assert coded_degree(lambda degree: replace(chunk, expert_s=1 / degree), 0.0) == 1
     assert set(CODED_DEGREES) == {1, 2, 4, 8}
-
-
-@given(any_chunks, st.integers(1, 4), whole, st.integers(0, 60).map(float), st.integers(0, 60).map(float))
-def test_copies_travel_under_the_attention(chunk: Chunk, degree: int, attention_s: float, far_s: float, near_s: float) -> None:
-    layer_s = simulate(layer_tasks(chunk, degree)).seconds
-    none, some = Copies(0.0, 0.0), Copies(far_s, near_s)
-    for tasks_of in (forward_tasks, backward_tasks):
-        assert simulate(tasks_of(chunk, degree, attention_s, none)).seconds == attention_s + layer_s
-    forward_s = simulate(forward_tasks(chunk, degree, attention_s, some)).seconds
-    assert forward_s == max(attention_s, far_s + near_s) + layer_s
-    backward_s = simulate(backward_tasks(chunk, degree, attention_s, some)).seconds
-    combine_s = 2 * degree * (chunk.across_s + chunk.within_s + chunk.scatter_s)
-    assert attention_s + layer_s <= backward_s <= layer_s + max(attention_s, far_s + near_s) + combine_s
