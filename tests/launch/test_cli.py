@@ -97,8 +97,12 @@ def test_numbers_arrive_as_they_are_written(steps: int, lr: float, seed: int) ->
         ("steps=3", "steps = 3 unknown option; did you mean train.steps?"),
         ("+unknown=1", "unknown = 1 unknown option, see --help"),
         ("modle=demo", "modle = demo unknown option; did you mean model?"),
-        ("model=demoo", "model = demoo unknown choice; did you mean model=demo? choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
-        ("model=3", "model = 3 unknown choice; choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
+        (
+            "model=demoo",
+            "model = demoo unknown choice; did you mean model=demo? choices: demo, glm4_5_air_like, olmoe_7b_a1b, "
+            "qwen3_30b_a3b",
+        ),
+        ("model=3", "model = 3 unknown choice; choices: demo, glm4_5_air_like, olmoe_7b_a1b, qwen3_30b_a3b"),
         ("parallel=null", "parallel = null unknown choice; choices: ep, fssdp"),
         ("rollout=april", "rollout = april is a group of another command, see --help"),
         ("train.steps=abc", "train.steps = abc should be a whole number"),
