@@ -42,7 +42,7 @@ def reinforce(config: RLConfig) -> Path | None:
     check_cluster(config.cluster, ranks, apart)
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
-    tokenizer = Tokenizer.load(start_from / "tokenizer.json")
+    tokenizer = Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     run = RunDir.open(config, "rl")
     price = config.cluster.dollars_per_gpu_hour
     with StopRequest() as stop, Tracker(run, "rl", config.logger, config.loop.rounds, ranks + apart, price) as tracker:

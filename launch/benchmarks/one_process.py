@@ -87,7 +87,7 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
     Without `rounds` the run ends when it is warmed up.
     """
     start_from, model = starting_point(config.checkpoint)
-    task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json")
+    task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     dtype, _ = choose_dtype(config.loop.dtype)
     run, worker = RunDir.open(config, "rl"), TrainWorker(0)
     worker.world = only_world()
