@@ -34,6 +34,7 @@ def export(folder: Path, **changes: Any) -> Path:
     return folder / "export"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU generates in bfloat16, where the likeliest token may be another")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_likeliest_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = export(tmp_path, **FAMILIES[family])
