@@ -34,7 +34,7 @@ from launch.benchmarks import (
     weights,
 )
 from launch.benchmarks.contest import Work
-from launch.benchmarks.options import SHAPES, FileOptions, read_options
+from launch.benchmarks.options import SHAPES, FileOptions, Options, read_options
 from launch.benchmarks.peers import PACKAGES
 from launch.benchmarks.timing import measure_ceilings
 
@@ -110,21 +110,21 @@ def _contenders(
     }
 
 
-def usage() -> str:
-    lines = [
-        f"usage: python -m launch.bench {'|'.join(BENCHMARKS)} [name=value ...]",
-        "",
-        "models, and their sizes:",
-    ]
-    lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
-    for name, benchmark in BENCHMARKS.items():
+def usage(names: Sequence[str]) -> str:
+    """A page: the options of these benchmarks, one under the other."""
+    lines = [f"usage: python -m launch.bench {'|'.join(BENCHMARKS)} [name=value ...]"]
+    if any(issubclass(BENCHMARKS[name].options, Options) for name in names):
+        lines += ["", "models, and their sizes:"]
+        lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
+    for name in names:
+        benchmark = BENCHMARKS[name]
         lines += ["", f"options of {name}, with their defaults on a GPU and on a CPU:"]
         on_gpu, on_cpu = (_defaults(name, torch.device(kind)) for kind in ("cuda", "cpu"))
         for key, field in benchmark.options.model_fields.items():
             default = on_gpu.get(key, "" if field.default is None else field.default)
             on_both = default if on_gpu.get(key) == on_cpu.get(key) else f"{default} or {on_cpu[key]}"
             note = field.description if field.description and key != "out" else ""
-            lines.append(f"  {f'{key}={on_both}':<42}{note}".rstrip())
+            lines.append(f"  {f'{key}={on_both}':<41} {note}".rstrip())
     return "\n".join([*lines, "", "A size that is given replaces that of the model. Lists are written a,b."])
 
 
@@ -132,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 2 for a person's mistake, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "-h" in arguments or "--help" in arguments:
-        print(usage())
+        print(usage([name for name in BENCHMARKS if name in arguments] or list(BENCHMARKS)))
         return 0
     name, *rest = arguments
     try:
         if name not in BENCHMARKS:
             close = get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{name} is no benchmark; {hint}There are {', '.join(BENCHMARKS)}")
+            raise UserError(f"{name} is no benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
         bench(name, rest)
     except UserError as error:
         print(error, file=sys.stderr)

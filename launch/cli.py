@@ -118,7 +118,8 @@ def print_plan(config: PretrainConfig | RLConfig, model: ModelConfig, ranks: int
     asked = config.train.dtype if isinstance(config, PretrainConfig) else config.loop.dtype
     print(as_yaml(config))
     print("\n".join(budget_lines(config, model, ranks, *choose_dtype(asked), on_gpu=torch.cuda.is_available())))
-    print("dry run: nothing was started")
+    unread = "text and tokenizer were not read" if isinstance(config, PretrainConfig) else "task and weights were not loaded"
+    print(f"dry run: nothing was started, and {unread}")
 
 
 def group_choices(root: type[Record], config_name: str) -> dict[str, list[str]]:

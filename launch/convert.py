@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from kernels.errors import UserError
 from launch.cli import guarded
 from trainer import checkpoint
 from trainer.model.hf import save_pretrained
@@ -18,15 +22,19 @@ from trainer.worker import read_model
 
 def convert(source: Path, out: Path) -> None:
     folder = checkpoint.resolve(source)
-    save_pretrained(read_model(folder), out, folder / "tokenizer.json")
+    model = read_model(folder)
+    try:
+        save_pretrained(model, out, folder / "tokenizer.json")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written: {error}; make room, or name a folder elsewhere") from error
     print(f"{folder} is in {out} in the Hugging Face layout")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.convert", description=__doc__.partition(":")[0])
     parser.add_argument("run", type=Path, help="a run folder or one of its checkpoints")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist yet")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return guarded(lambda: convert(arguments.run, arguments.out))
 
 

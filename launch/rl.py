@@ -22,7 +22,7 @@ from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.hf import read_config
-from trainer.run_dir import RunDir
+from trainer.run_dir import RunDir, continued_config, shown
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ from trainer.worker import check_division
 
 def reinforce(config: RLConfig) -> Path | None:
     """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
+    config = settled(config)
     start_from, model = starting_point(config.checkpoint)
     apart = config.rollout.engines_apart
     ranks = choose_ranks(config.cluster, apart)
@@ -42,7 +43,7 @@ def reinforce(config: RLConfig) -> Path | None:
     check_cluster(config.cluster, ranks, apart)
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
-    tokenizer = Tokenizer.load(start_from / "tokenizer.json")
+    tokenizer = Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     for name in config.rollout.stop_tokens:
         tokenizer.id_of(name)  # says so before anything is started, if there is none
     run = RunDir.open(config, "rl")
@@ -60,6 +61,17 @@ def reinforce(config: RLConfig) -> Path | None:
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
+
+
+def settled(config: RLConfig) -> RLConfig:
+    """With a folder as the checkpoint where it is named through a link such as runs/latest-pretrain, which means another run as
+    soon as one starts: the folder of now, or of a run that goes on its own."""
+    path = config.checkpoint
+    if not any(part.is_symlink() for part in (path, *path.parents)):
+        return config
+    earlier = continued_config(config, "rl")
+    folder = Path(shown(path.resolve())) if earlier is None else Path(earlier["checkpoint"])
+    return config.model_copy(update={"checkpoint": folder})
 
 
 def starting_point(path: Path) -> tuple[Path, ModelConfig]:

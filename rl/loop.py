@@ -15,6 +15,7 @@ from typing import Any
 from kernels.errors import UserError
 from rl.actors import RayPool, SyncedPool
 from rl.april import OverlappingPool, complete, rollout_round
+from rl.chat import Chat
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
@@ -176,7 +177,11 @@ class Reinforcement:
         return self._ids(self.task.prompt(index))
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return [self.tokenizer.bos, *self.tokenizer.encode(prompt.text)]
+        return self.chat.prompt.around(prompt.text)
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat.of(self.config.chat, self.tokenizer)
 
     def turns(self, pool: OverlappingPool) -> OverlappingPool:
         """The pool, in conversation with the task where the task is one."""
@@ -195,7 +200,7 @@ class Reinforcement:
             return replace(sample, status="abandoned")
         if not reply.text:
             return sample
-        return with_answer(sample, self.tokenizer.encode(reply.text), self.config.rollout.max_new_tokens)
+        return with_answer(sample, self.chat.reply.around(reply.text), self.config.rollout.max_new_tokens)
 
     def score(self, samples: Sequence[Sample]) -> list[float | None]:
         """The rewards of samples that are done."""
@@ -211,8 +216,10 @@ class Reinforcement:
         return self.task.prompt(group) if group < EVAL_GROUP else self.task.held_out(group - EVAL_GROUP)
 
     def _text(self, turn: Sequence[int], own: bool) -> str:
+        if not own:
+            return self.chat.reply.inside(turn)
         ids = turn[:-1] if turn[-1] in (self.tokenizer.eos, *self.stop_ids) else turn
-        return self.tokenizer.decode(ids) if self.stops is None or not own else self.stops.text(ids)
+        return self.tokenizer.decode(ids) if self.stops is None else self.stops.text(ids)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -267,7 +274,7 @@ class Reinforcement:
         ids, learned = list[int](), list[bool]()
         for number, turn in enumerate(turns):
             own = number % 2 == 0
-            said = [*self.tokenizer.encode(turn), *([self.tokenizer.eos] if own else [])]
+            said = [*self.tokenizer.encode(turn), self.tokenizer.eos] if own else self.chat.reply.around(turn)
             ids += said
             learned += [own] * len(said)
         return ids, learned

@@ -179,7 +179,8 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
 
 def require_model(folder: Path, meta: CheckpointMeta, model: ModelConfig) -> None:
     """Raises UserError if the checkpoint in `folder`, of which `meta` is the record, holds another model."""
-    found, wanted = meta.model, model.model_dump(mode="json")
+    usual = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    found, wanted = usual | meta.model, model.model_dump(mode="json")
     names = sorted(found.keys() | wanted.keys())
     different = [
         f"model.{n}: checkpoint {found.get(n)}, configuration {wanted.get(n)}" for n in names if found.get(n) != wanted.get(n)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -162,7 +163,7 @@ def _build(aside: Path, source: AnySource, files: list[SourceFile], config: Toke
     """Writes all files of a corpus into the folder `aside`."""
     if config.file is None:
         texts = read_documents(source, files, left_out=[])
-        train_texts = (text for text in texts if not _is_validation(text, source.validation_share))
+        train_texts = (text for text in texts if _draw(text) >= source.validation_share)
         tokenizer = train_tokenizer(train_texts, config, cache_dir, say)
     else:
         tokenizer = Tokenizer.load(config.file)
@@ -173,10 +174,11 @@ def _build(aside: Path, source: AnySource, files: list[SourceFile], config: Toke
     with ExitStack() as stack:
         train = stack.enter_context(_ArrayWriter(aside, "train", dtype))
         validation = stack.enter_context(_ArrayWriter(aside, "validation", dtype))
-        _encode(read_documents(source, files, left_out), tokenizer, train, validation, source.validation_share, say)
+        texts = read_documents(source, files, left_out)
+        lowest_draw = _encode(texts, tokenizer, train, validation, source.validation_share, say)
     if left_out:
         say(f"left out {len(left_out):,} files that are not UTF-8 text, such as {left_out[0]}")
-    _require_both_sides(train.documents, validation.documents, source, len(files))
+    _require_both_sides(train.documents, validation.documents, lowest_draw, source, len(files))
     about = {
         writer.name: {"tokens": writer.tokens, "documents": writer.documents, "dtype": dtype.str}
         for writer in (train, validation)
@@ -224,18 +226,22 @@ class _ArrayWriter:
 
 def _encode(
     texts: Iterable[str], tokenizer: Tokenizer, train: _ArrayWriter, validation: _ArrayWriter, share: float, say: Say
-) -> None:
-    reported = time.monotonic()
+) -> float:
+    """Writes every document to its side. Returns the lowest draw of all documents."""
+    reported, lowest_draw = time.monotonic(), 1.0
     for chunk in _chunks(texts):
         pieces = [_pieces(text) for text in chunk]
         ids = iter(tokenizer.encode_many([piece for parts in pieces for piece in parts]))
         for text, parts in zip(chunk, pieces, strict=True):
-            writer = validation if _is_validation(text, share) else train
-            writer.add([index for _ in parts for index in next(ids)])
+            draw, found = _draw(text), [index for _ in parts for index in next(ids)]
+            (validation if draw < share else train).add(found)
+            if found:
+                lowest_draw = min(lowest_draw, draw)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             num_documents, num_tokens = train.documents + validation.documents, train.tokens + validation.tokens
             say(f"encoded {num_documents:,} documents so far, {num_tokens:,} tokens")
+    return lowest_draw
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -262,12 +268,13 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[first:]]
 
 
-def _is_validation(text: str, share: float) -> bool:
-    """By the text alone: the same under any order of the documents and on any machine. Equal texts never face each other."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2.0**64
+def _draw(text: str) -> float:
+    """Of a document, from 0 to 1: below data.validation_share it is held out. By the text alone: the same under any order of
+    the documents and on any machine. Equal texts never face each other."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
 
 
-def _require_both_sides(num_train: int, num_validation: int, source: AnySource, num_files: int) -> None:
+def _require_both_sides(num_train: int, num_validation: int, lowest_draw: float, source: AnySource, num_files: int) -> None:
     if num_train and num_validation:
         return
     total = num_train + num_validation
@@ -278,12 +285,13 @@ def _require_both_sides(num_train: int, num_validation: int, source: AnySource, 
     if total == 1:
         raise UserError(
             "the source has one document only, and a document is either for training or for validation; add more files to "
-            "data.paths, or split the document, for instance into JSON lines for data=jsonl"
+            "data.paths, or split the document into files, as `split -C 64k FILE PARTS/` does between lines"
         )
-    side, change = ("validation", "raise") if num_train else ("training", "lower")
+    side = "validation" if num_train else "training"
+    change = f"raise it to {math.ceil(lowest_draw * 1000 + 1) / 1000:.3g}, which holds one out," if num_train else "lower it"
     raise UserError(
         f"none of the {total:,} documents falls on the {side} side with data.validation_share={source.validation_share}; "
-        f"{change} data.validation_share or add documents"
+        f"{change} or add documents"
     )
 
 

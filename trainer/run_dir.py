@@ -228,6 +228,12 @@ def _git(*arguments: str) -> str:
 # ---------------------------------------------------------------- finding and making folders
 
 
+def continued_config(config: RunConfig, kind: str) -> dict[str, Any] | None:
+    """config.yaml of the run that this command goes on with; None where it begins one."""
+    path = _resumable(config, kind) if config.resume == "auto" else None
+    return None if path is None else yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+
+
 def _resumable(config: RunConfig, kind: str) -> Path | None:
     """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind."""
     runs = config.runs_dir.absolute()

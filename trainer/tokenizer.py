@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -61,13 +62,14 @@ PAD_NAMES = (
 class Tokenizer:
     """A byte-level tokenizer from the text of a tokenizer.json.
 
-    `vocab_size` V is the highest id plus one; `bos`, `eos` and `pad` are ids. `origin` names the file in messages. Raises
-    UserError if the text is no tokenizer, if it is not byte-level, or if it lacks one of the three special tokens.
+    `vocab_size` V is the highest id plus one; `bos`, `eos` and `pad` are ids. `origin` names the file in messages; `eos` the
+    special token that ends a text, where it is not the usual one. Raises UserError if the text is no tokenizer, if it is not
+    byte-level, or if it lacks one of the three special tokens.
     """
 
-    def __init__(self, layout: str, origin: str) -> None:
+    def __init__(self, layout: str, origin: str, eos: str | None = None) -> None:
         self.layout = layout
-        self._origin = origin
+        self._origin, self._eos = origin, eos
         self._core = _parse(layout, origin)
         self._core.no_padding()
         self._core.no_truncation()
@@ -75,13 +77,13 @@ class Tokenizer:
         self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos, self.pad = self._find_special_tokens()
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
-        return Tokenizer, (self.layout, self._origin)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str, str | None]]:
+        return Tokenizer, (self.layout, self._origin, self._eos)
 
     @staticmethod
-    def load(path: Path) -> Tokenizer:
+    def load(path: Path, eos: str | None = None) -> Tokenizer:
         """Reads a tokenizer.json, also one of the Hugging Face hub. Raises UserError as the class does and if it is missing."""
-        return Tokenizer(read_tokenizer_file(path), str(path))
+        return Tokenizer(read_tokenizer_file(path), str(path), eos)
 
     def save(self, path: Path) -> None:
         """Writes a tokenizer.json that `load` and Hugging Face programs read; `path` is never half-written."""
@@ -99,6 +101,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
         return list(self._core.encode(text, add_special_tokens=False).ids)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for these tokens."""
+        special = {token.content: index for index, token in self._core.get_added_tokens_decoder().items() if token.special}
+        names = sorted(special, key=len, reverse=True)  # of two that begin alike the longer one is meant
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [index for part in parts for index in ([special[part]] if part in special else self.encode(part))]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, on all processor cores."""
@@ -135,7 +144,8 @@ class Tokenizer:
         added = {token.content: index for index, token in self._core.get_added_tokens_decoder().items()}
         found: list[int] = []
         missing: list[str] = []
-        for purpose, names in (("bos", BOS_NAMES), ("eos", EOS_NAMES), ("pad", PAD_NAMES)):
+        eos_names = EOS_NAMES if self._eos is None else (self._eos,)
+        for purpose, names in (("bos", BOS_NAMES), ("eos", eos_names), ("pad", PAD_NAMES)):
             name = next((name for name in names if name in added), None)
             if name is None:
                 missing.append(f"{purpose} (one of {', '.join(names)})")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.rl import starting_point
+from launch.rl import settled, starting_point
 from parallel.topology import World, join
 from rl.actors import sync_metrics
 from rl.engine.engine import Engine
@@ -86,8 +86,9 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
 
     Without `rounds` the run ends when it is warmed up.
     """
+    config = settled(config)
     start_from, model = starting_point(config.checkpoint)
-    task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json")
+    task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     dtype, _ = choose_dtype(config.loop.dtype)
     run, worker = RunDir.open(config, "rl"), TrainWorker(0)
     worker.world = only_world()

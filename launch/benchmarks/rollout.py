@@ -82,7 +82,7 @@ def measure(
             step_ms, prefill_ms = _generate(config, weights, batch, options, device, dtype)
             counts = parameter_counts(config)
             yield Rollout(
-                work=f"generation by {name}, {counts.total / 1e9:.2f} billion parameters",
+                work=f"generation by {name}, {counts.total / 1e6:,.1f} million parameters",
                 batch=batch,
                 prompt=options.prompt,
                 response=options.response,

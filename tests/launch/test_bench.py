@@ -125,7 +125,7 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
     [
         (
             ["expert"],
-            "expert is no benchmark; did you mean experts? There are " + ", ".join(BENCHMARKS),
+            "expert is no benchmark; did you mean experts? choices: " + ", ".join(BENCHMARKS),
         ),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
@@ -142,6 +142,9 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for benchmark in BENCHMARKS.values():
         assert all(f"  {name}=" in printed for name in benchmark.options.model_fields)
+    assert main(["placement", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "options of placement" in printed and printed.count("options of ") == 1
 
 
 def test_the_command_needs_none_of_the_packages_that_runs_need() -> None:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
+from launch.rl import settled
 from trainer.config.model import CosineRouter
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, StdlibSource, TextSource
+from trainer.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -97,8 +99,12 @@ def test_numbers_arrive_as_they_are_written(steps: int, lr: float, seed: int) ->
         ("steps=3", "steps = 3 unknown option; did you mean train.steps?"),
         ("+unknown=1", "unknown = 1 unknown option, see --help"),
         ("modle=demo", "modle = demo unknown option; did you mean model?"),
-        ("model=demoo", "model = demoo unknown choice; did you mean model=demo? choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
-        ("model=3", "model = 3 unknown choice; choices: demo, glm4_5_air_like, qwen3_30b_a3b"),
+        (
+            "model=demoo",
+            "model = demoo unknown choice; did you mean model=demo? choices: demo, glm4_5_air_like, olmoe_7b_a1b, "
+            "qwen3_30b_a3b",
+        ),
+        ("model=3", "model = 3 unknown choice; choices: demo, glm4_5_air_like, olmoe_7b_a1b, qwen3_30b_a3b"),
         ("parallel=null", "parallel = null unknown choice; choices: ep, fssdp"),
         ("rollout=april", "rollout = april is a group of another command, see --help"),
         ("train.steps=abc", "train.steps = abc should be a whole number"),
@@ -294,3 +300,24 @@ def test_changes_of_weights_go_through_the_store() -> None:
     assert "transport=direct sends all weights every time, but anchor_every = 32 asks for changes in between" in line
     config = load(RLConfig, "rl", ["checkpoint=x"]).sync
     assert config.is_direct(on_gpu=True) and not config.is_direct(on_gpu=False)
+
+
+def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    link = tmp_path / "runs" / "latest-pretrain"
+    link.parent.mkdir()
+    link.symlink_to("a")
+    asked = ["checkpoint=runs/latest-pretrain", "run_name=tuned"]
+    first = settled(load(RLConfig, "rl", asked))
+    assert first.checkpoint == Path("runs/a")
+    RunDir.open(first, "rl").close("stopped")
+    link.unlink()
+    link.symlink_to("b")  # another pretraining has begun
+    assert settled(load(RLConfig, "rl", [*asked, "resume=auto"])).checkpoint == Path("runs/a")
+    assert settled(load(RLConfig, "rl", asked)).checkpoint == Path("runs/b")
+    inside = load(RLConfig, "rl", ["checkpoint=runs/latest-pretrain/checkpoints/step_000006"])
+    assert settled(inside).checkpoint == Path("runs/b/checkpoints/step_000006")
+    plain = load(RLConfig, "rl", ["checkpoint=runs/a"])
+    assert settled(plain) is plain

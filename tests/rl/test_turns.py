@@ -243,3 +243,14 @@ def test_a_demonstration_learns_the_models_turns(reinforcement: Callable[..., Re
     own = [token for token, is_own in zip(ids, learned, strict=True) if is_own]
     assert own == [*tokenizer.encode(" calc 1 + 2"), tokenizer.eos, *tokenizer.encode(" 3"), tokenizer.eos]
     assert tokenizer.decode([token for token, is_own in zip(ids, learned, strict=True) if not is_own]) == " 3"
+
+
+def test_a_template_stands_around_answers_and_the_task_does_not_see_it(
+    reinforcement: Callable[..., Reinforcement], tokenizer: Tokenizer
+) -> None:
+    driver = reinforcement(Calculator(seed=0), "task=calculator", "chat.bos=false", "chat.reply='<|bos|>tool:{text};'")
+    ids, learned = driver._demonstrated((" calc 1 + 2", " 3", " 3"))
+    answer = [token for token, is_own in zip(ids, learned, strict=True) if not is_own]
+    assert answer == [tokenizer.bos, *tokenizer.encode("tool:"), *tokenizer.encode(" 3"), *tokenizer.encode(";")]
+    assert driver._text(answer, own=False) == " 3"
+    assert driver.prompt_ids(5) == tokenizer.encode(driver.task.prompt(5).text)

@@ -8,6 +8,7 @@ import math
 import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -192,6 +193,13 @@ def test_a_person_may_name_the_run_its_checkpoints_or_one_of_them(tmp_path: Path
         checkpoint.resolve(tmp_path / "nowhere")
     first, last = write(run / "checkpoints", 2), write(run / "checkpoints", 10)
     assert [checkpoint.resolve(p) for p in (run, run / "checkpoints", first)] == [last, last, first]
+
+
+def test_another_model_is_refused_and_a_younger_option_has_its_default(tmp_path: Path) -> None:
+    older = replace(meta(1), model={name: value for name, value in meta(1).model.items() if name != "rotary_share"})
+    checkpoint.require_model(tmp_path, older, MODEL)
+    with pytest.raises(UserError, match=r"holds another model:\n  model.rotary_share: checkpoint 1.0, configuration 0.5\n"):
+        checkpoint.require_model(tmp_path, older, MODEL.model_copy(update={"rotary_share": 0.5}))
 
 
 def test_old_ones_and_leftovers_are_removed(tmp_path: Path) -> None:

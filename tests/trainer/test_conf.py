@@ -25,6 +25,7 @@ REQUIRED = {  # what a choice leaves to the person
     ("cluster", "ray"): ["cluster.ranks=8"],
     ("task", "dataset"): ["task.options.path=a.jsonl"],
     ("model", "qwen3_30b_a3b"): ["balance=frozen"],
+    ("model", "olmoe_7b_a1b"): ["balance=frozen"],
     ("experiment", "qwen3_30b_a3b"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
     ("experiment", "glm4_5_air_like"): ["data.paths=[a]", "tokenizer.file=a", "cluster.ranks=8"],
 }

@@ -354,7 +354,9 @@ def test_a_side_without_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one document only.*add more files"):
         prepare(text_source(tmp_path), CONFIG, silent)
     (tmp_path / "text" / "b").write_text("another document")
-    with pytest.raises(UserError, match=r"none of the 2 documents falls on the validation side .*=1e-06; raise"):
+    with pytest.raises(UserError, match=r"none of the 2 documents falls on the validation side .*=1e-06; raise") as caught:
         prepare(text_source(tmp_path, share=1e-6), CONFIG, silent)
+    enough = float(str(caught.value).partition("raise it to ")[2].partition(",")[0])
+    assert len(prepare(text_source(tmp_path, share=enough), CONFIG, silent).validation.offsets) == 2
     with pytest.raises(UserError, match=r"none of the 2 documents falls on the training side .*=0.999999; lower"):
         prepare(text_source(tmp_path, share=0.999999), CONFIG, silent)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels.errors import UserError
-from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
+from tests.trainer.tiny_models import PLAIN, TINY, glm, mixtral, olmoe, qwen, tokens
 from trainer.config.model import CosineRouter, GroupLimitedRouter, NoisyTopKRouter
 from trainer.config.run import TokenizerConfig
 from trainer.model.attention import PackedAttention, positions_of
@@ -32,9 +32,13 @@ QWEN = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen": QWEN | {"tie_embeddings": False, "rope_theta": 5000.0},
     "qwen tied": QWEN | {"renormalize": False, "num_dense_layers": 0},
+    "olmoe": QWEN | {"qk_norm": "all_heads", "num_dense_layers": 0, "dense_hidden_size": TINY.expert_hidden_size},
+    "mixtral": QWEN | {"qk_norm": False, "num_dense_layers": 0, "dense_hidden_size": TINY.expert_hidden_size},
     "glm": {"tie_embeddings": False, "rope_theta": 5000.0, "num_dense_layers": 2},
     "glm tied": {"num_shared_experts": 3, "qk_norm": False},
     "glm no shared": {"num_shared_experts": 0, "attention_bias": False, "renormalize": False},
+    "glm half": {"rotary_share": 0.5, "tie_embeddings": False},
+    "glm quarter": {"rotary_share": 0.25, "qk_norm": False},
     "glm no bias": PLAIN | {"selection_bias": False},
     "glm in groups": {"router": GroupLimitedRouter(kind="group_limited", groups=2, top_groups=1), "num_experts": 8},
 }
@@ -77,9 +81,9 @@ def test_exports_load_in_transformers_and_come_back_unchanged(changes: dict[str,
     torch.testing.assert_close(back.state(), model.state(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("changes", [CONFIGS["qwen"], CONFIGS["glm"]], ids=["qwen", "glm"])
-def test_a_model_survives_a_detour_through_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
-    model = some_model(changes)
+@pytest.mark.parametrize("family", ["qwen", "olmoe", "mixtral", "glm half"])
+def test_a_model_survives_a_detour_through_transformers(family: str, tmp_path: Path) -> None:
+    model = some_model(CONFIGS[family])
     save_pretrained(model, tmp_path / "out", None)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")
     back = load_pretrained(tmp_path / "theirs", torch.float32)
@@ -87,11 +91,20 @@ def test_a_model_survives_a_detour_through_transformers(changes: dict[str, Any],
     torch.testing.assert_close(back.state(), model.state(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("build", [qwen, glm], ids=["qwen", "glm"])
+@pytest.mark.parametrize("build", [qwen, olmoe, mixtral, glm], ids=["qwen", "olmoe", "mixtral", "glm"])
 @pytest.mark.parametrize("original", [True, False], ids=["per expert", "fused"])
 def test_what_transformers_saves_loads_here(build: Callable[..., Any], original: bool, tmp_path: Path) -> None:
     theirs = build()
     theirs.save_pretrained(tmp_path, save_original_format=original)
+    assert_same_logits(load_pretrained(tmp_path, torch.float32), theirs)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    theirs = glm(num_nextn_predict_layers=1)
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    further = {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in state.items() if "layers.2." in name}
+    save_file(state | further | {"model.layers.3.eh_proj.weight": torch.zeros(2, 4)}, tmp_path / "model.safetensors")
     assert_same_logits(load_pretrained(tmp_path, torch.float32), theirs)
 
 
@@ -193,7 +206,10 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_its_fields(tmp_p
         save_pretrained(LanguageModel.initialize(config, seed=0), tmp_path / "out", None)
     assert str(caught.value) == (
         "no Hugging Face architecture expresses this model: Qwen3MoeForCausalLM needs selection_bias=False (is True), "
-        "num_shared_experts=0 (is 1), routed_scale=1.0 (is 1.5); Glm4MoeForCausalLM needs router_scores=sigmoid (is softmax)"
+        "num_shared_experts=0 (is 1), routed_scale=1.0 (is 1.5); Glm4MoeForCausalLM needs router_scores=sigmoid (is softmax); "
+        "OlmoeForCausalLM needs selection_bias=False (is True), num_shared_experts=0 (is 1), routed_scale=1.0 (is 1.5), "
+        "qk_norm=all_heads (is True), num_dense_layers=0 (is 1); MixtralForCausalLM needs selection_bias=False (is True), "
+        "num_shared_experts=0 (is 1), routed_scale=1.0 (is 1.5), qk_norm=False (is True), num_dense_layers=0 (is 1)"
     )
 
 
@@ -219,8 +235,8 @@ def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        ("qwen", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not supported; Qwen3MoeForCausalLM and Glm4Moe"),
-        ("qwen", {"architectures": None, "model_type": "mixtral"}, "architecture mixtral is not supported"),
+        ("qwen", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not supported; Qwen3MoeForCausalLM, Glm4Moe"),
+        ("qwen", {"architectures": None, "model_type": "jamba"}, "architecture jamba is not supported"),
         ("qwen", {"use_sliding_window": True, "sliding_window": 4}, r"use_sliding_window=True \(only False\)"),
         ("qwen", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
         ("qwen", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type=linear"),
@@ -233,8 +249,11 @@ def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ("qwen", {"num_experts_per_tok": 9}, r"top_k \(9\) is larger than num_experts \(4\)"),
         ("qwen", {"num_hidden_layers": "three"}, "describes no valid model: num_layers"),
         ("glm", {"n_group": 3, "topk_group": 1}, r"router\.groups \(3\) has to divide num_experts"),
-        ("glm", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("glm", {"rope_parameters": None, "partial_rotary_factor": None}, "partial_rotary_factor=0.5"),
+        ("qwen", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("glm", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}}, r"is 3 features, which make no"),
+        ("glm half", {"num_hidden_layers": 2, "num_nextn_predict_layers": "x"}, "does not have: model.layers.2"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
         ("qwen", {"hidden_size": 16, "head_dim": 8}, r"lm_head.weight is \(96, 32\), but config.json makes it \(96, 16\)"),
         ("qwen", {"num_hidden_layers": 2}, "tensors that the model of its config.json does not have: model.layers.2"),
         ("qwen", {"num_hidden_layers": 4}, "lacks model.layers.3"),

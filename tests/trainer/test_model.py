@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from tests.trainer.tiny_models import PLAIN, TINY, glm, qwen, tokens
+from tests.trainer.tiny_models import PLAIN, TINY, glm, mixtral, olmoe, qwen, tokens
 from trainer.model.attention import PackedAttention, positions_of
-from trainer.model.families import family_of, tensors_by_name
+from trainer.model.families import family_of, tensors_by_name, their_features
 from trainer.model.hf import load_pretrained
 from trainer.model.initial import initial_expert
 from trainer.model.transformer import ExpertWeights, LanguageModel, Output, parameter_counts
@@ -48,8 +48,10 @@ def assert_near(ours: Tensor, theirs: Tensor, name: str) -> None:
     [
         pytest.param(lambda: qwen(), id="qwen"),
         pytest.param(lambda: qwen(tie_word_embeddings=True, norm_topk_prob=False, mlp_only_layers=[]), id="qwen-tied"),
+        pytest.param(lambda: olmoe(), id="olmoe"),
+        pytest.param(lambda: mixtral(), id="mixtral"),
         pytest.param(lambda: glm(), id="glm"),
-        pytest.param(lambda: glm(tie_word_embeddings=True, attention_bias=True, n_shared_experts=2), id="glm-tied-biases"),
+        pytest.param(lambda: glm(tie_word_embeddings=True, n_shared_experts=2, partial_rotary_factor=1.0), id="glm-tied-whole"),
         pytest.param(lambda: glm(use_qk_norm=False, norm_topk_prob=False, first_k_dense_replace=0), id="glm-plain"),
     ],
 )
@@ -68,7 +70,7 @@ def test_forward_and_every_gradient_equal_transformers(theirs: Any, tmp_path: Pa
     assert wanted.keys() == {name for name in ours if not name.endswith("e_score_correction_bias")}
     for name, grad in wanted.items():
         assert grad is not None, name
-        assert_near(ours[name], grad, f"gradient of {name}")
+        assert_near(their_features(name, ours[name], model.config), grad, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("changes", [{}, PLAIN], ids=["everything", "plain"])

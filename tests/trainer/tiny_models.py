@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.models import tiny_model
 
@@ -34,13 +44,31 @@ def qwen(**changes: Any) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**THEIRS | {"num_experts": 4, "mlp_only_layers": [0]} | changes))
 
 
-def glm(**changes: Any) -> PreTrainedModel:
+def olmoe() -> PreTrainedModel:
     torch.manual_seed(0)
-    own = {"n_routed_experts": 4, "use_qk_norm": True, "partial_rotary_factor": 1.0, "routed_scaling_factor": 2.5}
+    model = OlmoeForCausalLM(OlmoeConfig(**THEIRS | {"num_experts": 4, "norm_topk_prob": False}))
+    for name, parameter in model.named_parameters():
+        if "_norm" in name:  # which start as ones, so that it would not show which feature they are of
+            parameter.data.normal_(1, 0.3)
+    return model
+
+
+def mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**THEIRS | {"num_local_experts": 4}))
+
+
+def glm(**changes: Any) -> PreTrainedModel:
+    """As published models, half of each head turns with the position."""
+    torch.manual_seed(0)
+    own = {"n_routed_experts": 4, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5}
     model = Glm4MoeForCausalLM(Glm4MoeConfig(**THEIRS | own | changes))
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(0, 0.3)
+    for name, parameter in model.named_parameters():
+        if "_norm" in name or name.endswith(".bias"):
+            parameter.data.normal_(1, 0.3)
     return model
 
 

@@ -71,10 +71,12 @@ class ModelConfig(Record):
     renormalize: bool  # combine weights of a token sum to one before `routed_scale`
     routed_scale: float = Field(gt=0)
     selection_bias: bool  # a bias that moves the selection, never the combine weights (Wang et al. 2408.15664)
-    qk_norm: bool  # RMSNorm over head_dim of queries and keys
+    # RMSNorm of queries and keys: true: over head_dim; all_heads: over all heads of a token together (OLMoE)
+    qk_norm: bool | Literal["all_heads"]
     attention_bias: bool  # biases of the query, key and value projections
     tie_embeddings: bool
     rope_theta: float = Field(gt=0)
+    rotary_share: float = Field(default=1.0, gt=0, le=1)  # of head_dim that turns with the position; GLM: 0.5
     norm_eps: float = Field(gt=0)
     init_std: float = Field(gt=0)
     max_positions: int = Field(gt=0)
@@ -94,6 +96,11 @@ class ModelConfig(Record):
             raise ValueError(f"num_heads ({self.num_heads}) is not divisible by num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) is odd; rotary embeddings need an even one")
+        if self.rotary_dim % 2 or self.rotary_dim == 0:
+            raise ValueError(
+                f"rotary_share ({self.rotary_share}) of head_dim ({self.head_dim}) is {self.rotary_dim} features, which "
+                "make no pairs; choose a share of an even number"
+            )
         if self.num_dense_layers >= self.num_layers:
             raise ValueError(
                 f"num_dense_layers ({self.num_dense_layers}) leaves no MoE layer of num_layers ({self.num_layers}); lower it"
@@ -123,6 +130,11 @@ class ModelConfig(Record):
                 f"router.top_groups ({router.top_groups}) has to be at most router.groups ({router.groups}) and to leave top_k "
                 f"({self.top_k}) experts to choose from; it leaves {kept}"
             )
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many features of a head turn with the position."""
+        return int(self.head_dim * self.rotary_share)
 
     @property
     def num_moe_layers(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from trainer.config.record import Record
 from trainer.config.run import RunConfig, TraceConfig
 
+TEXT = "{text}"  # where a text stands in a template
 MOST_TRACED_TOKENS = 1000  # decoding steps, of each of which a trace has thousands of events
 
 
@@ -31,6 +32,22 @@ class TaskConfig(Record):
     name: str
     options: dict[str, int | float | str | bool]  # keyword arguments of the task's class
     eval_prompts: int = Field(gt=0)  # held-out prompts, one sample each at the rollout temperature
+
+
+class ChatConfig(Record):
+    """What stands around the texts of a task, as the model's chat template has it; rl/chat.py."""
+
+    prompt: str
+    reply: str  # of the environment, behind the end of the model's turn
+    bos: bool  # whether <bos> comes before everything
+    eos: str | None  # the special token that ends the model's turn; null: the tokenizer's <eos>
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        for name, template in (("prompt", self.prompt), ("reply", self.reply)):
+            if template.count(TEXT) != 1:
+                raise ValueError(f"{name} ({template!r}) has {TEXT} {template.count(TEXT)} times; write it once, for the text")
+        return self
 
 
 class RewardConfig(Record):
@@ -197,6 +214,7 @@ class EngineTraceConfig(TraceConfig):
 class RLConfig(RunConfig):
     checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
+    chat: ChatConfig
     reward: RewardConfig
     warmup: WarmupConfig
     rollout: RolloutConfig

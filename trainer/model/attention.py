@@ -16,10 +16,14 @@ from kernels.ragged import ragged
 from trainer.config.model import ModelConfig
 
 
-def rope(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864) of kernels/norm.py, both (B * S, d), float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS.flatten()[:, None].float() * (1.0 / theta**exponents)
+def rope(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864) of kernels/norm.py, both (B * S, d), float32.
+
+    Where a share of the features turns, these are the first pairs (i, i + d/2); the angles of the others are zero.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions_BS.device) / config.rotary_dim
+    frequencies = functional.pad(1.0 / config.rope_theta**exponents, (0, (config.head_dim - config.rotary_dim) // 2))
+    angles = positions_BS.flatten()[:, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -1,7 +1,8 @@
 """How a model of ours is called in the Hugging Face layout: its config.json and the names of its tensors.
 
-Two families cover what we train: Qwen3-MoE (softmax router) and GLM-4-MoE (sigmoid router, selection bias, shared experts).
-Shape letters: D model, F expert hidden, C = 2F, E experts, L MoE layers.
+Four families cover what we train: Qwen3-MoE, Mixtral and OLMoE (softmax router; they differ in the norms of queries and keys),
+and GLM-4-MoE (sigmoid router, selection bias, shared experts).
+Shape letters: D model, F expert hidden, C = 2F, E experts, L MoE layers, H heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ from trainer.config.model import GroupLimitedRouter, ModelConfig
 
 OUR_KEY = "tessera"  # in config.json: what the architecture has no word for; also the mark of a folder that we wrote
 
-# config.json key -> field, the same for both families
+# config.json key -> field, the same for all families
 COMMON_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
-    "intermediate_size": "dense_hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
-    "moe_intermediate_size": "expert_hidden_size",
     "num_experts_per_tok": "top_k",
-    "norm_topk_prob": "renormalize",
     "tie_word_embeddings": "tie_embeddings",
     "max_position_embeddings": "max_positions",
     "rms_norm_eps": "norm_eps",
@@ -46,6 +44,11 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
 }
 DEFAULT_THETA = 10000.0
+MOST_FURTHER_TOKENS = 100  # that a model may predict beside the next one; published ones have one to three layers for it
+# Rows of these tensors are features of a head, in an order of their own where only a share of them turns.
+TURNED = tuple(f"self_attn.{part}" for part in ("q_proj.weight", "q_proj.bias", "q_norm.weight")) + tuple(
+    f"self_attn.{part}" for part in ("k_proj.weight", "k_proj.bias", "k_norm.weight")
+)
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,30 @@ class Family:
     fixed: Mapping[str, Any]  # field -> the only value that the architecture expresses
     demands: Mapping[str, Any]  # config.json key -> the only value that we express
     defaults: Mapping[str, Any]
+    theta: float = DEFAULT_THETA  # of rotary positions, if config.json does not say
+    moe: str = "mlp"  # the module of router and experts in an MoE layer
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert
 
+
+SOFTMAX: dict[str, Any] = {
+    "router_scores": "softmax",
+    "selection_bias": False,
+    "num_shared_experts": 0,
+    "routed_scale": 1.0,
+    "attention_bias": False,  # that of Qwen3-MoE and OLMoE has a fourth part, on the output projection
+    "rotary_share": 1.0,
+}
 
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    keys={"num_experts": "num_experts"},
-    fixed={
-        "router_scores": "softmax",
-        "selection_bias": False,
-        "num_shared_experts": 0,
-        "routed_scale": 1.0,
-        "qk_norm": True,
-        "attention_bias": False,  # its bias has a fourth part, on the output projection
+    keys={
+        "num_experts": "num_experts",
+        "intermediate_size": "dense_hidden_size",
+        "moe_intermediate_size": "expert_hidden_size",
+        "norm_topk_prob": "renormalize",
     },
+    fixed=SOFTMAX | {"qk_norm": True},
     demands={
         "attention_bias": False,
         "use_sliding_window": False,
@@ -95,6 +108,9 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     keys={
         "n_routed_experts": "num_experts",
+        "intermediate_size": "dense_hidden_size",
+        "moe_intermediate_size": "expert_hidden_size",
+        "norm_topk_prob": "renormalize",
         "n_shared_experts": "num_shared_experts",
         "first_k_dense_replace": "num_dense_layers",
         "routed_scaling_factor": "routed_scale",
@@ -117,7 +133,29 @@ GLM4_MOE = Family(
     },
 )
 
-FAMILIES = (QWEN3_MOE, GLM4_MOE)
+OLMOE = Family(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    keys={"num_experts": "num_experts", "intermediate_size": "expert_hidden_size", "norm_topk_prob": "renormalize"},
+    fixed=SOFTMAX | {"qk_norm": "all_heads", "num_dense_layers": 0},
+    demands={"attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "attention_dropout": 0.0},
+    defaults=COMMON_DEFAULTS
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "norm_topk_prob": False, "clip_qkv": None},
+)
+
+MIXTRAL = Family(
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    keys={"num_local_experts": "num_experts", "intermediate_size": "expert_hidden_size"},
+    fixed=SOFTMAX | {"qk_norm": False, "num_dense_layers": 0, "renormalize": True},
+    demands={"sliding_window": None, "hidden_act": "silu", "attention_dropout": 0.0},
+    defaults=COMMON_DEFAULTS | {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "sliding_window": None},
+    theta=1e6,
+    moe="block_sparse_moe",
+    parts=("w1", "w3", "w2"),
+)
+
+FAMILIES = (QWEN3_MOE, GLM4_MOE, OLMOE, MIXTRAL)
 GROUPS = ("n_group", "topk_group")  # config.json keys of GLM
 EXPRESSED_ROUTERS = ("top_k", "noisy_top_k", "group_limited")
 
@@ -139,10 +177,14 @@ def family_of(config: ModelConfig) -> Family:
     for family in FAMILIES:
         values = config.model_dump()
         wrong = [f"{name}={wanted} (is {values[name]})" for name, wanted in family.fixed.items() if values[name] != wanted]
-        if family is QWEN3_MOE and isinstance(config.router, GroupLimitedRouter):
+        if family is not GLM4_MOE and isinstance(config.router, GroupLimitedRouter):
             wrong.append("router.kind=top_k (is group_limited)")
         if family is GLM4_MOE and config.num_experts < 2:
             wrong.append(f"num_experts of at least 2 (is {config.num_experts})")
+        if family is GLM4_MOE and config.qk_norm == "all_heads":
+            wrong.append("qk_norm=True or False (is all_heads)")
+        if family is OLMOE and config.head_dim * config.num_heads != config.hidden_size:
+            wrong.append(f"head_dim * num_heads = hidden_size (is {config.head_dim} * {config.num_heads})")
         if not wrong:
             return family
         obstacles.append(f"{family.architecture} needs {', '.join(wrong)}")
@@ -157,11 +199,11 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     content |= {key: fields[field] for key, field in (COMMON_KEYS | dict(family.keys)).items()}
     content |= family.demands
     # rope_theta stands where transformers 5 reads it and where earlier readers do.
-    content |= {"rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+    rotary = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_share}
+    content |= rotary | {"rope_parameters": {"rope_type": "default"} | rotary}
     if family is QWEN3_MOE:
         content["mlp_only_layers"] = list(range(config.num_dense_layers))
-    else:
+    elif family is GLM4_MOE:
         content["num_nextn_predict_layers"] = 0
         router = config.router
         groups = (router.groups, router.top_groups) if isinstance(router, GroupLimitedRouter) else (1, 1)
@@ -180,7 +222,7 @@ def parse_config(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelC
 def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     family = _family_named(content, path)
     known = {**family.defaults, **{key: value for key, value in content.items() if value is not None}}
-    if "num_local_experts" in known:  # transformers 5 writes this name
+    if "num_local_experts" in known:  # transformers 5 writes this name for all
         known |= {"num_experts": known["num_local_experts"], "n_routed_experts": known["num_local_experts"]}
     if "head_dim" not in known and known.get("num_attention_heads"):
         known["head_dim"] = known.get("hidden_size", 0) // known["num_attention_heads"]
@@ -189,18 +231,19 @@ def _parsed(content: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
         raise UserError(f"{path} does not say {', '.join(missing)}")
     wrong = [f"{key}={known[key]} (only {wanted})" for key, wanted in family.demands.items() if known[key] != wanted]
     wrong += [f"{key}={content[key]}" for key in ("quantization_config",) if content.get(key)]
-    theta, unsupported = _rotary(family, known)
+    theta, share, unsupported = _rotary(family, known)
     if wrong := wrong + unsupported:
         raise UserError(f"{path} asks for what Tessera does not support: {', '.join(wrong)}")
     fields = (
         dict(family.fixed)
         | {"router": _router(family, known)}
         | {field: known[key] for key, field in keys.items()}
-        | {"rope_theta": theta}
+        | {"rope_theta": theta, "rotary_share": share}
     )
+    fields.setdefault("dense_hidden_size", fields["expert_hidden_size"])  # of no layer
     if family is QWEN3_MOE:
         fields["num_dense_layers"] = _num_first_layers(known["mlp_only_layers"], path)
-    else:
+    elif family is GLM4_MOE:
         fields["selection_bias"] = known.get(OUR_KEY, {}).get("selection_bias", True)
     try:
         return family, ModelConfig.model_validate(fields)
@@ -217,25 +260,33 @@ def _router(family: Family, known: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "group_limited", "groups": groups, "top_groups": top_groups}
 
 
+def unused_layers(content: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
+    """How names of tensors begin that predict tokens further ahead (multi-token prediction) and are no part of the model."""
+    extra = content.get("num_nextn_predict_layers")
+    if not isinstance(extra, int):
+        return ()
+    return tuple(f"model.layers.{config.num_layers + place}." for place in range(min(extra, MOST_FURTHER_TOKENS)))
+
+
 def _family_named(content: Mapping[str, Any], path: Path) -> Family:
     architectures = content.get("architectures") or []
     for family in FAMILIES:
         if family.architecture in architectures or (not architectures and content.get("model_type") == family.model_type):
             return family
     found = ", ".join(architectures) or content.get("model_type") or "none"
-    raise UserError(f"{path}: architecture {found} is not supported; {' and '.join(f.architecture for f in FAMILIES)} are")
+    raise UserError(f"{path}: architecture {found} is not supported; {', '.join(f.architecture for f in FAMILIES)} are")
 
 
-def _rotary(family: Family, known: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """theta, and the settings of the rotary embedding that we do not have."""
+def _rotary(family: Family, known: Mapping[str, Any]) -> tuple[float, float, list[str]]:
+    """theta, the share of a head that turns, and the settings of the rotary embedding that we do not have."""
     rotary = known.get("rope_parameters") or known.get("rope_scaling") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     usual_share = 0.5 if family is GLM4_MOE else 1.0
     share = rotary.get("partial_rotary_factor", known.get("partial_rotary_factor", usual_share))
     unsupported = [] if kind == "default" else [f"rope_type={kind} (only default)"]
-    if share != 1.0:
+    if family is not GLM4_MOE and share != 1.0:
         unsupported.append(f"partial_rotary_factor={share} (only 1.0)")
-    return rotary.get("rope_theta", known.get("rope_theta", DEFAULT_THETA)), unsupported
+    return rotary.get("rope_theta", known.get("rope_theta", family.theta)), share, unsupported
 
 
 def _num_first_layers(mlp_only_layers: list[int], path: Path) -> int:
@@ -264,9 +315,15 @@ def tensors_by_name(family: Family, config: ModelConfig, state: Mapping[str, Ten
         if layer < config.num_dense_layers:
             tensors |= _swiglu(state[ours + "mlp.gate_up.weight"], state[ours + "mlp.down.weight"], theirs + "mlp.")
             continue
-        tensors[theirs + "mlp.gate.weight"] = state[ours + "mlp.gate.weight"]
+        moe = "mlp" if fused else family.moe
+        tensors[f"{theirs}{moe}.gate.weight"] = state[ours + "mlp.gate.weight"]
         moe_layer = layer - config.num_dense_layers
-        tensors |= _experts(state["experts.gate_up"][moe_layer], state["experts.down"][moe_layer], theirs, fused)
+        gate_up_ECD, down_EDF = state["experts.gate_up"][moe_layer], state["experts.down"][moe_layer]
+        if fused:
+            tensors |= {theirs + "mlp.experts.gate_up_proj": gate_up_ECD, theirs + "mlp.experts.down_proj": down_EDF}
+        else:
+            for expert, (gate_up_CD, down_DF) in enumerate(zip(gate_up_ECD, down_EDF, strict=True)):
+                tensors |= _swiglu(gate_up_CD, down_DF, f"{theirs}{moe}.experts.{expert}.", family.parts)
         if family is GLM4_MOE:
             tensors |= _glm_extras(config, state, layer)
     return tensors
@@ -284,22 +341,11 @@ def _attention(config: ModelConfig, state: Mapping[str, Tensor], ours: str, thei
     return tensors
 
 
-def _swiglu(gate_up_CD: Tensor, down_DF: Tensor, theirs: str) -> dict[str, Tensor]:
-    gate_FD, up_FD = gate_up_CD.chunk(2)
-    return {
-        theirs + "gate_proj.weight": gate_FD,
-        theirs + "up_proj.weight": up_FD,
-        theirs + "down_proj.weight": down_DF,
-    }
-
-
-def _experts(gate_up_ECD: Tensor, down_EDF: Tensor, theirs: str, fused: bool) -> dict[str, Tensor]:
-    if fused:
-        return {theirs + "mlp.experts.gate_up_proj": gate_up_ECD, theirs + "mlp.experts.down_proj": down_EDF}
-    tensors: dict[str, Tensor] = {}
-    for expert, (gate_up_CD, down_DF) in enumerate(zip(gate_up_ECD, down_EDF, strict=True)):
-        tensors |= _swiglu(gate_up_CD, down_DF, f"{theirs}mlp.experts.{expert}.")
-    return tensors
+def _swiglu(
+    gate_up_CD: Tensor, down_DF: Tensor, theirs: str, parts: tuple[str, str, str] = QWEN3_MOE.parts
+) -> dict[str, Tensor]:
+    matrices = (*gate_up_CD.chunk(2), down_DF)
+    return {f"{theirs}{part}.weight": matrix for part, matrix in zip(parts, matrices, strict=True)}
 
 
 def _glm_extras(config: ModelConfig, state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
@@ -313,3 +359,33 @@ def _glm_extras(config: ModelConfig, state: Mapping[str, Tensor], layer: int) ->
         like = state["dense.norm.weight"]
         gate_up_CD, down_DF = like.new_empty(0, config.hidden_size), like.new_empty(config.hidden_size, 0)
     return tensors | _swiglu(gate_up_CD, down_DF, theirs + "shared_experts.")
+
+
+# ---------------------------------------------------------------- features of a head
+
+
+def our_features(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A tensor of theirs with the features of heads in our order; `name` is that of the layout."""
+    return _ordered(tensor, _feature_order(config)) if _has_an_order(name, config) else tensor
+
+
+def their_features(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The reverse of `our_features`."""
+    return _ordered(tensor, _feature_order(config).argsort()) if _has_an_order(name, config) else tensor
+
+
+def _has_an_order(name: str, config: ModelConfig) -> bool:
+    return config.rotary_dim < config.head_dim and name.endswith(TURNED)
+
+
+def _ordered(tensor: Tensor, order_d: Tensor) -> Tensor:
+    """Reordered along the first dim, which is that of all heads or of the features of one."""
+    return tensor.unflatten(0, (-1, len(order_d)))[:, order_d].flatten(0, 1)
+
+
+def _feature_order(config: ModelConfig) -> Tensor:
+    """(d,) places in their order. Theirs are the first of each turning pair, the second ones, and then those that do not turn;
+    ours, in which i and i + d/2 are a pair, put half of these behind the first ones and half behind the second ones."""
+    first_d, second_d = torch.arange(config.rotary_dim).chunk(2)
+    still_d = torch.arange(config.rotary_dim, config.head_dim).chunk(2)
+    return torch.cat((first_d, still_d[0], second_d, still_d[1]))

@@ -21,7 +21,16 @@ from torch import Tensor
 from kernels.errors import UserError
 from trainer.config.model import ModelConfig
 from trainer.json_text import parsed
-from trainer.model.families import OUR_KEY, config_json, family_of, parse_config, tensors_by_name
+from trainer.model.families import (
+    OUR_KEY,
+    config_json,
+    family_of,
+    our_features,
+    parse_config,
+    tensors_by_name,
+    their_features,
+    unused_layers,
+)
 from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, require_plausible
 from trainer.tokenizer import Tokenizer
 
@@ -56,7 +65,7 @@ def save_pretrained(
         _write_json(beside / "config.json", config_json(model.config) | special_ids | {"dtype": dtype})
         if special_ids:
             _write_json(beside / "generation_config.json", special_ids)
-        _write_tensors(tensors, beside, max_shard_bytes)
+        _write_tensors(tensors, model.config, beside, max_shard_bytes)
         _replace(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -104,7 +113,7 @@ def _write_tokenizer(file: Path, folder: Path, config: ModelConfig) -> dict[str,
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path, max_shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():
@@ -122,7 +131,10 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file, shard in zip(files, shards, strict=True):
         # Cloned, because the format refuses views that share memory; one shard at a time.
-        copies = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in shard.items()}
+        copies = {
+            name: their_features(name, tensor.cpu(), config).clone(memory_format=torch.contiguous_format)
+            for name, tensor in shard.items()
+        }
         save_file(copies, folder / file, metadata={"format": "pt"})
 
 
@@ -142,15 +154,18 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> LanguageModel:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name a folder in the Hugging Face layout")
     path = folder / "config.json"
-    family, config = parse_config(_read_json(path), path)
-    files = _tensor_files(folder)
+    content = _read_json(path)
+    family, config = parse_config(content, path)
+    unused = unused_layers(content, config)
+    files = {name: file for name, file in _tensor_files(folder).items() if not name.startswith(unused)}
     require_plausible(config, sum(file.stat().st_size for file in set(files.values())), str(path))
     model = _unset_model(config, dtype)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in files)
     targets = tensors_by_name(family, config, model.state(), fused=fused)
     _check_names(targets, files, folder)
     for file in sorted(set(files.values())):
-        _read_tensors(file, {name: targets[name] for name, holder in files.items() if holder == file and name in targets})
+        held = {name: targets[name] for name, holder in files.items() if holder == file and name in targets}
+        _read_tensors(file, held, config)
     return model
 
 
@@ -206,14 +221,14 @@ def _check_names(targets: Mapping[str, Tensor], files: Mapping[str, Path], folde
         raise UserError(f"{folder} holds tensors that the model of its config.json does not have: {_shortened(unknown)}")
 
 
-def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
+def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: ModelConfig) -> None:
     try:
         with safe_open(path, "pt") as file:
             for name, target in targets.items():
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(target.shape):
                     raise UserError(f"{path}: {name} is {shape}, but config.json makes it {tuple(target.shape)}")
-                target.copy_(file.get_tensor(name))
+                target.copy_(our_features(name, file.get_tensor(name), config))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 

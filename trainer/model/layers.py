@@ -92,17 +92,27 @@ class Attention(nn.Module):
         self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.norms_all_heads = config.qk_norm == "all_heads"
+        self.query_norm = self._norm(config, config.num_heads)
+        self.key_norm = self._norm(config, config.num_kv_heads)
 
     def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        query_BSHd, key_BSGd, value_BSGd = (x.view(heads) for x in side_by_side(x_BSD, self.query, self.key, self.value))
-        query_BSHd = self._turned(self.query_norm(query_BSHd), angles)
-        key_BSGd = self._turned(self.key_norm(key_BSGd), angles)
+        query, key, value = side_by_side(x_BSD, self.query, self.key, self.value)
+        if not self.norms_all_heads:
+            query, key = query.view(heads), key.view(heads)
+        query_BSHd = self._turned(self.query_norm(query).view(heads), angles)
+        key_BSGd = self._turned(self.key_norm(key).view(heads), angles)
+        value_BSGd = value.view(heads)
         out_BHSd = attend(layer, query_BSHd.transpose(1, 2), key_BSGd.transpose(1, 2), value_BSGd.transpose(1, 2))
         out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
         return out_BSD
+
+    @staticmethod
+    def _norm(config: ModelConfig, heads: int) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        return RMSNorm(config.head_dim * (heads if config.qk_norm == "all_heads" else 1), config.norm_eps)
 
     @staticmethod
     def _turned(x_BSHd: Tensor, angles: Angles) -> Tensor:

@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         `recompute` keeps only the input of each block for the backward pass. `noise` (B, S) is that of a noisy router.
         """
         noise = None if noise is None else noise.flattened()
-        angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
+        angles = Angles(*rope(positions_BS, self.config))
         x_BSD, update_BSD = self.embedding(tokens_BS), None
         choices, at_depths = list[Choice](), list[Tensor]()
         for layer, block in enumerate(self.blocks):
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
 
     def last_attention(self, positions_BS: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """That of the last block alone, over hidden states of one, for who times it: out_BSD."""
-        angles = Angles(*rope(positions_BS, self.config.head_dim, self.config.rope_theta))
+        angles = Angles(*rope(positions_BS, self.config))
         block = self.blocks[-1]
         assert isinstance(block, Block)
         x_BSD = torch.ones(*positions_BS.shape, self.config.hidden_size, dtype=dtype, device=positions_BS.device)

@@ -1,0 +1,47 @@
+"""A model's chat template: what stands around a prompt, and around what the environment answers.
+
+Names of special tokens become these tokens where the template has them. In the texts of a task they stay text, so that no
+prompt can end a turn or begin one. Texts are encoded apart from what stands around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.config.rl import TEXT, ChatConfig
+from trainer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Token ids before and behind a text."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    tokenizer: Tokenizer
+
+    @staticmethod
+    def of(template: str, tokenizer: Tokenizer) -> Frame:
+        """`template` has {text} once."""
+        before, behind = (tuple(tokenizer.encode_marked(part)) for part in template.split(TEXT))
+        return Frame(before, behind, tokenizer)
+
+    def around(self, text: str) -> list[int]:
+        return [*self.before, *self.tokenizer.encode(text), *self.behind]
+
+    def inside(self, ids: Sequence[int]) -> str:
+        """The text of what `around` made."""
+        return self.tokenizer.decode(ids[len(self.before) : len(ids) - len(self.behind)])
+
+
+@dataclass(frozen=True)
+class Chat:
+    prompt: Frame
+    reply: Frame
+
+    @staticmethod
+    def of(config: ChatConfig, tokenizer: Tokenizer) -> Chat:
+        prompt = Frame.of(config.prompt, tokenizer)
+        bos = (tokenizer.bos,) if config.bos else ()
+        return Chat(Frame((*bos, *prompt.before), prompt.behind, tokenizer), Frame.of(config.reply, tokenizer))
