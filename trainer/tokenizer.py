@@ -142,6 +142,12 @@ class Tokenizer:
 
     def _find_special_tokens(self) -> tuple[int, int, int]:
         added = {token.content: index for index, token in self._core.get_added_tokens_decoder().items()}
+        if self._eos is not None and self._eos not in added:
+            there = ", ".join(list(added)[:12]) or "none"
+            raise UserError(
+                f"tokenizer {self._origin} has no token {self._eos}, which is to end a text (chat.eos); its added tokens are: "
+                f"{there}. Name one of them, or choose chat=none"
+            )
         found: list[int] = []
         missing: list[str] = []
         eos_names = EOS_NAMES if self._eos is None else (self._eos,)
