@@ -26,7 +26,7 @@ from trainer.state import TrainerSpec, TrainerState
 log = logging.getLogger("tessera")
 NOT_FINITE = "its gradient is not finite"
 WAY_OUT = {
-    True: "Lower optimizer.lr, or let training go on without such updates: skip_nonfinite of train or loop",
+    True: "Lower optimizer.lr, or let training go on without more such updates: skip_nonfinite of train or loop",
     False: "Raise train.spike_zscore, or let training go on without such updates: train.on_spike=skip",
 }
 
@@ -144,7 +144,9 @@ class Trainer(TrainerState):
         told = f"update {update} is refused: {harm}{where}; nothing was changed{kept}"
         skips = self.refused_in_a_row <= guard.skip_nonfinite if harm == NOT_FINITE else guard.on_spike == "skip"
         if not skips:
-            raise UpdateRefused(f"{told}. {WAY_OUT[harm == NOT_FINITE]}")
+            used_up = harm == NOT_FINITE and guard.skip_nonfinite > 0
+            before = f"So were the {guard.skip_nonfinite} before it, which is the limit of skip_nonfinite. " if used_up else ""
+            raise UpdateRefused(f"{told}. {before}{WAY_OUT[harm == NOT_FINITE]}")
         log.warning("%s", told)
 
     def _find_fault(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> Fault | None:

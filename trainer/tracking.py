@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -19,6 +20,7 @@ from wandb.errors import CommError, UsageError
 
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
+from trainer.hangs import tail
 from trainer.memory import resident_gib
 from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, console_line, emit, seconds_left
 from trainer.records import Change, read_records, summary
@@ -27,6 +29,7 @@ from trainer.stopping import Stopped
 
 WANDB_S = 60.0  # in which W&B lets a run in, or it is tracked offline
 UPLOAD_S = 120.0  # that the end of a run waits for what W&B has not got yet
+REFUSED = re.compile(r"update \d+ is refused: .*")  # in the log of a rank, trainer/step.py
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
 Self = TypeVar("Self", bound="Tracker")
 
@@ -98,7 +101,9 @@ class Tracker:
         scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
         self._tell_wandb(lambda run: run.log({AXES[self.stage]: step, **scalars}))
         if values.get("train/skipped"):
-            self.say(f"an update was skipped, see {shown(self.run.log_file('trainer/0'))}")
+            log = self.run.log_file("trainer/0")
+            reasons = REFUSED.findall(tail(log))
+            self.say(reasons[-1] if reasons else f"an update was skipped, see {shown(log)}")
         if not self.told_unknown and {"time/step_s", "train/tokens"} <= complete.keys():
             self.told_unknown = True
             if unknown := [f"{USE[key]} ({why})" for key, why in UNKNOWN.items() if key not in complete]:

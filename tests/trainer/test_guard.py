@@ -182,7 +182,7 @@ def test_a_limit_of_skips_in_a_row(tmp_path: Path) -> None:
     told = spec(tiny_model(), micro_rows=8, guard=replace(STOP, skip_nonfinite=2))
     (found,) = run_ranks(learn, 1, told, math.nan, [BAD, 0, BAD, BAD, BAD], str(tmp_path))
     assert [m.get("train/skipped", 0) for m in found["metrics"]] == [1, 0, 1, 1]
-    assert "update 2 is refused" in found["raised"]
+    assert "update 2 is refused" in found["raised"] and "So were the 2 before it, which is the limit" in found["raised"]
     kept = {p.name.removesuffix("_rank_0.safetensors") for p in tmp_path.iterdir()}
     assert kept == {"update_000001_refusal_1", *(f"update_000002_refusal_{n}" for n in (1, 2, 3))}
 

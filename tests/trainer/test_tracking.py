@@ -92,6 +92,18 @@ def test_what_a_step_cannot_tell_is_said_once_with_the_reason(run: RunDir, capsy
     assert "exposed (" not in out and UNKNOWN.keys() <= USE.keys(), "they are what the line says of devices"
 
 
+def test_an_update_that_was_skipped_is_told_with_its_reason(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run.log_file("trainer/0")
+    with Tracker(run, "pretrain", OFF, total_steps=2, devices=1) as tracker:
+        tracker.log(1, {"train/skipped": 1})
+        log.write_text(
+            "".join(f"2026 WARNING tessera: update {step} is refused: why {step}\n2026 INFO fine\n" for step in (1, 2))
+        )
+        tracker.log(2, {"train/skipped": 1})
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "skipped" in line or "refused" in line)
+    assert first.endswith(f"an update was skipped, see {log}") and second.endswith("  update 2 is refused: why 2")
+
+
 def test_a_step_after_a_restart_has_no_step_time(run: RunDir) -> None:
     with Tracker(run, "pretrain", OFF, total_steps=9, devices=2) as tracker:
         for step in (1, 2, 3, 2, 3):
