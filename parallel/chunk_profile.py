@@ -37,7 +37,6 @@ CHUNKS = (1, 2, 4, 8)  # in which a layer runs to see what it takes beside its p
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
 REPEATS = 5
 BUDGET_S = 15.0
-HEAD_STARTS = 4  # milliseconds, about, in which the host starts two passes
 MIB, ENTRIES, TOKENS = ("MiB", 2**20), ("1,000 entries", 1000), ("1,000 tokens", 1000)
 LINES = {  # the unit in which each is told
     "exchange": MIB, "copy": MIB, "forward": ENTRIES, "backward": ENTRIES, "weights": ENTRIES, "attention": TOKENS,
@@ -282,7 +281,7 @@ def _turn(parts: LayerParts, attend: Callable[[], object], world: World) -> dict
     world.barrier()
     marks = Marks(world.device)
     if world.device.type == "cuda":
-        torch.cuda._sleep(HEAD_STARTS * HEAD_START_CYCLES)  # the host is ahead, as in training
+        torch.cuda._sleep(HEAD_START_CYCLES)  # the host is ahead, as in training
     parts.in_sequence(marks)
     seconds = _by_word(marks.take())
 

@@ -40,7 +40,7 @@ WARM_UPS, REPEATS = 2, 5
 TURNS = {"cpu": 5, "cuda": 25}  # of the parts of a layer
 SMALL = 2**14  # bytes of the two transfers that latency and bandwidth come from
 LARGE = {"cpu": 2**22, "cuda": 2**26}
-HEAD_START_CYCLES = 2 * 10**6  # about a millisecond, in which the host starts what is timed
+HEAD_START_CYCLES = 10**7  # about five milliseconds; the host takes two to start an exchange, forward and backward
 MOST_ENTRIES = {"cpu": 2**16, "cuda": 2**17}  # in the products that are timed
 MOST_TOKENS = 2**14  # in the exchanges that are timed
 MOST_EXPERTS = 8  # in the sums that are timed
@@ -49,7 +49,7 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 @torch.no_grad()
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
-    """The costs of a layer for a rank with so many tokens; takes about two seconds.
+    """The costs of a layer for a rank with so many tokens; takes about three seconds.
 
     `planning` plans a layer as it will be planned, with the costs that it is given.
     """
