@@ -77,6 +77,7 @@ def main(run: Callable[[Root], object], root: type[Root], config_name: str, argv
 def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
     """The configuration that conf/<config_name>.yaml and the arguments describe. UserError lists all problems at once."""
     choices, values, problems = _sort_arguments(argv, group_choices(root, config_name))
+    problems += _brought(root, choices, values)
     composed = _compose(config_name, choices)
     while True:
         config, found = _validate(root, composed, values)
@@ -191,6 +192,18 @@ def _sort_arguments(argv: Sequence[str], groups: dict[str, list[str]]) -> tuple[
         else:
             values.append(override)
     return choices, values, problems
+
+
+def _brought(root: type[Record], choices: dict[str, str], values: list[Override]) -> list[Problem]:
+    """Options of a group that another option brings with it: they would change nothing."""
+    names = [*choices, *(value.key_or_group for value in values)]
+    bringing = [value for value in values if value.key_or_group in root.BRINGS and value.value() is not None]
+    return [
+        Problem(name, None, f"{value.key_or_group}={value.get_value_string()} brings its own {group}; leave one of the two out")
+        for value in bringing
+        for name in names
+        if (group := name.partition(".")[0]) in root.BRINGS[value.key_or_group]
+    ]
 
 
 def _refused(argument: str) -> Problem | None:

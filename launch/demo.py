@@ -29,7 +29,10 @@ TOTALS = {
     "pretrain": (
         ("moe/rank_imbalance_owners", "mean"),
         ("moe/rank_imbalance", "mean"),
+        ("moe/copies_per_layer", "mean"),
+        ("moe/copies_mib", "max"),
         ("moe/moved_mib", "median"),
+        ("time/copies_exposed_s", "median"),
         ("perf/tokens_per_s", "median"),
     ),
     "rl": (

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from kernels.errors import UserError
 from launch.cli import guarded
-from launch.rl import starting_point
 from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
@@ -25,6 +24,7 @@ from rl.engine.sampler import Sampling
 from rl.trajectory import Sample, fresh_group
 from trainer.config.model import ModelConfig
 from trainer.model.hf import load_pretrained
+from trainer.starting_point import starting_point
 from trainer.state import choose_dtype
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model

@@ -8,24 +8,28 @@ from pathlib import Path
 
 import torch
 
+from kernels.errors import UserError
 from launch.cli import main, print_plan
 from launch.picture import draw_schedule
 from launch.report import write_report
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config.run import PretrainConfig
 from trainer.data import prepare
-from trainer.estimate import budget_lines
+from trainer.estimate import budget_lines, vocab_size
 from trainer.loop import Pretraining
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
+from trainer.starting_point import settled, starting_point
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
+from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 from trainer.worker import check_division
 
 
 def pretrain(config: PretrainConfig) -> Path | None:
     """Runs a whole pretraining and returns its run folder; None after a dry run."""
+    config, start_from = with_checkpoint(config)
     ranks = choose_ranks(config.cluster)
     choices = rank_choices(config.cluster, ranks, partial(check_division, config.model, config.train.batch_rows))
     if config.dry_run:
@@ -36,16 +40,36 @@ def pretrain(config: PretrainConfig) -> Path | None:
     run = RunDir.open(config, "pretrain")
     price = config.cluster.dollars_per_gpu_hour
     with StopRequest() as stop, Tracker(run, "pretrain", config.logger, config.train.steps, ranks, price) as tracker:
-        model = config.model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
+        model = config.model
+        if start_from is None:
+            model = model.model_copy(update={"vocab_size": corpus.tokenizer.vocab_size})
         dtype, reason = choose_dtype(config.train.dtype)
         for line in budget_lines(config, model, ranks, dtype, reason, torch.cuda.is_available()):
             tracker.say(line)
         memory = MemoryCheckpoints(config.train.memory_checkpoint_every, tracker.say)
-        training = Pretraining(config, model, corpus, choices, dtype, run, tracker, stop, memory)
+        training = Pretraining(config, model, start_from, corpus, choices, dtype, run, tracker, stop, memory)
         run_attempts(config.cluster, ranks, training.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
+
+
+def with_checkpoint(config: PretrainConfig) -> tuple[PretrainConfig, Path | None]:
+    """With the model and the tokenizer of its checkpoint, and the folder of the weights; as it is, and None, without one."""
+    if config.checkpoint is None:
+        return config, None
+    path = settled(config.checkpoint, config, "pretrain")
+    folder, model = starting_point(path)
+    tokenizer = config.tokenizer.model_copy(update={"file": folder / "tokenizer.json"})
+    config = config.model_copy(update={"checkpoint": path, "model": model, "tokenizer": tokenizer})
+    try:
+        config.check_model()
+    except ValueError as error:
+        raise UserError(f"checkpoint={path}: {error}") from None
+    found = Tokenizer.load(folder / "tokenizer.json").vocab_size
+    if found > vocab_size(model):
+        raise UserError(f"{folder / 'tokenizer.json'} has {found} tokens, but the model beside it only {vocab_size(model)}")
+    return config, folder
 
 
 if __name__ == "__main__":

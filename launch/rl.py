@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from kernels.errors import UserError
 from launch.cli import main, print_plan
 from launch.picture import draw_schedule
 from launch.report import write_report
@@ -15,14 +14,12 @@ from rl.engine.engine import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
-from trainer import checkpoint
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
-from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.memory_checkpoints import MemoryCheckpoints
-from trainer.model.hf import read_config
-from trainer.run_dir import RunDir, continued_config, shown
+from trainer.run_dir import RunDir
+from trainer.starting_point import settled, starting_point
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -32,8 +29,9 @@ from trainer.worker import check_division
 
 def reinforce(config: RLConfig) -> Path | None:
     """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
-    config = settled(config)
+    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
     start_from, model = starting_point(config.checkpoint)
+    check_generates(model)
     apart = config.rollout.engines_apart
     ranks = choose_ranks(config.cluster, apart)
     choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
@@ -61,29 +59,6 @@ def reinforce(config: RLConfig) -> Path | None:
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
-
-
-def settled(config: RLConfig) -> RLConfig:
-    """With a folder as the checkpoint where it is named through a link such as runs/latest-pretrain, which means another run as
-    soon as one starts: the folder of now, or of a run that goes on its own."""
-    path = config.checkpoint
-    if not any(part.is_symlink() for part in (path, *path.parents)):
-        return config
-    earlier = continued_config(config, "rl")
-    folder = Path(shown(path.resolve())) if earlier is None else Path(earlier["checkpoint"])
-    return config.model_copy(update={"checkpoint": folder})
-
-
-def starting_point(path: Path) -> tuple[Path, ModelConfig]:
-    """The folder that `checkpoint=path` means, one of ours or one in the Hugging Face layout, and its model."""
-    if (path / "config.json").is_file():
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
-        return path, read_config(path)
-    found = checkpoint.resolve(path)
-    model = checkpoint.model_of(found, checkpoint.read_meta(found))
-    check_generates(model)
-    return found, model
 
 
 if __name__ == "__main__":

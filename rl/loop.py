@@ -41,6 +41,7 @@ from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
 from trainer.run_dir import RunDir
+from trainer.starting_point import load_weights
 from trainer.state import TrainerSpec
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -336,10 +337,7 @@ class Reinforcement:
             return meta.step, RolloutBuffer.parse(found.text("state.json"), str(found))
         self.run.rewind(-1)
         self.tracker.say(f"loading {self.start_from}")
-        if (self.start_from / "meta.json").is_file():
-            ranks.call("load", self.start_from, False)
-        else:
-            ranks.call("load_model", self.start_from)
+        load_weights(ranks, self.start_from)
         self.warm_up(ranks)
         if self.config.algorithm.kl_coefficient > 0:
             self._write_reference(ranks)

@@ -20,6 +20,7 @@ from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
 from trainer.run_dir import RunDir
+from trainer.starting_point import load_weights
 from trainer.state import TrainerSpec
 from trainer.stopping import StopRequest
 from trainer.tracing import Traces
@@ -33,6 +34,7 @@ class Pretraining:
 
     config: PretrainConfig
     model: ModelConfig  # config.model with the vocabulary size of the tokenizer
+    start_from: Path | None  # whose weights it begins with (starting_point.py); None: random ones
     corpus: Corpus
     ranks: tuple[int, ...]  # how many there may be, the number that is wanted first
     dtype: str
@@ -113,6 +115,9 @@ class Pretraining:
         loaded = load_newest(ranks, self.run, self.tracker, self.memory)
         if loaded is None:
             self.run.rewind(-1)
+            if self.start_from is not None:
+                self.tracker.say(f"loading {self.start_from}")
+                load_weights(ranks, self.start_from)
             return 0
         found, meta = loaded
         self.corpus.require_same(str(meta.position.get("corpus")), found)

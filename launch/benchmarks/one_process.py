@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.rl import settled, starting_point
 from parallel.topology import World, join
 from rl.actors import sync_metrics
 from rl.engine.engine import Engine
@@ -24,6 +23,7 @@ from trainer.cluster import Processes
 from trainer.config.rl import RLConfig, SyncConfig
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
+from trainer.starting_point import settled, starting_point
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
 
     Without `rounds` the run ends when it is warmed up.
     """
-    config = settled(config)
+    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
     start_from, model = starting_point(config.checkpoint)
     task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     dtype, _ = choose_dtype(config.loop.dtype)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
-from launch.rl import settled
 from trainer.config.model import CosineRouter
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, StdlibSource, TextSource
 from trainer.run_dir import RunDir
+from trainer.starting_point import settled
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -302,6 +302,14 @@ def test_changes_of_weights_go_through_the_store() -> None:
     assert config.is_direct(on_gpu=True) and not config.is_direct(on_gpu=False)
 
 
+def test_what_a_checkpoint_brings_is_not_given_beside_it() -> None:
+    found = problems("checkpoint=runs/a", "model.top_k=3", "tokenizer=bpe_32k", "train.batch_rows=8")
+    assert [line.partition(" ")[0] for line in found] == ["tokenizer", "model.top_k"]
+    assert all("checkpoint=runs/a brings its own" in line for line in found)
+    pretrain("checkpoint=runs/a", "train.sequence_length=4096")  # longer than the model that it would be without
+    pretrain("checkpoint=null", "model.top_k=3")
+
+
 def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,14 +318,16 @@ def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     link.parent.mkdir()
     link.symlink_to("a")
     asked = ["checkpoint=runs/latest-pretrain", "run_name=tuned"]
-    first = settled(load(RLConfig, "rl", asked))
-    assert first.checkpoint == Path("runs/a")
-    RunDir.open(first, "rl").close("stopped")
+
+    def of(*arguments: str) -> Path:
+        config = load(RLConfig, "rl", arguments)
+        return settled(config.checkpoint, config, "rl")
+
+    assert of(*asked) == Path("runs/a")
+    RunDir.open(load(RLConfig, "rl", ["checkpoint=runs/a", "run_name=tuned"]), "rl").close("stopped")
     link.unlink()
     link.symlink_to("b")  # another pretraining has begun
-    assert settled(load(RLConfig, "rl", [*asked, "resume=auto"])).checkpoint == Path("runs/a")
-    assert settled(load(RLConfig, "rl", asked)).checkpoint == Path("runs/b")
-    inside = load(RLConfig, "rl", ["checkpoint=runs/latest-pretrain/checkpoints/step_000006"])
-    assert settled(inside).checkpoint == Path("runs/b/checkpoints/step_000006")
-    plain = load(RLConfig, "rl", ["checkpoint=runs/a"])
-    assert settled(plain) is plain
+    assert of(*asked, "resume=auto") == Path("runs/a")
+    assert of(*asked) == Path("runs/b")
+    assert of("checkpoint=runs/latest-pretrain/checkpoints/step_000006") == Path("runs/b/checkpoints/step_000006")
+    assert of("checkpoint=runs/a") == Path("runs/a")

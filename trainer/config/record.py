@@ -7,6 +7,9 @@ its name or its comment.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +17,5 @@ class Record(BaseModel):
     """Frozen; an unknown key is an error, a wrong type is never silently accepted (`"2"` for an integer is)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    BRINGS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # option -> groups whose options come with it

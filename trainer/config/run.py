@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -236,6 +237,11 @@ class RunConfig(Record):
 
 
 class PretrainConfig(RunConfig):
+    BRINGS: ClassVar[Mapping[str, tuple[str, ...]]] = {"checkpoint": ("model", "tokenizer")}
+
+    # Whose weights to begin with, and whose model and tokenizer to take: a run folder, one of its checkpoints, or a folder in
+    # the Hugging Face layout; null: random weights of `model`.
+    checkpoint: Path | None
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
@@ -243,17 +249,22 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def consistent(self) -> PretrainConfig:
+        self.check_memory_checkpoints("train.memory_checkpoint_every", self.train.memory_checkpoint_every)
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
+        if self.checkpoint is None:
+            self.check_model()
+        return self
+
+    def check_model(self) -> None:
+        """Raises ValueError where the model cannot be trained so."""
         if self.train.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"train.sequence_length ({self.train.sequence_length}) is larger than model.max_positions "
                 f"({self.model.max_positions}); shorten the rows or raise max_positions"
             )
-        self.check_memory_checkpoints("train.memory_checkpoint_every", self.train.memory_checkpoint_every)
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
         if self.balance.rate > 0 and not self.model.selection_bias:
             raise ValueError(
                 f"balance.rate ({self.balance.rate}) moves a selection bias that the model does not have; "
                 "set model.selection_bias=true or choose balance=frozen"
             )
-        return self

@@ -1,0 +1,40 @@
+"""What a run begins with, unless with random weights: a checkpoint of ours, or a folder in the Hugging Face layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kernels.errors import UserError
+from trainer import checkpoint
+from trainer.cluster import Processes
+from trainer.config.model import ModelConfig
+from trainer.config.run import RunConfig
+from trainer.model.hf import read_config
+from trainer.run_dir import continued_config, shown
+
+
+def settled(path: Path, config: RunConfig, kind: str) -> Path:
+    """The folder where `path`, the checkpoint of this configuration, leads through a link such as runs/latest-pretrain, which
+    means another run as soon as one starts: the folder of now, or of a run that goes on its own."""
+    if not any(part.is_symlink() for part in (path, *path.parents)):
+        return path
+    earlier = continued_config(config, kind)
+    return Path(shown(path.resolve())) if earlier is None else Path(earlier["checkpoint"])
+
+
+def starting_point(path: Path) -> tuple[Path, ModelConfig]:
+    """The folder that `checkpoint=path` means and its model; its tokenizer is there, too."""
+    if (path / "config.json").is_file():
+        if not (path / "tokenizer.json").is_file():
+            raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
+        return path, read_config(path)
+    found = checkpoint.resolve(path)
+    return found, checkpoint.model_of(found, checkpoint.read_meta(found))
+
+
+def load_weights(ranks: Processes, folder: Path) -> None:
+    """The ranks go on with the weights of a starting point, and with an optimizer that has seen nothing."""
+    if (folder / "meta.json").is_file():
+        ranks.call("load", folder, False)
+    else:
+        ranks.call("load_model", folder)
