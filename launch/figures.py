@@ -24,7 +24,7 @@ from launch.recorded import Run
 from trainer.metrics import LENGTHS, LOAD, METRICS, STEP_WORDS, Metric, Stage
 
 INK = "#010203"  # stands for the text colour until the page is put together
-LINES = ("#2f80c8", "#e07b26", "#2a9d7c")  # each readable on white and on near-black
+LINES = ("#2f80c8", "#e07b26", "#2a9d7c", "#9a6fd0")  # each readable on white and on near-black
 ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks, times a power of ten
 MAX_POINTS = 600  # of a curve
 MAX_COLUMNS = 240  # of a heat map

@@ -14,7 +14,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.cli import load
-from launch.figures import PANELS
+from launch.figures import LINES, PANELS
 from launch.report import write_report
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
@@ -175,6 +175,7 @@ def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
 
 
 def test_panels_show_metrics_of_their_stage() -> None:
+    assert all(len(panel.keys) <= len(LINES) for panels in PANELS.values() for panel in panels), "a colour for every line"
     for stage, panels in PANELS.items():
         known = {metric.key for metrics in metrics_of(stage).values() for metric in metrics}
         assert {key for panel in panels for key in panel.keys} <= known
