@@ -1,4 +1,7 @@
-"""What copies take of a GPU's memory at most, beside what trainer/estimate.py says: run with -s to see the table."""
+"""What copies take of a GPU's memory at most, beside what trainer/estimate.py says: run with -s to see the table.
+
+It needs the GPUs for itself: what other processes take of them in the meantime counts.
+"""
 
 from __future__ import annotations
 
