@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ from parallel.topology import World
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
-from trainer.keeper import SHARED_MEMORY, MemoryShelf
-from trainer.worker import TrainWorker, check_division
+
+if TYPE_CHECKING:
+    from trainer.worker import TrainWorker
 
 LEARNING_RATE = 1e-4
 ROUNDS = 5
@@ -107,6 +108,9 @@ def measure(
     options: CheckpointsOptions, contenders: Mapping[str, Any], device: torch.device, ceilings: Ceilings
 ) -> Iterator[Cost]:
     """A case for every model and way."""
+    from trainer.keeper import SHARED_MEMORY  # here, because other benchmarks start without Ray
+    from trainer.worker import check_division
+
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # as ranks of a run have it
     for name in options.model:
@@ -135,6 +139,9 @@ def measure(
 
 def _turns(world: World, options: CheckpointsOptions, told: tuple[str, Path, Path]) -> Measured:
     """The first round connects, compiles and asks for memory, and does not count."""
+    from trainer.keeper import MemoryShelf
+    from trainer.worker import TrainWorker
+
     name, disk, memory = told
     model = model_config(options, name, options.length)
     worker = TrainWorker(world.rank)

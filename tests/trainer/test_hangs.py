@@ -90,7 +90,7 @@ Thread 0x00007e (most recent call first):
     [
         ("", Whereabouts(None, STANDS_STILL)),
         ("update 3 loss 1.0", Whereabouts(None, STANDS_STILL)),
-        (ENGINE, Whereabouts(None, "tokens engine/decoder.py:99 < advance engine/engine.py:170 < advance rl/actors.py:51")),
+        (ENGINE, Whereabouts(None, "tokens engine/decoder.py:99 < advance engine/engine.py:170 < advance engine/actor.py:51")),
         (STACK, Whereabouts("all_to_all_single", EXCHANGE)),
         (STACK.replace("distributed_c10d", "other"), Whereabouts(None, EXCHANGE)),
         (f"{STACK.replace('distributed_c10d', 'other')}{NCCL}", Whereabouts("alltoall_base", EXCHANGE)),
