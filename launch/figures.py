@@ -24,7 +24,7 @@ from launch.recorded import Run
 from trainer.metrics import LENGTHS, LOAD, METRICS, STEP_WORDS, Metric, Stage
 
 INK = "#010203"  # stands for the text colour until the page is put together
-LINES = ("#2f80c8", "#e07b26", "#2a9d7c", "#9a6fd0")  # each readable on white and on near-black
+LINES = ("#2f80c8", "#e07b26", "#2a9d7c")  # each readable on white and on near-black
 ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks, times a power of ten
 MAX_POINTS = 600  # of a curve
 MAX_COLUMNS = 240  # of a heat map
@@ -73,10 +73,8 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/lr",)),
         Panel("Training speed", ("perf/tokens_per_s",)),
-        Panel(
-            "Where a step's time goes",
-            ("time/step_s", "time/train_s", "time/communication_exposed_s", "time/copies_exposed_s"),
-        ),
+        Panel("Where a step's time goes", ("time/step_s", "time/train_s", "time/communication_exposed_s")),
+        Panel("What a step waits for", ("time/communication_exposed_s", "time/copies_exposed_s")),
         Panel("Use of the GPUs", ("perf/mfu", "perf/gpu_idle_share")),
         Panel("Cost", ("perf/dollars_per_million_tokens",)),
         Panel("Memory", ("mem/peak_gib",)),

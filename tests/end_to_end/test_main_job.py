@@ -120,15 +120,16 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
 
 
 def test_pretraining_begins_with_a_checkpoint_or_an_export(runs: Path, pretrained: Path, exported: Path) -> None:
-    """With its weights, model and tokenizer: held-out text costs what it cost in the end, and less after two more steps."""
-    common = [f"runs_dir={runs}", "train.steps=2", "train.eval_every=2", "optimizer.warmup_steps=0", "cluster.ranks=1"]
+    """With its weights, model and tokenizer: held-out text costs what it cost in the end, and as much after two small steps."""
+    common = [f"runs_dir={runs}", "cluster.ranks=1", "optimizer.warmup_steps=0", "optimizer.lr=1e-4"]
+    common += ["train.steps=2", "train.eval_every=2"]
     begun = {name: start("pretrain", *common, f"checkpoint={path}", f"run_name={name}") for name, path in
              (("more", pretrained), ("more-exported", exported))}  # fmt: skip
     before = series(pretrained, "eval/bits_per_byte")[STEPS]
     for name, process in begun.items():
         assert "loading" in finish(process)
         bits = series(runs / name, "eval/bits_per_byte")
-        assert bits[0] == pytest.approx(before, rel=1e-4) and bits[2] < 1.02 * bits[0], name
+        assert bits[0] == pytest.approx(before, rel=1e-4) and bits[2] == pytest.approx(before, rel=0.02), name
         assert read_model(checkpoint.resolve(runs / name)).config == read_model(checkpoint.resolve(pretrained)).config
 
 

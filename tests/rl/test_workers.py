@@ -140,13 +140,21 @@ def test_a_worker_that_is_killed_from_outside_costs_no_reward(tmp_path: Path) ->
             if child.status() != psutil.STATUS_ZOMBIE and "rl.rewards.worker" in child.cmdline():
                 child.kill()
 
+    def scoring() -> list[Path]:
+        return [file for file in tmp_path.iterdir() if file.name.isdigit()]
+
+    def kill_one_that_scores() -> None:
+        while not scoring():
+            time.sleep(0.05)
+        kill()
+
     threading.Timer(0.2, kill).start()
     with workers(tmp_path, [], count=1, pids=str(tmp_path), slow_start=0.5) as rewards:
         kill()
-        threading.Timer(1.5, kill).start()
+        threading.Thread(target=kill_one_that_scores, daemon=True).start()
         assert rewards.score([response(text) for text in ("late 0.3",) * 10]) == [1.0] * 10
         assert rewards.counts() == CLEAN
-    assert len([file for file in tmp_path.iterdir() if file.name.isdigit()]) >= 2
+    assert len(scoring()) >= 2
 
 
 def test_an_environment_that_fails_is_no_end_of_a_conversation(tmp_path: Path) -> None:
