@@ -51,9 +51,10 @@ def read_machine(name: str) -> MachineConfig:
     return read_group("machine", name, MachineConfig)
 
 
-def read_group(group: str, choice: str, record: type[Options]) -> Options:
-    """A file of conf/ as it is, without Hydra, which benchmarks do without."""
-    return record.model_validate(yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")))
+def read_group(group: str, choice: str, record: type[Options], **changed: Any) -> Options:
+    """A file of conf/, which builds on no other, without Hydra, which benchmarks do without; with these options changed."""
+    options = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+    return record.model_validate(options | changed)
 
 
 def profiled(machine: MachineConfig, file: Path) -> tuple[MachineConfig, list[str]]:

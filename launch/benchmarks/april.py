@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from rich.table import Table
 from launch.benchmarks.models import ModelOptions, floor_bytes
 from launch.benchmarks.options import Listed, OneOrMore
 from launch.benchmarks.record import one_row
+from launch.machines import read_group
 from rl.april import Prompts, Score, rollout_round, submitted_groups
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
@@ -35,7 +34,6 @@ from trainer.config.rl import RolloutConfig
 from trainer.estimate import vocab_size
 from trainer.model.transformer import LanguageModel
 
-CONF = Path(__file__).parents[2] / "conf"
 SIGMA = 1.0  # of the logarithm of a length: the expected longest of 256 is exp(2.8) = 16 times the median
 NO_TOKEN = -1  # as <eos>: what is sampled ends nothing
 
@@ -262,24 +260,18 @@ def one_round(
 
 def rollout_config(options: RoundOptions, over_provision: float, slots: int) -> RolloutConfig:
     """rollout=april with the sizes of the options."""
-    changed = {
-        "groups": options.groups,
-        "samples_per_group": options.samples,
-        "over_provision": over_provision,
-        "max_new_tokens": options.longest,
-        "max_staleness": options.max_staleness,
-        "engine_slots": slots,
-        "advance_tokens": options.advance,
-    }
-    return RolloutConfig.model_validate({**conf("rollout", "april"), **changed})
-
-
-def conf(group: str, name: str) -> dict[str, Any]:
-    """The options of conf/<group>/<name>.yaml, which builds on no other."""
-    from omegaconf import OmegaConf  # here, since the other benchmarks do without it
-
-    options: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # type: ignore[assignment]
-    return options
+    return read_group(
+        "rollout",
+        "april",
+        RolloutConfig,
+        groups=options.groups,
+        samples_per_group=options.samples,
+        over_provision=over_provision,
+        max_new_tokens=options.longest,
+        max_staleness=options.max_staleness,
+        engine_slots=slots,
+        advance_tokens=options.advance,
+    )
 
 
 def _tokens(groups: Sequence[Group]) -> int:

@@ -14,11 +14,12 @@ from typing import Any
 import ray
 import torch
 
-from launch.benchmarks.april import ForcedEngine, RoundOptions, conf, engine_settings, random_prompts, rollout_config
+from launch.benchmarks.april import ForcedEngine, RoundOptions, engine_settings, random_prompts, rollout_config
 from launch.benchmarks.kernel_times import KernelTimes, kernel_times
 from launch.benchmarks.models import floor_bytes, trainer_spec
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
+from launch.machines import read_group
 from rl.actors import Patience, RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
@@ -41,7 +42,7 @@ from trainer.tracing import TraceRequest
 
 LEARNING_RATE = 1e-6
 STAGES = ("generate", "reward", "logprob", "update", "transfer", "rest")
-SYNC = SyncConfig.model_validate(conf("sync", "full"))
+SYNC = read_group("sync", "full", SyncConfig)
 
 
 class CountingEngine(ForcedEngine):
@@ -213,7 +214,7 @@ class Judge:
 
 
 def grpo() -> AlgorithmConfig:
-    return AlgorithmConfig.model_validate(conf("algorithm", "grpo"))
+    return read_group("algorithm", "grpo", AlgorithmConfig)
 
 
 def batch_of(groups: Sequence[Group], algorithm: AlgorithmConfig, options: IterationOptions, version: int) -> TrainBatch:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from launch.benchmarks.april import conf
 from launch.benchmarks.models import model_config
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
+from launch.machines import read_group
 from trainer.config.model import ModelConfig
 from trainer.config.run import ClusterConfig
 from trainer.estimate import vocab_size
@@ -58,7 +58,7 @@ def measure(
     from trainer.cluster import check_cluster
     from trainer.worker import check_division
 
-    cluster = ClusterConfig.model_validate({**conf("cluster", "local"), "ranks": options.ranks})
+    cluster = read_group("cluster", "local", ClusterConfig, ranks=options.ranks)
     check_cluster(cluster, options.ranks, options.engines)
     for name in options.model:
         model = model_config(options, name, options.prompt + options.longest + 1)
