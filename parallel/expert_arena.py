@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -114,14 +115,14 @@ class ExpertArena:
         """gate_up (S, 2F, D) and down (S, D, F) of the slots."""
         return self.transport.rows
 
+    @cached_property
+    def row_bytes(self) -> float:
+        """Of a token on its way. Plans ask for every layer in every update."""
+        return self.hooks.row_bytes(self.shape.hidden, self.dtype)
+
     @property
     def expert_bytes(self) -> int:
         return sum(rows[0].nbytes for rows in self.rows)
-
-    @property
-    def row_bytes(self) -> float:
-        """Of a token on its way."""
-        return self.hooks.row_bytes(self.shape.hidden, self.dtype)
 
     def take_costs(self) -> tuple[float, float]:
         """(bytes of weights and gradients sent, seconds waited for copies) by this rank since the last call."""
