@@ -50,6 +50,36 @@ def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> Tensor
     return out_THd
 
 
+def attend_flash(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_N: Tensor, longest: int) -> Tensor:
+    """The same function as `attend` by the library's FlashAttention, on a GPU in half precision, not batch-invariant.
+
+    `first_N` (int32, N + 1) and `longest` are those of `Ragged`. Called below the library's own varlen_attn, whose face differs
+    between its versions and costs the host more than the launch.
+    """
+    out_THd: Tensor = _AttendFlash.apply(q_THd, k_TGd, v_TGd, first_N, longest)
+    return out_THd
+
+
+class _AttendFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_N: Tensor, longest: int) -> Tensor:
+        out_THd, log_sum_HT, *random, _ = torch.ops.aten._flash_attention_forward(
+            q_THd, k_TGd, v_TGd, first_N, first_N, longest, longest, 0.0, True, False
+        )
+        ctx.save_for_backward(q_THd, k_TGd, v_TGd, out_THd, log_sum_HT, first_N, *random)
+        ctx.longest = longest
+        return out_THd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_THd: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, first_N, seed, offset = ctx.saved_tensors
+        found = torch.ops.aten._flash_attention_backward(
+            d_out_THd.contiguous(), *saved, first_N, first_N, ctx.longest, ctx.longest, 0.0, True, seed, offset
+        )
+        return (*found, None, None)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> Tensor:

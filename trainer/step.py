@@ -257,10 +257,10 @@ class Trainer(TrainerState):
         return self.model.last_attention(positions_of(documents_BS), attend, getattr(torch, self.spec.dtype))
 
     def _attend(self, documents_BS: Tensor, on_host_BS: Tensor | None = None) -> Attend:
+        read_BS = documents_BS if on_host_BS is None else on_host_BS
         if self.spec.batch_invariant:
-            read_BS = documents_BS if on_host_BS is None else on_host_BS
             return BatchInvariantAttention(read_BS, self.spec.model, documents_BS.device)
-        return PackedAttention(documents_BS)
+        return PackedAttention(read_BS, documents_BS.device)
 
     def _balance(self, counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
         """Reports the balance of a global batch and moves the selection bias once."""

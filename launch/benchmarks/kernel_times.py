@@ -33,11 +33,11 @@ class KernelTimes:
     launches: int  # of kernels
     kernels_s: float  # of all of them, those that are not listed too
 
-    def lines(self) -> list[str]:
-        """The slowest, for a person."""
+    def lines(self, what: str) -> list[str]:
+        """The slowest, for a person; `what` rank 0 did."""
         waited, waits = sum(one.ms for one in self.host_waits) / 1e3, sum(one.count for one in self.host_waits)
         found = [
-            f"rank 0, a logprob and an update under the profiler: {self.seconds:.3f} s, {self.launches:,} kernels at work for "
+            f"rank 0, {what} under the profiler: {self.seconds:.3f} s, {self.launches:,} kernels at work for "
             f"{self.busy_s / self.seconds:.0%} of it, {waited:.3f} s in {waits:,} calls in which the host may wait"
         ]
         for one in self.kernels[:15]:

@@ -17,11 +17,14 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from trainer.config.model import ModelConfig
 
 CHUNK_TOKENS = 1024
 
@@ -201,3 +204,29 @@ def torch_router(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
     counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=experts_N.device)  # bincount would wait for the GPU
     counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N)).cumsum(0)
     return weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def transformers_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers 5: Qwen3MoE in the sizes of `model`, all layers MoE layers, random weights, its own grouped products."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.top_k,
+        "moe_intermediate_size": model.expert_hidden_size,
+        "max_position_embeddings": model.max_positions,
+        "norm_topk_prob": model.renormalize,
+        "tie_word_embeddings": model.tie_embeddings,
+        "eos_token_id": None,
+    }
+    with device:
+        return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=dtype, experts_implementation="grouped_mm")

@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 
 from launch.benchmarks.models import model_config
+from launch.benchmarks.peers import transformers_model
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
 from launch.machines import read_group
@@ -84,7 +85,7 @@ def measure(
             f"{options.median} tokens, longest {options.longest}"
         )
         found = iterate(options, model, cluster, device, ceilings)
-        profiled = [] if found.kernels is None else found.kernels.lines()
+        profiled = [] if found.kernels is None else found.kernels.lines("a logprob and an update")
         if options.profile is not None and found.kernels is not None:
             options.profile.write_text(json.dumps(asdict(found.kernels), indent=1) + "\n", encoding="utf-8")
         stages, trained = found.stages(options), found.trained_tokens[options.warm_rounds :]
@@ -101,24 +102,9 @@ def measure(
 
 def transformers_generation() -> Callable[[ModelConfig, IterationOptions, torch.device], float]:
     """transformers' generate over grouped products, all sequences equally long: tokens a second."""
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     def work(model: ModelConfig, options: IterationOptions, device: torch.device) -> float:
-        sizes = {
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "num_hidden_layers": model.num_layers,
-            "num_attention_heads": model.num_heads,
-            "num_key_value_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
-            "num_experts": model.num_experts,
-            "num_experts_per_tok": model.top_k,
-            "moe_intermediate_size": model.expert_hidden_size,
-            "max_position_embeddings": model.max_positions,
-        }
-        config = Qwen3MoeConfig(**sizes, tie_word_embeddings=True, eos_token_id=None)  # type: ignore[arg-type]
-        with device:
-            peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm").eval()
+        peer = transformers_model(model, device, torch.bfloat16).eval()
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.randint(vocab_size(model), (options.groups * options.samples, options.prompt), generator=generator)
         ids, times = ids.to(device), []

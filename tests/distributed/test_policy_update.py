@@ -46,7 +46,7 @@ def alone(model: LanguageModel, document: Document) -> tuple[Tensor, Tensor]:
     """(log-probs, entropy) of the response of one document in a row of its own."""
     ids = torch.tensor([document.prompt_ids + document.response_ids])
     numbers = torch.zeros(1, document.positions, dtype=torch.int32)
-    output = model.forward(ids[:, :-1], positions_of(numbers), numbers >= 0, PackedAttention(numbers))
+    output = model.forward(ids[:, :-1], positions_of(numbers), numbers >= 0, PackedAttention(numbers, numbers.device))
     logprobs, entropy = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, ids[0, 1:])
     return logprobs[-len(document.response_ids) :], entropy[-len(document.response_ids) :]
 

@@ -63,7 +63,7 @@ def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Ten
             batch.tokens_BS,
             positions_of(batch.documents_BS),
             batch.documents_BS >= 0,
-            PackedAttention(batch.documents_BS),
+            PackedAttention(batch.documents_BS, batch.documents_BS.device),
             model.experts.layers(),
             model.bias_LE,
             noise=router_noise(spec.seed, step, range(8), 12, model.bias_LE.device) if noisy else None,

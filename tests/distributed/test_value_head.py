@@ -181,7 +181,7 @@ def hidden_states(spec: TrainerSpec, batch: TrainBatch, head: ValueHead) -> tupl
     for parameter in (model.experts.gate_up_LECD, model.experts.down_LEDF):
         parameter.requires_grad_()
     documents = batch.documents_BS
-    arguments = (batch.tokens_BS, positions_of(documents), documents >= 0, PackedAttention(documents))
+    arguments = (batch.tokens_BS, positions_of(documents), documents >= 0, PackedAttention(documents, documents.device))
     output = model.dense(*arguments, model.experts.layers(), model.bias_LE, depths=head.depths)
     return model, head.inputs(output.depths_BSD)
 
@@ -285,7 +285,9 @@ def test_the_reference_is_the_policy_of_its_checkpoint_on_any_number_of_ranks(tm
     meta = CheckpointMeta("rl", 0, 0, spec.model.model_dump(mode="json"), "unknown", {})
     write(tmp_path / "reference", named_tensors(model), meta, {}, World(0, 1, torch.device("cpu"), 1))
     documents = batch.documents_BS
-    output = model.forward(batch.tokens_BS, positions_of(documents), documents >= 0, PackedAttention(documents))
+    output = model.forward(
+        batch.tokens_BS, positions_of(documents), documents >= 0, PackedAttention(documents, documents.device)
+    )
     wanted, _ = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, batch.targets_BS.flatten())
     learned = batch.weights_BS > 0
     for size in (1, 2):

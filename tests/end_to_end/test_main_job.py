@@ -115,7 +115,7 @@ def test_what_goes_out_loads_in_transformers_and_gives_the_same_logits(pretraine
     ours = read_model(checkpoint.resolve(pretrained))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        found = ours.logits(tokens, positions_of(documents), documents >= 0, PackedAttention(documents))
+        found = ours.logits(tokens, positions_of(documents), documents >= 0, PackedAttention(documents, documents.device))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

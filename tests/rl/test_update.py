@@ -144,7 +144,12 @@ def round_of(world: World, told: TrainerSpec) -> tuple[dict[str, Value], Tensor]
     metrics = learn(OneRank(Trainer(told, world)), rows, config, 0.0, 0)  # type: ignore[arg-type]
     model = LanguageModel.initialize(told.model, told.seed)
     counts = [
-        model.forward(b.tokens_BS, positions_of(b.documents_BS), b.documents_BS >= 0, PackedAttention(b.documents_BS)).counts_LE
+        model.forward(
+            b.tokens_BS,
+            positions_of(b.documents_BS),
+            b.documents_BS >= 0,
+            PackedAttention(b.documents_BS, b.documents_BS.device),
+        ).counts_LE
         for b in rows
     ]
     return metrics, sum(counts, torch.zeros_like(counts[0]))

@@ -42,7 +42,14 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int, dtype: torch.d
     bias_LE = torch.zeros(model.num_moe_layers, model.num_experts, device=device)
     experts = [LocalExperts(*pair) for pair in pairs]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        dense(tokens_BS, positions_of(documents_BS), documents_BS >= 0, PackedAttention(documents_BS), experts, bias_LE)
+        dense(
+            tokens_BS,
+            positions_of(documents_BS),
+            documents_BS >= 0,
+            PackedAttention(documents_BS, documents_BS.device),
+            experts,
+            bias_LE,
+        )
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

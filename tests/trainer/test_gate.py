@@ -21,7 +21,7 @@ DOCUMENTS = torch.zeros(4, 12, dtype=torch.int32)
 
 def forward(model: LanguageModel, noise: RouterNoise | None, rows: slice = slice(None), **options: Any) -> Output:
     documents = DOCUMENTS[rows]
-    attend, layers = PackedAttention(documents), model.experts.layers()
+    attend, layers = PackedAttention(documents, documents.device), model.experts.layers()
     inputs = TOKENS[rows], positions_of(documents), documents >= 0, attend, layers, model.bias_LE
     output: Output = model.dense(*inputs, noise=noise, **options)
     return output

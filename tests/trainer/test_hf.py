@@ -57,7 +57,7 @@ def some_model(changes: dict[str, Any]) -> LanguageModel:
 def logits(model: LanguageModel, inputs: Tensor) -> Tensor:
     documents = torch.zeros_like(inputs)
     with torch.no_grad():
-        return model.logits(inputs, positions_of(documents), documents >= 0, PackedAttention(documents))
+        return model.logits(inputs, positions_of(documents), documents >= 0, PackedAttention(documents, documents.device))
 
 
 def assert_same_logits(ours: LanguageModel, theirs: Any) -> None:
@@ -219,7 +219,7 @@ def test_a_noisy_router_goes_out_as_what_it_is_without_noise(tmp_path: Path) -> 
     found = load_pretrained(tmp_path / "out", torch.float32)
     assert found.config.router == TINY.router
     documents = torch.zeros(2, 12, dtype=torch.int32)
-    inputs = tokens(2, 12), positions_of(documents), documents >= 0, PackedAttention(documents)
+    inputs = tokens(2, 12), positions_of(documents), documents >= 0, PackedAttention(documents, documents.device)
     assert torch.equal(found.logits(*inputs), noisy.logits(*inputs))
 
 

@@ -20,7 +20,9 @@ from trainer.model.transformer import ExpertWeights, LanguageModel, Output, para
 
 def forward(model: LanguageModel, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Output:
     documents_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
-    return model.forward(tokens_BS, positions_of(documents_BS), documents_BS >= 0, PackedAttention(documents_BS))
+    return model.forward(
+        tokens_BS, positions_of(documents_BS), documents_BS >= 0, PackedAttention(documents_BS, documents_BS.device)
+    )
 
 
 def trainable(model: LanguageModel) -> LanguageModel:
@@ -111,7 +113,7 @@ def test_recompute_gives_the_same_output_counts_and_gradients() -> None:
             tokens(1, 12),
             positions_of(documents),
             documents >= 0,
-            PackedAttention(documents),
+            PackedAttention(documents, documents.device),
             model.experts.layers(),
             model.bias_LE,
             recompute=recompute,
@@ -179,7 +181,7 @@ def test_state_round_trip_and_its_errors() -> None:
 def test_moving_to_bfloat16_keeps_the_bias_in_float32() -> None:
     model = LanguageModel.initialize(TINY, seed=0)
     inputs, documents = tokens(1, 8), torch.zeros(1, 8)
-    arguments = (inputs, positions_of(documents), documents >= 0, PackedAttention(documents))
+    arguments = (inputs, positions_of(documents), documents >= 0, PackedAttention(documents, documents.device))
     exact = model.logits(*arguments)
     model.to(torch.device("cpu"), torch.bfloat16)
     assert model.bias_LE.dtype == torch.float32 and model.experts.down_LEDF.dtype == torch.bfloat16
