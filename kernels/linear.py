@@ -29,34 +29,51 @@ def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) ->
     return linears(x, [weight_NK], dtype=dtype)[0]
 
 
-def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """`linear` by each of up to three weights, in one launch on a GPU."""
-    results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, *weights_NK)
+def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None, plain: bool = False) -> list[Tensor]:
+    """`linear` by each of up to three weights, in one launch on a GPU. `plain` ones are the library's, not batch-invariant.
+
+    All give their part of the gradient of `x` to one sum, so that autograd has none to add.
+    """
+    results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, plain, *weights_NK)
     return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, dtype: torch.dtype, *weights_NK: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_MK: Tensor, dtype: torch.dtype, plain: bool, *weights_NK: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_MK, *weights_NK)
+        if plain:
+            return tuple(torch.mm(x_MK, weight_NK.t()).to(dtype) for weight_NK in weights_NK)
         return products(x_MK, weights_NK, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_MN: Tensor) -> tuple[Tensor | None, ...]:
         x_MK, *weights_NK = ctx.saved_tensors
-        wide = d_MN[0].dtype  # of the results that were asked for
+        dtype = d_MN[0].dtype  # of the results that were asked for
+        split = x_MK.is_cuda and (x_MK.dtype, dtype) == (torch.bfloat16, torch.float32)
+        factors = [_in_halves(d) if split else d for d in d_MN]
+        wide = x_MK.dtype if split else dtype
         d_x_MK = None
         if ctx.needs_input_grad[0]:
-            d_x_MK = torch.mm(d_MN[0], weights_NK[0].to(wide))
-            for d, weight_NK in zip(d_MN[1:], weights_NK[1:], strict=True):
-                d_x_MK.addmm_(d, weight_NK.to(wide))
-            d_x_MK = d_x_MK.to(x_MK.dtype)
-        d_weights = [
-            torch.mm(d.t(), x_MK.to(wide)).to(weight_NK.dtype) if needed else None
-            for d, weight_NK, needed in zip(d_MN, weights_NK, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return d_x_MK, None, *d_weights
+            for factor, weight_NK in zip(factors, weights_NK, strict=True):
+                weight_NK = torch.cat([weight_NK, weight_NK]) if split else weight_NK.to(wide)
+                d_x_MK = torch.mm(factor, weight_NK) if d_x_MK is None else d_x_MK.addmm_(factor, weight_NK)
+        d_weights: list[Tensor | None] = []
+        for factor, weight_NK, needed in zip(factors, weights_NK, ctx.needs_input_grad[3:], strict=True):
+            d_NK = torch.mm(factor.t(), x_MK.to(wide)) if needed else None
+            d_NK = d_NK[: len(weight_NK)] + d_NK[len(weight_NK) :] if split and d_NK is not None else d_NK
+            d_weights.append(None if d_NK is None else d_NK.to(weight_NK.dtype))
+        return None if d_x_MK is None else d_x_MK.to(x_MK.dtype), None, None, *d_weights
+
+
+def _in_halves(d_MN: Tensor) -> Tensor:
+    """(M, 2N) bfloat16: what bfloat16 keeps of float32 numbers, and what it keeps of the rest, together 16 bits of each.
+
+    So the tensor cores multiply them, ten times as fast as float32, and no result in bfloat16 tells the difference.
+    """
+    first_MN = d_MN.bfloat16()
+    return torch.cat([first_MN, (d_MN - first_MN).bfloat16()], dim=1)
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:

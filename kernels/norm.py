@@ -104,21 +104,21 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
         ctx.save_for_backward(cosines_Td, sines_Td)
-        return _rotated(x_THd, cosines_Td, sines_Td)
+        return _rotated(x_THd, cosines_Td, sines_Td, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_THd: Tensor) -> tuple[Tensor | None, ...]:
         cosines_Td, sines_Td = ctx.saved_tensors
-        return _rotated(d_THd, cosines_Td, -sines_Td), None, None  # back by the same angles
+        return _rotated(d_THd, cosines_Td, sines_Td, back=True), None, None
 
 
-def _rotated(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+def _rotated(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: bool) -> Tensor:
     if _takes_kernel(x_THd):
         from kernels.triton_norm import launch_rotate
 
-        return launch_rotate(x_THd, cosines_Td, sines_Td)
-    return rotate_reference(x_THd, cosines_Td, sines_Td)
+        return launch_rotate(x_THd, cosines_Td, sines_Td, back)
+    return rotate_reference(x_THd, cosines_Td, -sines_Td if back else sines_Td)
 
 
 def _takes_kernel(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.launches import begin, early
 
 NUMBERS = 1024  # of a program, so that a few rows keep many programs busy
+BACKWARD_NUMBERS = 4096  # of a step there, so that a program, which takes one after the other, has enough under way
 BACKWARD_PROGRAMS = 512  # at most; each has a sum of its own for the weight's gradient
 
 
@@ -47,7 +48,8 @@ def launch_rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tenso
     rows_RD, d_y_RD, size = _rows(x), _rows(d_y), x.shape[-1]
     d_x_RD = d_y_RD if d_x is None else _rows(d_x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block, rows = _tile(size)
+    block = int(triton.next_power_of_2(size))
+    rows = max(1, BACKWARD_NUMBERS // block)
     tiles = triton.cdiv(rows_RD.shape[0], rows) if out.numel() else 0
     partial_PD = torch.empty(min(tiles, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x.device)
     if tiles:
@@ -81,8 +83,8 @@ def _tile(size: int) -> tuple[int, int]:
     return block, max(1, min(8, NUMBERS // block))
 
 
-def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
-    """kernels.norm.rotate."""
+def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: bool) -> Tensor:
+    """kernels.norm.rotate; `back`: by the opposite angles."""
     tokens, heads, size = x_THd.shape
     y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     if y_THd.numel():
@@ -96,6 +98,7 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor
             D=size,
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_D=triton.next_power_of_2(size // 2),
+            BACK=back,
             **early(x_THd.device, tokens),
         )
     return y_THd
@@ -192,6 +195,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BACK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     begin(EARLY)
@@ -211,6 +215,8 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         tl.load(sines + angle, mask=d < half, other=0.0),
         tl.load(sines + angle + half, mask=d < half, other=0.0),
     )
+    if BACK:
+        sin_first, sin_second = -sin_first, -sin_second
     y_at = y + (token * H + head[:, None]) * D + d[None, :]
     turned_first = first * cos_first[None, :] - second * sin_first[None, :]
     turned_second = second * cos_second[None, :] + first * sin_second[None, :]

@@ -61,7 +61,8 @@ class DenseZeRO:
                 "zero_allow_untested_optimizer": True,
                 # Slices need no bucket to reduce in, and ZeRO makes one of this size in every backward pass.
                 "zero_optimization": {"stage": stage, **({"reduce_bucket_size": 1} if places else {})},
-                "bf16": {"enabled": dtype == torch.bfloat16},
+                # The trainer looks at the norm before it asks for a step, which tells as much as a look at every tensor.
+                "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
                 "steps_per_print": 10**12,
             },
         )
@@ -72,7 +73,6 @@ class DenseZeRO:
 
     def _share_norm_with_experts(self) -> None:
         """ZeRO clips by `scaled_global_norm`; from here on that is what `norm` found, of dense and expert parameters."""
-        self._dense_norm = self.zero.scaled_global_norm
         self._norm = math.nan
         self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
 
@@ -120,10 +120,15 @@ class DenseZeRO:
 
     def norm(self, experts: ExpertShards) -> float:
         """The joint norm of dense and expert gradients, the same on all ranks; NaN if it is not finite. Collective."""
-        dense = float(self._dense_norm())  # ZeRO reports an invalid one as -1
-        squared = dense**2 + float(experts.squared_norm())
-        self._norm = math.sqrt(squared) if dense >= 0 and math.isfinite(squared) else math.nan
+        squared = float(self._squared_norm() + experts.squared_norm())
+        self._norm = math.sqrt(squared) if math.isfinite(squared) else math.nan
         return self._norm
+
+    def _squared_norm(self) -> Tensor:
+        """Of the averaged dense gradients, float64: every rank adds up its partition, in a few kernels for all tensors."""
+        parts = [part for group in self.zero.averaged_gradients.values() for part in group]
+        nothing = torch.zeros((), dtype=torch.float64, device=self.world.device)  # where there are more ranks than numbers
+        return self.world.sum(torch.stack([nothing, *torch._foreach_norm(parts, 2, torch.float64)]).square().sum())
 
     def step(self, lr: float, experts: ExpertShards) -> None:
         """Clips dense and expert gradients by their `norm`, which was asked for and is finite, and updates both."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels.linear import linear, linears, product
+from kernels.linear import _in_halves, linear, linears, product
 
 
 def case(rows: int, inputs: int, outputs: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -74,3 +74,25 @@ def test_the_kernels_rows_have_the_same_bits_at_any_number(dtype: torch.dtype, i
     for rows in (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500):
         some = torch.randperm(3000, device="cuda")[:rows]
         assert torch.equal(product(x[some], weight, torch.float32), whole[some]), rows
+
+
+def test_halves_keep_sixteen_bits() -> None:
+    d = torch.randn(400, 7, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 7)
+    first, rest = _in_halves(d).double().chunk(2, dim=1)
+    assert ((first + rest - d.double()).abs() <= 2**-16 * d.double().abs()).all()
+    assert ((first - d.double()).abs() > 2**-10 * d.double().abs()).any(), "one of them alone keeps as much"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(16384, 1024, 64), (5, 192, 6), (3000, 2048, 128)])
+def test_on_a_gpu_gradients_of_wide_results_are_as_exact_as_their_dtype(rows: int, inputs: int, outputs: int) -> None:
+    x, weight = case(rows, inputs, outputs, "cuda", torch.bfloat16)
+    others = torch.randn_like(weight)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), others.requires_grad_()]
+    pulls = [torch.randn(rows, outputs, device="cuda") for _ in "wo"]
+    found = torch.autograd.grad(linears(x, [weight, others], dtype=torch.float32), leaves, pulls)
+    exact = [leaf.detach().double() for leaf in leaves]
+    wanted = [pulls[0].double() @ exact[1] + pulls[1].double() @ exact[2], *(pull.double().T @ exact[0] for pull in pulls)]
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other).norm() < 3e-3 * other.norm()  # to round once costs 1.7e-3

@@ -24,12 +24,12 @@ def test_the_kernels_follow_the_references(kernel_device: str, shape: tuple[int,
     torch.testing.assert_close(y, rms_norm_reference(x + update, weight, 1e-6))
     heads = numbers(6, 3, 24, device=kernel_device)[:, :, ::2]
     angles = numbers(6, 12, device=kernel_device)
-    torch.testing.assert_close(
-        launch_rotate(heads, angles.cos(), angles.sin()), rotate_reference(heads, angles.cos(), angles.sin())
-    )
+    for back in (False, True):
+        expected = rotate_reference(heads, angles.cos(), -angles.sin() if back else angles.sin())
+        torch.testing.assert_close(launch_rotate(heads, angles.cos(), angles.sin(), back), expected)
 
 
-@pytest.mark.parametrize("shape", [(5, 24), (9, 4, 16), (1, 1, 1), (0, 8)])
+@pytest.mark.parametrize("shape", [(5, 24), (9, 4, 16), (77, 4, 16), (1, 1, 1), (0, 8)])
 @pytest.mark.parametrize("also_elsewhere", [False, True])
 def test_the_backward_kernel_follows_autograd(
     kernel_device: str, shape: tuple[int, ...], also_elsewhere: bool, monkeypatch: pytest.MonkeyPatch

@@ -41,10 +41,10 @@ class Linear(nn.Linear):
 
 
 def side_by_side(x: Tensor, *maps: Linear) -> list[Tensor]:
-    """Each of up to three linear maps of `x`; batch-invariant ones in one launch on a GPU."""
-    if not maps[0].batch_invariant:
-        return [functional.linear(x, linear.weight, linear.bias) for linear in maps]
-    results = linears(x, [linear.weight for linear in maps])
+    """Each of up to three linear maps of `x`."""
+    if not maps[0].batch_invariant and len(maps) == 1:
+        return [functional.linear(x, maps[0].weight, maps[0].bias)]
+    results = linears(x, [linear.weight for linear in maps], plain=not maps[0].batch_invariant)
     return [y if linear.bias is None else y + linear.bias for y, linear in zip(results, maps, strict=True)]
 
 
