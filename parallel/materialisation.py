@@ -23,6 +23,7 @@ from parallel.placement import Budget, Floats, without_copies
 from parallel.planning import predict, reshard
 from parallel.policies import Policy, calibrated
 from parallel.profiling import copies_that_fit, measure_costs
+from parallel.stopwatch import Stopwatch
 
 MIB = 2**20
 WINDOW = 5  # steps whose mean load predicts the next (Hecate's w)
@@ -50,6 +51,7 @@ class Materialisation:
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self._setting: Setting | None = None
         self._calibrated = 0  # layers, in this step
+        self._planning = Stopwatch(shards.world.device)  # of what waits for plans
         if not self._measures:
             shards.arena.attention = None  # nobody would ever look at its events
         self.place()
@@ -86,11 +88,15 @@ class Materialisation:
         every = self.settings.reshard_every
         if self.setting is not None and every and updates % every == 0:
             plan, budget = partial(self.settings.policy, setting=self.setting), self.setting.budget
-            owner_LE = reshard(self._predicted(), self.shards.owner_LE, self.setting.topology, budget.overlap, plan)
+            with self._planning:
+                owner_LE = reshard(self._predicted(), self.shards.owner_LE, self.setting.topology, budget.overlap, plan)
             metrics["moe/owners_moved"] = float((owner_LE != self.shards.owner_LE).sum())
             if owner_LE is not self.shards.owner_LE:
                 self.shards.reshard(owner_LE)
-        self.place()
+        with self._planning:
+            self.place()
+        planned_s = torch.tensor(self._planning.take(), dtype=torch.float64, device=self.shards.world.device)
+        metrics["time/plans_exposed_s"] = self.shards.world.sum(planned_s).item() / self.shards.world.size
         return metrics
 
     def place(self) -> None:
@@ -117,7 +123,8 @@ class Materialisation:
             return
         world = self.shards.world
         loads_E = world.sum(counts_E.clone()).double().cpu().numpy()
-        plan = calibrated(self.plans[layer], loads_E, self.setting)
+        with self._planning:
+            plan = calibrated(self.plans[layer], loads_E, self.setting)
         if plan is not self.plans[layer]:
             self.plans[layer] = plan
             self._calibrated += 1

@@ -107,6 +107,7 @@ def test_what_ranks_send_is_timed_and_what_the_model_needed_is_counted(transport
                 0 < metrics["time/communication_exposed_s"] < metrics["time/train_s"] + results[0][0][seed - 1]["time/train_s"]
             )
             assert metrics["time/copies_exposed_s"] <= metrics["time/communication_exposed_s"]
+            assert 0 < metrics["time/plans_exposed_s"] < metrics["time/train_s"] + results[0][0][seed - 1]["time/train_s"]
             assert "perf/mfu" not in metrics and "time/gpu_idle_s" not in metrics
     first, second = ([m["time/communication_exposed_s"] for m in told] for told, _ in results)
     assert first == second
