@@ -74,7 +74,7 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
         Panel("Learning rate", ("train/lr",)),
         Panel("Training speed", ("perf/tokens_per_s",)),
         Panel("Where a step's time goes", ("time/step_s", "time/train_s", "time/communication_exposed_s")),
-        Panel("What a step waits for", ("time/communication_exposed_s", "time/copies_exposed_s")),
+        Panel("What a step waits for", ("time/communication_exposed_s", "time/copies_exposed_s", "time/plans_exposed_s")),
         Panel("Use of the GPUs", ("perf/mfu", "perf/gpu_idle_share")),
         Panel("Cost", ("perf/dollars_per_million_tokens",)),
         Panel("Memory", ("mem/peak_gib",)),

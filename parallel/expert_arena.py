@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from parallel.hooks import NONE, Hooks
+from parallel.host_device import to_device
 from parallel.placement import Floats, Ints, Placement, missing
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
@@ -67,6 +68,16 @@ class LayerExperts:
     @property
     def first_own(self) -> int:
         return next(iter(self.slots.values()), 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank has the experts of all layers."""
+
+    layers: list[LayerExperts]
+    row_LE: Ints  # in which row of its owner's arena each expert lies
+    most_copies: int  # that any rank keeps
+    rematerialise: bool
 
 
 class ExpertArena:
@@ -139,32 +150,44 @@ class ExpertArena:
         self.transport.make_room(self.owned + copies)
         self.copies = copies
 
+    def layout(
+        self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
+    ) -> Layout:
+        """Experts as `placements` says, one for each layer, and tokens that go to them by `shares_LED`.
+
+        `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing changes
+        here, and the host waits for nothing that a GPU still has to do.
+        """
+        extra_LD = np.stack([placement.extra_D for placement in placements])
+        kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
+        if shares_LED is None:
+            shares_LED = [placement.copies_ED.astype(np.float64) for placement in placements]
+        own, copy, slots_L = 0, self.owned, list[dict[int, int]]()
+        for placement, here in zip(placements, extra_LD[:, self.world.rank].tolist(), strict=True):
+            slots_L.append(self._slots(placement, own, range(copy, copy + here), {}))
+            own += len(slots_L[-1]) - here
+            copy += 0 if rematerialise else here
+        row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
+        layers = self._layers(placements, shares_LED, slots_L, row_LE)
+        return Layout(layers, row_LE, int(kept_D.max()), rematerialise)
+
+    def take(self, layout: Layout) -> None:
+        """From here on experts lie so. Nothing moves yet. Raises ValueError where a rank has no room for its copies."""
+        if layout.most_copies > self.copies:
+            raise ValueError(f"a rank would keep {layout.most_copies} copies and has room for {self.copies}")
+        self.layers, self.rematerialise = list(layout.layers), layout.rematerialise
+        self.most_copies, self._row_LE = layout.most_copies, layout.row_LE
+        self.outdated()
+
     def place(
         self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
     ) -> None:
-        """From here on experts lie as `placements` says, one for each layer, and tokens go to them by `shares_LED`.
+        """Takes their layout."""
+        self.take(self.layout(placements, shares_LED, rematerialise=rematerialise))
 
-        `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing moves yet.
-        Raises ValueError where a rank has no room for its copies.
-        """
-        self.placements, self.rematerialise = list(placements), rematerialise
-        extra_LD = np.stack([placement.extra_D for placement in placements])
-        kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
-        self.most_copies = int(kept_D.max())
-        if self.most_copies > self.copies:
-            raise ValueError(f"a rank would keep {self.most_copies} copies and has room for {self.copies}")
-        own = copy = 0
-        self._row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
-        self.layers: list[LayerExperts] = []
-        for layer, placement in enumerate(placements):
-            shares_ED = placement.copies_ED.astype(np.float64) if shares_LED is None else shares_LED[layer]
-            here = int(extra_LD[layer, self.world.rank])
-            rows = range(self.owned + copy, self.owned + copy + here)
-            found = self._layer(layer, placement, shares_ED, own, rows, {})
-            self.layers.append(found)
-            own += found.owned
-            copy += 0 if rematerialise else here
-        self.outdated()
+    @property
+    def placements(self) -> list[Placement]:
+        return [found.placement for found in self.layers]
 
     def replace(self, layer: int, placement: Placement, shares_ED: Floats) -> None:
         """Another placement of one layer whose copies are here, until `place`: copies that stay keep their rows, new ones are
@@ -174,43 +197,55 @@ class ExpertArena:
         taken = {row for found in others for row in found.slots.values()}
         kept = {expert: row for expert, row in before.slots.items() if placement.copies_ED[expert, self.world.rank]}
         rows = [row for row in range(self.owned, self.owned + self.copies) if row not in taken and row not in kept.values()]
-        found = self._layer(layer, placement, shares_ED, before.first_own, rows, kept)
-        self.layers[layer], self.placements[layer] = found, placement
+        slots = self._slots(placement, before.first_own, rows, kept)
+        (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None])
+        self.layers[layer] = found
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():
             new.gather(found.slots).finish()
         self._moved_bytes += new.num_sends * self.expert_bytes
 
-    def _layer(
-        self,
-        layer: int,
-        placement: Placement,
-        shares_ED: Floats,
-        first_own: int,
-        rows: Sequence[int],
-        kept: dict[int, int],
-    ) -> LayerExperts:
-        """`rows` are free for copies, those of which `kept` says where they are excepted."""
-        rank, device = self.world.rank, self.world.device
-        mine = placement.owner_E == rank
-        owned, copies = np.flatnonzero(mine).tolist(), np.flatnonzero(placement.copies_ED[:, rank] & ~mine).tolist()
-        slots = dict(zip(owned, range(first_own, first_own + len(owned)), strict=True))
+    def _slots(self, placement: Placement, first_own: int, rows: Sequence[int], kept: dict[int, int]) -> dict[int, int]:
+        """Of a layer (see LayerExperts). `rows` are free for copies, those of which `kept` says where they are excepted."""
+        mine_E, here_E = placement.owner_E == self.world.rank, placement.copies_ED[:, self.world.rank]
+        owned, copies = np.flatnonzero(mine_E).tolist(), np.flatnonzero(here_E & ~mine_E).tolist()
         free = iter(rows)
-        slots |= {expert: kept[expert] if expert in kept else next(free) for expert in copies}
-        index_E = torch.full((self.shape.experts,), -1, dtype=torch.int32)
-        index_E[list(slots)] = torch.arange(len(slots), dtype=torch.int32)
-        ends_ED, phase_E = boundaries(shares_ED, rank)
-        return LayerExperts(
-            placement=placement,
-            slots=slots,
-            owned=len(owned),
-            slots_E=torch.tensor(list(slots.values()) or [0], dtype=torch.int32, device=device),
-            index_E=index_E.to(device),
-            ends_ED=torch.from_numpy(ends_ED).to(device),
-            phase_E=torch.from_numpy(phase_E).to(device),
-            split=bool(((shares_ED > 0).sum(axis=1) > 1).any()),
-            movement=self.transport.movement(placement, self._row_LE[layer]),
+        own = dict(zip(owned, range(first_own, first_own + len(owned)), strict=True))
+        return own | {expert: kept[expert] if expert in kept else next(free) for expert in copies}
+
+    def _layers(
+        self,
+        placements: Sequence[Placement],
+        shares_LED: Sequence[Floats],
+        slots_L: Sequence[dict[int, int]],
+        row_LE: Ints,
+    ) -> list[LayerExperts]:
+        rank, device = self.world.rank, self.world.device
+        index_LE = np.full((len(slots_L), self.shape.experts), -1, dtype=np.int32)
+        for index_E, slots in zip(index_LE, slots_L, strict=True):
+            index_E[list(slots)] = np.arange(len(slots))
+        ends_LED, phase_LE = zip(*[boundaries(shares_ED, rank) for shares_ED in shares_LED], strict=True)
+        columns = (
+            to_device([np.array(list(slots.values()) or [0], dtype=np.int32) for slots in slots_L], device),
+            to_device(list(index_LE), device),
+            to_device(ends_LED, device),
+            to_device(phase_LE, device),
         )
+        layers = zip(placements, shares_LED, slots_L, row_LE, *columns, strict=True)
+        return [
+            LayerExperts(
+                placement=placement,
+                slots=slots,
+                owned=int((placement.owner_E == rank).sum()),
+                slots_E=slots_E,
+                index_E=index_E,
+                ends_ED=ends_ED,
+                phase_E=phase_E,
+                split=bool(((shares_ED > 0).sum(axis=1) > 1).any()),
+                movement=self.transport.movement(placement, row_E),
+            )
+            for placement, shares_ED, slots, row_E, slots_E, index_E, ends_ED, phase_E in layers
+        ]
 
     # ------------------------------------------------------------ copies
 

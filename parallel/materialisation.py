@@ -1,14 +1,16 @@
 """FSSDP from step to step: loads come in, placements go out (Hecate, arXiv 2502.02581, section 4).
 
 The load of the next step is predicted by the mean of the last ones. From it every rank makes the same plan, with the same pure
-functions, so nothing but the loads is communicated. What the policies need to know of the machine is measured once, after the
-first updates, and belongs to a checkpoint, so that a run that goes on plans as before.
+functions, so nothing but the loads is communicated. That is done while the device is at the backward pass of the update whose
+loads these are (`ahead`), and counts once the update has been made (`take`). What the policies need to know of the machine is
+measured once, after the first updates, and belongs to a checkpoint, so that a run that goes on plans as before.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel.expert_arena import Layout
 from parallel.expert_shards import ExpertShards
 from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
-from parallel.placement import Budget, Floats, without_copies
+from parallel.placement import Budget, Floats, Ints, without_copies
 from parallel.planning import predict, reshard
 from parallel.policies import Policy, calibrated
 from parallel.profiling import copies_that_fit, measure_costs
+from parallel.stopwatch import Stopwatch
 
 MIB = 2**20
 WINDOW = 5  # steps whose mean load predicts the next (Hecate's w)
@@ -42,6 +46,24 @@ class MaterialisationSettings:
     top_k: int
 
 
+@dataclass(frozen=True)
+class Next:
+    """Of the next update."""
+
+    owner_LE: Ints
+    plans: list[Plan]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the loads of an update say before it has been made."""
+
+    loads_LE: Floats
+    metrics: dict[str, float]
+    next: Next
+
+
 class Materialisation:
     """Plans where the experts of `shards` lie. All ranks hold one and tell it the same loads."""
 
@@ -50,6 +72,7 @@ class Materialisation:
         self.loads: deque[Floats] = deque(maxlen=WINDOW)  # (L, E) of the last steps: entries of a micro-batch, on average
         self._setting: Setting | None = None
         self._calibrated = 0  # layers, in this step
+        self._planning = Stopwatch(shards.world.device)  # of what waits for plans
         if not self._measures:
             shards.arena.attention = None  # nobody would ever look at its events
         self.place()
@@ -64,48 +87,68 @@ class Materialisation:
         """As tokens travel now; nothing is copied before it is known."""
         return self._setting and replace(self._setting, two_level=self.shards.arena.two_level)
 
-    def observe(self, counts_LE: Tensor, micro_batches: int, updates: int) -> dict[str, float]:
-        """Takes the loads of the step that is done, moves owners if it is time, and places copies for the next step.
+    def ahead(self, loads_LE: Floats, updates: int) -> Ahead:
+        """Plans the next update. Changes nothing, is not collective, and waits for nothing that the device still has to do.
 
         Args:
-            counts_LE: tokens per expert of all ranks.
-            micro_batches: over which they came.
-            updates: optimizer updates done.
+            loads_LE: entries of a micro-batch, on average, of all ranks; of the update under way.
+            updates: optimizer updates that are done with it.
+        """
+        with self._planning:
+            loads = deque([*self.loads, loads_LE], maxlen=WINDOW)
+            return Ahead(loads_LE, self._measured(loads_LE), self._next(loads, self._reshards(updates)))
+
+    def take(self, ahead: Ahead, updates: int) -> dict[str, float]:
+        """Once the update is made: moves owners if it is time, and places copies for the next one. Collective.
 
         Returns:
-            Metrics of the step that is done. Collective.
+            Metrics of the update that is done.
         """
-        loads_LE = counts_LE.double().cpu().numpy() / micro_batches
-        metrics = self._measured(loads_LE)
-        self.loads.append(loads_LE)
-        attention = self.shards.arena.attention
+        self.loads.append(ahead.loads_LE)
+        metrics, planned, attention = dict(ahead.metrics), ahead.next, self.shards.arena.attention
         if attention is not None and updates < MEASURED_AFTER:
             attention.forget()
         elif attention is not None:
             self._measure()
-        every = self.settings.reshard_every
-        if self.setting is not None and every and updates % every == 0:
-            plan, budget = partial(self.settings.policy, setting=self.setting), self.setting.budget
-            owner_LE = reshard(self._predicted(), self.shards.owner_LE, self.setting.topology, budget.overlap, plan)
-            metrics["moe/owners_moved"] = float((owner_LE != self.shards.owner_LE).sum())
-            if owner_LE is not self.shards.owner_LE:
-                self.shards.reshard(owner_LE)
-        self.place()
-        return metrics
+            with self._planning:
+                planned = self._next(self.loads, self._reshards(updates))
+        if self._reshards(updates):
+            metrics["moe/owners_moved"] = float((planned.owner_LE != self.shards.owner_LE).sum())
+        if self.settings.calibrate:
+            metrics["moe/layers_calibrated"], self._calibrated = float(self._calibrated), 0
+        if planned.owner_LE is not self.shards.owner_LE:
+            self.shards.reshard(planned.owner_LE)
+        self._become(planned)
+        return metrics | self._costs()
 
     def place(self) -> None:
         """Places copies by the loads seen so far; without any there are no copies. Not collective."""
-        world, owner_LE = self.shards.world, self.shards.owner_LE
-        if not self.loads or self.setting is None:
-            self.plans = [Plan(without_copies(owner_E, world.size)) for owner_E in owner_LE]
+        self._become(self._next(self.loads, reshards=False))
+
+    def _become(self, planned: Next) -> None:
+        self.plans = list(planned.plans)
+        self.shards.arena.take(planned.layout)
+
+    def _reshards(self, updates: int) -> bool:
+        every = self.settings.reshard_every
+        return self.setting is not None and every > 0 and updates % every == 0
+
+    def _next(self, loads: Sequence[Floats], reshards: bool) -> Next:
+        """Owners, the present ones themselves where they stay, and copies after such loads."""
+        world, owner_LE, setting = self.shards.world, self.shards.owner_LE, self.setting
+        if not loads or setting is None:
+            plans = [Plan(without_copies(owner_E, world.size)) for owner_E in owner_LE]
         else:
-            self.plans = [
-                self.settings.policy(loads_E, owner_E, self.setting)
-                for loads_E, owner_E in zip(self._predicted(), owner_LE, strict=True)
+            predicted_LE = predict(np.stack(list(loads)))
+            if reshards:
+                plan = partial(self.settings.policy, setting=setting)
+                owner_LE = reshard(predicted_LE, owner_LE, setting.topology, setting.budget.overlap, plan)
+            plans = [
+                self.settings.policy(loads_E, owner_E, setting) for loads_E, owner_E in zip(predicted_LE, owner_LE, strict=True)
             ]
-        shares_LED = [shares(plan, world.topology, world.rank) for plan in self.plans]
-        placements = [plan.placement for plan in self.plans]
-        self.shards.arena.place(placements, shares_LED, rematerialise=self.settings.rematerialise)
+        shares_LED = [shares(plan, world.topology, world.rank) for plan in plans]
+        placements, rematerialise = [plan.placement for plan in plans], self.settings.rematerialise
+        return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, rematerialise=rematerialise))
 
     def calibrate(self, layer: int, counts_E: Tensor) -> None:
         """Before a layer's tokens set out: new copies, where the loads that came make them worth the wait. Collective.
@@ -117,14 +160,12 @@ class Materialisation:
             return
         world = self.shards.world
         loads_E = world.sum(counts_E.clone()).double().cpu().numpy()
-        plan = calibrated(self.plans[layer], loads_E, self.setting)
+        with self._planning:
+            plan = calibrated(self.plans[layer], loads_E, self.setting)
         if plan is not self.plans[layer]:
             self.plans[layer] = plan
             self._calibrated += 1
             self.shards.arena.replace(layer, plan.placement, shares(plan, world.topology, world.rank))
-
-    def _predicted(self) -> Floats:
-        return predict(np.stack(list(self.loads)))
 
     def _measure(self) -> None:
         """Measures this machine, and makes room for copies. Collective; all ranks come to the same numbers."""
@@ -153,27 +194,32 @@ class Materialisation:
         log.info("copies: %s, %s", budget, costs)
 
     def _measured(self, loads_LE: Floats) -> dict[str, float]:
-        arena, world = self.shards.arena, self.shards.world
+        """Of an update with such loads under the present plans."""
+        arena, topology = self.shards.arena, self.shards.world.topology
         pairs = list(zip(self.plans, loads_LE, strict=True))
-        owners = [Plan(without_copies(plan.placement.owner_E, world.size)) for plan in self.plans]
-        moved_bytes, exposed_s = arena.take_costs()
-        sums = world.sum(torch.tensor([moved_bytes, exposed_s], dtype=torch.float64, device=world.device)).tolist()
+        owners = [Plan(without_copies(plan.placement.owner_E, topology.devices)) for plan in self.plans]
         found = {
             "moe/copies_per_layer": float(np.mean([plan.placement.extra_D.sum() for plan in self.plans])),
             "moe/copies_mib": arena.most_copies * arena.expert_bytes / MIB,
-            "moe/moved_mib": sums[0] / MIB,
-            "moe/rank_imbalance": _mean_imbalance([device_loads(plan, world.topology, e) for plan, e in pairs]),
+            "moe/rank_imbalance": _mean_imbalance([device_loads(plan, topology, e) for plan, e in pairs]),
             "moe/rank_imbalance_owners": _mean_imbalance(
-                [device_loads(plan, world.topology, e) for plan, e in zip(owners, loads_LE, strict=True)]
+                [device_loads(plan, topology, e) for plan, e in zip(owners, loads_LE, strict=True)]
             ),
-            "time/copies_exposed_s": sums[1] / world.size,
         }
-        if self.settings.calibrate:
-            found["moe/layers_calibrated"], self._calibrated = float(self._calibrated), 0
         if self.setting is not None:
-            found["moe/copies_hidden"] = float(self.setting.budget.overlap)
             found["moe/copies_room"] = float(self.setting.budget.memory)
         return found
+
+    def _costs(self) -> dict[str, float]:
+        """Of the copies of the update that is done, and of planning those of the next. Collective."""
+        world = self.shards.world
+        own = torch.tensor([*self.shards.arena.take_costs(), self._planning.take()], dtype=torch.float64, device=world.device)
+        moved_bytes, copies_s, plans_s = world.sum(own).tolist()
+        return {
+            "moe/moved_mib": moved_bytes / MIB,
+            "time/copies_exposed_s": copies_s / world.size,
+            "time/plans_exposed_s": plans_s / world.size,
+        }
 
     # ------------------------------------------------------------ state
 

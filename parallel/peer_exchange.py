@@ -9,7 +9,6 @@ Letters: T tokens of this rank, C of each rank that there is room for, W ranks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from kernels.expert_order import ExpertOrder, cut, expert_order
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
+from parallel.host_device import to_host
 from parallel.peer_memory import PeerMemory
 from parallel.topology import World
 
@@ -86,12 +86,12 @@ class PeerTokens:
                 block.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
             plan = plan_rows(room.choices(block), index_E, rank)
-            numbers = _on_host(plan.numbers)
+            numbers = to_host(plan.numbers)
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
             with self.world.exposed:
                 pull_rows(self._tokens_in(block), plan.row_WV[rank], x_RD)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
-            most_tokens, entries, *rows_W = numbers()
+            most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
             # All ranks see the same numbers, and drop the old blocks once the new ones are made.
@@ -168,20 +168,6 @@ def _padded(nbytes: int) -> int:
 
 def _behind_choices(choices: PeerChoices) -> int:
     return _padded(choices.nbytes)
-
-
-def _on_host(numbers: Tensor) -> Callable[[], list[int]]:
-    """Sets out for the host; the result waits for what was started until here, and for nothing behind it."""
-    if not numbers.is_cuda:
-        return lambda: list(map(int, numbers.tolist()))
-    arrived = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
-    there = torch.cuda.current_stream().record_event()
-
-    def wait() -> list[int]:
-        there.synchronize()
-        return list(map(int, arrived.tolist()))
-
-    return wait
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from parallel.chunk_profile import Attend, Profile, measure
 from parallel.chunked_experts import Direction, begins
@@ -140,14 +139,12 @@ class Scheduling:
         if self._slices is not None:
             self._slices.marks = marks
 
-    def observe(
-        self, plans: Sequence[Plan], counts_LE: Tensor, micro_batches: int, copying: LayerCosts | None = None
-    ) -> dict[str, float]:
+    def observe(self, plans: Sequence[Plan], loads_LE: Floats, copying: LayerCosts | None = None) -> dict[str, float]:
         """After an update.
 
         Args:
             plans: of the next one.
-            counts_LE: tokens per expert of all ranks, over so many micro-batches.
+            loads_LE: entries of a micro-batch, on average, of all ranks.
             copying: what copies of experts take on their way; None: nobody has any yet.
 
         Returns:
@@ -161,7 +158,7 @@ class Scheduling:
         }
         if self.marks is not None:
             self._write(self.marks)
-        self._loads.append(counts_LE.double().cpu().numpy() / micro_batches)
+        self._loads.append(loads_LE)
         mean_LE = np.mean(self._loads, axis=0)
         works = [self._work(plan, loads_E) for plan, loads_E in zip(plans, mean_LE, strict=True)]
         tokens = int(mean_LE[0].sum()) // (self._top_k * self._arena.world.size)

@@ -22,6 +22,7 @@ ADDED_UP = (
     "train/skipped",
     "time/train_s",
     "time/copies_exposed_s",
+    "time/plans_exposed_s",
     "time/communication_exposed_s",
     "time/gpu_idle_s",
     "moe/moved_mib",

@@ -244,6 +244,13 @@ _DECLARED = (
         "time/copies_exposed_s", "s", "copies waited for", ".3f", "part of the update that waits for copies; mean over ranks"
     ),
     Metric(
+        "time/plans_exposed_s",
+        "s",
+        "plans waited for",
+        ".3f",
+        "part of the update in which devices wait for plans of copies and owners; mean over ranks",
+    ),
+    Metric(
         "time/communication_exposed_s",
         "s",
         "communication exposed",

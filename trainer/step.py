@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.vocab_loss import token_logprobs
 from parallel.balance import load_shares, max_violation, updated_bias
+from parallel.host_device import to_host
 from parallel.moe_layer import ShardedExperts
 from parallel.topology import World
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
@@ -61,7 +62,10 @@ class Trainer(TrainerState):
         tokens = min(self.spec.micro_rows, batch.num_rows) * length
         self.scheduling.prepare(tokens, lambda tokens: self._attention(tokens, length))
         weight, denominator = self._weight(batch)
-        totals, counts_LE = self._gradients(batch, objective, denominator)
+        totals, counts_LE, on_host = self._gradients(batch, objective, denominator)
+        # The device is still at the backward pass: copies are planned before anything here waits for it.
+        loads_LE = on_host().double().numpy() / -(-batch.num_rows // self.spec.micro_rows)
+        ahead = self.materialisation.ahead(loads_LE, self.updates + 1) if self.world.size > 1 else None
         means = self._means(totals, weight, batch)
         norm = self.dense.norm(self.experts)
         told = {**means, "train/grad_norm": norm, "train/lr": lr}
@@ -73,11 +77,10 @@ class Trainer(TrainerState):
         if self.value_head is not None:
             self.value_head.step()
         self.updates += 1
-        balance = self._balance(self.world.sum(counts_LE))
-        micros = -(-batch.num_rows // self.spec.micro_rows)
-        placement = self.materialisation.observe(counts_LE, micros, self.updates) if self.world.size > 1 else {}
+        balance = self._balance(counts_LE)
+        placement = {} if ahead is None else self.materialisation.take(ahead, self.updates)
         copying = None if self.materialisation.setting is None else self.materialisation.setting.costs
-        schedule = self.scheduling.observe(self.materialisation.plans, counts_LE, micros, copying)
+        schedule = self.scheduling.observe(self.materialisation.plans, loads_LE, copying)
         return {**told, **balance, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
@@ -85,7 +88,7 @@ class Trainer(TrainerState):
         assert self.value_head is not None, "this trainer has no value head"
         batch = batch.to(self.world.device)
         weight, denominator = self._weight(batch)
-        totals, _ = self._gradients(batch, objective, denominator, trunk=False)
+        totals, *_ = self._gradients(batch, objective, denominator, trunk=False)
         self.value_head.step()
         return self._means(totals, weight, batch)
 
@@ -103,10 +106,12 @@ class Trainer(TrainerState):
 
     def _gradients(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Forward and backward over all micro-batches; (this rank's weighted sums of the metrics, tokens per expert).
+    ) -> tuple[dict[str, Tensor], Tensor, Callable[[], Tensor]]:
+        """Forward and backward over all micro-batches. Without `trunk` the value head alone learns, and there is no backward.
 
-        Without `trunk` the value head alone learns, and there is no backward pass.
+        Returns:
+            This rank's weighted sums of the metrics; the tokens per expert of all ranks; and the same on the host, for who
+            waits for the last forward pass and for nothing behind it.
         """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
@@ -115,13 +120,15 @@ class Trainer(TrainerState):
             micro = batch.rows(start, start + self.spec.micro_rows)
             noise = self._noise(batch, start, micro.num_rows) if self.noisy else None
             loss, sums, counts = self._micro_batch(micro, objective, denominator, trunk, noise)
+            counts_LE += counts
+            if last := start == starts[-1]:
+                on_host = to_host(self.world.sum(counts_LE))
             if trunk:
                 with self.experts.arena.backward_pass():
-                    self.dense.backward(loss, last=start == starts[-1])
-            counts_LE += counts
+                    self.dense.backward(loss, last=last)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
-        return totals, counts_LE
+        return totals, counts_LE, on_host
 
     def _harm(self, norm: float, loss: float) -> str | None:
         """Why an update must not be made; the same on every rank."""

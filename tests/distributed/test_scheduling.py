@@ -63,7 +63,7 @@ def update(schedule: Scheduling, arena: ExpertArena, hot: bool) -> dict[str, flo
     with arena.backward_pass():
         layer(torch.ones(TOKENS, SHAPE.hidden, requires_grad=True), routing).sum().backward()
     counts_E = arena.world.sum(routing.counts_E.clone())
-    return schedule.observe([Plan(one) for one in plans(arena.world)], torch.stack([counts_E] * SHAPE.layers), 1)
+    return schedule.observe([Plan(one) for one in plans(arena.world)], torch.stack([counts_E] * SHAPE.layers).double().numpy())
 
 
 BOTH: list[TransportKind] = ["messages", "two_level"]
