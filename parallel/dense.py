@@ -72,7 +72,7 @@ class DenseZeRO:
         self._create_state()
 
     def _share_norm_with_experts(self) -> None:
-        """ZeRO clips by `scaled_global_norm`; from here on that is what `norm` found, of dense and expert parameters."""
+        """ZeRO clips by `scaled_global_norm`; from here on that is what `step` is told, of dense and expert parameters."""
         self._norm = math.nan
         self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
 
@@ -118,11 +118,9 @@ class DenseZeRO:
             self.slices.begin(reduces=last or self.zero.partition_gradients)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def norm(self, experts: ExpertShards) -> float:
-        """The joint norm of dense and expert gradients, the same on all ranks; NaN if it is not finite. Collective."""
-        squared = float(self._squared_norm() + experts.squared_norm())
-        self._norm = math.sqrt(squared) if math.isfinite(squared) else math.nan
-        return self._norm
+    def squared_norm(self, experts: ExpertShards) -> Tensor:
+        """Of dense and expert gradients together, float64, the same on all ranks. Collective; nobody waits for the device."""
+        return self._squared_norm() + experts.squared_norm()
 
     def _squared_norm(self) -> Tensor:
         """Of the averaged dense gradients, float64: every rank adds up its partition, in a few kernels for all tensors."""
@@ -130,13 +128,16 @@ class DenseZeRO:
         nothing = torch.zeros((), dtype=torch.float64, device=self.world.device)  # where there are more ranks than numbers
         return self.world.sum(torch.stack([nothing, *torch._foreach_norm(parts, 2, torch.float64)]).square().sum())
 
-    def step(self, lr: float, experts: ExpertShards) -> None:
-        """Clips dense and expert gradients by their `norm`, which was asked for and is finite, and updates both."""
-        assert math.isfinite(self._norm), "the norm of these gradients has not been looked at"
+    def step(self, lr: float, norm: float, experts: ExpertShards) -> None:
+        """Clips dense and expert gradients by their joint `norm`, which is finite, and updates both.
+
+        Experts first: that keeps a device busy while the host starts the many small kernels of ZeRO.
+        """
+        assert math.isfinite(norm), norm
+        experts.step(lr, scale=min(1.0, self.clip_norm / (norm + 1e-6)))
+        self._norm = norm
         set_lr(self.zero.optimizer, lr)
         self.engine.step()
-        experts.step(lr, scale=min(1.0, self.clip_norm / (self._norm + 1e-6)))
-        self._norm = math.nan
 
     def drop(self, experts: ExpertShards) -> None:
         """Forgets all gradients; nothing is updated. Collective."""
@@ -145,7 +146,6 @@ class DenseZeRO:
         self.engine.step()
         self.zero.check_grad_overflow = False
         assert self.zero.overflow, "this DeepSpeed has made an update where it was told of an invalid norm"
-        self._norm = math.nan
         experts.drop_gradients()
 
     # ------------------------------------------------------------ state, by parameter name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,25 +63,27 @@ class Trainer(TrainerState):
         self.scheduling.prepare(tokens, lambda tokens: self._attention(tokens, length))
         weight, denominator = self._weight(batch)
         totals, counts_LE, on_host = self._gradients(batch, objective, denominator)
-        # The device is still at the backward pass: copies are planned before anything here waits for it.
-        loads_LE = on_host().double().numpy() / -(-batch.num_rows // self.spec.micro_rows)
+        # The device is still at the backward pass: what the host can know of the loads is worked out before it waits.
+        counts, micros = on_host(), -(-batch.num_rows // self.spec.micro_rows)
+        loads_LE = counts.double().numpy() / micros
         ahead = self.materialisation.ahead(loads_LE, self.updates + 1) if self.world.size > 1 else None
-        means = self._means(totals, weight, batch)
-        norm = self.dense.norm(self.experts)
+        bias_LE = self._next_bias(counts_LE)
+        beside = self.dense.squared_norm(self.experts), bias_LE.amax() - bias_LE.amin()
+        means, (squared_norm, bias_range) = self._means(totals, weight, batch, beside)
+        norm = math.sqrt(squared_norm) if math.isfinite(squared_norm) else math.nan
         told = {**means, "train/grad_norm": norm, "train/lr": lr}
         if (harm := self._harm(norm, means["train/loss"])) is not None:
             self._refuse(harm, batch, objective, denominator)
             return {**{name: value for name, value in told.items() if math.isfinite(value)}, "train/skipped": 1}
         self.refused_in_a_row = 0
-        self.dense.step(lr, self.experts)
+        self.dense.step(lr, norm, self.experts)
         if self.value_head is not None:
             self.value_head.step()
-        self.updates += 1
-        balance = self._balance(counts_LE)
+        self.updates, self.bias_LE = self.updates + 1, bias_LE
         placement = {} if ahead is None else self.materialisation.take(ahead, self.updates)
         copying = None if self.materialisation.setting is None else self.materialisation.setting.costs
         schedule = self.scheduling.observe(self.materialisation.plans, loads_LE, copying)
-        return {**told, **balance, **placement, **schedule}
+        return {**told, **self._balance(counts), "moe/bias_range": bias_range, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
         """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
@@ -90,19 +92,24 @@ class Trainer(TrainerState):
         weight, denominator = self._weight(batch)
         totals, *_ = self._gradients(batch, objective, denominator, trunk=False)
         self.value_head.step()
-        return self._means(totals, weight, batch)
+        return self._means(totals, weight, batch)[0]
 
     def _weight(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """(sum of the weights of all ranks, what the sum of weighted losses is divided by)."""
         weight = self.world.sum(batch.weights_BS.double().sum())
         return weight, weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
 
-    def _means(self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch) -> dict[str, float]:
-        """Metrics of the global batch from this rank's weighted sums."""
+    def _means(
+        self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch, beside: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, float], list[float]]:
+        """(metrics of the global batch from this rank's weighted sums, the numbers `beside` them): one wait for all."""
         names = sorted(totals)
         learned = (batch.weights_BS > 0).sum().double()
-        *sums, tokens = self.world.sum(torch.stack([*(totals[name] for name in names), learned])).tolist()  # one wait for all
-        return {name: total / float(weight) for name, total in zip(names, sums, strict=True)} | {"train/tokens": int(tokens)}
+        sums = self.world.sum(torch.stack([*(totals[name] for name in names), learned]))
+        found = torch.cat([sums, torch.stack([weight, *(number.double() for number in beside)])]).tolist()
+        *totals_of, tokens, weights = found[: len(names) + 2]
+        means = {name: total / weights for name, total in zip(names, totals_of, strict=True)}
+        return means | {"train/tokens": int(tokens)}, found[len(names) + 2 :]
 
     def _gradients(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
@@ -269,16 +276,20 @@ class Trainer(TrainerState):
             return BatchInvariantAttention(read_BS, self.spec.model, documents_BS.device)
         return PackedAttention(read_BS, documents_BS.device)
 
-    def _balance(self, counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
-        """Reports the balance of a global batch and moves the selection bias once."""
+    def _next_bias(self, counts_LE: Tensor) -> Tensor:
+        """The selection bias, moved once by the loads of a global batch."""
+        if not self.spec.model.selection_bias or self.spec.balance.rate == 0:
+            return self.bias_LE
+        return updated_bias(self.bias_LE, counts_LE, self.spec.balance.rule, self.spec.balance.rate)
+
+    @staticmethod
+    def _balance(counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
+        """What is told of the loads of a global batch, which are on the host."""
         violation_L = max_violation(counts_LE)
-        if self.spec.model.selection_bias and self.spec.balance.rate > 0:
-            self.bias_LE = updated_bias(self.bias_LE, counts_LE, self.spec.balance.rule, self.spec.balance.rate)
         return {
             "moe/max_vio": float(violation_L.mean()),
             "moe/max_vio_worst_layer": float(violation_L.max()),
             "moe/dead_experts": int((counts_LE == 0).sum()),
-            "moe/bias_range": float(self.bias_LE.amax() - self.bias_LE.amin()),
             "moe/load": [[round(share, 5) for share in row] for row in load_shares(counts_LE).tolist()],
         }
 

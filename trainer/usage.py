@@ -137,4 +137,6 @@ class Usage:
         peak = math.nan if self._peak is None else self._peak
         idle_s = math.nan if self._idle is None else self._idle.take()
         own = torch.tensor([*work_of(batch.documents_BS), peak, exposed_s, idle_s], dtype=torch.float64)
-        return Used(*self.world.sum(own.to(self.world.device)).tolist()).metrics(self.model, seconds, self.world.size)
+        if self.world.size > 1:  # else nobody has to wait for the device
+            own = self.world.sum(own.to(self.world.device))
+        return Used(*own.tolist()).metrics(self.model, seconds, self.world.size)
