@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Gradients of matrices that add up over micro-batches; who computes a gradient may add it by itself."""
+
+    total_EAB: Tensor  # float32, contiguous
+    fresh: bool  # whether nothing has been added, and whatever lies there is to be overwritten
 
 
 def accumulate(total: Tensor, part: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from kernels.accumulate import Sum
 from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
 from kernels.limits import require_hopper, require_multiple, takes_kernels
@@ -24,6 +25,7 @@ from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
 from kernels.sigmoid import sigmoid
 
 WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
+Sums = Callable[[], tuple[Sum, Sum] | None]  # of gate_up and down: of as many experts as they have, the first ones
 
 # Of D and F on a GPU: the depth of a step of its products; 2F is a depth, F is one only with zeros behind.
 HIDDEN_ALIGNMENT, EXPERT_HIDDEN_ALIGNMENT = 64, 32
@@ -38,6 +40,7 @@ def expert_mlp(
     *,
     slots_E: Tensor | None = None,
     gradients: WeightGradients | None = None,
+    sums: Sums | None = None,
 ) -> Tensor:
     """y[t] = sum over k of weights[t, k] * down_e @ (silu(gate_e @ x[t]) * (up_e @ x[t])), e the expert of entry t * K + k.
 
@@ -47,13 +50,15 @@ def expert_mlp(
     zero, as do slots without expert.
 
     With `gradients` the matrices are constants to autograd, an arena that may hold more than these experts. Backward gives it
-    those of the E experts once; until then the arena must hold them. Outside of no_grad y_TD then requires a gradient.
+    those of the E experts once; until then the arena must hold them. Outside of no_grad y_TD then requires a gradient. Kernels
+    ask for `sums` in each backward pass, add the gradients of their experts there, in float32 and without a pass over memory,
+    and give `gradients` those of the experts behind them; nobody asks where there are no entries.
     """
     # Backward comes only to what needs a gradient, and tokens and weights may be constants.
     anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()
     if takes_kernels(x_TD):
         check_hopper(x_TD, gate_up_SCD, down_SDF)
-        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, anchor)
+        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, sums, anchor)
         return y_TD
     if gradients is not None:
         gate_up_SCD, down_SDF = _TakeSlots.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, slots_E, gradients, anchor)
@@ -157,11 +162,12 @@ class _HopperMLP(torch.autograd.Function):
         order: ExpertOrder,
         slots_E: Tensor | None,
         gradients: WeightGradients | None,
+        sums: Sums | None,
         anchor: Tensor | None,
     ) -> Tensor:
         from kernels.hopper import rows  # here, because CPU machines may lack Triton
 
-        ctx.order, ctx.slots_E, ctx.gradients = order, slots_E, gradients
+        ctx.order, ctx.slots_E, ctx.gradients, ctx.sums = order, slots_E, gradients, sums
         ctx.top_k = order.place_N.shape[0] // max(x_TD.shape[0], 1)
         if weights_TK is not None:
             weights_TK = weights_TK.float().contiguous()
@@ -201,7 +207,7 @@ class _HopperMLP(torch.autograd.Function):
         if compact:
             ctx.gradients(d_gate_up, d_down)
             d_gate_up = d_down = None
-        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None, None
+        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None, None, None
 
 
 def _hopper_backward(
@@ -220,14 +226,15 @@ def _hopper_backward(
     order, slots_E = ctx.order, ctx.slots_E
     # where gradients of the matrices go: to the experts' slots, or one after the other
     slots, out_E = (order.counts_E.shape[0], None) if ctx.gradients is not None else (gate_up_SCD.shape[0], slots_E)
+    sum_gate_up, sum_down = (ctx.sums and ctx.sums()) or (None, None)
     dy, dy_ND = ring.clippable(order.entry_N.shape[0], x_TD.shape[1], x_TD)
     spread_rows(dy_TD.contiguous(), order.place_N, ctx.top_k, dy_ND)
     d_h, weighted_NF, dots_PN = rows.d_hidden(dy_ND, h, weights_TK, down_SDF, slots_E, order)
-    d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order) if need[2] else None
+    d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order, sum_down) if need[2] else None
     del dy, dy_ND, weighted_NF
     d_gate_up = None
     if need[1]:
-        d_gate_up = columns.d_weights(d_h, _spread(x_TD, order, ctx.top_k), slots, out_E, order)
+        d_gate_up = columns.d_weights(d_h, _spread(x_TD, order, ctx.top_k), slots, out_E, order, sum_gate_up)
     d_x = d_weights_TK = None
     if need[0]:
         d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.accumulate import Sum
 from parallel.hooks import NONE, Hooks
 from parallel.host_device import to_device
 from parallel.placement import Floats, Ints, Placement, missing
@@ -30,6 +31,7 @@ from parallel.topology import World
 from parallel.transport import Gathering, Movement, Returning, TransportKind, transport
 
 AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
+SumsOfRows = Callable[[int, int], tuple[Sum, Sum] | None]  # of (first own row, how many)
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,18 @@ class ExpertArena:
         add_gradients: AddGradients,
         kind: TransportKind,
         hooks: Hooks = NONE,
+        sums: SumsOfRows | None = None,
     ) -> None:
         """`copies`: how many copies there is room for, of all layers at once or, with rematerialisation, of one.
 
-        `kind`: as transport.transport_kind finds it. `hooks`: of the layers whose experts these are.
+        `kind`: as transport.transport_kind finds it. `hooks`: of the layers whose experts these are. `sums`: where kernels may
+        add gradients of own experts by themselves.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
         self._kind, self.hooks = kind, hooks
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind, hooks)
-        self._add_gradients = add_gradients
+        self._add_gradients, self._sums = add_gradients, sums
         self._returning: tuple[int, Returning] | None = None
         self.walking_back = False  # between a micro-batch's loss and its gradients
         self._exposed = Stopwatch(world.device)
@@ -302,15 +306,26 @@ class ExpertArena:
         self.walking_back = False
         self._finish_gradients()
 
+    def sums(self, layer: int) -> tuple[Sum, Sum] | None:
+        """Where gradients of the layer's own experts are to be added, in the order of its slots, before `return_gradients`
+        takes the others. None: it takes all. Messages look at own gradients, too."""
+        found = self.layers[layer]
+        if self._sums is None or not found.owned or not (self.world.size == 1 or self.peer_memory):
+            return None
+        return self._sums(found.first_own, found.owned)
+
     def return_gradients(self, layer: int, gradients: Parts) -> None:
-        """Takes the gradients of a layer's experts, in the order of its slots: own ones stay, those of copies set out for home.
+        """Takes the gradients of a layer's experts, in the order of its slots, without own ones that were added to `sums`. Own
+        ones stay, those of copies set out for home.
 
         What the layer before sent is awaited here, so it has had the attention's backward pass to arrive.
         """
         self._finish_gradients()
         found = self.layers[layer]
-        self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
-        places = {expert: place for place, expert in enumerate(found.slots)}
+        added = found.slots_E.shape[0] - gradients[0].shape[0]
+        if not added:
+            self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
+        places = {expert: place - added for place, expert in enumerate(found.slots)}
         self._returning = layer, found.movement.reduce(gradients, places)
         self._moved_bytes += found.movement.num_receives * self.expert_bytes
 

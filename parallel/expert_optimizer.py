@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kernels.accumulate import accumulate
+from kernels.accumulate import Sum, accumulate
 from kernels.squares import squares
 from parallel.adamw import AdamWSettings, adamw, set_lr, zero_steps
 from parallel.expert_states import ExpertStates, StatesInMemory
@@ -24,6 +24,10 @@ class ExpertOptimizer(ABC):
     @abstractmethod
     def add_gradients(self, row: int, gradients: Parts) -> None:
         """Adds gradients of that row and those behind it, which must not change any more."""
+
+    @abstractmethod
+    def sums(self, row: int, count: int) -> tuple[Sum, Sum] | None:
+        """Where who asks adds the gradients of that row and those behind it, instead; None: it has to be `add_gradients`."""
 
     @abstractmethod
     def gradients(self) -> Parts | None:
@@ -63,17 +67,22 @@ class DeviceAdamW(ExpertOptimizer):
         self._filled = [False] * states.rows  # rows that have got gradients since the last step
 
     def add_gradients(self, row: int, gradients: Parts) -> None:
-        rows = slice(row, row + gradients[0].shape[0])
-        first = not any(self._filled[rows])
-        assert first or all(self._filled[rows]), "of a layer's own experts gradients come all at once, before those of copies"
-        for master, gradient in zip(self._masters, gradients, strict=True):
+        for total, gradient in zip(self.sums(row, gradients[0].shape[0]), gradients, strict=True):
+            if total.fresh:
+                total.total_EAB.copy_(gradient)
+            else:
+                accumulate(total.total_EAB, gradient)
+
+    def sums(self, row: int, count: int) -> tuple[Sum, Sum]:
+        rows = slice(row, row + count)
+        fresh = not any(self._filled[rows])
+        assert fresh or all(self._filled[rows]), "of a layer's own experts gradients come all at once, before those of copies"
+        self._filled[rows] = [True] * count
+        for master in self._masters:
             if master.grad is None:
                 master.grad = torch.empty_like(master)
-            if first:
-                master.grad[rows].copy_(gradient)
-            else:
-                accumulate(master.grad[rows], gradient)
-        self._filled[rows] = [True] * len(self._filled[rows])
+        gate_up, down = (Sum(master.grad[rows], fresh) for master in self._masters if master.grad is not None)
+        return gate_up, down
 
     def gradients(self) -> Parts | None:
         found = tuple(master.grad for master in self._masters if master.grad is not None)

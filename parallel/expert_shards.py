@@ -69,8 +69,8 @@ class ExpertShards:
                     master.copy_(value)
 
             optimizer.states.change(range(len(self.own)), begin)
-        add = optimizer.add_gradients
-        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind, hooks)
+        add, sums = optimizer.add_gradients, optimizer.sums
+        self.arena = ExpertArena(shape, len(self.own), copies, world, dtype, add, kind, hooks, sums)
         self.arena.place([without_copies(owner_E, world.size) for owner_E in owner_LE])
         self.round_masters()
 

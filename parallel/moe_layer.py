@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,14 @@ class ShardedExperts:
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
         y_RD = expert_mlp(
-            x_RD, order, weights_RK, gate_up_SCD, down_SDF, slots_E=experts.slots_E, gradients=self._return_gradients
+            x_RD,
+            order,
+            weights_RK,
+            gate_up_SCD,
+            down_SDF,
+            slots_E=experts.slots_E,
+            gradients=self._return_gradients,
+            sums=partial(self.arena.sums, self.layer),
         )
         y_RD = _BeginBackward.apply(y_RD, self)
         self.arena.release(self.layer)

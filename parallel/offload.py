@@ -57,6 +57,9 @@ class CPUAdamW(ExpertOptimizer):
     def add_gradients(self, row: int, gradients: Parts) -> None:
         self._gradients.add(row, gradients)
 
+    def sums(self, row: int, count: int) -> None:
+        """On the host, where no kernel adds."""
+
     def gradients(self) -> Parts | None:
         return self._gradients.arrived()
 

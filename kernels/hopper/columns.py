@@ -2,6 +2,8 @@
 
     out_SAB[slot of e] = left_RA[rows of e]^T @ right_RB[rows of e]
 
+The products of the first experts may be added to float32 sums instead, without another pass over memory.
+
 Shape letters: R rows sorted by expert, A and B columns, E experts, S slots. An expert without rows gets zeros.
 
 Bounds at R = 262144, E = 128 (Qwen3-30B-A3B, 32768 tokens): A = 1536, B = 2048 takes 4RDF = 1.65 TFLOP, 2.10 ms at 785 TF/s;
@@ -17,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from kernels.accumulate import Sum
 from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
@@ -38,6 +41,7 @@ from kernels.hopper.ring import (
     stacked_rows,
     swizzled,
 )
+from kernels.launches import launch
 
 WIDTH = 256
 
@@ -77,8 +81,33 @@ def producer(ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, 
 
 
 @gluon.jit
-def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot_rows, num_tiles, m_tiles, n_tiles, height,
-             N: gl.constexpr):  # fmt: skip
+def add(piece, sums, column, columns, FRESH: gl.constexpr):
+    """Adds (HALF, PIECE) numbers to those of rows `columns` long from `column` on. Every thread adds its own: pairs of a row,
+    four threads beside each other, so whole sectors of memory. Nobody reads them soon, so the cache keeps the operands."""
+    layout: gl.constexpr = piece.type.layout
+    row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    n = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
+    at = sums + column + (row[:, None] * columns + n[None, :])
+    there = (n < columns - column)[None, :]
+    if not FRESH:
+        piece += gl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
+    gl.store(at, piece, mask=there, eviction_policy="evict_first")
+
+
+@gluon.jit
+def send_out(product, results, out_desc, row, column):
+    pieces = pieces_of(product)
+    for piece in gl.static_range(len(pieces)):
+        tma.store_wait(BUFFERS - 1)
+        buffer = results.index(piece % BUFFERS)
+        buffer.store(pieces[piece].to(gl.bfloat16))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [row, column + piece * PIECE], buffer)
+
+
+@gluon.jit
+def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles,
+             height, columns, N: gl.constexpr, FRESH: gl.constexpr):  # fmt: skip
     step = 0
     for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         tile = tile_at(turn)
@@ -89,52 +118,71 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot
             product, step = multiply(ring, step, steps, SECOND, True, True, N)
             row = m * ROWS + SECOND * HALF
             if row < height:
-                pieces = pieces_of(product)
-                for piece in gl.static_range(len(pieces)):
-                    tma.store_wait(BUFFERS - 1)
-                    buffer = results.index(piece % BUFFERS)
-                    buffer.store(pieces[piece].to(gl.bfloat16))
-                    fence_async_shared()
-                    tma.async_copy_shared_to_global(out_desc, [slot * slot_rows + row, n * N + piece * PIECE], buffer)
+                if sums is None:
+                    send_out(product, results, out_desc, slot * slot_rows + row, n * N)
+                elif expert < sums[1]:
+                    rows = sums[0] + (expert.to(gl.int64) * height + row) * columns
+                    pieces = pieces_of(product)
+                    for piece in gl.static_range(len(pieces)):
+                        add(pieces[piece], rows, n * N + piece * PIECE, columns, FRESH)
+                else:
+                    send_out(product, results, out_desc, (expert - sums[1]) * slot_rows + row, n * N)
     tma.store_wait(0)
 
 
 @gluon.jit
-def kernel(left_desc, right_desc, out_desc, experts, slots, slot_rows, num_tiles, m_tiles, n_tiles, height, N: gl.constexpr,
-           LAYOUT: gl.constexpr):  # fmt: skip
+def kernel(left_desc, right_desc, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height, columns,
+           N: gl.constexpr, FRESH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     ring, results, others = allocate_ring((DEPTH, HALF), (DEPTH, N), LAYOUT)
     gl.warp_specialize(
         [
-            (consumer, (0, ring, results, out_desc, experts, slots, slot_rows, num_tiles, m_tiles, n_tiles, height, N)),
-            (consumer, (1, ring, others, out_desc, experts, slots, slot_rows, num_tiles, m_tiles, n_tiles, height, N)),
+            (consumer, (0, ring, results, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height,
+                        columns, N, FRESH)),
+            (consumer, (1, ring, others, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height,
+                        columns, N, FRESH)),
             (producer, (ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, N)),
         ],
         WARPS,
         REGISTERS,
-    )
+    )  # fmt: skip
 
 
-def d_weights(left: Tensor, right_RB: Tensor, num_slots: int, slots_E: Tensor | None, order: ExpertOrder) -> Tensor:
-    """out_SAB in bfloat16; `left` is left_RA as a `clippable` allocation. Slots that no expert has get zeros."""
+def d_weights(
+    left: Tensor, right_RB: Tensor, num_slots: int, slots_E: Tensor | None, order: ExpertOrder, sums: Sum | None = None
+) -> Tensor:
+    """out_SAB in bfloat16; `left` is left_RA as a `clippable` allocation. Slots that no expert has get zeros.
+
+    With `sums` the gradients of as many experts as those have, the first ones, are added there in float32, and what is returned
+    begins with the expert behind them; `slots_E` is None then.
+    """
     height, columns, num_experts = left.shape[1], right_RB.shape[1], order.counts_E.shape[0]
+    summed = 0 if sums is None else len(sums.total_EAB)
+    if sums is not None:
+        assert slots_E is None and sums.total_EAB.shape == (summed, height, columns), sums.total_EAB.shape
+        assert sums.total_EAB.dtype == torch.float32 and sums.total_EAB.is_contiguous(), sums.total_EAB.dtype
     fresh = torch.empty if slots_E is None else torch.zeros
-    out_SAB = fresh(num_slots, height, columns, dtype=left.dtype, device=left.device)
+    out_SAB = fresh(max(num_slots - summed, 1), height, columns, dtype=left.dtype, device=left.device)
     width = WIDTH if columns > 128 else 128
     m_tiles, n_tiles = triton.cdiv(height, ROWS.value), triton.cdiv(columns, width)
     matrix, slot_rows = stacked_rows(out_SAB, "the gradient")
-    kernel[(multiprocessors(left.device),)](
+    launch(
+        kernel,
+        (multiprocessors(left.device),),
         clipped(left, (DEPTH.value, HALF.value)),
         blocks(right_RB, (DEPTH.value, width)),
         blocks(matrix, (HALF.value, PIECE.value)),
         (order.by_load_E, order.counts_E, order.ends_E),
         slots_E,
         slot_rows,
+        None if sums is None else (sums.total_EAB, summed),
         num_experts * m_tiles * n_tiles,
         m_tiles,
         n_tiles,
         height,
+        columns,
         N=width,
+        FRESH=sums is not None and sums.fresh,
         LAYOUT=swizzled(2),
         num_warps=4,
     )
-    return out_SAB
+    return out_SAB[: num_slots - summed]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from kernels.accumulate import accumulate
+from kernels.accumulate import Sum, accumulate
 from kernels.errors import UserError
 from kernels.router import Routing as Routed
 from launch.benchmarks.contest import DIRECTIONS, OURS, Case, Difference, Direction, Inputs, Row, Side, Work
@@ -33,7 +33,7 @@ from launch.benchmarks.options import OneOrMore, Shape, TokenOptions
 from launch.benchmarks.peers import torch_experts
 from launch.benchmarks.ranks import on_ranks, slowest
 from launch.benchmarks.timing import Call, Ceilings, Timing
-from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape
+from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape, SumsOfRows
 from parallel.flows import Plan, shares
 from parallel.layer_cost import LayerCosts, Setting
 from parallel.moe_layer import LocalExperts, ShardedExperts
@@ -275,7 +275,11 @@ def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpor
         for total, gradient in zip(sums, gradients, strict=True):
             accumulate(total[row : row + gradient.shape[0]], gradient)
 
-    arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind)
+    def sums_of(row: int, count: int) -> tuple[Sum, Sum]:
+        gate_up, down = (Sum(total[row : row + count], fresh=False) for total in sums)
+        return gate_up, down
+
+    arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind, sums_of)
     arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
     arena.attention = None
     return arena
@@ -299,9 +303,17 @@ def _expert_shape(shape: Shape) -> ExpertShape:
     return ExpertShape(1, shape.experts, shape.hidden, shape.expert_hidden)
 
 
-def arena_of(shape: Shape, world: World, parts: Parts, copies: int, add: AddGradients, kind: TransportKind) -> ExpertArena:
+def arena_of(
+    shape: Shape,
+    world: World,
+    parts: Parts,
+    copies: int,
+    add: AddGradients,
+    kind: TransportKind,
+    sums: SumsOfRows | None = None,
+) -> ExpertArena:
     owned = shape.experts // world.size
-    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, kind)
+    arena = ExpertArena(_expert_shape(shape), owned, copies, world, parts[0].dtype, add, kind, sums=sums)
     for rows, part in zip(arena.rows, parts, strict=True):
         rows[:owned].copy_(_own(part, world))
     return arena

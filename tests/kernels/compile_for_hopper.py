@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from kernels.accumulate import Sum
 from kernels.expert_order import expert_order
 from kernels.hopper import columns, ring, rows, vocabulary
 
@@ -96,6 +97,10 @@ def launch_everything() -> Iterator[str]:
         if slots is not None:
             columns.d_weights(d_h, like, 3, None, order)
             yield f"gradient of gate_up in the order of experts, F={hidden}"
+        for fresh in (True, False):
+            sums = Sum(torch.zeros(2, 2 * hidden, size), fresh)
+            columns.d_weights(d_h, like, 3, None, order, sums)
+            yield f"gradient of gate_up {'into' if fresh else 'added to'} sums, F={hidden}"
         dy, _ = ring.clippable(6, size, like)
         columns.d_weights(dy, weighted_RF, 3, slots, order)
         yield f"gradient of down, F={hidden}"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.accumulate import Sum
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import expert_order
-from tests.kernels.test_expert_mlp import Case, different_experts, gpu, needs_hopper, without
+from tests.kernels.test_expert_mlp import Case, different_experts, gpu, needs_hopper, relative, without
 
 
 def check_the_caller_gets_gradients_once(device: str, dtype: torch.dtype, tokens: int, weighted: bool) -> None:
@@ -52,3 +53,32 @@ def test_the_caller_gets_gradients_once_whatever_else_needs_one(tokens: int, wei
 @pytest.mark.parametrize("weighted", [False, True])
 def test_kernels_give_the_caller_gradients_once_whatever_else_needs_one(tokens: int, weighted: bool) -> None:
     check_the_caller_gets_gradients_once("cuda", torch.bfloat16, tokens, weighted)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize(("size", "hidden"), [(128, 64), (320, 96), (512, 768)])
+@pytest.mark.parametrize("summed", [1, 4, 6])
+def test_kernels_add_gradients_of_the_first_experts_in_float32(size: int, hidden: int, summed: int) -> None:
+    case = Case.draw(different_experts(700, 6, 2, 3), 6, size=size, hidden=hidden).to("cuda", torch.bfloat16)
+    order = expert_order(case.experts_TK, 6)
+    arena = case.gate_up_ECD.detach(), case.down_EDF.detach()
+    found: list[tuple[Tensor, Tensor]] = []
+    totals = [torch.full((summed, *part.shape[1:]), torch.nan, device="cuda") for part in arena]
+
+    def gradients(sums: tuple[Sum, Sum] | None) -> tuple[Tensor, Tensor]:
+        y_TD = expert_mlp(
+            case.x_TD.detach(), order, case.weights_TK.detach(), *arena,
+            gradients=lambda *parts: found.append(parts), sums=lambda: sums,
+        )  # fmt: skip
+        y_TD.backward(torch.ones_like(y_TD))
+        return found.pop()
+
+    rounded = gradients(None)
+    for times in (1, 2, 3):
+        others = gradients(tuple(Sum(total, fresh=times == 1) for total in totals))
+        for total, other, whole in zip(totals, others, rounded, strict=True):
+            assert torch.equal(other, whole[summed:]), "of experts behind those that are summed"
+            exact = total / times  # of float32 products, which bfloat16 rounds
+            torch.testing.assert_close(exact.bfloat16(), whole[:summed], rtol=2**-7, atol=1e-6)
+            assert relative(exact, whole[:summed]) > 2**-11, "no float32 is told from bfloat16"
