@@ -83,15 +83,15 @@ def producer(ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, 
 @gluon.jit
 def add(piece, sums, column, columns, FRESH: gl.constexpr):
     """Adds (HALF, PIECE) numbers to those of rows `columns` long from `column` on. Every thread adds its own: pairs of a row,
-    four threads beside each other, so whole sectors of memory. Nobody reads them soon, so the cache keeps the operands."""
+    four threads beside each other, so whole sectors of memory."""
     layout: gl.constexpr = piece.type.layout
     row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     n = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
     at = sums + column + (row[:, None] * columns + n[None, :])
     there = (n < columns - column)[None, :]
     if not FRESH:
-        piece += gl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
-    gl.store(at, piece, mask=there, eviction_policy="evict_first")
+        piece += gl.load(at, mask=there, other=0.0)
+    gl.store(at, piece, mask=there)
 
 
 @gluon.jit
