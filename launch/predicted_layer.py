@@ -48,7 +48,7 @@ from parallel.schedule.timeline import Task, Timeline, simulate
 from parallel.schedule.transports import Choice, Way, choose_transport
 from parallel.transport import TransportKind
 
-Numbers = TypeVar("Numbers", ShardedWorkload, CopyTimes)
+Numbers = TypeVar("Numbers", ShardedWorkload, CopyTimes[float])
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,13 @@ def predicted_layer(
 ) -> LayerPrediction:
     """Plans every step but the first from what is known before it. Loads are those of all devices."""
     topology, tokens = setting.topology, _tokens(loads_SE, setting)
-    plans = [
-        POLICIES[policy](predict(loads_SE[max(step - WINDOW, 0) : step, None])[0], owner_E, setting)
-        for step in range(1, len(loads_SE))
-    ]
+    expected_SE = np.concatenate([predict(loads_SE[max(step - WINDOW, 0) : step, None]) for step in range(1, len(loads_SE))])
+    plans = POLICIES[policy](expected_SE, np.tile(owner_E, (len(expected_SE), 1)), setting)
     came = list(zip(plans, loads_SE[1:], strict=True))
     works = [sharded_workload(plan, loads_E, setting) for plan, loads_E in came]
     times = [copy_times(plan.placement, topology, setting.costs) for plan in plans]
 
-    def described(work: ShardedWorkload, copying: CopyTimes) -> Described:
+    def described(work: ShardedWorkload, copying: CopyTimes[float]) -> Described:
         around = around_copies(copying, setting.costs.attention_s, rematerialise=setting.rematerialise)
         return Described(*published(setting.costs, work, copying.sums_s, chunk_s), around, tokens, in_place)
 

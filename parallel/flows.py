@@ -3,7 +3,7 @@
 Source: Hecate, arXiv 2502.02581, section 4.4. Where a plan does not say otherwise a device's tokens go to itself if it holds
 their expert, else evenly to the holders on its node, else evenly to all.
 
-Letters: E experts of a layer, D devices, N nodes, G devices of a node, H pairs of an expert and a device that has it.
+Letters: L layers, E experts of a layer, D devices, N nodes, G devices of a node, H pairs of an expert and a device that has it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.placement import Bools, Floats, Placement, Topology
+from parallel.placement import Bools, Floats, Placement, Placements, Topology
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Flows:
-    """What a device computes, and how many entries it takes from and gives to others on its node and elsewhere; (D,) each."""
+    """What a device computes, and how many entries it takes from and gives to others on its node and elsewhere; (D,) each, or
+    (L, D) of several layers."""
 
     entries_D: Floats
     experts_D: Floats  # that have entries there
@@ -62,45 +63,65 @@ def shares(plan: Plan, topology: Topology, device: int) -> Floats:
 
 def flows(plan: Plan, topology: Topology, loads_E: Floats) -> Flows:
     """What `shares` amounts to if every device has an equal part of each expert's entries."""
-    experts, devices = plan.placement.copies_ED.shape
+    weight_LED = None if plan.weight_ED is None else plan.weight_ED[None]
+    found = flows_of(Placements.of(plan.placement), topology, loads_E[None], weight_LED, nearest_first=plan.nearest_first)
+    return Flows(*(part_LD[0] for part_LD in vars(found).values()))
+
+
+def flows_of(
+    placements: Placements,
+    topology: Topology,
+    loads_LE: Floats,
+    weight_LED: Floats | None = None,
+    *,
+    nearest_first: bool = True,
+) -> Flows:
+    """`flows` of several layers whose plans have these weights and this order. The same bits as layer by layer."""
+    layers, experts, devices = placements.copies_LED.shape
     nodes, per_node = topology.nodes, topology.devices_per_node
-    expert_H, device_H = plan.placement.holders
-    weight_H = np.ones(len(expert_H)) if plan.weight_ED is None else plan.weight_ED[expert_H, device_H]
-    part_E, weight_E = loads_E / devices, np.bincount(expert_H, weights=weight_H, minlength=experts)
+    expert_H, device_H = placements.holders
+    at_H = expert_H // experts * devices + device_H  # of (L, D)
+    weight_H = np.ones(len(expert_H)) if weight_LED is None else weight_LED.reshape(-1, devices)[expert_H, device_H]
+    part_E, weight_E = loads_LE.ravel() / devices, np.bincount(expert_H, weights=weight_H, minlength=layers * experts)
     part_H = part_E[expert_H]
 
     def on_devices(amount_H: Floats | Bools) -> Floats:
-        return np.asarray(np.bincount(device_H, weights=amount_H, minlength=devices), dtype=np.float64)
+        found = np.bincount(at_H, weights=amount_H, minlength=layers * devices)
+        return np.asarray(found.reshape(layers, devices), dtype=np.float64)
 
-    if not plan.nearest_first:  # from every device alike
-        takes_D = on_devices((part_E / weight_E)[expert_H] * weight_H)
-        node_D = np.repeat(takes_D.reshape(nodes, per_node).sum(axis=1), per_node)
+    def on_nodes(amount_LN: Floats) -> Floats:
+        return amount_LN.repeat(per_node, axis=1)
+
+    if not nearest_first:  # from every device alike
+        takes_LD = on_devices((part_E / weight_E)[expert_H] * weight_H)
+        node_LD = on_nodes(takes_LD.reshape(layers, nodes, per_node).sum(axis=2))
         return Flows(
-            entries_D=takes_D * devices,
+            entries_D=takes_LD * devices,
             experts_D=on_devices((weight_H > 0) & (part_H > 0)),
-            within_in_D=takes_D * (per_node - 1),
-            within_out_D=node_D - takes_D,
-            across_in_D=takes_D * (devices - per_node),
-            across_out_D=takes_D.sum() - node_D,
+            within_in_D=takes_LD * (per_node - 1),
+            within_out_D=node_LD - takes_LD,
+            across_in_D=takes_LD * (devices - per_node),
+            across_out_D=takes_LD.sum(axis=1, keepdims=True) - node_LD,
         )
-    cell_H = expert_H * nodes + device_H // per_node  # of (E, N)
-    weight_EN = np.bincount(cell_H, weights=weight_H, minlength=experts * nodes).reshape(experts, nodes)
-    without_EN = per_node - np.bincount(cell_H, minlength=experts * nodes).reshape(experts, nodes)
+    cell_H = expert_H * nodes + device_H // per_node  # of (E, N), E those of all layers
+    weight_EN = np.bincount(cell_H, weights=weight_H, minlength=layers * experts * nodes).reshape(-1, nodes)
+    without_EN = per_node - np.bincount(cell_H, minlength=layers * experts * nodes).reshape(-1, nodes)
     # Devices without the expert give to the holders on their node, in proportion to their weights; on bare nodes, to all.
     bare_EN = weight_EN == 0
     near_H = without_EN.ravel()[cell_H] * weight_H / np.where(weight_H > 0, weight_EN.ravel()[cell_H], 1.0)
     far_E = part_E * (without_EN * bare_EN).sum(axis=1) / weight_E
-    own_D = on_devices(part_H)
-    near_D = on_devices(part_H * near_H)
-    far_D = on_devices(far_E[expert_H] * weight_H)
-    gives_far_D = np.repeat(part_E @ bare_EN, per_node) - on_devices(part_H * bare_EN.ravel()[cell_H])
+    own_LD = on_devices(part_H)
+    near_LD = on_devices(part_H * near_H)
+    far_LD = on_devices(far_E[expert_H] * weight_H)
+    bare_LN = (part_E[:, None] * bare_EN).reshape(layers, experts, nodes).sum(axis=1)
+    gives_far_LD = on_nodes(bare_LN) - on_devices(part_H * bare_EN.ravel()[cell_H])
     return Flows(
-        entries_D=own_D + near_D + far_D,
+        entries_D=own_LD + near_LD + far_LD,
         experts_D=on_devices(part_H > 0),
-        within_in_D=near_D,
-        within_out_D=part_E.sum() - own_D - gives_far_D,
-        across_in_D=far_D,
-        across_out_D=gives_far_D,
+        within_in_D=near_LD,
+        within_out_D=part_E.reshape(layers, experts).sum(axis=1, keepdims=True) - own_LD - gives_far_LD,
+        across_in_D=far_LD,
+        across_out_D=gives_far_LD,
     )
 
 

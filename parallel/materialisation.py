@@ -24,7 +24,7 @@ from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
 from parallel.placement import Budget, Floats, Ints, without_copies
 from parallel.planning import predict, reshard
-from parallel.policies import Policy, calibrated
+from parallel.policies import Policy, calibrated, of_one_layer
 from parallel.profiling import copies_that_fit, measure_costs
 from parallel.stopwatch import Stopwatch
 
@@ -140,12 +140,11 @@ class Materialisation:
             plans = [Plan(without_copies(owner_E, world.size)) for owner_E in owner_LE]
         else:
             predicted_LE = predict(np.stack(list(loads)))
+            plan = partial(self.settings.policy, setting=setting)
             if reshards:
-                plan = partial(self.settings.policy, setting=setting)
-                owner_LE = reshard(predicted_LE, owner_LE, setting.topology, setting.budget.overlap, plan)
-            plans = [
-                self.settings.policy(loads_E, owner_E, setting) for loads_E, owner_E in zip(predicted_LE, owner_LE, strict=True)
-            ]
+                owner_LE, plans = reshard(predicted_LE, owner_LE, setting.topology, setting.budget.overlap, plan)
+            else:
+                plans = plan(predicted_LE, owner_LE)
         shares_LED = [shares(plan, world.topology, world.rank) for plan in plans]
         placements, rematerialise = [plan.placement for plan in plans], self.settings.rematerialise
         return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, rematerialise=rematerialise))
@@ -177,7 +176,7 @@ class Materialisation:
         def planning(costs: LayerCosts) -> Plan:
             budget = Budget(arena.shape.experts, memory)
             setting = Setting(world.topology, settings.top_k, budget, False, costs, arena.two_level)
-            return settings.policy(self.loads[-1][0], self.shards.owner_LE[0], setting)
+            return of_one_layer(settings.policy, self.loads[-1][0], self.shards.owner_LE[0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
         hidden = hidden_copies(costs, world.topology.nodes)

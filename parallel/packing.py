@@ -1,71 +1,123 @@
 """How many copies experts get so that the largest load per replica is least, and on which devices they then lie. Pure.
 
-Letters: E experts of a layer, D devices.
+Letters: L layers, E experts of a layer, D devices.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from typing import NamedTuple
 
 import numpy as np
 
 from parallel.placement import Bools, Floats, Ints, Topology, on_owners
 
 HALVINGS = 20  # of the largest load per replica; more of them change no plan
+MANY_LAYERS = 4  # from which on arrays are faster than lists, on one node
 
 
-def even_replicas(weights_E: Floats, seats: int, most: int) -> Ints:
-    """How many copies beside the owner's each expert gets, at most `most`, so that the largest weight per replica is least.
+def even_replicas(weights_LE: Floats, seats: int, most: int) -> Ints:
+    """How many copies beside the owner's each expert of a layer gets, at most `most`, so that the largest weight per replica is
+    least, (L, E).
 
     That is what adding one copy after the other to the largest weight per replica arrives at (EPLB; LAER-MoE; in apportionment
     the method of Adams): bisection of that weight until it tells any two experts apart, then one copy each for as many as are
     left.
     """
-    extra_E = np.zeros(len(weights_E), dtype=np.int64)
-    total, wanted = float(weights_E.sum()), seats + len(weights_E)
-    if total == 0 or seats == 0:
-        return extra_E
+    layers, experts = weights_LE.shape
+    total_L, wanted = weights_LE.sum(axis=1), seats + experts
+    if seats == 0 or not total_L.any():
+        return np.zeros((layers, experts), dtype=np.int64)
 
-    def replicas(weight: float) -> Floats:
-        return np.maximum(np.minimum(np.ceil(weights_E / weight), most + 1), 1)
+    def replicas(weight_L: Floats) -> Floats:
+        return np.maximum(np.minimum(np.ceil(weights_LE / weight_L[:, None]), most + 1), 1)
 
-    low, high = total / wanted, total / seats  # at `low` there are too many replicas, at `high` there are not
-    if replicas(low).sum() <= wanted:
-        low = 0.0  # some have as many as they may, so that others can get more
+    total_L = np.where(total_L > 0, total_L, 1.0)  # who has no weights gets no copies
+    low_L, high_L = total_L / wanted, total_L / seats  # at `low` there are too many replicas, at `high` there are not
+    low_L[replicas(low_L).sum(axis=1) <= wanted] = 0.0  # some have as many as they may, so that others can get more
+    searched_L = np.ones(layers, dtype=np.bool_)
     for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        left = wanted - replicas(middle).sum()
-        low, high = (low, middle) if left >= 0 else (middle, high)
-        if left == 0:
+        middle_L = (low_L + high_L) / 2
+        left_L = wanted - replicas(middle_L).sum(axis=1)
+        high_L = np.where(searched_L & (left_L >= 0), middle_L, high_L)
+        low_L = np.where(left_L < 0, middle_L, low_L)
+        searched_L &= left_L != 0
+        if not searched_L.any():
             break
-    extra_E = replicas(high).astype(np.int64) - 1
-    if left := seats - int(extra_E.sum()):
-        open_E = np.flatnonzero((extra_E < most) & (weights_E > 0))
-        extra_E[open_E[np.argsort(-weights_E[open_E] / (extra_E[open_E] + 1), kind="stable")[:left]]] += 1
-    return extra_E
+    extra_LE = replicas(high_L).astype(np.int64) - 1
+    left_L = seats - extra_LE.sum(axis=1)
+    if left_L.any():
+        open_LE = (extra_LE < most) & (weights_LE > 0)
+        order_LE = np.argsort(-np.where(open_LE, weights_LE / (extra_LE + 1), -1.0), axis=1, kind="stable")
+        more_LE = np.empty_like(open_LE)
+        more_LE[np.arange(layers)[:, None], order_LE] = np.arange(experts) < left_L[:, None]
+        extra_LE += more_LE & open_LE
+    return extra_LE
 
 
-def pack(extra_E: Ints, loads_E: Floats, owner_E: Ints, topology: Topology, memory: int) -> Bools:
-    """Gives each expert its copies, those with most load per replica first; returns where experts then are, (E, D).
+def pack(extra_LE: Ints, loads_LE: Floats, owner_LE: Ints, topology: Topology, memory: int) -> Bools:
+    """Gives the experts of each layer their copies, those with most load per replica first; returns where they then are,
+    (L, E, D).
 
     Each goes to a node with fewest of its expert, to the one whose least loaded device has least, and there to that device.
     """
-    devices = topology.devices
-    copies_ED, per_replica_E = on_owners(owner_E, devices), loads_E / (extra_E + 1)
-    order_E = np.argsort(-per_replica_E, kind="stable")
-    full_E = extra_E[order_E] == devices - 1
-    full_E &= full_E.cumsum() <= memory
-    everywhere_E, order_E = order_E[full_E], order_E[~full_E & (extra_E[order_E] > 0)]
-    copies_ED[everywhere_E] = True
-    own_E = per_replica_E.copy()
-    own_E[everywhere_E] = 0.0
-    load_D = np.bincount(owner_E, weights=own_E, minlength=devices) + per_replica_E[everywhere_E].sum()
-    room_D = memory - len(everywhere_E) + np.bincount(owner_E[everywhere_E], minlength=devices)
-    room = _Room(load_D, room_D, topology)
-    wanted = zip(extra_E[order_E].tolist(), owner_E[order_E].tolist(), per_replica_E[order_E].tolist(), strict=True)
-    takers = [room.take(*one) for one in wanted]
-    copies_ED[order_E.repeat([len(found) for found in takers]), [device for found in takers for device in found]] = True
-    return copies_ED
+    devices, layers_L1 = topology.devices, np.arange(len(extra_LE))[:, None]
+    copies_LED, per_replica_LE = on_owners(owner_LE, devices), loads_LE / (extra_LE + 1)
+    order_LE = np.argsort(-per_replica_LE, axis=1, kind="stable")
+    in_order_LE = extra_LE[layers_L1, order_LE]
+    full_LE = in_order_LE == devices - 1
+    full_LE &= full_LE.cumsum(axis=1) <= memory  # in that order
+    everywhere_LE = np.empty_like(full_LE)
+    everywhere_LE[layers_L1, order_LE] = full_LE
+    copies_LED[everywhere_LE] = True
+    on_LE = owner_LE + devices * layers_L1
+    own_L = np.bincount(on_LE.ravel(), np.where(everywhere_LE, 0.0, per_replica_LE).ravel(), len(extra_LE) * devices)
+    load_LD = own_L.reshape(-1, devices) + np.where(everywhere_LE, per_replica_LE, 0.0).sum(axis=1, keepdims=True)
+    kept_L = np.bincount(on_LE.ravel(), everywhere_LE.ravel(), len(extra_LE) * devices).astype(np.int64)
+    room_LD = memory - everywhere_LE.sum(axis=1, keepdims=True) + kept_L.reshape(-1, devices)
+    wants_LE = ~full_LE & (in_order_LE > 0)
+    spread = _spread_on_one_node if topology.nodes == 1 and len(extra_LE) >= MANY_LAYERS else _spread
+    spread(copies_LED, _Wanted(order_LE, wants_LE, extra_LE, owner_LE, per_replica_LE), load_LD, room_LD, topology)
+    return copies_LED
+
+
+class _Wanted(NamedTuple):
+    """By layers, experts in the order in which they get copies, and which of these have not got any yet."""
+
+    order_LE: Ints
+    wants_LE: Bools  # in that order
+    extra_LE: Ints  # as the following ones by expert
+    owner_LE: Ints
+    per_replica_LE: Floats
+
+
+def _spread(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, room_LD: Ints, topology: Topology) -> None:
+    """In place, layer by layer."""
+    for layer, (order_E, wants_E) in enumerate(zip(wanted.order_LE, wanted.wants_LE, strict=True)):
+        experts = order_E[wants_E]
+        room = _Room(load_LD[layer], room_LD[layer], topology)
+        columns = (part_LE[layer, experts].tolist() for part_LE in wanted[2:])
+        takers = [room.take(*one) for one in zip(*columns, strict=True)]
+        places = [device for found in takers for device in found]
+        copies_LED[layer, experts.repeat([len(found) for found in takers]), places] = True
+
+
+def _spread_on_one_node(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, room_LD: Ints, topology: Topology) -> None:
+    """The same for all layers together, an expert of each at a time: to the devices with least load that have room."""
+    layers, device_D, load_LD = np.arange(len(load_LD)), np.arange(topology.devices), load_LD.copy()
+    places_LE = np.argsort(~wanted.wants_LE, axis=1, kind="stable")  # of those that want copies, the others behind
+    count_L = wanted.wants_LE.sum(axis=1)
+    for turn in range(int(count_L.max())):
+        expert_L = wanted.order_LE[layers, places_LE[:, turn]]
+        copies_L = np.where(turn < count_L, wanted.extra_LE[layers, expert_L], 0)
+        able_LD = (room_LD > 0) & (device_D != wanted.owner_LE[layers, expert_L][:, None])
+        order_LD = np.where(able_LD, load_LD, np.inf).argsort(axis=1, kind="stable")
+        taken_LD = np.empty_like(able_LD)
+        taken_LD[layers[:, None], order_LD] = device_D < copies_L[:, None]
+        taken_LD &= able_LD
+        load_LD += taken_LD * wanted.per_replica_LE[layers, expert_L][:, None]
+        room_LD -= taken_LD
+        copies_LED[layers, expert_L] |= taken_LD
 
 
 class _Room:

@@ -79,9 +79,35 @@ class Placement:
         return np.asarray(self.beside_ED.sum(axis=0), dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Placements:
+    """Of several layers, as they are planned: with one call for all of them."""
+
+    owner_LE: Ints
+    copies_LED: Bools
+
+    @staticmethod
+    def of(*placements: Placement) -> Placements:
+        return Placements(np.stack([one.owner_E for one in placements]), np.stack([one.copies_ED for one in placements]))
+
+    def __getitem__(self, layers: Ints | Bools) -> Placements:
+        return Placements(self.owner_LE[layers], self.copies_LED[layers])
+
+    @cached_property
+    def holders(self) -> tuple[Ints, Ints]:
+        """(experts, devices), (H,) each, as of a `Placement`; experts are counted through all layers."""
+        expert_H, device_H = np.divmod(np.flatnonzero(self.copies_LED), self.copies_LED.shape[2])
+        return expert_H, device_H
+
+    @property
+    def beside_LED(self) -> Bools:
+        """Where experts are, their owners excepted."""
+        return self.copies_LED & ~on_owners(self.owner_LE, self.copies_LED.shape[2])
+
+
 def on_owners(owner_E: Ints, devices: int) -> Bools:
-    """(E, D): every expert on its owner alone."""
-    return np.asarray(owner_E[:, None] == np.arange(devices))
+    """(E, D): every expert on its owner alone; (L, E, D) of (L, E) owners."""
+    return np.asarray(owner_E[..., None] == np.arange(devices))
 
 
 def without_copies(owner_E: Ints, devices: int) -> Placement:
@@ -98,6 +124,5 @@ def even_owners(experts: int, devices: int) -> Ints:
 
 def missing(wanted: Placement, present: Placement) -> Placement:
     """The owners, and those of the wanted copies that are not there."""
-    copies_ED = wanted.copies_ED & ~present.copies_ED
-    copies_ED[np.arange(len(wanted.owner_E)), wanted.owner_E] = True
+    copies_ED = wanted.copies_ED & ~present.copies_ED | on_owners(wanted.owner_E, wanted.copies_ED.shape[1])
     return Placement(wanted.owner_E, copies_ED)

@@ -104,13 +104,15 @@ def apportion(weights_E: Floats, seats: int, most: int) -> Ints:
 # ---------------------------------------------------------------- owners
 
 
-def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, overlap: int, plan: Callable[[Floats, Ints], Plan]) -> Ints:
+def reshard(
+    loads_LE: Floats, owner_LE: Ints, topology: Topology, overlap: int, plan: Callable[[Floats, Ints], list[Plan]]
+) -> tuple[Ints, list[Plan]]:
     """Heterogeneous sharding: owners that spread each layer's load, whatever number of a layer's experts a device then owns.
 
     Every device keeps owning equally many experts over all layers together, so memory does not change. The `overlap` hottest
     experts of a layer are likely to be copied: they fill what is left, on their present owner where it has room. Returns the
-    present owners unless with the new ones, and the copies that `plan` makes of a layer's loads and owners then, the busiest
-    devices have at most `WORTH_MOVING` as much to do.
+    present owners unless with the new ones, and the copies that `plan` makes of loads and owners then, the busiest devices have
+    at most `WORTH_MOVING` as much to do; and the plans with them.
     """
     layers, experts = owner_LE.shape
     cold_LE = np.array(loads_LE, dtype=np.float64)
@@ -137,8 +139,9 @@ def reshard(loads_LE: Floats, owner_LE: Ints, topology: Topology, overlap: int, 
         device = present if room_D[present] > 0 else int(np.argmax(room_D > 0))
         new_LE[layer, expert] = device
         room_D[device] -= 1
-    before, after = (busiest(loads_LE, candidate_LE, topology, plan) for candidate_LE in (owner_LE, new_LE))
-    return new_LE if after <= WORTH_MOVING * before and after < before else owner_LE
+    staying, moving = plan(loads_LE, owner_LE), plan(loads_LE, new_LE)
+    before, after = (busiest(loads_LE, plans, topology) for plans in (staying, moving))
+    return (new_LE, moving) if after <= WORTH_MOVING * before and after < before else (owner_LE, staying)
 
 
 def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
@@ -151,9 +154,6 @@ def _least_loaded(load_D: Floats, room_D: Ints, topology: Topology) -> int:
     return node * per_node + int(order[0])
 
 
-def busiest(loads_LE: Floats, owner_LE: Ints, topology: Topology, plan: Callable[[Floats, Ints], Plan]) -> float:
-    """The sum over layers of the busiest device's entries, with the copies that these owners get."""
-    return sum(
-        float(device_loads(plan(loads_E, owner_E), topology, loads_E).max())
-        for owner_E, loads_E in zip(owner_LE, loads_LE, strict=True)
-    )
+def busiest(loads_LE: Floats, plans: list[Plan], topology: Topology) -> float:
+    """The sum over layers of the busiest device's entries."""
+    return sum(float(device_loads(plan, topology, loads_E).max()) for plan, loads_E in zip(plans, loads_LE, strict=True))

@@ -1,26 +1,27 @@
 """Who gets copies: Tessera's own policy, which weighs tokens against weights by their costs, and those of other systems.
 
-All have one form: from a layer's loads and owners to a `Plan`, deterministic, within the same room for copies, with owners
-where they are. So they can be exchanged in a run (`parallel.policy`) and compared on the same loads (`launch.bench placement`).
+All have one form: from the loads and owners of layers to a `Plan` of each, deterministic, within the same room for copies, with
+owners where they are. So they can be exchanged in a run (`parallel.policy`) and compared on the same loads (`launch.bench
+placement`).
 What else sets those systems apart, when they plan and how weights travel, is in launch/benchmarks/placement.py.
 
-Letters: E experts of a layer, D devices, N nodes, G devices of a node.
+Letters: L layers, C choices, E experts of a layer, D devices, N nodes, G devices of a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import Protocol
 
 import numpy as np
 
 from parallel.copy_numbers import expected_times, numbers_of_copies
-from parallel.flows import Plan, flows, imbalance
-from parallel.layer_cost import Setting, WeightsTime, exchange_time, least_pass_s, pass_times, weights_time
+from parallel.flows import Flows, Plan, flows, flows_of, imbalance
+from parallel.layer_cost import Setting, exchange_time, least_pass_s, pass_times, weights_times
 from parallel.packing import even_replicas, pack
-from parallel.placement import Floats, Ints, Placement, Topology, without_copies
+from parallel.placement import Floats, Ints, Placement, Placements, Topology, without_copies
 from parallel.planning import LESS, hottest, materialise
 
 AHEAD = 0.97  # of the first choice's expected time counts where loads are those of steps before: others suit them alone
@@ -28,7 +29,7 @@ LEVELLING_ROUNDS = 2  # in which holders that are busier than the mean give away
 EVEN_ENOUGH = 1.1  # the busiest device over the mean, from which on that is not tried
 HEADROOM = 1.05  # LLEP: how much more than the mean a device may have
 FEWEST_TOKENS = 1024  # LLEP: fewer than these are not worth a product elsewhere
-NO_WEIGHTS = WeightsTime(0.0, 0.0)
+CELLS_AT_ONCE = 2**20  # of (L, E, D): how many layers are planned together
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,23 @@ SEARCHES = Search(64, 3, 320, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 
 
 
 class Policy(Protocol):
+    def __call__(self, loads_LE: Floats, owner_LE: Ints, setting: Setting) -> list[Plan]: ...
+
+
+class LayerPolicy(Protocol):
     def __call__(self, loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan: ...
+
+
+def layer_by_layer(policy: LayerPolicy) -> Policy:
+    def planned(loads_LE: Floats, owner_LE: Ints, setting: Setting) -> list[Plan]:
+        return [policy(loads_E, owner_E, setting) for loads_E, owner_E in zip(loads_LE, owner_LE, strict=True)]
+
+    return planned
+
+
+def of_one_layer(policy: Policy, loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
+    (plan,) = policy(loads_E[None], owner_E[None], setting)
+    return plan
 
 
 def plain(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
@@ -62,16 +79,21 @@ def hecate(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
 # ---------------------------------------------------------------- Tessera
 
 
-def by_cost(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
-    """The plan with the least predicted time: no copies, as many as there is room for, or fewer (copy_numbers.py).
+def by_cost(loads_LE: Floats, owner_LE: Ints, setting: Setting) -> list[Plan]:
+    """The plans with the least predicted time: no copies, as many as there is room for, or fewer (copy_numbers.py).
 
     There is time to look at a few choices only, so those come first that are expected to take least. Where load stays uneven or
     copies cost much, experts that others serve in their owner's place (`llep`) are weighed too. The time is never above that
-    without copies.
+    without copies. Layers do not know of each other; many small ones take little more time than one, since nearly all of that
+    goes into calls of numpy.
     """
-    bare = plain(loads_E, owner_E, setting)
-    weights = weights_time(bare.placement, setting, present=None)
-    return _cheapest(_timed(bare, loads_E, setting, weights), loads_E, setting, present=None)
+    (layers, experts), devices = loads_LE.shape, setting.topology.devices
+    plans, at_once = list[Plan](), max(CELLS_AT_ONCE // (experts * devices), 1)
+    for first in range(0, layers, at_once):
+        loads_PE, owner_PE = loads_LE[first : first + at_once], owner_LE[first : first + at_once]
+        bare = [plain(loads_E, owner_E, setting) for loads_E, owner_E in zip(loads_PE, owner_PE, strict=True)]
+        plans += _cheapest(_Timed.of(bare, loads_PE, setting, present=None), loads_PE, setting, present=None)
+    return plans
 
 
 def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
@@ -80,84 +102,180 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
     adds copies; here the room of copies that turned out useless may be used too.
     """
-    there = _timed(plan, loads_E, setting, NO_WEIGHTS)
-    if there.passing_s * (1 - 1 / imbalance(there.load_D)) <= setting.costs.planning_s:
+    there = flows(plan, setting.topology, loads_E)
+    if float(_passing(there, setting)) * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
         return plan
-    there = replace(there, weights=weights_time(plan.placement, setting, plan.placement))
-    return _cheapest(there, loads_E, setting, present=plan.placement)
+    loads_LE, present = loads_E[None], Placements.of(plan.placement)
+    (found,) = _cheapest(_Timed.of([plan], loads_LE, setting, present), loads_LE, setting, present)
+    return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Timed:
-    """A plan, the entries that each device computes under it, and its predicted time."""
+    """The best plans so far, the entries that each device computes under them, and their predicted times."""
 
-    plan: Plan
-    load_D: Floats
-    passing_s: float
-    weights: WeightsTime
+    plans: list[Plan]
+    load_LD: Floats
+    passing_L: Floats
+    weights_L: Floats
+
+    @staticmethod
+    def of(plans: list[Plan], loads_LE: Floats, setting: Setting, present: Placements | None) -> _Timed:
+        """`plans` are alike in weights and order."""
+        placements = Placements.of(*(plan.placement for plan in plans))
+        some = [plan.weight_ED for plan in plans if plan.weight_ED is not None]
+        weight_LED = np.stack(some) if some else None
+        found = flows_of(placements, setting.topology, loads_LE, weight_LED, nearest_first=plans[0].nearest_first)
+        weights_L = weights_times(placements, setting, present).total_L
+        return _Timed(plans, found.entries_D, _passing(found, setting), weights_L)
 
     @property
-    def total_s(self) -> float:
-        return self.passing_s + self.weights.total_s
+    def total_L(self) -> Floats:
+        return self.passing_L + self.weights_L
+
+    def take(self, layers: Ints, plans: list[Plan], load_PD: Floats, passing_P: Floats, weights_P: Floats) -> None:
+        """Plans of some of the layers in the place of those so far."""
+        for layer, plan in zip(layers.tolist(), plans, strict=True):
+            self.plans[layer] = plan
+        self.load_LD[layers], self.passing_L[layers], self.weights_L[layers] = load_PD, passing_P, weights_P
 
 
-def _timed(plan: Plan, loads_E: Floats, setting: Setting, weights: WeightsTime) -> _Timed:
-    found = flows(plan, setting.topology, loads_E)
-    return _Timed(plan, found.entries_D, sum(pass_times(found, setting)), weights)
+def _passing(found: Flows, setting: Setting) -> Floats:
+    products_L, tokens_L = pass_times(found, setting)
+    return products_L + tokens_L
 
 
-def _cheapest(bare: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan:
-    topology, memory, owner_E = setting.topology, setting.budget.memory, bare.plan.placement.owner_E
-    if memory == 0 or topology.devices == 1 or not loads_E.any():
-        return bare.plan
-    seats, extra_CE = topology.devices * memory, numbers_of_copies(loads_E, setting)
-    expected_C, copies_C = expected_times(extra_CE, loads_E, owner_E, setting, present), extra_CE.sum(axis=1)
-    search = next(one for one in SEARCHES if seats <= one.seats)
-    best, looked_at, packed = bare, 0, 0
+def _imbalances(load_LD: Floats) -> Floats:
+    """As `imbalance` of each layer."""
+    mean_L = load_LD.mean(axis=1)
+    return np.where(mean_L > 0, load_LD.max(axis=1) / np.where(mean_L > 0, mean_L, 1.0), 1.0)
+
+
+def _cheapest(best: _Timed, loads_LE: Floats, setting: Setting, present: Placements | None) -> list[Plan]:
+    """In place of the plans of `best`, where others take less time."""
+    some = np.flatnonzero(loads_LE.any(axis=1))
+    if setting.budget.memory == 0 or setting.topology.devices == 1 or not len(some):
+        return best.plans
+    owner_LE = np.stack([plan.placement.owner_E for plan in best.plans])
+    _search(best, some, loads_LE, owner_LE, setting, present)
+    _level(best, some, loads_LE, setting)
+    _take_fewest(best, some, loads_LE, owner_LE, setting, present)
+    return best.plans
+
+
+def _search(best: _Timed, some: Ints, loads_LE: Floats, owner_LE: Ints, setting: Setting, present: Placements | None) -> None:
+    """Takes the choices of numbers of copies in the order of the time that they are expected to take."""
+    topology, memory = setting.topology, setting.budget.memory
+    extra_PCE, there_PC = numbers_of_copies(loads_LE[some], setting)
+    expected_PC = expected_times(extra_PCE, loads_LE[some], owner_LE[some], setting, present and present[some])
     if present is None:
-        expected_C[0] *= AHEAD
-    for choice in np.argsort(expected_C, kind="stable").tolist():
-        if expected_C[choice] >= best.total_s * search.within or looked_at == search.choices:
-            break
-        if looked_at and packed + copies_C[choice] > search.copies:
-            continue
-        packed += int(copies_C[choice]) if looked_at else 0
-        looked_at += 1
-        placement = Placement(owner_E, pack(extra_CE[choice], loads_E, owner_E, topology, memory))
-        found = _timed(Plan(placement), loads_E, setting, NO_WEIGHTS)
-        if found.total_s < best.total_s * LESS:
-            found = replace(found, weights=weights_time(placement, setting, present))
-        if found.total_s < best.total_s * LESS:
-            best = found
-    best = _levelled(best, loads_E, setting)
-    return _with_fewest(best, loads_E, setting, present) or best.plan
+        expected_PC[:, 0] *= AHEAD
+    expected_PC[~there_PC] = np.inf
+    search = next(one for one in SEARCHES if topology.devices * memory <= one.seats)
+    turns = [_Turns(*one, search) for one in zip(expected_PC, extra_PCE.sum(axis=2), strict=True)]
+    while True:
+        limit_P = (best.total_L[some] * search.within).tolist()
+        found = [(place, one.next(limit)) for place, (one, limit) in enumerate(zip(turns, limit_P, strict=True))]
+        chosen = [(place, choice) for place, choice in found if choice is not None]
+        if not chosen:
+            return
+        place_P, choice_P = np.array(chosen).T
+        at_P = some[place_P]
+        copies_PED = pack(extra_PCE[place_P, choice_P], loads_LE[at_P], owner_LE[at_P], topology, memory)
+        placements = Placements(owner_LE[at_P], copies_PED)
+        _take_better(best, at_P, placements, None, loads_LE, setting, present)
 
 
-def _with_fewest(best: _Timed, loads_E: Floats, setting: Setting, present: Placement | None) -> Plan | None:
-    """Copies each of which serves all that it can, where `best` is uneven or waits for its copies, and they take less time."""
-    if best.weights.total_s < (1 - LESS) * best.total_s and imbalance(best.load_D) < EVEN_ENOUGH:
+class _Turns:
+    """Which choice of a layer's is packed next; see `Search`."""
+
+    def __init__(self, expected_C: Floats, copies_C: Ints, search: Search) -> None:
+        order_C = np.argsort(expected_C, kind="stable")
+        self._left = [*zip(order_C.tolist(), expected_C[order_C].tolist(), copies_C[order_C].tolist(), strict=True)]
+        self._left.reverse()
+        self._search, self._looked_at, self._packed = search, 0, 0
+
+    def next(self, limit_s: float) -> int | None:
+        """None from where on more is expected than `limit_s`."""
+        while self._left:
+            choice, expected_s, copies = self._left.pop()
+            if expected_s >= limit_s or self._looked_at == self._search.choices:
+                self._left = []
+            elif not self._looked_at or self._packed + copies <= self._search.copies:
+                self._packed += copies if self._looked_at else 0
+                self._looked_at += 1
+                return choice
         return None
-    topology, owner_E, entries = setting.topology, best.plan.placement.owner_E, float(loads_E.sum())
-    busiest = min(float(np.bincount(owner_E, weights=loads_E).max()), HEADROOM * entries / topology.devices)
-    crossing = entries * (1 - topology.devices_per_node / topology.devices)  # to whoever serves, wherever
-    if least_pass_s(crossing, busiest, entries, setting) >= best.total_s * LESS:
-        return None
-    plan = llep(loads_E, owner_E, setting)
-    spare_s = best.total_s * LESS - _timed(plan, loads_E, setting, NO_WEIGHTS).passing_s
-    return plan if spare_s > 0 and weights_time(plan.placement, setting, present).total_s < spare_s else None
 
 
-def _levelled(best: _Timed, loads_E: Floats, setting: Setting) -> _Timed:
+def _take_better(
+    best: _Timed,
+    at_P: Ints,
+    placements: Placements,
+    weight_PED: Floats | None,
+    loads_LE: Floats,
+    setting: Setting,
+    present: Placements | None,
+    *,
+    nearest_first: bool = True,
+) -> Ints:
+    """Takes plans of the layers `at_P` that take less time; returns of which layers. Times of weights are looked at last."""
+    found = flows_of(placements, setting.topology, loads_LE[at_P], weight_PED, nearest_first=nearest_first)
+    passing_P, limit_P = _passing(found, setting), best.total_L[at_P] * LESS
+    better = np.flatnonzero(passing_P < limit_P)
+    if not len(better):
+        return at_P[better]
+    weights_P = weights_times(placements[better], setting, present and present[at_P[better]]).total_L
+    cheaper = passing_P[better] + weights_P < limit_P[better]
+    better, weights_P = better[cheaper], weights_P[cheaper]
+    plans = [
+        Plan(
+            Placement(placements.owner_LE[place], placements.copies_LED[place]),
+            None if weight_PED is None else weight_PED[place],
+            nearest_first,
+        )
+        for place in better.tolist()
+    ]
+    best.take(at_P[better], plans, found.entries_D[better], passing_P[better], weights_P)
+    return at_P[better]
+
+
+def _level(best: _Timed, some: Ints, loads_LE: Floats, setting: Setting) -> None:
     """The same copies; holders that are busier than the mean give away what need not come to them."""
+    at_P = some[[best.plans[layer].nearest_first for layer in some.tolist()]]
     for _ in range(LEVELLING_ROUNDS):
-        if imbalance(best.load_D) < EVEN_ENOUGH or not best.plan.nearest_first:
-            break
-        less_D = np.minimum(best.load_D.mean() / np.maximum(best.load_D, 1.0), 4.0)
-        found = _timed(Plan(best.plan.placement, best.plan.weights_ED * less_D), loads_E, setting, best.weights)
-        if found.total_s >= best.total_s * LESS:
-            break
-        best = found
-    return best
+        at_P = at_P[_imbalances(best.load_LD[at_P]) >= EVEN_ENOUGH]
+        if not len(at_P):
+            return
+        load_PD, plans = best.load_LD[at_P], [best.plans[layer] for layer in at_P.tolist()]
+        less_PD = np.minimum(load_PD.mean(axis=1, keepdims=True) / np.maximum(load_PD, 1.0), 4.0)
+        weight_PED = np.stack([plan.weights_ED for plan in plans]) * less_PD[:, None]
+        placements = Placements.of(*(plan.placement for plan in plans))
+        found = flows_of(placements, setting.topology, loads_LE[at_P], weight_PED)
+        passing_P, weights_P = _passing(found, setting), best.weights_L[at_P]  # the weights' way is the same
+        better = np.flatnonzero(passing_P + weights_P < best.total_L[at_P] * LESS)
+        levelled = [Plan(plans[place].placement, weight_PED[place]) for place in better.tolist()]
+        at_P = at_P[better]
+        best.take(at_P, levelled, found.entries_D[better], passing_P[better], weights_P[better])
+
+
+def _take_fewest(
+    best: _Timed, some: Ints, loads_LE: Floats, owner_LE: Ints, setting: Setting, present: Placements | None
+) -> None:
+    """Copies each of which serves all that it can, where `best` is uneven or waits for its copies, and they take less time."""
+    topology, devices = setting.topology, setting.topology.devices
+    waits_P = best.weights_L[some] >= (1 - LESS) * best.total_L[some]
+    at_P = some[waits_P | (_imbalances(best.load_LD[some]) >= EVEN_ENOUGH)]
+    entries_P = loads_LE[at_P].sum(axis=1)
+    owned_P = [np.bincount(owner_LE[layer], weights=loads_LE[layer]).max() for layer in at_P.tolist()]
+    busiest_P = np.minimum(np.array(owned_P), HEADROOM * entries_P / devices)
+    crossing_P = entries_P * (1 - topology.devices_per_node / devices)  # to whoever serves, wherever
+    at_P = at_P[least_pass_s(crossing_P, busiest_P, entries_P, setting) < best.total_L[at_P] * LESS]
+    if not len(at_P):
+        return
+    plans = [llep(loads_LE[layer], owner_LE[layer], setting) for layer in at_P.tolist()]
+    placements, weight_PED = Placements.of(*(plan.placement for plan in plans)), np.stack([plan.weights_ED for plan in plans])
+    _take_better(best, at_P, placements, weight_PED, loads_LE, setting, present, nearest_first=False)
 
 
 # ---------------------------------------------------------------- other systems
@@ -167,8 +285,8 @@ def eplb(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     """DeepSeek's EPLB (github.com/deepseek-ai/EPLB), global: all room for copies is filled, the largest load per replica first;
     each goes to the least loaded device; replicas serve equal parts. Owners stay, which EPLB would pack anew too."""
     topology, memory = setting.topology, setting.budget.memory
-    extra_E = even_replicas(loads_E, topology.devices * memory, topology.devices - 1)
-    copies_ED = pack(extra_E, loads_E, owner_E, Topology(topology.devices, 1), memory)  # nodes do not matter
+    extra_LE = even_replicas(loads_E[None], topology.devices * memory, topology.devices - 1)
+    (copies_ED,) = pack(extra_LE, loads_E[None], owner_E[None], Topology(topology.devices, 1), memory)  # nodes do not matter
     return Plan(Placement(owner_E, copies_ED), nearest_first=False)
 
 
@@ -176,12 +294,11 @@ def laer(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     """LAER-MoE, arXiv 2602.11686: copies by load, or equally many of each expert, whichever has the lower 4 exchanges and 3
     products; each goes to a node with fewest of its expert, there to the least loaded device."""
     topology, memory = setting.topology, setting.budget.memory
-    seats, most = topology.devices * memory, topology.devices - 1
-    plans = []
-    for weights_E in (loads_E, np.ones_like(loads_E)):
-        extra_E = even_replicas(weights_E, seats, most)
-        plans.append(Plan(Placement(owner_E, pack(extra_E, loads_E, owner_E, topology, memory))))
-    return min(plans, key=lambda plan: sum(pass_times(flows(plan, topology, loads_E), setting)))
+    both_LE, owner_LE = np.stack([loads_E, loads_E]), np.stack([owner_E, owner_E])
+    extra_LE = even_replicas(np.stack([loads_E, np.ones_like(loads_E)]), topology.devices * memory, topology.devices - 1)
+    copies_LED = pack(extra_LE, both_LE, owner_LE, topology, memory)
+    passing_L = _passing(flows_of(Placements(owner_LE, copies_LED), topology, both_LE), setting)
+    return Plan(Placement(owner_E, copies_LED[int(passing_L.argmin())]))
 
 
 def faster_moe(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
@@ -193,7 +310,7 @@ def faster_moe(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
     def seconds(plan: Plan, shadows: int) -> float:
         found = flows(plan, topology, loads_E)
         passing = 3 * float(found.entries_D.max()) * costs.entry_s
-        exchanged = 4 * exchange_time(found, setting)
+        exchanged = 4 * float(exchange_time(found, setting))
         return passing + exchanged + 2 * shadows * costs.expert_bytes * link.byte_s
 
     best = plain(loads_E, owner_E, setting)
@@ -245,10 +362,10 @@ def llep(loads_E: Floats, owner_E: Ints, setting: Setting) -> Plan:
 
 POLICIES: Mapping[str, Policy] = {
     "cost": by_cost,
-    "hecate": hecate,
-    "eplb": eplb,
-    "laer": laer,
-    "faster_moe": faster_moe,
-    "llep": llep,
-    "plain": plain,
+    "hecate": layer_by_layer(hecate),
+    "eplb": layer_by_layer(eplb),
+    "laer": layer_by_layer(laer),
+    "faster_moe": layer_by_layer(faster_moe),
+    "llep": layer_by_layer(llep),
+    "plain": layer_by_layer(plain),
 }

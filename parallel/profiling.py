@@ -107,7 +107,7 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
     def left(size: int, both_s: float) -> tuple[float, float]:
         """(rows in one direction, seconds forth and back, forward and backward, that the model's time on links leaves)"""
         found = flows(owners, topology, np.full(experts, size * top_k * topology.devices / experts))
-        return exchanged(found, setting).rows, max(both_s - 4 * exchange_time(found, setting), 0.0)
+        return float(exchanged(found, setting).rows), max(both_s - 4 * float(exchange_time(found, setting)), 0.0)
 
     exchange_s, row_s = line(*left(sizes[0], seconds[2]), *left(sizes[1], seconds[3]))
     return replace(

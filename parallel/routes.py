@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.placement import Ints, Placement, Topology
+from parallel.placement import Ints, Placement, Placements, Topology
 
 WHOLE = 2
 
@@ -37,11 +37,17 @@ def routes(placement: Placement, topology: Topology) -> Routes:
     The nodes that want an expert stand in ascending order from the owner's on, going round, and are numbered from 1. Number n
     has half 0 from number n // 2, number 1 from the owner; half 1 goes the same way from the other end of the row.
     """
-    (expert_H, device_H), owner_E, devices = placement.holders, placement.owner_E, topology.devices
+    return routes_of(Placements.of(placement), topology)
+
+
+def routes_of(placements: Placements, topology: Topology) -> Routes:
+    """`routes` of several layers at once; experts are counted through all of them, and `across` is the most of a layer."""
+    (expert_H, device_H), owner_E = placements.holders, placements.owner_LE.ravel()
+    experts, devices = placements.owner_LE.shape[1], topology.devices
     cell_H = expert_H * topology.nodes + device_H // topology.devices_per_node
     first_H = np.ones(len(cell_H), dtype=np.bool_)  # where a C begins
     first_H[1:] = cell_H[1:] != cell_H[:-1]
-    late_H = (device_H - expert_H) % topology.devices_per_node
+    late_H = (device_H - expert_H % experts) % topology.devices_per_node
     late_H[device_H == owner_E[expert_H]] = -1
     leader_C = np.minimum.reduceat(late_H * devices + device_H, np.flatnonzero(first_H)) % devices
     leader_H = leader_C[first_H.cumsum() - 1]

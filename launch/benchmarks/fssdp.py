@@ -38,7 +38,7 @@ from parallel.flows import Plan, shares
 from parallel.layer_cost import LayerCosts, Setting
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
-from parallel.policies import POLICIES
+from parallel.policies import POLICIES, of_one_layer
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
@@ -171,7 +171,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
     setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind == "two_level")
-    plan = POLICIES[options.policy](loads_E, owner_E, setting)
+    plan = of_one_layer(POLICIES[options.policy], loads_E, owner_E, setting)
     plans = {OURS: plan, "no_copies": bare}
     arenas = {name: _placed(told.shape, world, parts, one, kind) for name, one in plans.items()}
     works: dict[str, Work] = {

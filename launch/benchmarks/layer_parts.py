@@ -42,7 +42,7 @@ class Predicted:
 
 def predicted(plan: Plan, loads_E: Floats, setting: Setting) -> Predicted:
     sent = exchanged(flows(plan, setting.topology, loads_E), setting)
-    return Predicted(layer_time(plan, loads_E, setting), 4 * sent.rows * setting.costs.row_s, setting.costs.exchange_s)
+    return Predicted(layer_time(plan, loads_E, setting), 4 * float(sent.rows) * setting.costs.row_s, setting.costs.exchange_s)
 
 
 @torch.no_grad()

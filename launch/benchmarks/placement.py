@@ -45,7 +45,7 @@ from parallel.layer_cost import LayerCosts, LayerTime, Setting, copy_times, hidd
 from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
 from parallel.planning import predict, reshard
-from parallel.policies import POLICIES, calibrated
+from parallel.policies import POLICIES, calibrated, of_one_layer
 from parallel.two_level_exchange import has_two_levels
 
 SEQUENCE = 4096  # tokens of a row, for the attention's time
@@ -126,7 +126,7 @@ class Replayed:
     times: list[Spent]  # of each step and layer
     imbalance: float  # mean over them
     copies: int  # most on a device
-    planning_ms: float  # median
+    planning_ms: float  # of a layer, median
     owners_moved: int
 
     @property
@@ -191,7 +191,7 @@ def _planning_s(loads_E: Floats, setting: Setting) -> float:
     owner_E, taken = owners(len(loads_E), setting.topology.devices), []
     for _ in range(3):
         started = time.process_time()
-        POLICIES["cost"](loads_E, owner_E, setting)
+        of_one_layer(POLICIES["cost"], loads_E, owner_E, setting)
         taken.append(time.process_time() - started)
     return min(taken)
 
@@ -212,15 +212,16 @@ def replay(name: str, loads_SLE: Floats, setting: Setting, reshard_every: int = 
         if not system.sharded:  # there nobody owns a whole expert
             moved += int((owner_LE != before_LE).sum())
             moves_s = moving_time(before_LE, owner_LE, setting)
-        for loads_E, expected_E, owner_E in zip(loads_LE, expected_LE, owner_LE, strict=True):
-            started = time.process_time()
-            plan = POLICIES[system.policy or name](expected_E, owner_E, setting)
-            ahead, before = time.process_time(), plan.placement
+        started = time.process_time()
+        plans = POLICIES[system.policy or name](expected_LE, owner_LE, setting)
+        ahead_s = (time.process_time() - started) / layers
+        for loads_E, plan in zip(loads_LE, plans, strict=True):
+            started, before = time.process_time(), plan.placement
             if system.calibrates:
                 plan = calibrated(plan, loads_E, setting)
-            behind = time.process_time() if system.calibrates else ahead
-            planning.append(behind - started)
-            behind_s = behind - (ahead if system.window else started)
+            behind_s = time.process_time() - started if system.calibrates else 0.0
+            planning.append(ahead_s + behind_s)
+            behind_s += 0.0 if system.window else ahead_s
             time_there = _timed(system, plan, before, loads_E, setting)
             times.append(Spent(**vars(time_there), planning_s=behind_s, owners_s=moves_s / layers))
             uneven.append(imbalance(device_loads(plan, setting.topology, loads_E)))
@@ -250,7 +251,7 @@ def _new_owners(name: str, loads_LE: Floats, owner_LE: Ints, setting: Setting) -
         return owner_LE
     if system.owners == "reshard":
         plan = partial(POLICIES[system.policy or name], setting=setting)
-        return reshard(loads_LE, owner_LE, setting.topology, setting.budget.overlap, plan)
+        return reshard(loads_LE, owner_LE, setting.topology, setting.budget.overlap, plan)[0]
     return np.stack([packed_owners(loads_LE[layer], devices, first=layer * experts) for layer in range(layers)])
 
 
@@ -291,7 +292,8 @@ def _timed(system: System, plan: Plan, before: Placement, loads_E: Floats, setti
         each_s = max(within_s, across_s)
         waited_s = max(each_s - costs.attention_s, 0.0) + max(each_s - 2 * costs.attention_s, 0.0)
         sums_s = restored / costs.expert_bytes * topology.devices * costs.sum_s
-        return LayerTime(*pass_times(flows(plan, topology, loads_E), setting), waited_s, sums_s)
+        products_s, tokens_s = pass_times(flows(plan, topology, loads_E), setting)
+        return LayerTime(float(products_s), float(tokens_s), waited_s, sums_s)
     if system.window == 0:
         return layer_time(plan, loads_E, setting, present=without_copies(before.owner_E, topology.devices))
     if not system.calibrates:

@@ -295,8 +295,9 @@ def own_layers_case(told: OwnLayers, name: ModelName) -> ScheduleCase:
     setting = Setting(topology, shape.top_k, Budget(hidden_copies(costs, topology.nodes), told.memory), False, costs)
     entries = told.tokens * shape.top_k * told.devices
     loads_LE = draw("settling", told.layers, shape.experts, entries, shape.top_k, np.random.default_rng(told.seed))
-    owner_E = owners(shape.experts, told.devices)
-    works = [sharded_workload(by_cost(loads_E, owner_E, setting), loads_E, setting) for loads_E in loads_LE]
+    owner_LE = np.tile(owners(shape.experts, told.devices), (told.layers, 1))
+    plans = by_cost(loads_LE, owner_LE, setting)
+    works = [sharded_workload(one, loads_E, setting) for one, loads_E in zip(plans, loads_LE, strict=True)]
     link = costs.across if topology.nodes > 1 else costs.within
     reduce = Line(2 * (topology.nodes - 1) * link.latency_s, 2 * link.byte_s / topology.devices_per_node)
     started = time.perf_counter()

@@ -137,9 +137,9 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
     sent = exchanged(found, setting)
     busiest = int((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).argmax())
     return ShardedWorkload(
-        within_bytes=sent.within_bytes,
-        across_bytes=sent.across_bytes,
-        rows_s=sent.rows * costs.row_s,
+        within_bytes=float(sent.within_bytes),
+        across_bytes=float(sent.across_bytes),
+        rows_s=float(sent.rows) * costs.row_s,
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
         two_level=setting.two_level,

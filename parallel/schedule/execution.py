@@ -77,8 +77,8 @@ def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_
     costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(5)))
     sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, two_level=levels > 1))
     if levels > 1:
-        return LayerWork(sent.across_bytes, entries, sent.within_bytes)
-    return LayerWork(sent.within_bytes + sent.across_bytes, entries)
+        return LayerWork(float(sent.across_bytes), entries, float(sent.within_bytes))
+    return LayerWork(float(sent.within_bytes + sent.across_bytes), entries)
 
 
 def forward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:

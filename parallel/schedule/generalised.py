@@ -37,7 +37,7 @@ class Around:
 ALONE = Around()
 
 
-def around_copies(times: CopyTimes, attention_s: float, *, rematerialise: bool) -> Around:
+def around_copies(times: CopyTimes[float], attention_s: float, *, rematerialise: bool) -> Around:
     """`rematerialise`: copies are fetched again for the backward pass, those of the layer before under the attention of this
     one; as many, more or less."""
     copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)

@@ -69,12 +69,13 @@ def test_owners_stay_equally_many_and_move_only_for_a_gain(
     owner_LE = random.permutation(np.repeat(np.arange(topology.devices), layers * each)).reshape(layers, experts)
     loads_LE = loads(seed, layers, experts)
 
-    def plan(loads_E: Floats, owner_E: Ints) -> Plan:
-        return Plan(materialise(loads_E, owner_E, topology, Budget(t, t)))
+    def plan(loads_LE: Floats, owner_LE: Ints) -> list[Plan]:
+        return [Plan(materialise(*one, topology, Budget(t, t))) for one in zip(loads_LE, owner_LE, strict=True)]
 
-    new_LE = reshard(loads_LE, owner_LE, topology, t, plan)
+    new_LE, plans = reshard(loads_LE, owner_LE, topology, t, plan)
     assert (np.bincount(new_LE.ravel(), minlength=topology.devices) == layers * each).all()
     if (new_LE != owner_LE).any():
-        before, after = (busiest(loads_LE, owner, topology, plan) for owner in (owner_LE, new_LE))
+        before, after = (busiest(loads_LE, plan(loads_LE, owner), topology) for owner in (owner_LE, new_LE))
         assert after <= WORTH_MOVING * before
-    assert reshard(loads_LE, new_LE, topology, t, plan) is new_LE, "a second look moves more"
+    assert all((one.placement.owner_E == owner_E).all() for one, owner_E in zip(plans, new_LE, strict=True))
+    assert reshard(loads_LE, new_LE, topology, t, plan)[0] is new_LE, "a second look moves more"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from launch.benchmarks.traces import capped
 from launch.machines import layer_costs, read_machine
+from parallel import policies
 from parallel.copy_numbers import expected_times, fewest_crossing, numbers_of_copies
 from parallel.flows import Plan, device_loads, flows, imbalance
 from parallel.layer_cost import (
@@ -27,9 +28,9 @@ from parallel.layer_cost import (
     least_pass_s,
     pass_times,
 )
-from parallel.packing import even_replicas, pack
+from parallel.packing import MANY_LAYERS, even_replicas, pack
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, without_copies
-from parallel.policies import POLICIES, by_cost, plain
+from parallel.policies import POLICIES, by_cost, of_one_layer, plain
 from parallel.two_level_exchange import has_two_levels, rows_across
 from tests.parallel.plans import loads, owners, plans, settings, topologies
 
@@ -55,10 +56,10 @@ def test_plans_are_legal_within_memory_and_repeatable(
     name: str, topology: Topology, experts: int, memory: int, seed: int
 ) -> None:
     loads_E, owner_E, setting = loads(seed, experts), owners(seed, topology, experts), settings(seed, topology, memory)
-    plan = POLICIES[name](loads_E, owner_E, setting)  # `Placement` and `Plan` refuse what is not legal
+    plan = of_one_layer(POLICIES[name], loads_E, owner_E, setting)  # `Placement` and `Plan` refuse what is not legal
     assert (plan.placement.owner_E == owner_E).all()
     assert (plan.placement.extra_D <= memory).all()
-    again = POLICIES[name](loads_E.copy(), owner_E.copy(), setting)
+    again = of_one_layer(POLICIES[name], loads_E.copy(), owner_E.copy(), setting)
     assert (again.placement.copies_ED == plan.placement.copies_ED).all()
     assert (again.weights_ED == plan.weights_ED).all()
     np.testing.assert_allclose(device_loads(plan, topology, loads_E).sum(), loads_E.sum())
@@ -67,8 +68,42 @@ def test_plans_are_legal_within_memory_and_repeatable(
 @given(topologies(), st.integers(1, 16), st.integers(0, 8), st.integers(0, 9999))
 def test_by_cost_is_never_predicted_slower_than_no_copies(topology: Topology, experts: int, memory: int, seed: int) -> None:
     loads_E, owner_E, setting = loads(seed, experts), owners(seed, topology, experts), settings(seed, topology, memory)
-    times = [layer_time(policy(loads_E, owner_E, setting), loads_E, setting).total_s for policy in (by_cost, plain)]
+    plans = of_one_layer(by_cost, loads_E, owner_E, setting), plain(loads_E, owner_E, setting)
+    times = [layer_time(plan, loads_E, setting).total_s for plan in plans]
     assert times[0] <= times[1]
+
+
+def same(found: Plan, wanted: Plan) -> bool:
+    """In every bit."""
+    alike = (found.placement.copies_ED == wanted.placement.copies_ED).all() and (found.weights_ED == wanted.weights_ED).all()
+    return bool(alike) and found.nearest_first == wanted.nearest_first
+
+
+@given(
+    *[topologies(), st.integers(1, 16), st.integers(0, 8), st.integers(1, 9)],
+    st.lists(st.integers(0, 9999), min_size=1, max_size=9),
+)
+def test_by_cost_plans_layers_together_as_one_by_one(
+    topology: Topology, experts: int, memory: int, at_once: int, seeds: list[int]
+) -> None:
+    loads_LE = np.stack([loads(seed, experts) for seed in seeds])
+    owner_LE = np.stack([owners(seed, topology, experts) for seed in seeds])
+    setting = settings(seeds[0], topology, memory)
+    alone = [of_one_layer(by_cost, *one, setting) for one in zip(loads_LE, owner_LE, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "CELLS_AT_ONCE", at_once * experts * topology.devices)
+        together = by_cost(loads_LE, owner_LE, setting)
+    assert all(same(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_by_cost_plans_large_layers_together_as_one_by_one() -> None:
+    for devices in (8, 64):
+        topology = Topology(devices, 8)
+        layers = [zipf(topology, 128, 4, tokens) for tokens in (512, 2048, 8192, 16384, 32768)]
+        loads_LE, owner_LE, setting = np.stack([one[0] for one in layers]), np.stack([one[1] for one in layers]), layers[0][2]
+        alone = [of_one_layer(by_cost, *one, setting) for one in zip(loads_LE, owner_LE, strict=True)]
+        assert all(same(*pair) for pair in zip(by_cost(loads_LE, owner_LE, setting), alone, strict=True))
+        assert all(plan.placement.extra_D.any() for plan in alone)
 
 
 def zipf(topology: Topology, experts: int, memory: int, tokens: int) -> tuple[np.ndarray, np.ndarray, Setting]:
@@ -79,11 +114,16 @@ def zipf(topology: Topology, experts: int, memory: int, tokens: int) -> tuple[np
     return loads_E, random.permutation(np.arange(experts) % topology.devices), setting
 
 
+def times_of_all(loads_E: Floats, owner_E: Ints, setting: Setting) -> dict[str, float]:
+    plans = {name: of_one_layer(policy, loads_E, owner_E, setting) for name, policy in POLICIES.items()}
+    return {name: layer_time(plan, loads_E, setting).total_s for name, plan in plans.items()}
+
+
 @pytest.mark.parametrize(("devices", "experts", "memory"), [(8, 128, 4), (64, 128, 2), (64, 128, 8), (256, 256, 4)])
 def test_by_cost_against_the_others_under_zipf(devices: int, experts: int, memory: int) -> None:
     """With fast links on nodes and attention to hide copies under, hardly another policy is predicted faster."""
     loads_E, owner_E, setting = zipf(Topology(devices, 8), experts, memory, tokens=16384)
-    times = {name: layer_time(policy(loads_E, owner_E, setting), loads_E, setting).total_s for name, policy in POLICIES.items()}
+    times = times_of_all(loads_E, owner_E, setting)
     assert times["cost"] <= 1.2 * min(times.values()), times
     assert times["cost"] < times["plain"] / 1.5
 
@@ -122,8 +162,7 @@ def test_other_policies_are_hardly_ever_ahead_whatever_the_model_the_cluster_and
     """A plan has no time to look at all that they would do."""
     behind = []
     for seed in range(150):
-        loads_E, owner_E, setting = drawn(np.random.default_rng(seed))
-        times = {name: layer_time(plan(loads_E, owner_E, setting), loads_E, setting).total_s for name, plan in POLICIES.items()}
+        times = times_of_all(*drawn(np.random.default_rng(seed)))
         behind.append(times.pop("cost") / min(times.values()))
     assert sum(one > 1.01 for one in behind) <= 0.04 * len(behind), sorted(behind)[-9:]
     assert np.exp(np.log(behind).mean()) < 0.99
@@ -136,7 +175,9 @@ def test_choices_have_room_and_what_is_expected_of_them_is_near(
     """Of copies that go everywhere nothing is left to chance: there the expected time is the predicted one."""
     loads_E, owner_E = loads(seed, experts) + 1.0, owners(seed, topology, experts)
     setting = settings(seed, topology, memory)
-    extra_CE = numbers_of_copies(loads_E, setting)
+    (choices_CE,), (there_C,) = numbers_of_copies(loads_E[None], setting)
+    extra_CE = choices_CE[there_C]
+    assert there_C[0] or topology.devices == 1, "the choice that comes first has room"
     assert (extra_CE >= 0).all() and (extra_CE < topology.devices).all()
     assert (extra_CE.sum(axis=1) > 0).all() and (extra_CE.sum(axis=1) <= topology.devices * memory).all()
     if topology.devices > 1:
@@ -144,21 +185,21 @@ def test_choices_have_room_and_what_is_expected_of_them_is_near(
         placement = Placement(owner_E, np.ones((experts, topology.devices), dtype=np.bool_))
         costs = replace(setting.costs, sum_s=0.0, expert_bytes=0.0, sum_bytes=0.0, attention_s=1e9)
         free = replace(setting, costs=costs)
-        expected = expected_times(everywhere_E[None], loads_E, owner_E, free, None)
-        assert expected == pytest.approx(layer_time(Plan(placement), loads_E, free).total_s)
+        expected = expected_times(everywhere_E[None, None], loads_E[None], owner_E[None], free, None)
+        assert float(expected.item()) == pytest.approx(layer_time(Plan(placement), loads_E, free).total_s)
 
 
 def test_tokens_are_few_and_weights_are_slow() -> None:
     """With few tokens weights do not pay; by_cost leaves them where they are."""
     loads_E, owner_E, setting = zipf(Topology(64, 8), 128, 4, tokens=4)
     setting = replace(setting, costs=replace(H200, attention_s=0.0))
-    assert not by_cost(loads_E, owner_E, setting).placement.extra_D.any()
+    assert not of_one_layer(by_cost, loads_E, owner_E, setting).placement.extra_D.any()
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.integers(0, 60), st.integers(1, 9))
 def test_replicas_leave_the_largest_load_per_replica_least(loads_: list[int], seats: int, most: int) -> None:
     loads_E = np.array(loads_, dtype=np.float64)
-    extra_E = even_replicas(loads_E, seats, most)
+    (extra_E,) = even_replicas(loads_E[None], seats, most)
     assert extra_E.sum() <= seats and (extra_E <= most).all() and (extra_E >= 0).all()
     greedy_E = np.zeros_like(extra_E)
     for _ in range(seats):
@@ -192,19 +233,22 @@ def test_copies_go_where_least_is_one_by_one(topology: Topology, experts: int, m
                 wanted_ED[expert, device] = True
                 load_D[device] += each_E[expert]
                 room_D[device] -= 1
-    assert (pack(extra_E, loads_E, owner_E, topology, memory) == wanted_ED).all()
+    for layers in (1, MANY_LAYERS):  # by lists, and on one node by arrays
+        many = (np.tile(one, (layers, 1)) for one in (extra_E, loads_E, owner_E))
+        assert (pack(*many, topology, memory) == wanted_ED).all()
 
 
 @given(topologies(), st.integers(1, 16), st.integers(0, 9999))
 def test_no_plan_takes_less_than_the_least(topology: Topology, experts: int, seed: int) -> None:
     plan, loads_E, setting = plans(seed, topology, experts), loads(seed, experts), settings(seed, topology, 0)
     found, entries = flows(plan, topology, loads_E), float(loads_E.sum())
-    least_s = least_pass_s(float(found.across_in_D.sum()), float(found.entries_D.max()), entries, setting)
+    crossing_L, busiest_L, entries_L = np.array([[found.across_in_D.sum()], [found.entries_D.max()], [entries]])
+    least_s = float(least_pass_s(crossing_L, busiest_L, entries_L, setting).item())
     assert least_s <= sum(pass_times(found, setting)) * (1 + 1e-9)
     even = Plan(plan.placement)
     replicas_E = plan.placement.copies_ED.sum(axis=1)
     crossing = flows(even, topology, loads_E).across_in_D.sum()
-    assert fewest_crossing(replicas_E - 1, loads_E, topology) <= crossing * (1 + 1e-9) + 1e-9
+    assert float(fewest_crossing(replicas_E[None, None] - 1, loads_E[None], topology).item()) <= crossing * (1 + 1e-9) + 1e-9
 
 
 def test_times_by_hand() -> None:
