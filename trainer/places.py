@@ -165,7 +165,7 @@ class Placement:
                 say(f"waiting for a place for {self.processes} ({waited:.0f} s): {state}")
             if waited > self.config.start_timeout_s:
                 remove_placement_group(self.group)
-                fewer_engines = " or rollout.engines" * self.separate
+                fewer_engines = (" or rollout.min_engines" if self.elastic else " or rollout.engines") * self.separate
                 raise UserError(
                     f"no place for the run after {waited:.0f} s: {state}. Add nodes, lower cluster.ranks{fewer_engines}, allow "
                     "fewer with cluster.min_ranks, or wait for other runs to end"

@@ -58,11 +58,12 @@ class RayCluster:
         host, port = self.address.split(":")
         jobs = free_port("127.0.0.1")
         (line,) = (line for line in yaml.safe_load(EXAMPLE.read_text())["head_start_ray_commands"] if " start " in line)
-        example = [word for word in shlex.split(line.partition(" start ")[2]) if not word.startswith("--autoscaling-config")]
+        (*variables, _), words = (shlex.split(part) for part in line.split(" start "))
+        example = [word for word in words if not word.startswith("--autoscaling-config")]
         # Of an option that is given twice Ray takes the second.
         here = [f"--node-ip-address={host}", f"--port={port}", f"--dashboard-port={jobs}", f"--node-name={name}", "--block"]
         here += ["--num-cpus=0", f"--object-store-memory={OBJECT_STORE_MIB * 2**20}", "--log-color=false"]
-        self._start(name, host, [sys.executable, "-m", "ray.scripts.scripts", "start", *example, *here])
+        self._start(name, host, ["env", *variables, sys.executable, "-m", "ray.scripts.scripts", "start", *example, *here])
         return f"http://127.0.0.1:{jobs}"
 
     def _start(self, name: str, address: str, command: list[str]) -> None:

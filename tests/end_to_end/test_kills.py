@@ -6,6 +6,7 @@ So it has seen the same data: no prompt is lost, none is learned twice.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -125,10 +126,10 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     log, run_dir, slow = runs.parent / "elastic.log", runs / "elastic", runs.parent / "slow"
     slow.touch()
     nodes.start_node("first", cpus=2, gpu_type="H100")
-    job = submitted(
-        *(address, log, "launch.rl", *options, "cluster=ray", "cluster.gpu_type=H100", "rollout.placement=separate"),
-        *("rollout.engines=3", "rollout.min_engines=1", f"task.options.slow={slow}", "run_name=elastic"),
-    )
+    command = [
+        *("launch.rl", *options, "cluster=ray", "cluster.gpu_type=H100", "rollout.placement=separate", "rollout.engines=3"),
+        *("rollout.min_engines=1", f"task.options.slow={slow}", "run_name=elastic", "resume=auto"),
+    ]
 
     def engines() -> list[float]:
         """At the end of every round so far."""
@@ -140,7 +141,16 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
 
+    job = submitted(address, log, *command)
     wait_for_rounds(1, number=1)
+    (name,) = re.findall(r"Job '(\w+)' submitted", log.read_text())
+    subprocess.run([*RAY, "job", "stop", "--address", address, name], check=True, capture_output=True)
+    job.wait(WAIT_S)
+    stopped = log.read_text()
+    assert f"stopped by SIGTERM after round {len(engines())}; resume=auto goes on" in stopped, stopped
+
+    job = submitted(address, log, *command)
+    wait_for_rounds(len(engines()) + 1, number=1)
     nodes.start_node("second", cpus=1, gpu_type="H100")
     wait_for_rounds(2, number=2)
     nodes.kill_node("second")
