@@ -46,7 +46,7 @@ SHOWN: dict[Stage, tuple[str, ...]] = {
     ),
     "rl": (
         *("reward/mean", "reward/eval_mean", "train/loss", "train/entropy", "train/grad_norm", "train/skipped"),
-        *("rollout/stale_token_share", "rollout/staleness_max", "rollout/length_mean", "moe/max_vio"),
+        *("rollout/stale_token_share", "rollout/staleness_max", "rollout/length_mean", "moe/max_vio", "rollout/engines"),
         *("rollout/tokens_per_s", "perf/tokens_per_s", "perf/tokens_per_s_per_device", "perf/mfu", "time/step_s"),
         *("time/communication_exposed_s", "perf/gpu_idle_share", "perf/dollars_per_million_tokens"),
         *("perf/checkpoint_share", "mem/peak_gib"),

@@ -5,6 +5,10 @@ from where it was when that engine got it: tokens depend on the weights and on t
 are the same ones, and no sample is lost or done twice. The new engine gets the weights of the others from Ray's object store,
 which keeps the last whole ones and the changes since, so the ranks need not be asked while they learn. Where weights come from
 the ranks directly, all engines get them again, or, while the ranks learn, the new one waits for the next ones.
+
+Where their number is elastic (`rollout.min_engines`), Ray is asked for a place for each engine beyond the first ones and for
+any that is lost, and nobody waits for it: an engine joins once it has a place and the weights of the others, and takes part
+when samples are dealt out again. Which engine has a sample, and how many there are, changes none of its tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rl.april import OverlappingPool
 from rl.engine.actor import EngineActor
 from rl.engine.engine import EngineSettings, Receipt
 from rl.engine.pool import advancing, deal
@@ -36,25 +39,6 @@ from trainer.run_dir import RunDir
 LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are there
 
 
-class SyncedPool(OverlappingPool, Protocol):
-    """What generates with the weights of the ranks."""
-
-    busy_s: float  # in which it was generating, ever
-
-    @property
-    def engines(self) -> int:
-        """How many of ours there are."""
-
-    def ask(self, method: str, *arguments: Any) -> list[Any]:
-        """What our engines that are there answer."""
-
-    def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
-        """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
-
-    def counts(self) -> dict[str, float]:
-        """Metrics of what was lost since they were last asked for."""
-
-
 @dataclass(frozen=True)
 class Patience:
     """How long an engine may take to answer a call, and to start; and how often it may be lost without finishing a sample."""
@@ -64,14 +48,26 @@ class Patience:
     losses: int
 
 
+@dataclass(frozen=True)
+class Elastic:
+    """How engines beyond the `first` ones find places while a run goes on, and all of them when they lose theirs."""
+
+    first: int
+    ask: Callable[[str], ray.ObjectRef]  # what answers once there is a place for the engine of that name
+    give_up: Callable[[str], None]  # frees the place of an engine that is not among the first
+
+
 @dataclass(eq=False)
 class _Place:
-    """An engine, one after another under the same name."""
+    """An engine, one after another under the same name. It takes part while it neither asks for a place nor starts."""
 
+    number: int
     name: str
-    actor: Any
-    starting: ray.ObjectRef | None  # what the actor answers once it has the weights; None while it takes part
-    since: float  # when it was started
+    first: bool  # without it the run does not begin
+    actor: Any = None
+    asked: ray.ObjectRef | None = None  # what answers once it has a place
+    starting: ray.ObjectRef | None = None  # what the actor answers once it has the weights
+    since: float = 0.0  # when it was started, or asked for a place
     held: dict[int, Sample] = field(default_factory=dict)  # uid -> the sample as the actor got it
     losses: int = 0  # without a finished sample in between
 
@@ -80,11 +76,17 @@ class RayPool:
     """Engines that generate side by side, each its share of the samples; an `EnginePool`.
 
     `start(name)` starts an actor in place of the last one of that name; `logs`: name -> log file; `links`: the direct way of
-    the weights, or None for the object store.
+    the weights, or None for the object store; `elastic`: None where all engines have their places for as long as the run.
     """
 
     def __init__(
-        self, start: Callable[[str], Any], logs: Mapping[str, Path], patience: Patience, say: Say, links: Links | None = None
+        self,
+        start: Callable[[str], Any],
+        logs: Mapping[str, Path],
+        patience: Patience,
+        say: Say,
+        links: Links | None = None,
+        elastic: Elastic | None = None,
     ) -> None:
         self._start, self._logs, self._patience, self._say, self._links = start, logs, patience, say, links
         self._brought: tuple[int, SyncConfig] | None = None  # version; what the direct way brings again, to a new engine
@@ -94,7 +96,13 @@ class RayPool:
         self._ranks = Processes({})  # whose weights these are
         self._lost = self._returned = 0
         self.busy_s = 0.0
-        self._places = [_Place(name, *self._launch(name)) for name in logs]
+        self._elastic, first = elastic, len(logs) if elastic is None else elastic.first
+        self._places = [_Place(number, name, number < first) for number, name in enumerate(logs)]
+        for place in self._places:
+            if elastic is None or place.first:
+                self._launch(place)
+            else:
+                self._seek(elastic, place)
 
     @classmethod
     def start(
@@ -122,7 +130,13 @@ class RayPool:
         ways = "shown on the same GPU or over NVLink, broadcast to others" if placement.on_gpu else "broadcast"
         say(f"weights go to the engines {f'directly: {ways}' if direct else 'through the object store'}")
         patience = Patience(cluster.engine_timeout_s, cluster.start_timeout_s, cluster.max_restarts)
-        return cls(launch, logs, patience, say, Links(cluster.collective_timeout_s) if direct else None)
+        elastic = Elastic(
+            placement.first_engines,
+            lambda name: placement.ask(name, index_of[name]),
+            lambda name: placement.give_up(name, index_of[name]),
+        )
+        links = Links(cluster.collective_timeout_s) if direct else None
+        return cls(launch, logs, patience, say, links, elastic if placement.elastic else None)
 
     # ------------------------------------------------------------ what a round calls
 
@@ -165,7 +179,8 @@ class RayPool:
     def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
         """Brings the ranks' weights to all engines, by the object store or directly.
 
-        An engine that starts meanwhile takes them when it does; but at first, and where no other is left, it is waited for.
+        An engine that starts meanwhile takes them when it does; but the first ones, at first, and one where no other is left,
+        are waited for.
         """
         self._ranks = ranks
         receipts = self._through_store(version, config) if self._links is None else self._directly(self._links, version, config)
@@ -175,7 +190,7 @@ class RayPool:
         """An engine that is there takes part; one that starts later gets the same weights then (`_welcome`)."""
         everybody, self._brought = self._brought is None, None
         self._welcome(0.0)
-        while not self._present or (everybody and self._absent):
+        while not self._present or (everybody and self._first_absent):
             self._welcome(WAIT_S)
         self._brought = version, config
         receipts = self._bring(links, version, config)
@@ -211,7 +226,7 @@ class RayPool:
             place.starting = place.actor.receive.remote(update)
             place.since = time.monotonic() if everybody else place.since  # the ranks may have taken long for the first weights
         receipts = list(self._ask(lambda actor: actor.receive.remote(update)).values())
-        while not receipts or (everybody and self._absent):
+        while not receipts or (everybody and self._first_absent):
             receipts += self._welcome(WAIT_S)
         if receipts[0].changed_share is None:
             self._updates = [update]
@@ -223,14 +238,19 @@ class RayPool:
         return {place.name: place.actor for place in self._present}
 
     @property
-    def engines(self) -> int:
-        return len(self._places)
+    def engines(self) -> Sequence[int]:
+        return [place.number for place in self._present]
+
+    @property
+    def places(self) -> int:
+        return sum(place.asked is None for place in self._places)
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         return list(self._ask(lambda actor: getattr(actor, method).remote(*arguments)).values())
 
     def counts(self) -> dict[str, float]:
-        counts = {"rollout/engines_lost": float(self._lost), "rollout/engines_returned": float(self._returned)}
+        counts = {"rollout/engines": float(len(self._present))}
+        counts |= {"rollout/engines_lost": float(self._lost), "rollout/engines_returned": float(self._returned)}
         self._lost = self._returned = 0
         return counts
 
@@ -238,19 +258,55 @@ class RayPool:
 
     @property
     def _present(self) -> list[_Place]:
-        return [place for place in self._places if place.starting is None]
+        return [place for place in self._places if place.asked is None and place.starting is None]
 
     @property
     def _absent(self) -> list[_Place]:
         return [place for place in self._places if place.starting is not None]
 
-    def _launch(self, name: str) -> tuple[Any, ray.ObjectRef, float]:
-        actor = self._start(name)
-        return actor, actor.receive.remote(*self._updates), time.monotonic()  # answers as soon as it has started
+    @property
+    def _first_absent(self) -> list[_Place]:
+        return [place for place in self._absent if place.first]
+
+    def _launch(self, place: _Place) -> None:
+        place.actor, place.asked, place.since = self._start(place.name), None, time.monotonic()
+        place.starting = place.actor.receive.remote(*self._updates)  # answers as soon as it has started
+
+    def _seek(self, elastic: Elastic, place: _Place) -> None:
+        place.asked, place.starting, place.since = elastic.ask(place.name), None, time.monotonic()
+
+    def _find(self, timeout_s: float) -> None:
+        """Starts the engines that have got a place; where there is none at all, one is waited for so long.
+
+        Raises:
+            ProcessLost: there was none for too long, or a rank is lost with them.
+        """
+        asked = {place: place.asked for place in self._places if place.asked is not None}
+        if not asked:
+            return
+        refs, nobody = list(asked.values()), len(asked) == len(self._places)
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        if nobody and not ready:
+            ready = ray.wait(refs, timeout=timeout_s)[0]
+        for place, ref in asked.items():
+            if ref in ready:
+                ray.get(ref)
+                self._launch(place)
+        if nobody and not ready:
+            self._require_ranks()
+            waited = time.monotonic() - max(place.since for place in asked)  # since the last one was lost
+            if waited > self._patience.start_s:
+                raise ProcessLost(f"no engine has had a place for {waited:.0f} s (cluster.start_timeout_s)")
+            self._say(f"waiting for a place for an engine ({waited:.0f} s)")
+
+    def _may_join(self, place: _Place) -> bool:
+        """One that was never there waits for the next weights where ranks would have to bring these once more, to all."""
+        return self._links is None or self._brought is None or place.losses > 0 or not self._present
 
     def _welcome(self, timeout_s: float) -> list[Receipt]:
         """Lets in the engines that have the weights, after `timeout_s` at the latest; what they say of the last update."""
-        starting = {place: place.starting for place in self._absent}
+        self._find(timeout_s)
+        starting = {place: place.starting for place in self._absent if self._may_join(place)}
         if not starting:
             return []
         if self._links is not None and self._learning:  # the next weights are the first that it can have
@@ -264,10 +320,12 @@ class RayPool:
             if place.losses:
                 self._returned += 1
                 self._say(f"{place.name} is back")
+            elif not place.first:
+                self._say(f"{place.name} joins: {len(self._present)} engines take part, of at most {len(self._places)}")
         for place, ref in starting.items():
             if place.starting is ref and time.monotonic() - place.since > self._patience.start_s:
                 self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
-        if not ready and not self._present:
+        if self._absent and not ready and not self._present:
             self._require_ranks()
             waited = time.monotonic() - min(place.since for place in self._absent)
             self._say(f"waiting for {' or '.join(place.name for place in self._absent)} to start ({waited:.0f} s)")
@@ -309,20 +367,30 @@ class RayPool:
         return answers
 
     def _replace(self, place: _Place, why: str) -> None:
-        """Ends what is left of an engine and starts another; its samples wait for those that are there.
+        """Ends what is left of an engine and starts another, or asks for a place for it; its samples wait for those that are
+        there.
 
         Raises:
-            ProcessLost: it was lost too often without finishing a sample, or a rank is lost with it.
+            ProcessLost: it was lost too often without finishing a sample and the run needs it, or a rank is lost with it.
         """
         self._lost += 1
         place.losses += 1
-        if place.losses > self._patience.losses:
-            raise ProcessLost(f"{why}; it was lost {place.losses} times without finishing a sample")
+        often = f"{why}; it was lost {place.losses} times without finishing a sample"
+        if place.first and place.losses > self._patience.losses:
+            raise ProcessLost(often)
         self._require_ranks()
-        self._say(f"{why}; it starts again, and its {len(place.held)} samples go to those that are there")
         self._waiting += place.held.values()
-        place.held = {}
-        place.actor, place.starting, place.since = self._launch(place.name)
+        their_samples, place.held = f"its {len(place.held)} samples go to those that are there", {}
+        if self._elastic is None:
+            self._say(f"{why}; it starts again, and {their_samples}")
+            self._launch(place)
+        elif place.losses > self._patience.losses:
+            self._say(f"{often}; the run goes on without it, and {their_samples}")
+            self._places.remove(place)
+            self._elastic.give_up(place.name)
+        else:
+            self._say(f"{why}; it starts again where there is room, and {their_samples}")
+            self._seek(self._elastic, place)
 
     def _require_ranks(self) -> None:
         """Raises ProcessLost if a rank is dead too, as when a node is lost: then all begin anew."""

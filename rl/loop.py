@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
-from rl.actors import RayPool, SyncedPool
+from rl.actors import RayPool
 from rl.april import OverlappingPool, complete, rollout_round
 from rl.chat import Chat
 from rl.engine.engine import EngineSettings
+from rl.engine.pool import SyncedPool
 from rl.engine.sampler import Sampling
 from rl.engine.server import ServerPool
 from rl.engine.stops import Stops
@@ -72,7 +73,7 @@ class Reinforcement:
         engines = rollout.engines if rollout.server is None else 0
         separate = rollout.placement == "separate"
         with (
-            Placement(cluster, self.ranks, self.tracker.say, engines, separate) as placement,
+            Placement(cluster, self.ranks, self.tracker.say, engines, separate, rollout.min_engines) as placement,
             self._pool(placement) as pool,
         ):
             replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
@@ -118,7 +119,7 @@ class Reinforcement:
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
         """Rounds start+1..rounds. The weights of round r have version r: the rounds learned since the warm-up."""
         config = self.config
-        traces = Traces(config.trace, self.run, len(ranks), self.tracker.say, pool.engines)
+        traces = Traces(config.trace, self.run, len(ranks), self.tracker.say, lambda: pool.engines)
 
         def everybody(method: str, *arguments: Any) -> list[Any]:
             return [*ranks.call(method, *arguments), *pool.ask(method, *arguments)]
@@ -168,6 +169,7 @@ class Reinforcement:
         elif self.memory.due(done):
             metrics |= self.memory.save(ranks, self._meta(buffer, done), json.dumps(buffer.to_state()))
         metrics |= self.rewards.counts() | pool.counts()
+        self.tracker.devices = len(ranks) + (pool.places if self.config.rollout.placement == "separate" else 0)
         self.tracker.log(done, metrics)
         if stopping:
             self.stop.obey(f"after round {done}")

@@ -21,7 +21,7 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from kernels.errors import UserError
 from trainer.config.run import ClusterConfig
@@ -36,7 +36,7 @@ T = TypeVar("T")
 MAX_AUTO_RANKS = 2
 LOOPBACK = "127.0.0.1"
 SENTENCE_END = re.compile(r"[.:]?\n|\. ")
-GONE = "its connection broke, so it was killed, crashed, or the machine had no memory left"
+GONE = "its connection broke, so it was killed, crashed, or its machine is lost or had no memory left"
 
 
 class ProcessLost(RuntimeError):
@@ -230,6 +230,8 @@ def told_by(error: RayTaskError) -> Exception:
 
 def reason_of(error: RayActorError) -> str:
     """The telling part of Ray's paragraph, or what it means."""
+    if isinstance(error, ActorUnavailableError):
+        return GONE
     detail = re.search(r"exit detail: ([^.]+)", str(error))
     if detail and detail[1].startswith("Worker unexpectedly exits with a connection error"):
         return GONE

@@ -169,7 +169,8 @@ def budget_lines(
     beside += _checkpoints_in_memory(counts.total * 3 * FLOAT32 // ranks) if every else []
     if isinstance(config, RLConfig) and config.rollout.server is None:
         where = "each on a GPU of its own" if config.rollout.placement == "separate" else "on the ranks' GPUs"
-        beside += [f"engines {config.rollout.engines}, {where if on_gpu else config.rollout.placement}"]
+        least = "" if config.rollout.min_engines is None else f"{config.rollout.min_engines} to "
+        beside += [f"engines {least}{config.rollout.engines}, {where if on_gpu else config.rollout.placement}"]
         beside += _sync(config.sync, counts.total * BYTES[dtype], on_gpu)
     experts = f"{model.num_moe_layers} MoE layers x {model.num_experts} experts, {model.top_k} per token"
     return [

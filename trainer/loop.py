@@ -84,6 +84,7 @@ class Pretraining:
         """Steps start+1..steps; a step's rows are a pure function of its number."""
         train = self.config.train
         traces = Traces(self.config.trace, self.run, len(ranks), self.tracker.say)
+        self.tracker.devices = len(ranks)
         if start == 0:
             self.tracker.log(0, ranks.call("evaluate", train.eval_rows)[0])
         for step in range(start, train.steps):

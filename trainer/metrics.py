@@ -164,7 +164,8 @@ _DECLARED = (
     ),
     Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
     Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
-    Metric("rollout/engines_lost", "engines", "engines lost", ".0f", "engines that died or hung and were replaced"),
+    Metric("rollout/engines", "engines", "engines", ".0f", "engines of ours that take part at the end of the round"),
+    Metric("rollout/engines_lost", "engines", "engines lost", ".0f", "engines that died or hung"),
     Metric(
         "rollout/engines_returned", "engines", "engines returned", ".0f", "replacements of lost engines that took part again"
     ),

@@ -1,7 +1,8 @@
 """Where the processes of a run are placed, as a Ray placement group, and what is said while there is no place.
 
 Ranks are placed, with what they take of a node; engines of RL share the places of the ranks, or have as many of their own. A
-cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed.
+cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed. It may also grow: then
+there are places for engines that the run can do without.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def nodes_alive() -> dict[str, str]:
 
 
 def _probe(**where: Any) -> ray.ObjectRef:
-    """An answer of a process that starts there; the function is defined in here so that it need not import ours."""
+    """An answer of a process there, once it can start; the function is defined in here so that it need not import ours."""
 
     def answer() -> bool:
         return True
@@ -99,12 +100,22 @@ class Placement:
 
     `cluster.nodes` get equally many places each, and ranks take them as `seats` says. `choices`: how many ranks there may be,
     the number that is wanted first; with less room for longer than `cluster.shrink_after_s`, as many of them as have a place.
+    Of separate engines `min_engines` are enough to begin with: the others get places when they are asked for and there is room.
     """
 
     def __init__(
-        self, config: ClusterConfig, choices: Sequence[int], say: Say, engines: int = 0, separate: bool = False
+        self,
+        config: ClusterConfig,
+        choices: Sequence[int],
+        say: Say,
+        engines: int = 0,
+        separate: bool = False,
+        min_engines: int | None = None,
     ) -> None:
         self.config, self.ranks, self.engines, self.separate = config, choices[0], engines, separate
+        self.elastic = min_engines is not None
+        self.first_engines = engines if min_engines is None else min_engines
+        self.later: dict[int, PlacementGroup] = {}  # of engines that are not among the first, each a group of its own
         self.actors: dict[str, Any] = {}
         self.on_gpu = _has_gpus(config.address)
         self.nodes = require_nodes(config.nodes) if config.nodes else []
@@ -118,7 +129,7 @@ class Placement:
         self.hosts = [addresses[node] for node in self.node_ids]  # of ranks
 
     def _places(self, ranks: int) -> int:
-        return ranks + self.engines * self.separate
+        return ranks + self.first_engines * self.separate
 
     def _reserve(self) -> PlacementGroup:
         nodes, bundle, places = self.nodes, self._bundle(), self._places(self.ranks)
@@ -154,7 +165,7 @@ class Placement:
                 say(f"waiting for a place for {self.processes} ({waited:.0f} s): {state}")
             if waited > self.config.start_timeout_s:
                 remove_placement_group(self.group)
-                fewer_engines = " or rollout.engines" * self.separate
+                fewer_engines = (" or rollout.min_engines" if self.elastic else " or rollout.engines") * self.separate
                 raise UserError(
                     f"no place for the run after {waited:.0f} s: {state}. Add nodes, lower cluster.ranks{fewer_engines}, allow "
                     "fewer with cluster.min_ranks, or wait for other runs to end"
@@ -195,6 +206,7 @@ class Placement:
     def processes(self) -> str:
         """In words."""
         ranks, engines = _counted(self.ranks, "trainer rank"), _counted(self.engines, "engine")
+        engines = engines if self.first_engines == self.engines else f"{self.first_engines} to {engines}"
         return f"{ranks} and {engines}{' in places of their own' * self.separate}" if self.engines else ranks
 
     def actor(self, kind: type, name: str, index: int, *args: Any) -> Any:
@@ -206,23 +218,45 @@ class Placement:
         self._end([name] if name in self.actors else [])
         is_engine, alone = not name.startswith("trainer/"), self.separate or not self.engines
         gpu_share = 1.0 if alone else 0.4 / -(-self.engines // self.ranks) if is_engine else 0.6
-        beside = self._places(self.ranks) if self.separate else self.engines if is_engine else self.ranks
+        beside = self.ranks + self.engines if self.separate else self.engines if is_engine else self.ranks
         asked = self.config.threads_per_rank
         threads = max(1, (os.cpu_count() or 1) // beside) if asked == "auto" else asked
-        bundles = self.engine_bundles if is_engine else self.bundles
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundles[index % len(bundles)])
         self.actors[name] = (
             ray.remote(kind)
             .options(
                 name=name,
                 num_cpus=1 if alone or not is_engine else 0.01,
                 num_gpus=gpu_share if self.on_gpu else 0.0,
-                scheduling_strategy=strategy,
+                scheduling_strategy=self._place(index, is_engine),
                 runtime_env={"env_vars": self._environment(threads)},
             )
             .remote(*args)
         )
         return self.actors[name]
+
+    def ask(self, name: str, index: int) -> ray.ObjectRef:
+        """What answers as soon as there is a place for engine `index`: one of the first, or one that the cluster gets room for.
+
+        It ends an engine that has the name. Nobody waits here: Ray keeps the request, looks for another place when the node of
+        this one is lost, and tells its autoscaler, where there is one, that a node is wanted.
+        """
+        if name in self.actors:
+            ray.kill(self.actors[name])
+        if index >= self.first_engines and index not in self.later:
+            self.later[index] = placement_group([self._bundle()])
+        return _probe(scheduling_strategy=self._place(index, is_engine=True), max_retries=-1)
+
+    def give_up(self, name: str, index: int) -> None:
+        """Ends an engine that is not to come back, and frees its place unless it was one of the first."""
+        self._end([name] if name in self.actors else [])
+        if index in self.later:
+            remove_placement_group(self.later.pop(index))
+
+    def _place(self, index: int, is_engine: bool) -> PlacementGroupSchedulingStrategy:
+        if is_engine and index in self.later:
+            return PlacementGroupSchedulingStrategy(self.later[index], placement_group_bundle_index=0)
+        bundles = self.engine_bundles if is_engine else self.bundles
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundles[index % len(bundles)])
 
     def _environment(self, threads: int) -> dict[str, str]:
         python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
@@ -236,7 +270,8 @@ class Placement:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end(list(self.actors))
-        remove_placement_group(self.group)
+        for group in (self.group, *self.later.values()):
+            remove_placement_group(group)
 
     def _end(self, names: Sequence[str]) -> None:
         for name in names:

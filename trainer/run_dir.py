@@ -46,7 +46,8 @@ State = Literal["running", "finished", "stopped", "failed"]
 HARMLESS_GROUPS = ("logger.", "cluster.", "parallel.", "trace.", "sync.")
 HARMLESS = {"dry_run", "resume", "runs_dir", "run_name", "data.cache_dir"}
 # Engines, how many and where: a sample's tokens are the same from any; without over-provision so is all else.
-HARMLESS |= {f"rollout.{name}" for name in ("engines", "placement", "engine_slots", "cache_tokens", "metrics_port")}
+HARMLESS |= {f"rollout.{name}" for name in ("engines", "min_engines", "placement", "engine_slots")}
+HARMLESS |= {"rollout.cache_tokens", "rollout.metrics_port"}
 HARMLESS_ENDINGS = ("checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
 
 

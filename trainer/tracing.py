@@ -130,11 +130,17 @@ class Traceable:
 
 
 class Traces:
-    """What a run of so many ranks and engines traces; `say` tells where it is."""
+    """What a run of so many ranks traces; `say` tells where it is, `engines` the numbers of those that take part."""
 
-    def __init__(self, config: TraceConfig, run: RunDir, ranks: int, say: Callable[[str], None], engines: int = 0) -> None:
-        self.run, self.say = run, say
-        self.there = {"rank": ranks, "engine": engines}
+    def __init__(
+        self,
+        config: TraceConfig,
+        run: RunDir,
+        ranks: int,
+        say: Callable[[str], None],
+        engines: Callable[[], Sequence[int]] = lambda: (),
+    ) -> None:
+        self.run, self.say, self.ranks, self.engines = run, say, range(ranks), engines
         self.planned = _planned(config)  # the first step, and what is wanted
         self.running: tuple[int, int, TraceRequest] | None = None  # the first and the last step
 
@@ -163,10 +169,9 @@ class Traces:
             return None
         finally:
             file.unlink()
-        for kind, asked in (("rank", wanted.ranks), ("engine", wanted.engines)):
-            if asked != "all" and not set(asked) <= set(range(self.there[kind])):
-                there = f"there are {kind}s 0 to {self.there[kind] - 1}" if self.there[kind] else "there are none"
-                self.say(f"a trace of {kind}s {list(asked)} was asked for; {there}")
+        for kind, asked, found in (("rank", wanted.ranks, self.ranks), ("engine", wanted.engines, self.engines())):
+            if asked != "all" and not set(asked) <= set(found):
+                self.say(f"a trace of {kind}s {list(asked)} was asked for; there are {_numbered(kind, found)}")
                 return None
         return wanted
 
@@ -192,6 +197,13 @@ class Traces:
         self.say(f"traced steps {first} to {last}: {shown(folder)}/node_*.json.gz, for ui.perfetto.dev")
         if wanted.memory:
             self.say(_about_memory(folder, written))
+
+
+def _numbered(kind: str, found: Sequence[int]) -> str:
+    if not found:
+        return "none"
+    whole = list(found) == list(range(len(found)))
+    return f"{kind}s 0 to {found[-1]}" if whole else f"{kind}s {', '.join(map(str, found))}"
 
 
 def _planned(config: TraceConfig) -> tuple[int, TraceRequest] | None:

@@ -38,7 +38,7 @@ class Tracker:
     """Tracks one run; `with Tracker(...) as tracker` also writes how the run ended and closes its folder.
 
     The console gets one line a step and what `say` is told, with the time since the start, and no control characters; the
-    same lines are in the attempt's log driver.log. The run takes `devices`, each for `dollars_per_hour` if that is known.
+    same lines are in the attempt's log driver.log. The run takes `devices` now, each for `dollars_per_hour` if that is known.
     """
 
     def __init__(

@@ -57,7 +57,8 @@ class OnlyRank(Processes):
 class OnlyEngine(LocalPool):
     """A `SyncedPool` of one engine, which is in the process of the rank, and so in its traces."""
 
-    engines = 0  # of processes of their own
+    engines = ()  # in processes of their own
+    places = 0
 
     def __init__(self, engine: Engine) -> None:
         super().__init__([engine])

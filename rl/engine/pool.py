@@ -5,9 +5,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
-from rl.april import EnginePool
+from rl.april import EnginePool, OverlappingPool
 from rl.trajectory import Sample
+from trainer.cluster import Processes
+from trainer.config.rl import SyncConfig
+
+
+class SyncedPool(OverlappingPool, Protocol):
+    """What generates with the weights of the ranks."""
+
+    busy_s: float  # in which it was generating, ever
+
+    @property
+    def engines(self) -> Sequence[int]:
+        """The numbers of ours that take part."""
+
+    @property
+    def places(self) -> int:
+        """How many places ours have, those that are starting too."""
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """What our engines that are there answer."""
+
+    def load_weights(self, ranks: Processes, version: int, config: SyncConfig) -> dict[str, float]:
+        """Brings the ranks' weights to all engines; metrics, with the version that the engines have now."""
+
+    def counts(self) -> dict[str, float]:
+        """Metrics of what was lost since they were last asked for."""
 
 
 def deal(samples: Sequence[Sample], hands: int) -> list[list[Sample]]:

@@ -120,8 +120,12 @@ class ServerPool:
         return {"sync/version": self._version}
 
     @property
-    def engines(self) -> int:
-        return 0  # of ours
+    def engines(self) -> Sequence[int]:
+        return ()  # of ours
+
+    @property
+    def places(self) -> int:
+        return 0
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """Nobody: what a server is made of is its own."""

@@ -1,21 +1,28 @@
-"""A real Ray cluster on this machine: a `ray start` for each node, as SLURM jobs do it, at loopback addresses of their own."""
+"""A real Ray cluster on this machine: a `ray start` for each node, as SLURM jobs do it, at loopback addresses of their own.
+
+Or, of the head, as launch/ray/cluster.yaml does it, with a server for jobs.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from launch.slurm.node import ENVIRONMENT, ray_command
 from trainer.ports import free_port
 
 OBJECT_STORE_MIB = 80
+EXAMPLE = Path(__file__).parents[2] / "launch" / "ray" / "cluster.yaml"
 
 
 class RayCluster:
@@ -26,7 +33,9 @@ class RayCluster:
         self.address = f"127.0.0.3:{free_port('127.0.0.3')}"
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.names: dict[str, str] = {}  # address -> name, of all that were started
-        for variable, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ENVIRONMENT}.items():
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ENVIRONMENT}
+        environment["RAY_health_check_period_ms"] = "1000"  # a third of Ray's own: a dead node is known in five seconds
+        for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
 
     def __enter__(self) -> RayCluster:
@@ -38,12 +47,29 @@ class RayCluster:
             self.kill_node(name)
 
     def start_node(self, name: str, cpus: int, gpu_type: str | None) -> None:
-        """One that says it has such GPUs. Waits for it: nodes of one machine that start at once take the same socket."""
-        address, log = f"127.0.0.{len(self.names) + 3}", self.folder / f"{name}.out"
-        self.names[address] = name
+        """One that says it has such GPUs."""
+        address = f"127.0.0.{len(self.names) + 3}"
         resources = {} if gpu_type is None else {f"accelerator_type:{gpu_type}": 1}
         command = ray_command(self.address, name, address, OBJECT_STORE_MIB)
-        command += [f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"]
+        self._start(name, address, [*command, f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"])
+
+    def start_example_head(self, name: str) -> str:
+        """The head of the example, without CPUs for a run; the address where it takes jobs."""
+        host, port = self.address.split(":")
+        jobs = free_port("127.0.0.1")
+        (line,) = (line for line in yaml.safe_load(EXAMPLE.read_text())["head_start_ray_commands"] if " start " in line)
+        (*variables, _), words = (shlex.split(part) for part in line.split(" start "))
+        example = [word for word in words if not word.startswith("--autoscaling-config")]
+        # Of an option that is given twice Ray takes the second.
+        here = [f"--node-ip-address={host}", f"--port={port}", f"--dashboard-port={jobs}", f"--node-name={name}", "--block"]
+        here += ["--num-cpus=0", f"--object-store-memory={OBJECT_STORE_MIB * 2**20}", "--log-color=false"]
+        self._start(name, host, ["env", *variables, sys.executable, "-m", "ray.scripts.scripts", "start", *example, *here])
+        return f"http://127.0.0.1:{jobs}"
+
+    def _start(self, name: str, address: str, command: list[str]) -> None:
+        """Waits for it: nodes of one machine that start at once take the same socket."""
+        log = self.folder / f"{name}.out"
+        self.names[address] = name
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with open(log, "wb") as out:
             self.nodes[name] = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)

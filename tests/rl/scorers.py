@@ -104,10 +104,11 @@ class Unmakeable:
 
 
 class Letters:
-    """Rewards letters, which a model that knows nothing writes more or less of; a score takes a moment."""
+    """Rewards letters, which a model that knows nothing writes more or less of; a score takes a moment, and longer while there
+    is a file `slow`."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, slow: str = "") -> None:
+        self.seed, self.slow = seed, slow
 
     def prompt(self, index: int) -> Prompt:
         return Prompt(f"text {self.seed + index}:", "")
@@ -119,5 +120,5 @@ class Letters:
         return self.prompt(index), "letters"
 
     def score(self, prompt: Prompt, completion: str, ended: bool) -> float:
-        time.sleep(0.01)
+        time.sleep(0.5 if self.slow and Path(self.slow).exists() else 0.01)
         return sum(letter.isalpha() for letter in completion) / max(1, len(completion))

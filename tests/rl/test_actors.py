@@ -15,21 +15,22 @@ import ray
 import torch
 
 from kernels.errors import UserError
+from launch.cli import load
 from rl.actors import Patience, RayPool, sync_metrics
 from rl.april import complete
 from rl.engine.actor import EngineActor
 from rl.engine.engine import Engine, EngineSettings, Receipt
 from rl.engine.sampler import Sampling
-from rl.links import Links
 from rl.trajectory import Sample
 from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of
 from trainer.batch import cross_entropy
 from trainer.cluster import Processes, ProcessLost, start_ray
-from trainer.config.rl import SyncConfig
+from trainer.config.rl import RLConfig, SyncConfig
 from trainer.config.run import ClusterConfig
 from trainer.model.transformer import LanguageModel
 from trainer.places import REPOSITORY, Placement
+from trainer.run_dir import RunDir
 from trainer.tracing import TraceRequest, merge_nodes
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
@@ -84,12 +85,12 @@ def actor(kind: type, *arguments: object) -> ray.actor.ActorHandle:
 class Engines:
     """Two of them, in a pool. `answer_s`: after which a silent one is replaced."""
 
-    def __init__(self, folder: Path, answer_s: float, links: Links | None = None) -> None:
+    def __init__(self, folder: Path, answer_s: float) -> None:
         self.logs = {f"engine/{index}": folder / f"engine_{index}.log" for index in range(2)}
         self.actors: dict[str, ray.actor.ActorHandle] = {}
         self.said: list[str] = []
         self.answer_s = answer_s
-        self.pool = RayPool(self.start, self.logs, Patience(answer_s, 60, losses=3), self.said.append, links)
+        self.pool = RayPool(self.start, self.logs, Patience(answer_s, 60, losses=3), self.said.append)
 
     def start(self, name: str) -> ray.actor.ActorHandle:
         if name in self.actors:
@@ -201,9 +202,27 @@ def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(c
     assert len(done) == len(whole), "none twice"
 
 
-def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_replaced(cluster: None, tmp_path: Path) -> None:
-    ranks, engines = trained_ranks(tmp_path), Engines(tmp_path, 60, Links(60))
-    pool, config = engines.pool, SyncConfig(transport="direct", anchor_every=1, check=True)
+@pytest.fixture
+def elastic(cluster: None, tmp_path: Path) -> Iterator[tuple[Processes, Placement, RayPool, Placement]]:
+    """Ranks, and two engines that are to be three; there is room for the third when what is placed last has ended."""
+    config, said = ClusterConfig(**CLUSTER | {"max_restarts": 3}), list[str]()
+    run = RunDir.open(load(RLConfig, "rl", [f"runs_dir={tmp_path}", "checkpoint=a"]), "rl")
+    ranks, sync = trained_ranks(tmp_path), SyncConfig(transport="direct", anchor_every=1, check=True)
+    free = int(ray.available_resources()["CPU"])  # the ranks take a part of one
+    with (
+        Placement(config, (1,), said.append, engines=3, separate=True, min_engines=2) as placement,
+        Placement(config, (free - 3,), said.append) as other,
+    ):
+        pool = RayPool.start(placement, CONFIG, SETTINGS, "float32", run, config, sync, said.append)
+        yield ranks, placement, pool, other
+    run.close("stopped")
+
+
+def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_replaced_or_joins(
+    elastic: tuple[Processes, Placement, RayPool, Placement], tmp_path: Path
+) -> None:
+    ranks, placement, pool, other = elastic
+    config = SyncConfig(transport="direct", anchor_every=1, check=True)
     size = sum(tensor.nbytes for tensor in LanguageModel.initialize(CONFIG, seed=0).state().values())
     for version in range(2):
         metrics = pool.load_weights(ranks, version, config)
@@ -217,7 +236,8 @@ def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_repl
         pool.submit(samples(12))
         done = pool.advance(2)
         done += pool.advance(2)  # is not in the trace any more
-    ray.kill(engines.actors["engine/0"])
+    assert pool.engines == [0, 1] and pool.places == 2
+    ray.kill(placement.actors["engine/0"])
     while not pool.counts()["rollout/engines_returned"]:  # it has the weights of the others, which the ranks still have
         done += pool.advance(1)
     while len(done) < 12:
@@ -227,11 +247,21 @@ def test_ranks_bring_their_weights_directly_and_again_to_an_engine_that_was_repl
     assert [sample.logprobs for sample in found] == [sample.logprobs for sample in expected], "bit for bit"
     pool.submit(samples(12))
     with pool.going_on(1, 12):
-        ray.kill(engines.actors["engine/1"])
+        ray.kill(placement.actors["engine/1"])
         ranks.call("learn", random_batch(2, vocab=20), cross_entropy, 1e-2)
     pool.drain()
     assert pool.load_weights(ranks, 3, config)["sync/version"] == 3
     assert all(set(sample.versions) == {3} for sample in complete(pool, samples(4), 40))
+    other.__exit__(None, None, None)
+    version = 3
+    while len(pool.engines) < 3:  # nobody waits for it, and it takes the next weights with the others
+        assert pool.advance(1) == [] and version < 10_000
+        version += 1
+        pool.load_weights(ranks, version, config)
+    assert pool.engines == [0, 1, 2] and pool.places == 3 and pool.counts()["rollout/engines"] == 3
+    pool.submit([Sample(uid, 0, (2, 3)) for uid in (5, 5, 5)])  # one for each engine, the same noise
+    first, second, third = pool.advance(40)
+    assert first == second == third and set(third.versions) == {version}
 
 
 def test_engines_have_places_of_their_own_or_those_of_the_ranks(cluster: None, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         max_staleness=3,
         temperature=1.0,
         engines=1,
+        min_engines=None,
         engine_slots=4,
         advance_tokens=4,
         top_k=None,

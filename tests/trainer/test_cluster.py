@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from kernels.errors import UserError
 from launch.cli import load
@@ -48,6 +48,7 @@ def test_a_process_that_was_killed_is_said_to_be_gone_with_what_may_have_been() 
     killed, owner = "Worker unexpectedly exits with a connection error code 2. End of file", "Owner's node has crashed. Some"
     reasons = [reason_of(RayActorError(error_msg=f"It died. Worker exit detail: {why}")) for why in (killed, owner)]
     assert reasons == [GONE, "Owner's node has crashed"]
+    assert reason_of(ActorUnavailableError("RPC error: Socket closed rpc_code: 14", b"0" * 16)) == GONE
 
 
 def test_what_ray_reports_is_a_line_of_the_run_unless_it_is_told_anyway() -> None:

@@ -162,11 +162,14 @@ def test_ranks_that_are_not_there_are_said(run: RunDir) -> None:
     (run.path / REQUEST).write_text(request(1, engines=(0,)).model_dump_json())
     steps(Traces(UNTRACED, run, 3, said.append), Ranks(), 1, 1)
     (run.path / REQUEST).write_text(request(1, engines=(0, 2)).model_dump_json())
-    steps(Traces(UNTRACED, run, 3, said.append, engines=2), Ranks(), 1, 1)
+    steps(Traces(UNTRACED, run, 3, said.append, lambda: (0, 1)), Ranks(), 1, 1)
+    (run.path / REQUEST).write_text(request(1, engines=(1,)).model_dump_json())
+    steps(Traces(UNTRACED, run, 3, said.append, lambda: (0, 2)), Ranks(), 1, 1)
     assert said == [
         "a trace of ranks [3] was asked for; there are ranks 0 to 2",
         "a trace of engines [0] was asked for; there are none",
         "a trace of engines [0, 2] was asked for; there are engines 0 to 1",
+        "a trace of engines [1] was asked for; there are engines 0, 2",
     ]
 
 

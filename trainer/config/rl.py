@@ -85,6 +85,9 @@ class RolloutConfig(Record):
     include_stop: bool  # whether the task sees the string that ended the text
     replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
+    # With so many the run starts, and the others, up to `engines`, join while it goes on, as the cluster gets room for them;
+    # null: it starts with all of them. Of separate engines.
+    min_engines: int | None = Field(gt=0)
     # colocated: engines share the ranks' GPUs; separate: each has one of its own, so that ranks and engines never take each
     # other's time or memory, which rollout.overlap is made for.
     placement: Literal["colocated", "separate"]
@@ -97,6 +100,19 @@ class RolloutConfig(Record):
     server_reload: Address | None  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
     server_retries: int = Field(ge=0)  # requests in a row that bring no token
+
+    @model_validator(mode="after")
+    def _others_join_from_places_of_their_own(self) -> Self:
+        if self.min_engines is None:
+            return self
+        if self.min_engines > self.engines:
+            raise ValueError(f"min_engines ({self.min_engines}) is larger than engines ({self.engines}); lower it")
+        if self.placement == "colocated":
+            raise ValueError(
+                f"min_engines ({self.min_engines}) lets engines join that find a GPU of their own, and placement=colocated has "
+                "them on the ranks' GPUs; set placement=separate, or min_engines=null"
+            )
+        return self
 
     @property
     def engines_apart(self) -> int:
@@ -231,6 +247,11 @@ class RLConfig(RunConfig):
                 f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
             )
         self.check_memory_checkpoints("loop.memory_checkpoint_every", self.loop.memory_checkpoint_every)
+        if self.rollout.min_engines is not None and (self.cluster.nodes is not None or self.cluster.slurm is not None):
+            raise ValueError(
+                f"rollout.min_engines ({self.rollout.min_engines}) lets engines join when the cluster gets room, and "
+                "cluster.nodes says which nodes there are, as in a SLURM job; set rollout.min_engines=null"
+            )
         if self.algorithm.overlong_margin > self.rollout.max_new_tokens:
             raise ValueError(
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
