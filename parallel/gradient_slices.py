@@ -194,8 +194,9 @@ class GradientSlices:
             self._mark(f"{SETS_OUT} {start}")
             numbers = [self._gradient(one.parameter)[one.start : one.stop] for one in pieces(self._sizes, start, stop)]
             ranks, size = self.world.size, stop - start
-            message = numbers[0].new_zeros(-(-size // ranks) * ranks)
+            message = numbers[0].new_empty(-(-size // ranks) * ranks)
             torch.cat(numbers, out=message[:size])
+            message[size:].zero_()
             means = ordered_sum(message.div_(ranks), self._levels)[:size]
             for own, mean in zip(numbers, means.split([one.numel() for one in numbers]), strict=True):
                 own.copy_(mean)

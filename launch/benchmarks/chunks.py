@@ -215,6 +215,7 @@ class Side:
     def run(self, around: AroundName, schedule: Schedule, number: int = 0) -> object:
         """Forward and backward."""
         stack, slices = self.stack, self.stack.slices
+        stack.world.exposed.forget()  # an update would take it
         stack.dense.zero_grad()
         sliced = around == "gradients" and schedule.bytes_P is not None
         if schedule.bytes_P:
