@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from launch.bench import main
-from launch.benchmarks.chunks import AroundName, Schedule, Side, Stack, Told, measure_layers
+from launch.benchmarks.chunks import AroundName, Found, Schedule, Side, Stack, Told, measure_layers
 from launch.benchmarks.experts import draw_inputs, draw_matrices
 from launch.benchmarks.options import SHAPES
 from launch.benchmarks.planned import FIXED, MODELS, TESTBEDS, ScheduleCase, grid, one_link_tasks
@@ -59,33 +59,7 @@ def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
     assert "planned in" in cases[-1]["notes"][0]
 
 
-def test_layers_on_real_ranks_beside_their_prediction() -> None:
-    told = Told(SHAPES["tiny"], 64, 32, layers=2, degrees=(1, 3), around=get_args(AroundName), seed=0, repeats=2)
-    by_around = on_ranks(measure_layers, 2, told, None, "cpu")
-    assert list(by_around) == list(get_args(AroundName))
-    for around, found in by_around.items():
-        sliced = around == "gradients"
-        assert set(found.predicted_ms) == {"off", "degree 1", "degree 3", "plan"}
-        in_place = ["peer memory, gradients behind", "peer memory, whole"] if sliced else ["peer memory, whole"]
-        assert list(found.measured_ms) == [*in_place, *found.predicted_ms], "what training takes here comes first"
-        assert set(found.alone_ms) == {"computing", "communication"} and found.ours == "plan"
-        assert min([*found.measured_ms.values(), *found.predicted_ms.values(), *found.alone_ms.values()]) > 0
-        assert found.bound_ms == max(found.alone_ms.values()) <= found.least_ms * (1 + 1e-9)
-        assert (found.unshared_ms == 0) == (around == "nothing")
-        assert set(found.planned) == {"plan"} and ("of the gradients under" in found.planned["plan"]) == sliced
-        assert found.profiles[0].count("r^2") == 6 and "exchange" in found.profiles[0]
-    assert by_around["nothing"].predicted_ms["off"] < by_around["attention"].predicted_ms["off"]
-    assert by_around["attention"].predicted_ms["off"] <= by_around["gradients"].predicted_ms["off"]
-    case = ScheduleCase("layers", {}, against_bound(found), {}, [])
-    cells = [list(column.cells) for column in table(case).columns]
-    assert cells[0] == [*list(found.measured_ms)[:-1], "computing alone", "communication alone", "plan"]
-    for name, bound, predicted in zip(cells[0], cells[2], cells[3], strict=True):
-        ms = {**found.measured_ms, **{f"{one} alone": ms for one, ms in found.alone_ms.items()}}[str(name)]
-        assert bound == f"{ms / found.bound_ms:.2f}x"
-        assert predicted == (f"{found.predicted_ms[str(name)] / ms:.2f}x" if name in found.predicted_ms else "")
-
-
-def same_numbers(world: World, told: Told, cases: None) -> list[float]:
+def same_numbers(world: World, told: Told) -> list[float]:
     """How far gradients of dense parameters are from those of `off`, by schedule and transport; they are far from nothing."""
     matrices = draw_matrices(told.shape, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1 + world.rank)
@@ -112,9 +86,36 @@ def same_numbers(world: World, told: Told, cases: None) -> list[float]:
     return [float((found - wanted).abs().max() / wanted.abs().max()) for found in (at_once, behind)]
 
 
-def test_every_schedule_averages_the_same_gradients() -> None:
-    told = Told(SHAPES["tiny"], 64, 32, layers=3, degrees=(), around=("gradients",), seed=0, repeats=1)
-    assert max(on_ranks(same_numbers, 2, told, None, "cpu")) < 1e-5
+def both(world: World, told: Told, cases: None) -> tuple[dict[AroundName, Found], list[float]]:
+    return measure_layers(world, told, cases), same_numbers(world, told)
+
+
+def test_layers_on_real_ranks_beside_their_prediction() -> None:
+    """And every schedule averages the same gradients."""
+    told = Told(SHAPES["tiny"], 64, 32, layers=3, degrees=(1, 3), around=get_args(AroundName), seed=0, repeats=2)
+    by_around, differences = on_ranks(both, 2, told, None, "cpu")
+    assert max(differences) < 1e-5
+    assert list(by_around) == list(get_args(AroundName))
+    for around, found in by_around.items():
+        sliced = around == "gradients"
+        assert set(found.predicted_ms) == {"off", "degree 1", "degree 3", "plan"}
+        in_place = ["peer memory, gradients behind", "peer memory, whole"] if sliced else ["peer memory, whole"]
+        assert list(found.measured_ms) == [*in_place, *found.predicted_ms], "what training takes here comes first"
+        assert set(found.alone_ms) == {"computing", "communication"} and found.ours == "plan"
+        assert min([*found.measured_ms.values(), *found.predicted_ms.values(), *found.alone_ms.values()]) > 0
+        assert found.bound_ms == max(found.alone_ms.values()) <= found.least_ms * (1 + 1e-9)
+        assert (found.unshared_ms == 0) == (around == "nothing")
+        assert set(found.planned) == {"plan"} and ("of the gradients under" in found.planned["plan"]) == sliced
+        assert found.profiles[0].count("r^2") == 6 and "exchange" in found.profiles[0]
+    assert by_around["nothing"].predicted_ms["off"] < by_around["attention"].predicted_ms["off"]
+    assert by_around["attention"].predicted_ms["off"] <= by_around["gradients"].predicted_ms["off"]
+    case = ScheduleCase("layers", {}, against_bound(found), {}, [])
+    cells = [list(column.cells) for column in table(case).columns]
+    assert cells[0] == [*list(found.measured_ms)[:-1], "computing alone", "communication alone", "plan"]
+    for name, bound, predicted in zip(cells[0], cells[2], cells[3], strict=True):
+        ms = {**found.measured_ms, **{f"{one} alone": ms for one, ms in found.alone_ms.items()}}[str(name)]
+        assert bound == f"{ms / found.bound_ms:.2f}x"
+        assert predicted == (f"{found.predicted_ms[str(name)] / ms:.2f}x" if name in found.predicted_ms else "")
 
 
 @pytest.mark.parametrize("name", TESTBEDS)
