@@ -200,6 +200,10 @@ def _gradients(*gradients: torch.Tensor) -> None:
     """Nobody takes them."""
 
 
+def _no_slice() -> None:
+    """Nothing else travels."""
+
+
 class LayerParts:
     """A layer of so many tokens a rank with random choices, in sequence or part by part, as often as one likes. Collective."""
 
@@ -234,13 +238,13 @@ class LayerParts:
 
     def in_sequence(self, mark: Callable[[str], None]) -> None:
         """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
-        self._passes(Chunked(self._sent, self._experts, _ready, _gradients, mark, in_sequence=True))
+        self._passes(Chunked(self._sent, self._experts, _ready, _gradients, _no_slice, mark, in_sequence=True))
 
     def in_chunks(self, degrees: Degrees) -> None:
         """The same, overlapping, with what tells each rank what will come: on a GPU the host waits for it, and has to start
         every chunk behind it; and there is more of it with more chunks."""
         sent = self._exchange(degrees)
-        self._passes(Chunked(sent, self._experts, _ready, _gradients, unmarked, degrees.in_sequence))
+        self._passes(Chunked(sent, self._experts, _ready, _gradients, _no_slice, unmarked, degrees.in_sequence))
 
     @torch.enable_grad()
     def _passes(self, run: Chunked) -> None:

@@ -36,6 +36,7 @@ class Chunked:
     experts: ArenaExperts
     ready: Callable[[Direction], None]  # tokens have set out; once it returns the experts are there for this pass
     gradients: WeightGradients  # takes them, once in a backward pass
+    first_rows: Callable[[], None]  # the first rows of a backward pass are there: what else travels now delays them no more
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
     in_sequence: bool = False  # every message is waited for where it sets out
 
@@ -89,7 +90,10 @@ class _Layer(torch.autograd.Function):
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)
         d_weights: list[Tensor] = []
         for chunk, part in enumerate(exchange.backward_parts):
-            d_x_PD, d_weights_PK = computing.rows(passing.arrived(chunk), place_RK[way.arrived(chunk)], part)
+            d_y_PD = passing.arrived(chunk)
+            if chunk == 0:
+                run.first_rows()
+            d_x_PD, d_weights_PK = computing.rows(d_y_PD, place_RK[way.arrived(chunk)], part)
             passing.give_back(d_x_PD, chunk)
             d_weights.append(d_weights_PK)
         returning_weights = passing.set_out(exchange.return_weights(torch.cat(d_weights)), "combine")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from parallel.ordered_sum import levels, ordered_sum
 from parallel.profiling import REPEATS, timed
-from parallel.schedule.cost import Fit, fit
+from parallel.schedule.cost import Fit, Line, fit
+from parallel.schedule.layers import DenseGradients
 from parallel.schedule.slices import messages, pieces
 from parallel.stopwatch import Marks
 from parallel.topology import World
@@ -75,6 +76,11 @@ class GradientSlices:
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
+
+    def gradients(self, reduce: Line) -> DenseGradients:
+        """As plans take them, once a backward pass has averaged any; `reduce`: what a slice takes by its bytes."""
+        assert self.complete_P is not None, "nothing is known of the backward pass"
+        return DenseGradients(tuple(self.itemsize * numbers for numbers in self.complete_P), self.itemsize * self.total, reduce)
 
     def take(self, bytes_P: Sequence[int]) -> None:
         """From here on each place takes so many bytes. Raises ValueError if they are not complete there."""
@@ -188,8 +194,9 @@ class GradientSlices:
             self._mark(f"{SETS_OUT} {start}")
             numbers = [self._gradient(one.parameter)[one.start : one.stop] for one in pieces(self._sizes, start, stop)]
             ranks, size = self.world.size, stop - start
-            message = numbers[0].new_zeros(-(-size // ranks) * ranks)
+            message = numbers[0].new_empty(-(-size // ranks) * ranks)
             torch.cat(numbers, out=message[:size])
+            message[size:].zero_()
             means = ordered_sum(message.div_(ranks), self._levels)[:size]
             for own, mean in zip(numbers, means.split([one.numel() for one in numbers]), strict=True):
                 own.copy_(mean)

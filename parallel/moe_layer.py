@@ -96,7 +96,8 @@ class ShardedExperts:
         sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        run = Chunked(sent, slots, self._ready, self._return_gradients, self.mark, self.degrees.in_sequence)
+        first_rows = partial(self._slice, UNDER_LAYER)
+        run = Chunked(sent, slots, self._ready, self._return_gradients, first_rows, self.mark, self.degrees.in_sequence)
         y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
@@ -119,9 +120,7 @@ class ShardedExperts:
         return y_RD
 
     def _ready(self, direction: Direction) -> None:
-        """Tokens have set out for their experts: backward a slice of dense gradients follows, and copies have to be there."""
-        if direction == "backward":
-            self._slice(UNDER_LAYER)
+        """Tokens have set out for their experts, and copies have to be there."""
         self.arena.materialised(self.layer)
         self.mark(COPIES)
 
@@ -139,7 +138,7 @@ class ShardedExperts:
 
 
 class _BeginBackward(torch.autograd.Function):
-    """Behind a layer's experts; backward comes here first."""
+    """Behind a layer's experts; backward comes here first, with rows that are there."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
@@ -148,5 +147,6 @@ class _BeginBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
+        ctx.experts._slice(UNDER_LAYER)
         ctx.experts._ready("backward")
         return d_y_RD, None

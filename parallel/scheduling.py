@@ -13,8 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ from parallel.layer_cost import LayerCosts, copy_times
 from parallel.moe_layer import PREPARES
 from parallel.placement import Floats, without_copies
 from parallel.schedule.cost import Fit, Line
-from parallel.schedule.execution import LayerPlan, LayerWork, backward_tasks, degrees_of, layer_work, plan_layer
-from parallel.schedule.generalised import Around, around_copies, slices_of, slots_of
-from parallel.schedule.gradients import Slot
+from parallel.schedule.execution import LayerPlan, LayerWork, layer_work
+from parallel.schedule.generalised import Around, around_copies
+from parallel.schedule.layers import DenseGradients, plan_layers
 from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Degrees
-from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.schedule.transports import Way, choose_transport
 from parallel.stopwatch import Mark, Marks
@@ -194,33 +192,14 @@ class Scheduling:
 
     def _planned(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"
-        costs, bytes_P = self._profile.costs, self._slice_bytes(works, arounds, tokens)
-        sliced = arounds
-        if bytes_P is not None:
-            assert self._reduce is not None
-            layer_P = [self._reduce.line.seconds(sent) for sent in bytes_P]
-            sliced = [
-                replace(around, layer_slice_s=layer_P[place], dense_slice_s=layer_P[place + UNDER_DENSE])
-                for layer, around in enumerate(arounds)
-                for place in [place_of(layer, len(arounds), UNDER_LAYER)]
-            ]
-        layers = zip(works, self.degrees_L, sliced, strict=True)
-        plans = [plan_layer(costs, work, tokens, present, around) for work, present, around in layers]
+        plans, bytes_P = plan_layers(self._profile.costs, works, arounds, tokens, self.degrees_L, self._dense_gradients())
         return Planned(works, arounds, plans, bytes_P)
 
-    def _slice_bytes(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> tuple[int, ...] | None:
-        """By place of the backward pass."""
-        if self._slices is None or self._slices.complete_P is None or self._reduce is None or self._profile is None:
+    def _dense_gradients(self) -> DenseGradients | None:
+        """What is known of them; None until a backward pass has averaged any."""
+        if self._slices is None or self._slices.complete_P is None or self._reduce is None:
             return None
-        costs, itemsize = self._profile.costs, self._slices.itemsize
-        ready_P = np.diff([0, *self._slices.complete_P]) * itemsize
-        slots: list[Slot] = []
-        for work, around in zip(reversed(works), reversed(arounds), strict=True):
-            ready = int(ready_P[len(slots)]), int(ready_P[len(slots) + 1])
-            backward_of = partial(backward_tasks, costs, work)
-            slots += slots_of(backward_of, degrees_of(tokens), around, ready, costs.factor)
-        last = (self._slices.total - self._slices.complete_P[-1]) * itemsize
-        return slices_of(slots, last, self._reduce.line).taken_S
+        return self._slices.gradients(self._reduce.line)
 
     def _take(self, planned: Planned) -> None:
         """A plan of the same degrees changes nothing but what is expected, and the slices."""

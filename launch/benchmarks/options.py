@@ -91,9 +91,12 @@ class Options(FileOptions):
         return self
 
     def shapes(self) -> dict[ModelName, Shape]:
-        """The shape of each model, with the sizes that were given in place of its own."""
+        return {name: self.shape(name) for name in self.model}
+
+    def shape(self, name: ModelName) -> Shape:
+        """Of a model, with the sizes that were given in place of its own."""
         given = self.model_dump(include={field.name for field in fields(Shape)}, exclude_none=True)
-        return {name: replace(SHAPES[name], **given) for name in self.model}
+        return replace(SHAPES[name], **given)
 
 
 class TokenOptions(Options):

@@ -29,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from launch.benchmarks.options import SHAPES, ModelName
+from launch.benchmarks.options import ModelName, Shape
 from launch.benchmarks.placement import costs_of, owners
 from launch.benchmarks.traces import draw
 from launch.machines import BYTES, MachineName, read_machine, topology_of
@@ -288,9 +288,9 @@ class OwnLayers:
     seed: int
 
 
-def own_layers_case(told: OwnLayers, name: ModelName) -> ScheduleCase:
+def own_layers_case(told: OwnLayers, name: ModelName, shape: Shape) -> ScheduleCase:
     """Layers with loads of their own and copies by cost, planned at once; dense gradients under them, as on the paper's."""
-    shape, costs = SHAPES[name], costs_of(told.machine, SHAPES[name], told.tokens)
+    costs = costs_of(told.machine, shape, told.tokens)
     topology = topology_of(read_machine(told.machine), told.devices)
     setting = Setting(topology, shape.top_k, Budget(hidden_copies(costs, topology.nodes), told.memory), False, costs)
     entries = told.tokens * shape.top_k * told.devices

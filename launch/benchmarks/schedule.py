@@ -12,9 +12,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks.chunks import Found, Layer, measure_layer
+from launch.benchmarks.chunks import AroundName, Found, Told, measure_layers
 from launch.benchmarks.hosts import HOSTS, hosts
-from launch.benchmarks.options import SHAPES, ModelName, OneOrMore, Options
+from launch.benchmarks.options import ModelName, OneOrMore, Options
 from launch.benchmarks.planned import (
     MODELS,
     TESTBEDS,
@@ -36,6 +36,16 @@ class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
+    rank_layers: PositiveInt = Field(4, description="that the ranks run, one behind the other")
+    around: OneOrMore[AroundName] = Field(
+        ("nothing", "attention", "gradients"),
+        description="each MoE layer that ranks run: nothing; attention, norms and router; or these and the average of their "
+        "gradients over the ranks",
+    )
+    hidden: PositiveInt | None = None
+    expert_hidden: PositiveInt | None = None
+    experts: PositiveInt | None = None
+    top_k: PositiveInt | None = None
     length: PositiveInt = Field(2048, description="tokens of a row, in its attention")
     link_mbit: PositiveInt | None = Field(
         None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
@@ -76,7 +86,7 @@ def measure(
         raise UserError(f"within_mbit={options.within_mbit} slows links within hosts that link_mbit joins, which is not given")
     if options.ranks:
         for tokens in options.rank_tokens:
-            yield _on_this_machine(options, tokens, device.type)
+            yield from _on_this_machine(options, tokens, device.type)
     for name in options.testbed:
         yield grid_case(name, TESTBEDS[name], options.every)
     for name in options.testbed:
@@ -84,27 +94,42 @@ def measure(
             if name.startswith(model.testbed):
                 yield gradients_case(name, TESTBEDS[name], model)
     own = OwnLayers(options.tokens, options.machine, options.devices, options.memory, options.layers, options.seed)
-    for shape in options.model:
-        yield own_layers_case(own, shape)
+    for model_name, shape in options.shapes().items():
+        yield own_layers_case(own, model_name, shape)
 
 
 # ---------------------------------------------------------------- a layer on the ranks of this machine
 
 
-def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> ScheduleCase:
-    shape = SHAPES[options.layer]
+WITH: Mapping[AroundName, str] = {
+    "nothing": "",
+    "attention": " with attention",
+    "gradients": " with attention and the average of its gradients",
+}
+
+
+def _on_this_machine(options: ScheduleOptions, tokens: int, kind: str) -> Iterator[ScheduleCase]:
+    shape = options.shape(options.layer)
     if shape.experts % options.ranks:
         raise UserError(f"{shape.experts} experts do not divide evenly over ranks = {options.ranks}")
-    told = Layer(shape, tokens, math.gcd(tokens, options.length), options.degrees, options.seed, options.repeats)
+    length = math.gcd(tokens, options.length)
+    told = Told(shape, tokens, length, options.rank_layers, options.degrees, options.around, options.seed, options.repeats)
     with hosts(options.link_mbit, options.within_mbit) as names:
-        found = on_ranks(measure_layer, options.ranks, told, None, kind, names)
+        found = on_ranks(measure_layers, options.ranks, told, None, kind, names)
     link = f" on two hosts, {options.link_mbit:,} Mbit/s between them" if options.link_mbit else ""
     link += f" and {options.within_mbit:,} within" if options.within_mbit else ""
-    ranks = f"{tokens:,} tokens a rank, {options.ranks} ranks{link}"
-    work = f"MoE layer of {options.layer} with attention, {ranks}: measured"
-    sizes = {"model": options.layer, "tokens": tokens, "ranks": options.ranks}
+    layers = f"{options.rank_layers} MoE layers" if options.rank_layers > 1 else "MoE layer"
+    sizes: dict[str, int | str] = {
+        "model": options.layer,
+        "tokens": tokens,
+        "ranks": options.ranks,
+        "layers": options.rank_layers,
+    }
+    sizes |= {"hidden": shape.hidden, "expert_hidden": shape.expert_hidden}
     sizes |= {"link_mbit": options.link_mbit or 0, "within_mbit": options.within_mbit or 0}
-    return ScheduleCase(work, sizes, against_bound(found), {}, _notes(found))
+    for around, one in found.items():
+        work = f"{layers} of {options.layer}{WITH[around]}, {tokens:,} tokens a rank, {options.ranks} ranks{link}: measured"
+        yield ScheduleCase(work, {**sizes, "around": around}, against_bound(one), {}, _notes(one))
 
 
 def against_bound(found: Found) -> dict[str, Compared]:
@@ -121,10 +146,11 @@ def against_bound(found: Found) -> dict[str, Compared]:
 
 
 def _notes(found: Found) -> Sequence[str]:
-    plans = ", ".join(f"{name} {one.forward} chunks forward and {one.backward} backward" for name, one in found.planned.items())
+    plans = ", ".join(f"{name} {chunks}" for name, chunks in found.planned.items())
+    attention = f"; with {found.unshared_ms:.4g} ms of attention under which nothing travels it is {found.least_ms:.4g} ms"
     return [
-        f"{plans}; the bound is {found.bound_ms:.4g} ms: computing alone, or communication alone, whichever takes longer; "
-        f"with attention, {found.attention_ms:.4g} ms, under which nothing travels, it is {found.least_ms:.4g} ms",
+        f"{plans}, forward and backward; the bound is {found.bound_ms:.4g} ms: computing alone, or communication alone, "
+        f"whichever takes longer{attention if found.unshared_ms else ''}",
         *found.profiles,
     ]
 

@@ -156,13 +156,18 @@ def plan_layer(
     costs: ExecutionCosts, work: LayerWork, tokens: int, present: Degrees = WHOLE, around: Around = ALONE
 ) -> LayerPlan:
     """The fewest chunks that are nearly the fastest, none of them empty: what more would gain is less than the times are sure
-    of. Degrees at present that are nearly the fastest too stay. What lies `around` the layer is in its timelines."""
+    of. Of these, degrees in which a layer was measured come first: of others it is guessed what they take beside its parts.
+    Degrees at present that are nearly the fastest too stay. What lies `around` the layer is in its timelines."""
     degrees = degrees_of(tokens)
     ahead, back = ([tasks_of(costs, work, degree) for degree in degrees] for tasks_of in (forward_tasks, backward_tasks))
     forward = [simulate(forward_around(tasks, around)) for tasks in ahead]
     backward = [simulate(backward_around(tasks, around)) for tasks in back]
     forward_s, backward_s = _as_measured(costs, ahead, forward), _as_measured(costs, back, backward)
-    one, other = _nearly_fastest(forward_s, present.forward), _nearly_fastest(backward_s, present.backward)
+    measured = [degree for degree, _ in costs.times]
+    one, other = (
+        _nearly_fastest(seconds, now, measured)
+        for seconds, now in ((forward_s, present.forward), (backward_s, present.backward))
+    )
     return LayerPlan(
         Degrees(one, other),
         forward[one - 1],
@@ -187,11 +192,10 @@ def degrees_of(tokens: int) -> range:
     return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 
-def _nearly_fastest(seconds: list[float], present: int) -> int:
+def _nearly_fastest(seconds: list[float], present: int, measured: Sequence[int]) -> int:
     enough_s = (1 + NEARLY) * min(seconds)
-    if present <= len(seconds) and seconds[present - 1] <= enough_s:
-        return present
-    return next(degree for degree, one in enumerate(seconds, start=1) if one <= enough_s)
+    near = [degree for degree, one in enumerate(seconds, start=1) if one <= enough_s]
+    return present if present in near else next((degree for degree in near if degree in measured), near[0])
 
 
 def in_sequence(tasks: Sequence[Task]) -> list[Task]:

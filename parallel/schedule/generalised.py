@@ -26,7 +26,7 @@ class Around:
     attention_s: float = 0.0  # forward
     copies: Copies = NO_COPIES  # of this layer's experts, under the attention before it
     back: Copies = NO_COPIES  # their gradients, and what else travels then, under the backward pass of the attention
-    layer_slice_s: float = 0.0  # dense gradients that set out behind the dispatches of the backward pass
+    layer_slice_s: float = 0.0  # dense gradients that travel behind the dispatches of the backward pass
     dense_slice_s: float = 0.0  # and behind its experts
 
     @property

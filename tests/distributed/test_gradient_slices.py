@@ -182,6 +182,7 @@ UPDATES: list[dict[str, Any]] = [
     {"micro_rows": 1, "parallel": {"zero_stage": 2}, "model": {"tie_embeddings": False, "router": NOISY.router}},
     {"micro_rows": 2, "dtype": "bfloat16", "value_decay": 0.5, "parallel": {"zero_stage": 2}},
     {"micro_rows": 4, "dtype": "bfloat16", "parallel": {"zero_stage": 1}},
+    {"micro_rows": 2, "parallel": {"zero_stage": 2, "transport": "peer_memory"}},
 ]
 
 
@@ -213,7 +214,12 @@ def updates(world: World, changes: dict[str, Any], schedule: str | int) -> dict[
 
 
 def both(world: World) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return [(updates(world, changes, "off"), updates(world, changes, 2)) for changes in UPDATES]
+    """Where ranks read each other's memory layers are whole."""
+    chunks = [1 if changes["parallel"].get("transport") == "peer_memory" else 2 for changes in UPDATES]
+    return [
+        (updates(world, changes, "off"), updates(world, changes, degree))
+        for changes, degree in zip(UPDATES, chunks, strict=True)
+    ]
 
 
 def test_two_ranks_update_bit_for_bit_as_where_zero_reduces() -> None:

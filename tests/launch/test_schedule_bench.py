@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from launch.bench import main
-from launch.benchmarks.chunks import Layer, measure_layer
+from launch.benchmarks.chunks import AroundName, Found, Schedule, Side, Stack, Told, measure_layers
+from launch.benchmarks.experts import draw_inputs, draw_matrices
 from launch.benchmarks.options import SHAPES
 from launch.benchmarks.planned import FIXED, MODELS, TESTBEDS, ScheduleCase, grid, one_link_tasks
 from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.schedule import against_bound, table
-from parallel.schedule.cost import Chunk
-from parallel.schedule.pipeline import ACROSS, COMPUTE, layer_tasks
+from parallel.schedule.cost import Chunk, Line
+from parallel.schedule.pipeline import ACROSS, COMPUTE, OFF, WHOLE, Degrees, layer_tasks
 from parallel.schedule.timeline import simulate
+from parallel.topology import World
+from parallel.transport import TransportKind
 from tests.parallel.schedule.chunks import esp_chunks
 
 SMALL = [
@@ -53,17 +59,57 @@ def test_the_table_shows_what_the_file_holds_and_ours_is_never_behind(
     assert "planned in" in cases[-1]["notes"][0]
 
 
-def test_a_layer_on_real_ranks_beside_its_prediction() -> None:
-    told = Layer(SHAPES["tiny"], 64, 32, (1, 3), seed=0, repeats=2)
-    found = on_ranks(measure_layer, 2, told, None, "cpu")
-    assert set(found.predicted_ms) == {"off", "degree 1", "degree 3", "plan"}
-    assert list(found.measured_ms) == ["peer memory, whole", *found.predicted_ms], "what training takes here comes first"
-    assert set(found.alone_ms) == {"computing", "communication"} and found.ours == "plan" and set(found.planned) == {"plan"}
-    assert min([*found.measured_ms.values(), *found.predicted_ms.values(), *found.alone_ms.values()]) > 0
-    assert 0 < found.attention_ms < found.least_ms
-    assert found.bound_ms == max(found.alone_ms.values())
-    assert found.profiles[0].count("r^2") == 6 and "exchange" in found.profiles[0]
-    case = ScheduleCase("a layer", {}, against_bound(found), {}, [])
+def same_numbers(world: World, told: Told) -> list[float]:
+    """How far gradients of dense parameters are from those of `off`, by schedule and transport; they are far from nothing."""
+    matrices = draw_matrices(told.shape, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1 + world.rank)
+    stack = Stack(told, world, torch.float32, draw_inputs(told.shape, told.tokens, "even", generator, matrices))
+    experts = tuple(tensor.detach() for tensor in matrices.values())
+    kinds: list[TransportKind] = ["messages", "peer_memory"]
+    sides = {kind: Side(stack, kind, experts) for kind in kinds}
+
+    def gradients(kind: TransportKind, schedule: Schedule) -> Tensor:
+        sides[kind].run("gradients", schedule)
+        return torch.cat([parameter.grad.flatten() for parameter in stack.dense.parameters() if parameter.grad is not None])
+
+    layers = told.layers
+    wanted = gradients("messages", Schedule([OFF] * layers))
+    assert wanted.abs().max() > 0.1 and wanted.numel() == stack.slices.total
+    assert torch.equal(world.sum(wanted.clone()), world.size * wanted), "ranks have the same mean"
+    at_once = gradients("messages", Schedule([WHOLE] * layers, ()))
+    known = stack.slices.gradients(Line(0.0, 1.0))
+    in_slices = gradients("messages", Schedule([Degrees(3, 2)] * layers, known.when_complete_P))
+    in_place = gradients("peer_memory", Schedule([WHOLE] * layers, known.when_complete_P))
+    behind = gradients("peer_memory", Schedule([WHOLE] * layers))
+    assert sum(known.when_complete_P) == 2 * wanted.numel() * wanted.itemsize // 3, "all but the first layer's"
+    assert torch.equal(at_once, in_slices) and torch.equal(behind, in_place), "no bit depends on the slices"
+    return [float((found - wanted).abs().max() / wanted.abs().max()) for found in (at_once, behind)]
+
+
+def both(world: World, told: Told, cases: None) -> tuple[dict[AroundName, Found], list[float]]:
+    return measure_layers(world, told, cases), same_numbers(world, told)
+
+
+def test_layers_on_real_ranks_beside_their_prediction() -> None:
+    """And every schedule averages the same gradients."""
+    told = Told(SHAPES["tiny"], 64, 32, layers=3, degrees=(1, 3), around=get_args(AroundName), seed=0, repeats=2)
+    by_around, differences = on_ranks(both, 2, told, None, "cpu")
+    assert max(differences) < 1e-5
+    assert list(by_around) == list(get_args(AroundName))
+    for around, found in by_around.items():
+        sliced = around == "gradients"
+        assert set(found.predicted_ms) == {"off", "degree 1", "degree 3", "plan"}
+        in_place = ["peer memory, gradients behind", "peer memory, whole"] if sliced else ["peer memory, whole"]
+        assert list(found.measured_ms) == [*in_place, *found.predicted_ms], "what training takes here comes first"
+        assert set(found.alone_ms) == {"computing", "communication"} and found.ours == "plan"
+        assert min([*found.measured_ms.values(), *found.predicted_ms.values(), *found.alone_ms.values()]) > 0
+        assert found.bound_ms == max(found.alone_ms.values()) <= found.least_ms * (1 + 1e-9)
+        assert (found.unshared_ms == 0) == (around == "nothing")
+        assert set(found.planned) == {"plan"} and ("of the gradients under" in found.planned["plan"]) == sliced
+        assert found.profiles[0].count("r^2") == 6 and "exchange" in found.profiles[0]
+    assert by_around["nothing"].predicted_ms["off"] < by_around["attention"].predicted_ms["off"]
+    assert by_around["attention"].predicted_ms["off"] <= by_around["gradients"].predicted_ms["off"]
+    case = ScheduleCase("layers", {}, against_bound(found), {}, [])
     cells = [list(column.cells) for column in table(case).columns]
     assert cells[0] == [*list(found.measured_ms)[:-1], "computing alone", "communication alone", "plan"]
     for name, bound, predicted in zip(cells[0], cells[2], cells[3], strict=True):

@@ -65,6 +65,16 @@ def test_degrees_stay_while_they_are_nearly_the_fastest(
         assert now == (present if good else other)
 
 
+@given(costs, works, st.integers(1, 40), st.sets(st.sampled_from(DEGREES), min_size=1))
+def test_degrees_that_were_measured_come_first(measured: ExecutionCosts, work: LayerWork, tokens: int, tried: set[int]) -> None:
+    """A layer takes what its parts say, so what was measured changes no time."""
+    found = plan_layer(replace(measured, times=((0, 1.0), *((degree, 1.0) for degree in sorted(tried)))), work, tokens)
+    for tasks_of, degree in ((forward_tasks, found.degrees.forward), (backward_tasks, found.degrees.backward)):
+        seconds = {one: simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens}
+        near = [one for one, taken in seconds.items() if taken <= (1 + NEARLY) * min(seconds.values())]
+        assert degree == min(tried & {*near}, default=near[0])
+
+
 @given(costs, works, st.sampled_from(DEGREES))
 def test_every_degree_keeps_the_bound_and_the_order(measured: ExecutionCosts, work: LayerWork, degree: int) -> None:
     ahead, back = (simulate(tasks_of(measured, work, degree)) for tasks_of in (forward_tasks, backward_tasks))
