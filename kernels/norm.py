@@ -36,6 +36,14 @@ def rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
     return y_THd
 
 
+def norm_rotate(x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    """`rotate` of the `rms_norm` of every head, read and written once on a GPU."""
+    if not _takes_kernel(x_THd):
+        return rotate(rms_norm(x_THd, weight_d, eps), cosines_Td, sines_Td)
+    y_THd: Tensor = _NormRotate.apply(x_THd, weight_d, eps, cosines_Td, sines_Td)
+    return y_THd
+
+
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return functional.rms_norm(x.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x.dtype)
@@ -111,6 +119,27 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, d_THd: Tensor) -> tuple[Tensor | None, ...]:
         cosines_Td, sines_Td = ctx.saved_tensors
         return _rotated(d_THd, cosines_Td, sines_Td, back=True), None, None
+
+
+class _NormRotate(torch.autograd.Function):
+    """On a GPU; elsewhere it is the one behind the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+        from kernels.triton_norm import launch_norm_rotate
+
+        ctx.save_for_backward(x_THd, weight_d, cosines_Td, sines_Td)
+        ctx.eps = eps
+        return launch_norm_rotate(x_THd, weight_d, eps, cosines_Td, sines_Td)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_THd: Tensor) -> tuple[Tensor | None, ...]:
+        from kernels.triton_norm import launch_norm_rotate_backward
+
+        x_THd, weight_d, cosines_Td, sines_Td = ctx.saved_tensors
+        d_x_THd, d_weight_d = launch_norm_rotate_backward(x_THd, weight_d, ctx.eps, cosines_Td, sines_Td, d_THd)
+        return d_x_THd, d_weight_d, None, None, None
 
 
 def _rotated(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: bool) -> Tensor:

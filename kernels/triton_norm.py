@@ -110,6 +110,61 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: boo
     return y_THd
 
 
+def launch_norm_rotate(x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    """kernels.norm.norm_rotate."""
+    tokens, heads, size = x_THd.shape
+    y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
+    if y_THd.numel():
+        launch(
+            _norm_rotate_kernel,
+            (tokens,),
+            x_THd,
+            weight_d,
+            cosines_Td.contiguous(),
+            sines_Td.contiguous(),
+            y_THd,
+            *x_THd.stride(),
+            eps,
+            H=heads,
+            D=size,
+            BLOCK_H=triton.next_power_of_2(heads),
+            BLOCK_D=triton.next_power_of_2(size // 2),
+            **early(x_THd.device, tokens),
+        )
+    return y_THd
+
+
+def launch_norm_rotate_backward(
+    x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor, d_THd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of the weight)."""
+    tokens, heads, size = x_THd.shape
+    out_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
+    partial_Pd = torch.empty(min(tokens, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x_THd.device)
+    if out_THd.numel():
+        launch(
+            _norm_rotate_backward_kernel,
+            (partial_Pd.shape[0],),
+            x_THd,
+            weight_d,
+            cosines_Td.contiguous(),
+            sines_Td.contiguous(),
+            d_THd,
+            out_THd,
+            partial_Pd,
+            tokens,
+            *x_THd.stride(),
+            *d_THd.stride(),
+            eps,
+            H=heads,
+            D=size,
+            BLOCK_H=triton.next_power_of_2(heads),
+            BLOCK_D=triton.next_power_of_2(size // 2),
+            **early(x_THd.device, tokens),
+        )
+    return out_THd, partial_Pd.sum(0).to(weight_d.dtype)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x,
@@ -186,6 +241,103 @@ def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + row[:, None] * D + d[None, :], d_RD.to(out.dtype.element_ty), mask=there)
         d_weight_D += tl.sum(d_y_RD * normed_RD, 0)
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, d_weight_D, mask=d < D)
+
+
+@triton.jit
+def _halves(x, at, half: tl.constexpr, unit, there):  # type: ignore[no-untyped-def]
+    """Features 0 .. d/2 - 1 and those that they turn with, float32."""
+    first = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    return first, tl.load(x + at + half * unit, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    cosines,
+    sines,
+    y,
+    token_stride,
+    head_stride,
+    unit_stride,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """What is normed is rounded to the dtype of `y` before it turns, as it is between two kernels."""
+    head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    half: tl.constexpr = D // 2
+    w_first, w_second = _halves(weight, d, half, 1, d < half)
+    begin(EARLY)
+    token = tl.program_id(0).to(tl.int64)
+    there = (head < H)[:, None] & (d < half)[None, :]
+    at = token * token_stride + head[:, None] * head_stride + d[None, :] * unit_stride
+    first, second = _halves(x, at, half, unit_stride, there)
+    cos_first, cos_second = _halves(cosines, token * D + d, half, 1, d < half)
+    sin_first, sin_second = _halves(sines, token * D + d, half, 1, d < half)
+    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+    first = (first * scale * w_first[None, :]).to(y.dtype.element_ty).to(tl.float32)
+    second = (second * scale * w_second[None, :]).to(y.dtype.element_ty).to(tl.float32)
+    y_at = y + (token * H + head[:, None]) * D + d[None, :]
+    tl.store(y_at, (first * cos_first[None, :] - second * sin_first[None, :]).to(y.dtype.element_ty), mask=there)
+    tl.store(y_at + half, (second * cos_second[None, :] + first * sin_second[None, :]).to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    cosines,
+    sines,
+    d_y,
+    out,
+    partial,
+    tokens,
+    token_stride,
+    head_stride,
+    unit_stride,
+    d_token_stride,
+    d_head_stride,
+    d_unit_stride,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Back by the angles, then as _rms_norm_backward_kernel, with the two halves of a head beside each other."""
+    head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    half: tl.constexpr = D // 2
+    begin(EARLY)
+    w_first, w_second = _halves(weight, d, half, 1, d < half)
+    there = (head < H)[:, None] & (d < half)[None, :]
+    d_w_first, d_w_second = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for number in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.cast(number, tl.int64)
+        at = token * token_stride + head[:, None] * head_stride + d[None, :] * unit_stride
+        first, second = _halves(x, at, half, unit_stride, there)
+        d_at = token * d_token_stride + head[:, None] * d_head_stride + d[None, :] * d_unit_stride
+        d_first, d_second = _halves(d_y, d_at, half, d_unit_stride, there)
+        cos_first, cos_second = _halves(cosines, token * D + d, half, 1, d < half)
+        sin_first, sin_second = _halves(sines, token * D + d, half, 1, d < half)
+        back_first = d_first * cos_first[None, :] + d_second * sin_second[None, :]
+        back_second = d_second * cos_second[None, :] - d_first * sin_first[None, :]
+        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+        first, second = first * scale, second * scale
+        through_first, through_second = back_first * w_first[None, :], back_second * w_second[None, :]
+        along = ((tl.sum(through_first * first, 1) + tl.sum(through_second * second, 1)) / D)[:, None]
+        out_at = out + (token * H + head[:, None]) * D + d[None, :]
+        tl.store(out_at, ((through_first - first * along) * scale).to(out.dtype.element_ty), mask=there)
+        tl.store(out_at + half, ((through_second - second * along) * scale).to(out.dtype.element_ty), mask=there)
+        d_w_first += tl.sum(back_first * first, 0)
+        d_w_second += tl.sum(back_second * second, 0)
+    partial_at = partial + tl.program_id(0).to(tl.int64) * D + d
+    tl.store(partial_at, d_w_first, mask=d < half)
+    tl.store(partial_at + half, d_w_second, mask=d < half)
 
 
 @triton.jit

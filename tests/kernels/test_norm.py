@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.norm import add_rms_norm, rms_norm, rms_norm_reference, rotate, rotate_reference
+from kernels.norm import add_rms_norm, norm_rotate, rms_norm, rms_norm_reference, rotate, rotate_reference
 
 
 def numbers(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,6 +46,25 @@ def test_the_backward_kernel_follows_autograd(
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 24), (1, 1, 2), (7, 4, 16), (0, 2, 8)])
+def test_the_kernels_of_both_follow_one_behind_the_other(
+    kernel_device: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import triton_norm
+
+    monkeypatch.setattr(triton_norm, "BACKWARD_PROGRAMS", 2)
+    x = numbers(shape[0], shape[1], 2 * shape[2], device=kernel_device)[:, :, ::2]
+    d_y = numbers(shape[1], shape[0], shape[2], device=kernel_device).transpose(0, 1)
+    weight = numbers(shape[2], device=kernel_device)
+    angles = numbers(shape[0], shape[2] // 2, device=kernel_device).repeat(1, 2)
+    turns = angles.cos(), angles.sin()
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = rotate_reference(rms_norm_reference(*leaves, 1e-6), *turns)
+    torch.testing.assert_close(triton_norm.launch_norm_rotate(x, weight, 1e-6, *turns), expected.detach())
+    found = triton_norm.launch_norm_rotate_backward(x, weight, 1e-6, *turns, d_y)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaves, d_y))
+
+
 def test_gradients() -> None:
     x, weight = numbers(4, 3, 8).double().requires_grad_(), numbers(8).double().requires_grad_()
     angles = numbers(4, 4).double().repeat(1, 2)
@@ -76,10 +95,14 @@ def test_on_a_gpu_a_tokens_bits_do_not_depend_on_the_others(dtype: torch.dtype) 
     x, weight = numbers(700, 16, 64, device="cuda", dtype=dtype), numbers(64, device="cuda", dtype=dtype)
     angles = numbers(700, 32, device="cuda").repeat(1, 2)
     whole, turned = rms_norm(x, weight, 1e-6), rotate(x, angles.cos(), angles.sin())
+    both = norm_rotate(x, weight, 1e-6, angles.cos(), angles.sin())
+    torch.testing.assert_close(both, rotate_reference(rms_norm_reference(x, weight, 1e-6), angles.cos(), angles.sin()))
     assert torch.equal(add_rms_norm(x / 2, x / 2, weight, 1e-6)[1], whole)
     torch.testing.assert_close(whole, rms_norm_reference(x, weight, 1e-6))
     torch.testing.assert_close(turned, rotate_reference(x, angles.cos(), angles.sin()))
     for count in (1, 3, 16, 100):
         some = torch.randperm(700, device="cuda")[:count]
         assert torch.equal(rms_norm(x[some], weight, 1e-6), whole[some])
-        assert torch.equal(rotate(x[some], angles[some].cos(), angles[some].sin()), turned[some])
+        turns = angles[some].cos(), angles[some].sin()
+        assert torch.equal(rotate(x[some], *turns), turned[some])
+        assert torch.equal(norm_rotate(x[some], weight, 1e-6, *turns), both[some])

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from kernels.expert_mlp import swiglu
 from kernels.linear import linears
-from kernels.norm import add_rms_norm, rms_norm, rotate
+from kernels.norm import add_rms_norm, norm_rotate, rms_norm, rotate
 from trainer.config.model import ModelConfig
 
 
@@ -69,6 +69,18 @@ class RMSNorm(nn.Module):
         return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of every head by itself, which its token's angles then turn: both in one pass over memory."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BSHd: Tensor, angles: Angles) -> Tensor:
+        return norm_rotate(x_BSHd.flatten(0, 1), self.weight, self.eps, *angles).view_as(x_BSHd)
+
+
 class SwiGLU(nn.Module):
     """The MLP of a dense layer, and the shared experts of an MoE layer; rows 0..F of `gate_up` are the gate."""
 
@@ -92,18 +104,14 @@ class Attention(nn.Module):
         self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.norms_all_heads = config.qk_norm == "all_heads"
         self.query_norm = self._norm(config, config.num_heads)
         self.key_norm = self._norm(config, config.num_kv_heads)
 
     def forward(self, layer: int, x_BSD: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
         query, key, value = side_by_side(x_BSD, self.query, self.key, self.value)
-        if not self.norms_all_heads:
-            query, key = query.view(heads), key.view(heads)
-        query_BSHd = self._turned(self.query_norm(query).view(heads), angles)
-        key_BSGd = self._turned(self.key_norm(key).view(heads), angles)
-        value_BSGd = value.view(heads)
+        query_BSHd = self._turned(query, self.query_norm, angles)
+        key_BSGd = self._turned(key, self.key_norm, angles)
+        value_BSGd = value.unflatten(2, (-1, self.head_dim))
         out_BHSd = attend(layer, query_BSHd.transpose(1, 2), key_BSGd.transpose(1, 2), value_BSGd.transpose(1, 2))
         out_BSD: Tensor = self.output(out_BHSd.transpose(1, 2).flatten(2))
         return out_BSD
@@ -112,8 +120,14 @@ class Attention(nn.Module):
     def _norm(config: ModelConfig, heads: int) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
-        return RMSNorm(config.head_dim * (heads if config.qk_norm == "all_heads" else 1), config.norm_eps)
+        if config.qk_norm == "all_heads":
+            return RMSNorm(config.head_dim * heads, config.norm_eps)
+        return HeadNorm(config.head_dim, config.norm_eps)
 
-    @staticmethod
-    def _turned(x_BSHd: Tensor, angles: Angles) -> Tensor:
+    def _turned(self, x_BSN: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
+        """The heads of `x_BSN`, normed and rotated."""
+        if isinstance(norm, HeadNorm):
+            turned: Tensor = norm(x_BSN.unflatten(2, (-1, self.head_dim)), angles)
+            return turned
+        x_BSHd = norm(x_BSN).unflatten(2, (-1, self.head_dim))
         return rotate(x_BSHd.flatten(0, 1), *angles).view_as(x_BSHd)
