@@ -10,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import launch
-
 BLOCK = 4096
 
 
 def launch_accumulate(total: Tensor, part: Tensor) -> None:
     """kernels.accumulate.accumulate."""
     if total.numel():
-        launch(_add_kernel, (triton.cdiv(total.numel(), BLOCK),), total, part, total.numel(), BLOCK=BLOCK, num_warps=8)
+        _add_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, part, total.numel(), BLOCK=BLOCK, num_warps=8)
 
 
 @triton.jit

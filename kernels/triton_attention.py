@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 from kernels.ragged import Ragged
 
 BLOCK = 64  # keys of a step, and of a page
@@ -31,9 +31,7 @@ def launch_attention(q_THd: Tensor, keys: Tensor, values: Tensor, spans: Ragged)
     log_sum_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
     shared = heads // groups
     rows = max(64, triton.next_power_of_2(spans.tile_queries * shared))
-    launch(
-        _attention_kernel,
-        (spans.tile_sequence.shape[0], groups),
+    _attention_kernel[(spans.tile_sequence.shape[0], groups)](
         q_THd,
         keys,
         values,
@@ -70,9 +68,7 @@ def launch_put(k_TGd: Tensor, v_TGd: Tensor, places_T: Tensor, keys_PpGd: Tensor
     """kernels.attention.put_pages."""
     tokens, groups, size = k_TGd.shape
     if tokens:
-        launch(
-            _put_kernel,
-            (tokens, 2),
+        _put_kernel[(tokens, 2)](
             k_TGd,
             v_TGd,
             places_T,

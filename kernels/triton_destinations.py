@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.expert_order import ExpertOrder
-from kernels.launches import launch
 
 BLOCK = 512
 
@@ -25,9 +24,7 @@ def launch_destinations(
     rank_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=experts_TK.device)
     entries = experts_TK.numel()
     if entries:
-        launch(
-            _destinations_kernel,
-            (triton.cdiv(entries, BLOCK),),
+        _destinations_kernel[(triton.cdiv(entries, BLOCK),)](
             experts_TK,
             None if order is None else order.place_N,
             None if order is None else order.ends_E,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 
 CHUNK = 64  # entries whose ranks are found at once
 WARPS_FEW, WARPS = 4, 2  # for latency; for many programs at once
@@ -43,25 +43,12 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
-    options = early(device, experts_TK.shape[0])
+    launch = early(device, experts_TK.shape[0])
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     if counted:
-        launch(
-            _count_kernel,
-            (spans,),
-            experts_TK,
-            before_EP,
-            num_entries,
-            span,
-            E=num_experts,
-            E_PADDED=padded,
-            CHUNK=CHUNK,
-            **options,
-        )
-        launch(_before_kernel, (num_experts,), before_EP, counts_E, spans, BLOCK=SPANS, **options)
-    launch(
-        _order_kernel,
-        (spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),),
+        _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
+        _before_kernel[(num_experts,)](before_EP, counts_E, spans, BLOCK=SPANS, **launch)
+    _order_kernel[(spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),)](
         experts_TK,
         before_EP if counted else None,
         entry_N,
@@ -84,7 +71,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
         SLOTS=SLOTS,
         BLOCK=BLOCK,
         num_warps=WARPS if counted else WARPS_FEW,
-        **options,
+        **launch,
     )
     return entry_N, place_N, counts_E, ends_E, tile_expert_M, tile_row_M, num_tiles, by_load_E
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 
 FEW_ROWS = 256
 MANY_OUTPUTS = 16384  # as of a vocabulary: wide tiles are enough of them to keep every multiprocessor busy
@@ -33,9 +33,7 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
     absent = MOST_WEIGHTS - len(weights_NK)
     weights = [*weights_NK, *[weights_NK[0]] * absent]
     tiles = sum(triton.cdiv(size, block_n) for size in sizes)
-    launch(
-        _linears_kernel,
-        (triton.cdiv(rows, block_m) * tiles,),
+    _linears_kernel[(triton.cdiv(rows, block_m) * tiles,)](
         x_MK,
         *weights,
         *results,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 
 NUMBERS = 1024  # of a program, so that a few rows keep many programs busy
 BACKWARD_NUMBERS = 4096  # of a step there, so that a program, which takes one after the other, has enough under way
@@ -25,9 +25,7 @@ def launch_rms_norm(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: flo
     updates_RD = rows_RD if update is None else _rows(update)
     block, rows = _tile(size)
     if y.numel():
-        launch(
-            _rms_norm_kernel,
-            (triton.cdiv(rows_RD.shape[0], rows),),
+        _rms_norm_kernel[(triton.cdiv(rows_RD.shape[0], rows),)](
             rows_RD,
             None if update is None else updates_RD,
             weight_D,
@@ -55,9 +53,7 @@ def launch_rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tenso
     tiles = triton.cdiv(rows_RD.shape[0], rows) if out.numel() else 0
     partial_PD = torch.empty(min(tiles, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x.device)
     if tiles:
-        launch(
-            _rms_norm_backward_kernel,
-            (partial_PD.shape[0],),
+        _rms_norm_backward_kernel[(partial_PD.shape[0],)](
             rows_RD,
             weight_D,
             d_y_RD,
@@ -92,9 +88,7 @@ def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: boo
     tokens, heads, size = x_THd.shape
     y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     if y_THd.numel():
-        launch(
-            _rotate_kernel,
-            (tokens,),
+        _rotate_kernel[(tokens,)](
             x_THd,
             cosines_Td.contiguous(),
             sines_Td.contiguous(),
@@ -115,9 +109,7 @@ def launch_norm_rotate(x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: 
     tokens, heads, size = x_THd.shape
     y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     if y_THd.numel():
-        launch(
-            _norm_rotate_kernel,
-            (tokens,),
+        _norm_rotate_kernel[(tokens,)](
             x_THd,
             weight_d,
             cosines_Td.contiguous(),
@@ -142,9 +134,7 @@ def launch_norm_rotate_backward(
     out_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     partial_Pd = torch.empty(min(tokens, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x_THd.device)
     if out_THd.numel():
-        launch(
-            _norm_rotate_backward_kernel,
-            (partial_Pd.shape[0],),
+        _norm_rotate_backward_kernel[(partial_Pd.shape[0],)](
             x_THd,
             weight_d,
             cosines_Td.contiguous(),

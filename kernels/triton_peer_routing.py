@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import launch
 from kernels.peers import HEADER, PeerChoices, RowPlan
 
 BLOCK = 128  # tokens of a program
@@ -30,11 +29,9 @@ def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
     )
     grid = (triton.cdiv(capacity, BLOCK), size)
     sizes = {"W": size, "K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "BLOCK": BLOCK, "HEAD": HEADER}
-    launch(_wants_kernel, grid, choices.pointers_W, wants_WV, plan.numbers, capacity, rank, **sizes)
+    _wants_kernel[grid](choices.pointers_W, wants_WV, plan.numbers, capacity, rank, **sizes)
     upto_WV = wants_WV.flatten().cumsum(0, dtype=torch.int32)
-    launch(
-        _rows_kernel,
-        grid,
+    _rows_kernel[grid](
         choices.pointers_W,
         wants_WV,
         upto_WV,

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import launch
 from kernels.peers import LANE_BYTES, PeerRows
 
 BLOCK_D = 2048  # numbers of a row that a program moves
@@ -27,9 +26,7 @@ def launch_pull(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:
     assert out_RD.stride(0) == rows.width and out_RD.dtype == rows.dtype, (out_RD.stride(), out_RD.dtype, rows.dtype)
     block_d = _block_d(rows)
     if row_V.shape[0] and rows.width:
-        launch(
-            _pull_kernel,
-            (row_V.shape[0], triton.cdiv(rows.width, block_d)),
+        _pull_kernel[(row_V.shape[0], triton.cdiv(rows.width, block_d))](
             rows.pointers_W,
             row_V,
             out_RD,
@@ -50,9 +47,7 @@ def launch_sum(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     out_TD = torch.empty(tokens, rows.width, dtype=rows.dtype, device=rank_TK.device)
     block_d = _block_d(rows)
     if tokens and rows.width:
-        launch(
-            _sum_kernel,
-            (tokens, triton.cdiv(rows.width, block_d)),
+        _sum_kernel[(tokens, triton.cdiv(rows.width, block_d))](
             rows.pointers_W,
             rank_TK,
             row_WT,
@@ -76,9 +71,7 @@ def launch_pick(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     out_TK = torch.empty(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
     block = 256
     if out_TK.numel():
-        launch(
-            _pick_kernel,
-            (triton.cdiv(out_TK.numel(), block),),
+        _pick_kernel[(triton.cdiv(out_TK.numel(), block),)](
             rows.pointers_W,
             rank_TK,
             row_WT,

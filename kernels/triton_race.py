@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 from kernels.triton_log1p import log1p
 
 BLOCK = 2048  # numbers that a program looks at together
@@ -34,9 +34,7 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
     parts = triton.cdiv(vocabulary, span)
     best_BP = torch.empty(rows, parts, dtype=torch.int64, device=device)
     assert logits_BV.dtype == torch.float32 and uids_B.dtype == positions_B.dtype == torch.int64
-    launch(
-        _race_kernel,
-        (rows, parts),
+    _race_kernel[(rows, parts)](
         logits_BV,
         uids_B,
         positions_B,
@@ -52,7 +50,7 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
         num_warps=8,
         **early(device, rows),
     )
-    launch(_winner_kernel, (rows,), best_BP, tokens_B, parts, PADDED=triton.next_power_of_2(parts), **early(device, rows))
+    _winner_kernel[(rows,)](best_BP, tokens_B, parts, PADDED=triton.next_power_of_2(parts), **early(device, rows))
     return tokens_B
 
 

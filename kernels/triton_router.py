@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels.launches import early, launch
+from kernels.launches import early
 from kernels.triton_router_kernels import add_kernel, route_backward_kernel, route_kernel
 
 TILE_NUMBERS = 2048  # of a program's tile, unless that means fewer than 16 tokens or more than 128
@@ -148,9 +148,7 @@ def launch_route(
     if settings.auxiliary:
         partial_sums = torch.empty(programs, experts + 2, dtype=torch.float32, device=device)
     if tokens:
-        launch(
-            route_kernel,
-            (programs,),
+        route_kernel[(programs,)](
             logits_TE,
             None if bias_E is None else bias_E.contiguous(),
             None if valid_T is None else valid_T.contiguous(),
@@ -169,17 +167,8 @@ def launch_route(
     if partial_sums is None:
         return experts_TK, weights_TK, counts_E, None
     score_sums_E, z_loss, num_valid = (torch.empty(shape, device=device) for shape in ((experts,), (), ()))
-    launch(
-        add_kernel,
-        (triton.cdiv(experts, 32),),
-        partial_sums,
-        score_sums_E,
-        z_loss,
-        num_valid,
-        programs,
-        E=experts,
-        BLOCK_P=128,
-        BLOCK_E=32,
+    add_kernel[(triton.cdiv(experts, 32),)](
+        partial_sums, score_sums_E, z_loss, num_valid, programs, E=experts, BLOCK_P=128, BLOCK_E=32
     )
     return experts_TK, weights_TK, counts_E, (score_sums_E, z_loss, num_valid)
 
@@ -197,9 +186,7 @@ def launch_route_backward(
     grad_logits_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
     if not logits_TE.shape[0]:
         return grad_logits_TE
-    launch(
-        route_backward_kernel,
-        (triton.cdiv(logits_TE.shape[0], settings.block_tokens),),
+    route_backward_kernel[(triton.cdiv(logits_TE.shape[0], settings.block_tokens),)](
         logits_TE,
         experts_TK,
         None if valid_T is None else valid_T.contiguous(),

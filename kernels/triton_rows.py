@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early, launch
+from kernels.launches import begin, early
 
 BLOCK_D = 2048  # of a program
 SPREAD_NUMBERS = 4096  # of a program; 32 a thread, written K times
@@ -31,9 +31,7 @@ def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> 
     if not tokens or not hidden:
         return
     (x_stride, x_unit), (out_stride, out_unit) = _stride(x_TD), _stride(out_ND)
-    launch(
-        _spread_kernel,
-        (triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_d)),
+    _spread_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_d))](
         x_TD,
         place_N,
         out_ND,
@@ -64,9 +62,7 @@ def launch_combine(
         return out_TD, sums_TK
     block_d = _block_d(hidden)
     y_stride, y_unit = _stride(y_ND)
-    launch(
-        _combine_kernel,
-        (tokens, triton.cdiv(hidden, block_d)),
+    _combine_kernel[(tokens, triton.cdiv(hidden, block_d))](
         y_ND,
         place_N,
         None if weights_TK is None else weights_TK.contiguous(),

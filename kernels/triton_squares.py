@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import launch
-
 BLOCK = 2048  # numbers that a program reads at once
 STEPS = 16  # of them, one after the other
 
@@ -26,8 +24,8 @@ def launch_squares(gradient: Tensor) -> Tensor:
     programs = triton.cdiv(numbers, BLOCK * STEPS)
     partial = torch.empty(experts, programs, dtype=torch.float64, device=device)
     total = torch.empty(experts, dtype=torch.float64, device=device)
-    launch(_squares_kernel, (experts, programs), gradient, partial, numbers, programs, BLOCK=BLOCK, STEPS=STEPS, num_warps=8)
-    launch(_sum_kernel, (experts,), partial, total, programs, BLOCK=BLOCK, num_warps=4)
+    _squares_kernel[(experts, programs)](gradient, partial, numbers, programs, BLOCK=BLOCK, STEPS=STEPS, num_warps=8)
+    _sum_kernel[(experts,)](partial, total, programs, BLOCK=BLOCK, num_warps=4)
     return total
 
 

@@ -41,7 +41,6 @@ from kernels.hopper.ring import (
     stacked_rows,
     swizzled,
 )
-from kernels.launches import launch
 
 WIDTH = 256
 
@@ -165,9 +164,7 @@ def d_weights(
     width = WIDTH if columns > 128 else 128
     m_tiles, n_tiles = triton.cdiv(height, ROWS.value), triton.cdiv(columns, width)
     matrix, slot_rows = stacked_rows(out_SAB, "the gradient")
-    launch(
-        kernel,
-        (multiprocessors(left.device),),
+    kernel[(multiprocessors(left.device),)](
         clipped(left, (DEPTH.value, HALF.value)),
         blocks(right_RB, (DEPTH.value, width)),
         blocks(matrix, (HALF.value, PIECE.value)),

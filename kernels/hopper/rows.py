@@ -58,7 +58,7 @@ from kernels.hopper.ring import (
     swizzled,
     write,
 )
-from kernels.launches import early, launch
+from kernels.launches import early
 
 NARROW_GAIN = 0.9  # narrow tiles read the rows twice as often, so they must share by a tenth better
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -376,9 +376,7 @@ def _launch(
     dots: Tensor | None = None,
 ) -> None:
     half = (HALF.value, PIECE.value)
-    launch(
-        kernel,
-        (multiprocessors(left.device),),
+    kernel[(multiprocessors(left.device),)](
         blocks(left, half),
         right,
         *((None, None) if h_in is None else (blocks(matrix, half) for matrix in gate_and_up(h_in))),

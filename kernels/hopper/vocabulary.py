@@ -39,7 +39,6 @@ from kernels.hopper.ring import (
     place,
     swizzled,
 )
-from kernels.launches import launch
 
 WIDTH = 256
 GROUP = gl.constexpr(64)  # row tiles that go through all columns together; at D = 2048 their 34 MB stay in the L2 cache
@@ -198,18 +197,8 @@ def statistics_of(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, tempera
     logprobs_T, entropy_T, log_sum_T = hidden_TD.new_empty(3, tokens, dtype=torch.float32)
     target_logit_T = torch.full_like(logprobs_T, math.nan)  # what a target outside of the vocabulary keeps
     _launch(hidden_TD, head_VD, targets_T, temperature, 0, tiles, None, partials=partials, target_logit_T=target_logit_T)
-    launch(
-        reduce_kernel,
-        (triton.cdiv(tokens, REDUCE_TOKENS),),
-        partials,
-        target_logit_T,
-        logprobs_T,
-        entropy_T,
-        log_sum_T,
-        tokens,
-        tiles,
-        TOKENS=REDUCE_TOKENS,
-        TILES=REDUCE_TILES,
+    reduce_kernel[(triton.cdiv(tokens, REDUCE_TOKENS),)](
+        partials, target_logit_T, logprobs_T, entropy_T, log_sum_T, tokens, tiles, TOKENS=REDUCE_TOKENS, TILES=REDUCE_TILES
     )
     return logprobs_T, entropy_T, log_sum_T
 
@@ -246,9 +235,7 @@ def _launch(
     constants_4T: Tensor | None = None,
 ) -> None:
     tokens, hidden = hidden_TD.shape
-    launch(
-        kernel,
-        (multiprocessors(hidden_TD.device),),
+    kernel[(multiprocessors(hidden_TD.device),)](
         blocks(hidden_TD, (HALF.value, DEPTH.value)),
         blocks(head_VD, (WIDTH, DEPTH.value)),
         blocks(hidden_TD if out_TW is None else out_TW, (HALF.value, PIECE.value)),
