@@ -42,8 +42,10 @@ class Search:
     within: float  # of the best plan's time: what is expected to take more is not looked at
 
 
-# A plan shall take 1 ms of the host's time for 64 devices with room for 4 copies, and 20 for 1,024.
-SEARCHES = Search(64, 3, 320, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
+# A plan shall take 1 ms of the host's time for 64 devices with room for 4 copies, and 20 for 1,024. Ahead of a step all layers
+# are planned together, which makes small ones cheap; a single one, behind its gate, is waited for.
+SEARCHES = Search(64, 6, 640, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
+BEHIND_THE_GATE = Search(64, 3, 320, 1.1), *SEARCHES[1:]
 
 
 class Policy(Protocol):
@@ -171,7 +173,8 @@ def _search(best: _Timed, some: Ints, loads_LE: Floats, owner_LE: Ints, setting:
     if present is None:
         expected_PC[:, 0] *= AHEAD
     expected_PC[~there_PC] = np.inf
-    search = next(one for one in SEARCHES if topology.devices * memory <= one.seats)
+    searches = SEARCHES if present is None else BEHIND_THE_GATE
+    search = next(one for one in searches if topology.devices * memory <= one.seats)
     turns = [_Turns(*one, search) for one in zip(expected_PC, extra_PCE.sum(axis=2), strict=True)]
     while True:
         limit_P = (best.total_L[some] * search.within).tolist()
