@@ -221,13 +221,13 @@ def _take_better(
     present: Placements | None,
     *,
     nearest_first: bool = True,
-) -> Ints:
-    """Takes plans of the layers `at_P` that take less time; returns of which layers. Times of weights are looked at last."""
+) -> None:
+    """Takes plans of the layers `at_P` that take less time. Times of weights are looked at last."""
     found = flows_of(placements, setting.topology, loads_LE[at_P], weight_PED, nearest_first=nearest_first)
     passing_P, limit_P = _passing(found, setting), best.total_L[at_P] * LESS
     better = np.flatnonzero(passing_P < limit_P)
     if not len(better):
-        return at_P[better]
+        return
     weights_P = weights_times(placements[better], setting, present and present[at_P[better]]).total_L
     cheaper = passing_P[better] + weights_P < limit_P[better]
     better, weights_P = better[cheaper], weights_P[cheaper]
@@ -240,7 +240,6 @@ def _take_better(
         for place in better.tolist()
     ]
     best.take(at_P[better], plans, found.entries_D[better], passing_P[better], weights_P)
-    return at_P[better]
 
 
 def _level(best: _Timed, some: Ints, loads_LE: Floats, setting: Setting) -> None:
