@@ -94,7 +94,10 @@ def by_cost(loads_LE: Floats, owner_LE: Ints, setting: Setting) -> list[Plan]:
     for first in range(0, layers, at_once):
         loads_PE, owner_PE = loads_LE[first : first + at_once], owner_LE[first : first + at_once]
         bare = [plain(loads_E, owner_E, setting) for loads_E, owner_E in zip(loads_PE, owner_PE, strict=True)]
-        plans += _cheapest(_Timed.of(bare, loads_PE, setting, present=None), loads_PE, setting, present=None)
+        placements = Placements.of(*(plan.placement for plan in bare))
+        found, weights = flows_of(placements, setting.topology, loads_PE), weights_times(placements, setting, None)
+        best = _Timed(bare, found.entries_D, _passing(found, setting), weights.total_L)
+        plans += _cheapest(best, loads_PE, setting, present=None)
     return plans
 
 
@@ -105,10 +108,13 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     adds copies; here the room of copies that turned out useless may be used too.
     """
     there = flows(plan, setting.topology, loads_E)
-    if float(_passing(there, setting)) * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
+    passing_s = float(_passing(there, setting))
+    if passing_s * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
         return plan
-    loads_LE, present = loads_E[None], Placements.of(plan.placement)
-    (found,) = _cheapest(_Timed.of([plan], loads_LE, setting, present), loads_LE, setting, present)
+    present = Placements.of(plan.placement)
+    weights_L = weights_times(present, setting, present).total_L
+    best = _Timed([plan], there.entries_D[None], np.array([passing_s]), weights_L)
+    (found,) = _cheapest(best, loads_E[None], setting, present)
     return found
 
 
@@ -120,16 +126,6 @@ class _Timed:
     load_LD: Floats
     passing_L: Floats
     weights_L: Floats
-
-    @staticmethod
-    def of(plans: list[Plan], loads_LE: Floats, setting: Setting, present: Placements | None) -> _Timed:
-        """`plans` are alike in weights and order."""
-        placements = Placements.of(*(plan.placement for plan in plans))
-        some = [plan.weight_ED for plan in plans if plan.weight_ED is not None]
-        weight_LED = np.stack(some) if some else None
-        found = flows_of(placements, setting.topology, loads_LE, weight_LED, nearest_first=plans[0].nearest_first)
-        weights_L = weights_times(placements, setting, present).total_L
-        return _Timed(plans, found.entries_D, _passing(found, setting), weights_L)
 
     @property
     def total_L(self) -> Floats:
@@ -228,7 +224,8 @@ def _take_better(
     better = np.flatnonzero(passing_P < limit_P)
     if not len(better):
         return
-    weights_P = weights_times(placements[better], setting, present and present[at_P[better]]).total_L
+    some = placements if len(better) == len(at_P) else placements[better]
+    weights_P = weights_times(some, setting, present and present[at_P[better]]).total_L
     cheaper = passing_P[better] + weights_P < limit_P[better]
     better, weights_P = better[cheaper], weights_P[cheaper]
     plans = [
