@@ -46,7 +46,7 @@ class LayerCosts:
     within: Link  # between devices of a node
     across: Link  # between nodes, for each device
     attention_s: float  # forward, of what lies before the layer
-    planning_s: float  # on the host, for one layer
+    planning_s: float  # on the host, for one layer behind its gate
     row_s: float  # a row beside its way, on either end and in one direction: laid out, put in place, summed; part of its plan
     exchange_s: float  # what the exchanges of a layer cost beside their rows, forward and backward: the sizes, the plan's start
     sum_s: float  # one expert's gradient, added in float32

@@ -24,7 +24,7 @@ from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
 from parallel.placement import Budget, Floats, Ints, without_copies
 from parallel.planning import predict, reshard
-from parallel.policies import Policy, calibrated, of_one_layer
+from parallel.policies import Policy, calibrated
 from parallel.profiling import copies_that_fit, measure_costs
 from parallel.stopwatch import Stopwatch
 
@@ -176,7 +176,7 @@ class Materialisation:
         def planning(costs: LayerCosts) -> Plan:
             budget = Budget(arena.shape.experts, memory)
             setting = Setting(world.topology, settings.top_k, budget, False, costs, arena.two_level)
-            return of_one_layer(settings.policy, self.loads[-1][0], self.shards.owner_LE[0], setting)
+            return calibrated(Plan(without_copies(self.shards.owner_LE[0], world.size)), self.loads[-1][0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
         hidden = hidden_copies(costs, world.topology.nodes)

@@ -88,6 +88,8 @@ class Placements:
 
     @staticmethod
     def of(*placements: Placement) -> Placements:
+        if len(placements) == 1:  # nothing is copied
+            return Placements(placements[0].owner_E[None], placements[0].copies_ED[None])
         return Placements(np.stack([one.owner_E for one in placements]), np.stack([one.copies_ED for one in placements]))
 
     def __getitem__(self, layers: Ints | Bools) -> Placements:

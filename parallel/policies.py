@@ -42,8 +42,10 @@ class Search:
     within: float  # of the best plan's time: what is expected to take more is not looked at
 
 
-# A plan shall take 1 ms of the host's time for 64 devices with room for 4 copies, and 20 for 1,024.
-SEARCHES = Search(64, 3, 320, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
+# A plan shall take 1 ms of the host's time for 64 devices with room for 4 copies, and 20 for 1,024. Ahead of a step all layers
+# are planned together, which makes small ones cheap; a single one, behind its gate, is waited for.
+SEARCHES = Search(64, 6, 640, 1.1), Search(320, 3, 64, LESS), Search(np.inf, 4, 4096, LESS)
+BEHIND_THE_GATE = Search(64, 3, 320, 1.1), *SEARCHES[1:]
 
 
 class Policy(Protocol):
@@ -92,7 +94,10 @@ def by_cost(loads_LE: Floats, owner_LE: Ints, setting: Setting) -> list[Plan]:
     for first in range(0, layers, at_once):
         loads_PE, owner_PE = loads_LE[first : first + at_once], owner_LE[first : first + at_once]
         bare = [plain(loads_E, owner_E, setting) for loads_E, owner_E in zip(loads_PE, owner_PE, strict=True)]
-        plans += _cheapest(_Timed.of(bare, loads_PE, setting, present=None), loads_PE, setting, present=None)
+        placements = Placements.of(*(plan.placement for plan in bare))
+        found, weights = flows_of(placements, setting.topology, loads_PE), weights_times(placements, setting, None)
+        best = _Timed(bare, found.entries_D, _passing(found, setting), weights.total_L)
+        plans += _cheapest(best, loads_PE, setting, present=None)
     return plans
 
 
@@ -103,10 +108,13 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     adds copies; here the room of copies that turned out useless may be used too.
     """
     there = flows(plan, setting.topology, loads_E)
-    if float(_passing(there, setting)) * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
+    passing_s = float(_passing(there, setting))
+    if passing_s * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
         return plan
-    loads_LE, present = loads_E[None], Placements.of(plan.placement)
-    (found,) = _cheapest(_Timed.of([plan], loads_LE, setting, present), loads_LE, setting, present)
+    present = Placements.of(plan.placement)
+    weights_L = weights_times(present, setting, present).total_L
+    best = _Timed([plan], there.entries_D[None], np.array([passing_s]), weights_L)
+    (found,) = _cheapest(best, loads_E[None], setting, present)
     return found
 
 
@@ -118,16 +126,6 @@ class _Timed:
     load_LD: Floats
     passing_L: Floats
     weights_L: Floats
-
-    @staticmethod
-    def of(plans: list[Plan], loads_LE: Floats, setting: Setting, present: Placements | None) -> _Timed:
-        """`plans` are alike in weights and order."""
-        placements = Placements.of(*(plan.placement for plan in plans))
-        some = [plan.weight_ED for plan in plans if plan.weight_ED is not None]
-        weight_LED = np.stack(some) if some else None
-        found = flows_of(placements, setting.topology, loads_LE, weight_LED, nearest_first=plans[0].nearest_first)
-        weights_L = weights_times(placements, setting, present).total_L
-        return _Timed(plans, found.entries_D, _passing(found, setting), weights_L)
 
     @property
     def total_L(self) -> Floats:
@@ -171,7 +169,8 @@ def _search(best: _Timed, some: Ints, loads_LE: Floats, owner_LE: Ints, setting:
     if present is None:
         expected_PC[:, 0] *= AHEAD
     expected_PC[~there_PC] = np.inf
-    search = next(one for one in SEARCHES if topology.devices * memory <= one.seats)
+    searches = SEARCHES if present is None else BEHIND_THE_GATE
+    search = next(one for one in searches if topology.devices * memory <= one.seats)
     turns = [_Turns(*one, search) for one in zip(expected_PC, extra_PCE.sum(axis=2), strict=True)]
     while True:
         limit_P = (best.total_L[some] * search.within).tolist()
@@ -218,14 +217,15 @@ def _take_better(
     present: Placements | None,
     *,
     nearest_first: bool = True,
-) -> Ints:
-    """Takes plans of the layers `at_P` that take less time; returns of which layers. Times of weights are looked at last."""
+) -> None:
+    """Takes plans of the layers `at_P` that take less time. Times of weights are looked at last."""
     found = flows_of(placements, setting.topology, loads_LE[at_P], weight_PED, nearest_first=nearest_first)
     passing_P, limit_P = _passing(found, setting), best.total_L[at_P] * LESS
     better = np.flatnonzero(passing_P < limit_P)
     if not len(better):
-        return at_P[better]
-    weights_P = weights_times(placements[better], setting, present and present[at_P[better]]).total_L
+        return
+    some = placements if len(better) == len(at_P) else placements[better]
+    weights_P = weights_times(some, setting, present and present[at_P[better]]).total_L
     cheaper = passing_P[better] + weights_P < limit_P[better]
     better, weights_P = better[cheaper], weights_P[cheaper]
     plans = [
@@ -237,7 +237,6 @@ def _take_better(
         for place in better.tolist()
     ]
     best.take(at_P[better], plans, found.entries_D[better], passing_P[better], weights_P)
-    return at_P[better]
 
 
 def _level(best: _Timed, some: Ints, loads_LE: Floats, setting: Setting) -> None:

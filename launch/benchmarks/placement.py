@@ -45,7 +45,7 @@ from parallel.layer_cost import LayerCosts, LayerTime, Setting, copy_times, hidd
 from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
 from parallel.planning import predict, reshard
-from parallel.policies import POLICIES, calibrated, of_one_layer
+from parallel.policies import POLICIES, calibrated
 from parallel.two_level_exchange import has_two_levels
 
 SEQUENCE = 4096  # tokens of a row, for the attention's time
@@ -187,11 +187,11 @@ def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:
 
 
 def _planning_s(loads_E: Floats, setting: Setting) -> float:
-    """What our plan of a layer takes here, the least of a few."""
-    owner_E, taken = owners(len(loads_E), setting.topology.devices), []
+    """What our plan of a layer behind its gate takes here, the least of a few."""
+    bare, taken = Plan(without_copies(owners(len(loads_E), setting.topology.devices), setting.topology.devices)), []
     for _ in range(3):
         started = time.process_time()
-        of_one_layer(POLICIES["cost"], loads_E, owner_E, setting)
+        calibrated(bare, loads_E, setting)
         taken.append(time.process_time() - started)
     return min(taken)
 

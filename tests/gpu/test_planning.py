@@ -21,7 +21,7 @@ from trainer.step import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
-MODEL = tiny_model(hidden_size=64, expert_hidden_size=32, num_layers=49, num_experts=64, top_k=4)
+MODEL = tiny_model(hidden_size=64, expert_hidden_size=32, num_layers=49, num_experts=64, top_k=4, max_positions=512)
 CYCLES = 4 * 10**9  # of the GPU, about two seconds
 
 
