@@ -67,12 +67,13 @@ def test_degrees_stay_while_they_are_nearly_the_fastest(
 
 @given(costs, works, st.integers(1, 40), st.sets(st.sampled_from(DEGREES), min_size=1))
 def test_degrees_that_were_measured_come_first(measured: ExecutionCosts, work: LayerWork, tokens: int, tried: set[int]) -> None:
-    """A layer takes what its parts say, so what was measured changes no time."""
+    """But for one chunk, which is what layers have at first. A layer takes what its parts say, so what was measured changes
+    no time."""
     found = plan_layer(replace(measured, times=((0, 1.0), *((degree, 1.0) for degree in sorted(tried)))), work, tokens)
     for tasks_of, degree in ((forward_tasks, found.degrees.forward), (backward_tasks, found.degrees.backward)):
         seconds = {one: simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens}
         near = [one for one, taken in seconds.items() if taken <= (1 + NEARLY) * min(seconds.values())]
-        assert degree == min(tried & {*near}, default=near[0])
+        assert degree == (1 if 1 in near else min(tried & {*near}, default=near[0]))
 
 
 @given(costs, works, st.sampled_from(DEGREES))
