@@ -96,6 +96,11 @@ def test_blocks_for_the_exchange_are_there_unless_ranks_send_messages() -> None:
         ([], False, ["through the object store\n"]),
         ([], True, ["engines 1, on the ranks' GPUs", "to the engines directly"]),
         (["rollout.placement=separate"], True, ["engines 1, each on a GPU of its own", "to the engines directly"]),
+        (
+            ["rollout.placement=separate", "rollout.engines=3", "rollout.min_engines=2"],
+            True,
+            ["engines 2 to 3, each on a GPU of its own", "to the engines directly"],
+        ),
         (["sync.transport=store"], True, ["through the object store\n"]),
         (["sync=delta"], True, ["through the object store every 32 rounds", "host    {both} of rank 0's memory at a sync"]),
     ],

@@ -109,6 +109,7 @@ def test_rl_goes_on_with_other_engines_elsewhere(tmp_path: Path) -> None:
     common = [f"runs_dir={tmp_path}", "checkpoint=a", "run_name=mine"]
     RunDir.open(load(RLConfig, "rl", common), "rl").close("stopped")
     other = ["rollout.engines=3", "rollout.placement=separate", "rollout.engine_slots=7", "sync=delta", "sync.check=true"]
+    other += ["rollout.min_engines=1"]
     assert RunDir.open(load(RLConfig, "rl", [*common, "resume=auto", *other]), "rl").attempt == 2
     with pytest.raises(UserError, match=r"rollout.max_staleness: 3 in the run, 4 now"):
         RunDir.open(load(RLConfig, "rl", [*common, "resume=auto", *other, "rollout.max_staleness=4"]), "rl")
