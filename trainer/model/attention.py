@@ -16,6 +16,8 @@ from kernels.attention import attend, attend_flash
 from kernels.ragged import pinned, ragged
 from trainer.config.model import ModelConfig
 
+FLASH_UNIT = 8  # features, of which FlashAttention takes multiples
+
 
 def rope(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864) of kernels/norm.py, both (B * S, d), float32.
@@ -67,7 +69,7 @@ class PackedAttention:
         return _mask(self._documents_BS.to(self._device))
 
     def __call__(self, layer: int, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-        by_kernel = q_BHSd.is_cuda and q_BHSd.dtype in (torch.bfloat16, torch.float16)
+        by_kernel = q_BHSd.is_cuda and q_BHSd.dtype in (torch.bfloat16, torch.float16) and q_BHSd.shape[3] % FLASH_UNIT == 0
         if by_kernel and not self._whole_rows:
             q_THd, k_TGd, v_TGd = _tokens_first(q_BHSd, k_BGSd, v_BGSd)
             out_THd = attend_flash(q_THd, k_TGd, v_TGd, self._first_N, self._longest)
