@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rl.april import EnginePool, OverlappingPool
 from rl.trajectory import Sample
-from trainer.cluster import Processes
 from trainer.config.rl import SyncConfig
+
+if TYPE_CHECKING:
+    from trainer.cluster import Processes  # of Ray, which policies without engines do without
 
 
 class SyncedPool(OverlappingPool, Protocol):

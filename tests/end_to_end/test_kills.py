@@ -101,7 +101,20 @@ def cluster(runs: Path) -> Iterator[tuple[RayCluster, str]]:
             home.setenv("HOME", str(runs.parent))
             subprocess.run([*RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(runs.parent / ".ray" / "auth_token"))
-        yield cluster, cluster.start_example_head("head")
+        address = cluster.start_example_head("head")
+        deadline = time.monotonic() + WAIT_S
+        while not takes_jobs(address, runs.parent / "first_job.log"):
+            assert time.monotonic() < deadline, "no agent of the head takes jobs"
+        yield cluster, address
+
+
+def takes_jobs(address: str, log: Path) -> bool:
+    """A head answers before the agent that starts jobs is there, for tens of seconds on a busy machine."""
+    with open(log, "w") as out:
+        command = [*RAY, "job", "submit", "--address", address, "--", "true"]
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+    assert code == 0 or "No available agent" in log.read_text(), log.read_text()
+    return code == 0
 
 
 def submitted(address: str, log: Path, *command: str) -> subprocess.Popen[bytes]:

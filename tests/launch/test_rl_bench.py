@@ -64,7 +64,10 @@ def test_a_profile_counts_what_runs_and_what_waits() -> None:
     found = kernel_times([*host, *device, *waits])
     assert [(one.name, one.count, one.ms) for one in found.kernels] == [("gemm", 2, 0.08)] and found.launches == 2
     assert found.busy_s == pytest.approx(70e-6) and [one.name for one in found.host_waits] == ["cudaStreamSynchronize"]
-    assert "gemm" in found.lines()[1] and "2 kernels at work for 28% of it" in found.lines()[0]
+    summary, slowest, *_ = found.lines("an update")
+    assert (
+        "gemm" in slowest and "rank 0, an update under the profiler" in summary and "2 kernels at work for 28% of it" in summary
+    )
 
 
 def test_ranks_and_engines_are_counted_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
