@@ -56,12 +56,16 @@ class RayCluster:
     def start_example_head(self, name: str) -> str:
         """The head of the example, without CPUs for a run; the address where it takes jobs."""
         host, port = self.address.split(":")
-        jobs = free_port("127.0.0.1")
+        jobs, agent = (
+            free_port("127.0.0.1"),
+            free_port(host),
+        )  # at its usual port an agent of a cluster that was killed may linger
         (line,) = (line for line in yaml.safe_load(EXAMPLE.read_text())["head_start_ray_commands"] if " start " in line)
         (*variables, _), words = (shlex.split(part) for part in line.split(" start "))
         example = [word for word in words if not word.startswith("--autoscaling-config")]
         # Of an option that is given twice Ray takes the second.
         here = [f"--node-ip-address={host}", f"--port={port}", f"--dashboard-port={jobs}", f"--node-name={name}", "--block"]
+        here += [f"--dashboard-agent-listen-port={agent}"]
         here += ["--num-cpus=0", f"--object-store-memory={OBJECT_STORE_MIB * 2**20}", "--log-color=false"]
         self._start(name, host, ["env", *variables, sys.executable, "-m", "ray.scripts.scripts", "start", *example, *here])
         return f"http://127.0.0.1:{jobs}"

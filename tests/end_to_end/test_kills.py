@@ -109,7 +109,7 @@ def cluster(runs: Path) -> Iterator[tuple[RayCluster, str]]:
 
 
 def takes_jobs(address: str, log: Path) -> bool:
-    """A head answers before the agent that starts jobs is there, for tens of seconds on a busy machine."""
+    """A head answers before the agent that starts jobs is there."""
     with open(log, "w") as out:
         command = [*RAY, "job", "submit", "--address", address, "--", "true"]
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
