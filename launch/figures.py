@@ -53,6 +53,8 @@ STYLE: Any = {
     "axes.facecolor": "none",
 }
 
+LEGEND_LETTERS = 45  # of all labels, in one row
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -128,13 +130,20 @@ def _curves(run: Run, panel: Panel, mark: str) -> str:
     if panel.from_zero and min(value for points in curves.values() for _, value in points) >= 0:
         axes.set_ylim(bottom=0)
     if len(curves) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(curves), borderaxespad=0, handlelength=1.4)
+        _legend(axes)
     notes = [(METRICS[key].label, METRICS[key].meaning) for key in curves]
     ends = [
         f"{METRICS[key].label} from {METRICS[key].text(ys[0][1])} to {METRICS[key].text(ys[-1][1])}"
         for key, ys in curves.items()
     ]
     return _figure(panel.title, notes, _svg(figure, mark, f"{panel.title}: {', '.join(ends)}"))
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, in two rows where one would be wider than they are."""
+    labels = axes.get_legend_handles_labels()[1]
+    columns = len(labels) if sum(map(len, labels)) <= LEGEND_LETTERS else 2
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns, borderaxespad=0, handlelength=1.4)
 
 
 def _dress(axes: Axes, step_word: str, metric: Metric) -> None:
@@ -164,7 +173,7 @@ def _lengths(run: Run, mark: str) -> str:
     axes.stairs(trained, edges, color=LINES[1], linewidth=1.8, label="trained")
     _dress(axes, "response tokens", METRICS[LENGTHS])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, borderaxespad=0, handlelength=1.4)
+    _legend(axes)
     means = [float((shares * (edges[:-1] + edges[1:]) / 2).sum()) for shares in (trained, drawn)]
     alt = f"Lengths after round {step}: trained {means[0]:.1f} tokens in the mean, drawn {means[1]:.1f}"
     notes = "samples drawn in the last 8 rounds, waiting ones with what they have, and samples trained in them"
