@@ -51,4 +51,4 @@ def test_the_peak_of_a_rank_is_what_was_estimated() -> None:
         peaks[name] = min(most for most, _ in found) - libraries
         assert peaks[name] == pytest.approx(estimated.total / MIB, rel=0.3), name
         assert all(copies == pytest.approx(estimated.copies / MIB) for _, copies in found), name
-    assert peaks["copies of all layers"] - peaks["owners alone"] > 0.7 * 4 * 24, "copies of four layers take no memory"
+    assert peaks["copies of all layers"] - peaks["owners alone"] > 0.4 * 4 * 24, "copies of four layers take no memory"
