@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.ragged import pinned
+
 ALIGNED = 16  # bytes, at a multiple of which numbers begin that came together: kernels are compiled for that
 
 
@@ -31,8 +33,7 @@ def to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tens
     """Flat arrays of one type in one transfer, for which the host does not wait."""
     each = ALIGNED // arrays[0].itemsize
     starts = np.cumsum([0, *(-(-len(array) // each) * each for array in arrays)]).tolist()
-    together = torch.from_numpy(np.zeros(starts[-1], dtype=arrays[0].dtype))
-    together = together.pin_memory() if device.type == "cuda" else together
+    together = pinned(torch.from_numpy(np.zeros(starts[-1], dtype=arrays[0].dtype)), device)
     for start, array in zip(starts, arrays, strict=False):
         together[start : start + len(array)] = torch.from_numpy(array)
     there = together.to(device, non_blocking=True)

@@ -24,13 +24,14 @@ from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from kernels.errors import UserError
-from launch.benchmarks.models import ModelOptions, model_config, trainer_spec
+from launch.benchmarks.models import ModelOptions, model_config, random_rows, trainer_spec
 from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.timing import Ceilings
 from parallel.topology import World
 from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
+from trainer.estimate import vocab_size
 
 if TYPE_CHECKING:
     from trainer.worker import TrainWorker
@@ -148,7 +149,8 @@ def _turns(world: World, options: CheckpointsOptions, told: tuple[str, Path, Pat
     worker.world = world
     worker.build(trainer_spec(model, world.device, 1, options.seed, batch_invariant=False))
     worker.open_memory([MemoryShelf("here", memory, leads=rank == 0, next=None) for rank in range(world.size)])
-    learner = _Learner(worker, _batch(options, model.vocab_size or 0, world.size), disk, model.model_dump(mode="json"))
+    batch = random_rows(options.rows * world.size, options.length, vocab_size(model), options.seed)
+    learner = _Learner(worker, batch, disk, model.model_dump(mode="json"))
     turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
     for number in range(1 + (options.repeats or ROUNDS)):
         first = number % len(WAYS)
@@ -156,13 +158,6 @@ def _turns(world: World, options: CheckpointsOptions, told: tuple[str, Path, Pat
             turns[way].append(learner.turn(way, options.every))
     size = sum(tensor.nbytes for _, tensor in worker.trainer.state_to_save(with_moments=True))
     return Measured(size, {way: tuple(found[1:]) for way, found in turns.items()})
-
-
-def _batch(options: CheckpointsOptions, vocabulary: int, ranks: int) -> TrainBatch:
-    generator = torch.Generator().manual_seed(options.seed)
-    tokens = torch.randint(vocabulary, (options.rows * ranks, options.length + 1), generator=generator)
-    one_document = torch.zeros(options.rows * ranks, options.length, dtype=torch.int32)
-    return TrainBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), one_document, torch.ones(one_document.shape))
 
 
 class _Learner:

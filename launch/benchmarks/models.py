@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 from launch.benchmarks.options import Options
 from launch.machines import read_group
 from parallel.adamw import AdamWSettings
+from trainer.batch import TrainBatch
 from trainer.config.model import ModelConfig, TopKRouter
 from trainer.config.run import BalanceConfig, ParallelConfig
 from trainer.guard import Guard
@@ -68,6 +69,16 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
         for weight in (*dense.parameters(), experts.gate_up_LECD, experts.down_LEDF):
             weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, config.init_std, generator=generator)
     return LanguageModel(config, dense, experts, bias_LE)
+
+
+def random_rows(rows: int, length: int, vocabulary: int, seed: int, document: int = 0) -> TrainBatch:
+    """On the host. A row is one document, or has documents of that many tokens on average, which any token may end."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (rows, length + 1), generator=generator)
+    ends = torch.rand(rows, length, generator=generator) * document < 1 if document else torch.zeros(rows, length)
+    return TrainBatch(
+        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ends.cumsum(dim=1).int(), torch.ones(rows, length)
+    )
 
 
 def trainer_spec(model: ModelConfig, device: torch.device, micro_rows: int, seed: int, batch_invariant: bool) -> TrainerSpec:

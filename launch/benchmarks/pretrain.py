@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from kernels.errors import UserError
 from launch.benchmarks.contest import OURS
 from launch.benchmarks.kernel_times import KernelTimes, kernel_times
-from launch.benchmarks.models import ModelOptions, model_config, trainer_spec
+from launch.benchmarks.models import ModelOptions, model_config, random_rows, trainer_spec
 from launch.benchmarks.options import Listed
 from launch.benchmarks.peers import transformers_model
 from launch.benchmarks.ranks import on_ranks, slowest
@@ -136,13 +136,8 @@ def _updates(measured: Measured, model: ModelConfig, options: PretrainOptions, c
 
 
 def _batch(options: PretrainOptions, vocabulary: int, rank: int) -> TrainBatch:
-    """A rank's rows, on the host. Where documents end is a chance of its own for every token."""
-    generator = torch.Generator().manual_seed(options.seed + rank)
-    shape = options.rows, options.length
-    tokens = torch.randint(vocabulary, (options.rows, options.length + 1), generator=generator)
-    ends = torch.rand(shape, generator=generator) * options.document < 1 if options.document else torch.zeros(shape)
-    documents = ends.cumsum(dim=1).int()
-    return TrainBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents, torch.ones(shape))
+    """A rank's rows."""
+    return random_rows(options.rows, options.length, vocabulary, options.seed + rank, options.document)
 
 
 # ---------------------------------------------------------------- on a rank
