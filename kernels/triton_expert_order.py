@@ -27,6 +27,7 @@ MAX_SPANS = 4096
 SPANS = 1024  # that a program adds at once
 SLOTS = 32  # tiles and experts of a program that does not place entries
 BLOCK = 1024  # entries that are counted at once
+ALIGNED = 4  # numbers of 16 bytes: Triton compiles a kernel anew for addresses that are not at a multiple of those
 
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -41,12 +42,11 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     padded = max(16, triton.next_power_of_2(num_experts))
     # One allocation for all, since each would cost as much as a launch.
     sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
-    numbers = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = numbers.split(sizes)
+    before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = _together(sizes, device)
     launch = early(device, experts_TK.shape[0])
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     if counted:
-        _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, E=num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
+        _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
         _before_kernel[(num_experts,)](before_EP, counts_E, spans, BLOCK=SPANS, **launch)
     _order_kernel[(spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),)](
         experts_TK,
@@ -64,7 +64,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
         span,
         spans,
         most_tiles,
-        E=num_experts,
+        num_experts,
         E_PADDED=padded,
         TILE_ROWS=tile_rows,
         CHUNK=CHUNK,
@@ -76,20 +76,26 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     return entry_N, place_N, counts_E, ends_E, tile_expert_M, tile_row_M, num_tiles, by_load_E
 
 
+def _together(sizes: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """So many int32 of each, uninitialised; all begin where kernels were compiled for, whatever the sizes."""
+    padded = [part for size in sizes for part in (size, -size % ALIGNED)]
+    return torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)[::2]
+
+
 @triton.jit
-def _experts_at(experts, entries, inside, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _experts_at(experts, entries, inside, E):  # type: ignore[no-untyped-def]
     """(the experts of entries, which are present); within range, so that no address leaves its tensor, whatever was written."""
     expert = tl.load(experts + entries, mask=inside, other=-1)
     return tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32), expert >= 0
 
 
-@triton.jit(do_not_specialize=["num_entries", "span"])
+@triton.jit(do_not_specialize=["num_entries", "span", "E"])
 def _count_kernel(  # type: ignore[no-untyped-def]
     experts,
     counts,
     num_entries,
     span,
-    E: tl.constexpr,
+    E,
     E_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -130,7 +136,7 @@ def _place(  # type: ignore[no-untyped-def]
     end,
     num_present,
     span,
-    E: tl.constexpr,
+    E,
     E_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -160,7 +166,7 @@ def _schedule(  # type: ignore[no-untyped-def]
     by_load,
     first,
     most_tiles,
-    E: tl.constexpr,
+    E,
     E_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -185,7 +191,7 @@ def _schedule(  # type: ignore[no-untyped-def]
     tl.store(by_load + rank, slot, mask=slot < E)
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_present", "span", "spans", "most_tiles"])
+@triton.jit(do_not_specialize=["num_entries", "num_present", "span", "spans", "most_tiles", "E"])
 def _order_kernel(  # type: ignore[no-untyped-def]
     experts,
     span_counts,
@@ -202,7 +208,7 @@ def _order_kernel(  # type: ignore[no-untyped-def]
     span,
     spans,
     most_tiles,
-    E: tl.constexpr,
+    E,
     E_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,

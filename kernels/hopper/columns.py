@@ -117,7 +117,7 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot
             product, step = multiply(ring, step, steps, SECOND, True, True, N)
             row = m * ROWS + SECOND * HALF
             if row < height:
-                if sums is None:
+                if sums[0] is None:
                     send_out(product, results, out_desc, slot * slot_rows + row, n * N)
                 elif expert < sums[1]:
                     rows = sums[0] + (expert.to(gl.int64) * height + row) * columns
@@ -129,9 +129,10 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot
     tma.store_wait(0)
 
 
-@gluon.jit
-def kernel(left_desc, right_desc, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height, columns,
-           N: gl.constexpr, FRESH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["summed", "num_tiles"], do_not_specialize_on_alignment=["by_load", "counts", "ends", "slots"])
+def kernel(left_desc, right_desc, out_desc, by_load, counts, ends, slots, slot_rows, totals, summed, num_tiles, m_tiles,
+           n_tiles, height, columns, N: gl.constexpr, FRESH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    experts, sums = (by_load, counts, ends), (totals, summed)  # in a tuple Triton would look at numbers and alignment again
     ring, results, others = allocate_ring((DEPTH, HALF), (DEPTH, N), LAYOUT)
     gl.warp_specialize(
         [
@@ -168,10 +169,13 @@ def d_weights(
         clipped(left, (DEPTH.value, HALF.value)),
         blocks(right_RB, (DEPTH.value, width)),
         blocks(matrix, (HALF.value, PIECE.value)),
-        (order.by_load_E, order.counts_E, order.ends_E),
+        order.by_load_E,
+        order.counts_E,
+        order.ends_E,
         slots_E,
         slot_rows,
-        None if sums is None else (sums.total_EAB, summed),
+        None if sums is None else sums.total_EAB,
+        summed,
         num_experts * m_tiles * n_tiles,
         m_tiles,
         n_tiles,

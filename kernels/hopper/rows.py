@@ -250,11 +250,15 @@ def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots
     tma.store_wait(0)
 
 
-@gluon.jit
-def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, weights, entries, dots, rows, tiles,
-           slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr,
-           EARLY: gl.constexpr):  # fmt: skip
+@gluon.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["num_tiles", "tile_expert", "tile_row", "ends", "slots"],
+)
+def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, weights, entries, dots, rows,
+           num_tiles, tile_expert, tile_row, ends, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr,
+           N: gl.constexpr, LAYOUT: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     begin(EARLY)
+    tiles = (num_tiles, tile_expert, tile_row, ends)
     loads = (left_desc, right_desc, gate_in_desc, up_in_desc)  # Triton does not launch with tuples of views
     stores = (out_desc, gate_desc, up_desc)
     right: gl.constexpr = (DEPTH, N) if KIND == "d_hidden" or KIND == "d_rows" else (N, DEPTH)
@@ -386,7 +390,10 @@ def _launch(
         order.entry_N,
         dots,
         left.shape[0],
-        (order.num_tiles, order.tile_expert_M, order.tile_row_M, order.ends_E),
+        order.num_tiles,
+        order.tile_expert_M,
+        order.tile_row_M,
+        order.ends_E,
         slots_E,
         slot_rows,
         left.shape[1],

@@ -1,0 +1,108 @@
+"""How often Triton would compile the kernels of an expert layer whose tokens and experts differ from call to call.
+
+A program of its own: Triton takes its driver and its mode from the process. Nothing is compiled and nothing runs; what is
+recorded of every launch is the key by which Triton would find the compiled kernel. It prints {"first": keys of calls of every
+kind, "more": those that only later calls of other sizes need}, counted by kernel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.accumulate import Sum
+from kernels.expert_order import TILE_ROWS, ExpertOrder, cut, most_tiles, parts_of
+from kernels.hopper import columns, ring, rows
+from kernels.peers import PeerChoices, PeerRows
+from kernels.triton_destinations import launch_destinations
+from kernels.triton_expert_order import order_with_kernels
+from kernels.triton_peer_routing import launch_plan
+from kernels.triton_peer_rows import launch_pick, launch_pull, launch_sum
+from kernels.triton_rows import launch_combine, launch_spread
+from parallel.host_device import to_device
+from tests.kernels.compile_for_hopper import Chip
+
+RANKS, TOKENS, TOP_K, HIDDEN, EXPERT_HIDDEN = 2, 2048, 2, 64, 64
+
+
+def layer(rng: np.random.Generator, experts: int, tokens: int, parts: int) -> None:
+    """Every launch of a layer, forward and backward, for `tokens` of each rank and so many experts on this one."""
+    device = torch.device("cpu")
+    chosen_TK = torch.from_numpy(rng.integers(0, experts, (tokens, TOP_K), dtype=np.int32))
+    rank_TK = torch.zeros_like(chosen_TK)
+    shares = rng.integers(1, experts + 1), experts
+    _, slots_E = to_device([np.zeros(count, dtype=np.int32) for count in shares], device)
+    launch_destinations(chosen_TK.long(), None, torch.ones(RANKS * experts, dtype=torch.float64), torch.ones(experts), 0.5)
+
+    blocks = [torch.zeros(2**20, dtype=torch.uint8) for _ in range(RANKS)]
+    pointers_W = torch.tensor([block.data_ptr() for block in blocks])
+    plan = launch_plan(PeerChoices(blocks, pointers_W, TOKENS, TOP_K), slots_E, 0)
+    order = ordered(plan.slots_VK, experts)
+    received = int(rng.integers(1, RANKS * tokens + 1))
+    x_RD = torch.zeros(RANKS * TOKENS, HIDDEN, dtype=torch.bfloat16)
+    peers = PeerRows(blocks, pointers_W, 0, HIDDEN, torch.bfloat16)
+    launch_pull(peers, plan.row_WV[1], x_RD)
+    launch_sum(peers, rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
+    launch_pick(PeerRows(blocks, pointers_W, 0, TOP_K, torch.float32), rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
+    experts_pass(cut(order, received * TOP_K, received * TOP_K), x_RD[:received], slots_E, plan.weights_VK[:received])
+
+    # What came as messages has an order of its size, and comes in parts.
+    order = ordered(chosen_TK, experts)
+    for part in parts_of(order, chosen_TK, torch.arange(tokens) * parts // tokens, parts):
+        experts_pass(part, torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), slots_E, torch.zeros(tokens, TOP_K))
+
+
+def ordered(chosen_TK: torch.Tensor, experts: int) -> ExpertOrder:
+    entries = chosen_TK.numel()
+    return ExpertOrder(*order_with_kernels(chosen_TK, experts, entries, most_tiles(entries, experts), TILE_ROWS))
+
+
+def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, weights_RK: torch.Tensor) -> None:
+    """kernels/expert_mlp._HopperMLP."""
+    gate_up_SCD = torch.zeros(len(slots_E), 2 * EXPERT_HIDDEN, HIDDEN, dtype=torch.bfloat16)
+    down_SDF = torch.zeros(len(slots_E), HIDDEN, EXPERT_HIDDEN, dtype=torch.bfloat16)
+    dy, rows_ND = ring.clippable(order.entry_N.shape[0], HIDDEN, x_RD)
+    launch_spread(x_RD, order.place_N, TOP_K, rows_ND)
+    h, a_NF = rows.up(rows_ND, gate_up_SCD, slots_E, order)
+    y_ND = rows.down(a_NF, down_SDF, slots_E, order)
+    launch_combine(y_ND, order.place_N, TOP_K, weights_RK, None)
+    d_h, weighted_NF, dots_PN = rows.d_hidden(rows_ND, h, weights_RK, down_SDF, slots_E, order)
+    own = len(slots_E) // 2
+    for fresh in (True, False) if own else ():
+        sums = Sum(torch.zeros(own, HIDDEN, EXPERT_HIDDEN), fresh)
+        columns.d_weights(dy, weighted_NF, len(slots_E), None, order, sums)
+    columns.d_weights(d_h, rows_ND, len(slots_E), None, order)
+    d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
+    launch_combine(d_rows_ND, order.place_N, TOP_K, None, dots_PN)
+
+
+def main() -> None:
+    driver.set_active(Chip())
+    found: set[tuple[str, str]] = set()
+
+    def record(kernel: Any, key: str, *_: Any) -> None:
+        """In place of a compiled kernel nothing, which Triton does not run."""
+        found.add((kernel._fn_name.removeprefix("kernels."), key))
+
+    JITFunction._do_compile = record  # type: ignore[method-assign]
+    rows.multiprocessors = columns.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    rng = np.random.default_rng(0)
+    for experts in (16, 32, 64):  # what the kernels that order entries hold numbers for
+        for tokens in (64, TOKENS):
+            for parts in (1, 3):
+                layer(rng, experts, tokens, parts)
+    first = set(found)
+    for _ in range(60):
+        layer(rng, int(rng.integers(2, 65)), int(rng.integers(1, TOKENS + 1)), int(rng.integers(1, 5)))
+    told = {"first": first, "more": found - first}
+    print(json.dumps({name: Counter(kernel for kernel, _ in keys) for name, keys in told.items()}))
+
+
+if __name__ == "__main__":
+    main()
