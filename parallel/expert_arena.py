@@ -335,8 +335,7 @@ class ExpertArena:
             with self._waiting():
                 arrived = reduce.finish()
             for expert, gradients in arrived:
-                row = self.layers[layer].slots[expert]
-                self._add_gradients(row, tuple(part.unsqueeze(0) for part in gradients))
+                self._add_gradients(self.layers[layer].slots[expert], gradients)
 
 
 def _own_rows(owner_LE: Ints) -> Ints:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Returned:
     arrived: list[tuple[int, Parts]]
 
     def finish(self) -> list[tuple[int, Parts]]:
-        """(expert, gradients to add) for this rank's own experts, in the order in which to add them."""
+        """See transport.Returning."""
         self.wait()
         return self.arrived
 
@@ -151,33 +152,59 @@ class PeerExperts:
         self._fresh |= news
         return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
 
-    def reduce(self, placement: Placement, gradients: Parts, places: Mapping[int, int]) -> Returned:
-        """Returns the gradients of copies to the owners. The call before must be finished."""
-        most = int(placement.extra_D.max())
-        if most == 0:
+    def reduce(self, way_home: WayHome, gradients: Parts) -> Returned:
+        """Returns the gradients of copies, which are the last ones, to the owners. The call before must be finished."""
+        if way_home.most == 0:
             return Returned(lambda: None, [])
-        if self._staging is None or self._staging.experts < most:
-            self._staging = PeerRoom(self.world, most, self._shapes, self._dtype)
-        staging, rank = self._staging, self.world.rank
-        beside_ED = placement.beside_ED
-        place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy in the staging of its rank
-        shown = [(int(place_ED[e, rank]), rank, places[e]) for e in beside_ED[:, rank].nonzero()[0].tolist()]
-        for to, _, place, count in _runs(shown):
-            for target, part in zip(staging.of_rank[rank], gradients, strict=True):
-                target[to : to + count].copy_(part[place : place + count])
-        coming = [(e, d) for e, d in np.argwhere(beside_ED).tolist() if placement.owner_E[e] == rank]
-        room = empty_parts(len(coming), self._shapes, self._dtype, self.world.device)
+        if self._staging is None or self._staging.experts < way_home.most:
+            self._staging = PeerRoom(self.world, way_home.most, self._shapes, self._dtype)
+        staging = self._staging
+        if way_home.shown:
+            for target, part in zip(staging.of_rank[self.world.rank], gradients, strict=True):
+                target[: way_home.shown].copy_(part[-way_home.shown :])
+        room = empty_parts(way_home.coming, self._shapes, self._dtype, self.world.device)
         copies = [
             (target[to : to + count], part[place : place + count])
-            for to, device, place, count in _runs([(i, d, int(place_ED[e, d])) for i, (e, d) in enumerate(coming)])
+            for to, device, place, count in way_home.moves
             for target, part in zip(room, staging.of_rank[device], strict=True)
         ]
-        arrived: list[tuple[int, Parts]] = [(e, tuple(part[i] for part in room)) for i, (e, _) in enumerate(coming)]
+        arrived = [(expert, tuple(part[at : at + count] for part in room)) for expert, at, count in way_home.sums]
 
         def barrier() -> None:
             staging.memory.barrier(CHANNEL)  # the second time because it may be written anew
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
+
+
+@dataclass(frozen=True)
+class WayHome:
+    """How the gradients of a layer's copies come to this rank: in rounds, of each own expert the first copy, then the second,
+    so that what is added at once is adjacent, and every sum is in the order of ranks."""
+
+    most: int  # copies that any rank shows
+    shown: int  # copies that this one does, in the order of experts
+    coming: int  # gradients that come to this rank
+    moves: list[tuple[int, int, int, int]]  # (place here, from which rank, place there, how many that follow each other)
+    sums: list[tuple[int, int, int]]  # (first own expert, place here, how many own experts that follow each other)
+
+
+def way_home(placement: Placement, rank: int) -> WayHome:
+    beside_ED, mine_E = placement.beside_ED, placement.owner_E == rank
+    place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy among those of its rank
+    experts_C, from_C = (beside_ED & mine_E[:, None]).nonzero()
+    round_C = beside_ED.cumsum(axis=1)[experts_C, from_C]
+    in_turn = np.lexsort((experts_C, round_C))
+    experts_C, from_C, round_C = experts_C[in_turn], from_C[in_turn], round_C[in_turn]
+    there = zip(from_C.tolist(), place_ED[experts_C, from_C].tolist(), strict=True)
+    breaks_C = (np.diff(mine_E.cumsum()[experts_C], prepend=-1) != 1) | (np.diff(round_C, prepend=0) != 0)
+    bounds = [*breaks_C.nonzero()[0].tolist(), len(experts_C)]
+    return WayHome(
+        most=int(placement.extra_D.max()),
+        shown=int(placement.extra_D[rank]),
+        coming=len(experts_C),
+        moves=_runs([(place, *at) for place, at in enumerate(there)]),
+        sums=[(int(experts_C[start]), start, end - start) for start, end in pairwise(bounds)],
+    )
 
 
 def _runs(moves: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:

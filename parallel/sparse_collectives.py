@@ -166,7 +166,7 @@ class SparseReduceScatter:
         return self._arrived[message]
 
     def finish(self) -> list[tuple[int, Parts]]:
-        """(expert, gradients to add) for this rank's own experts, in the order in which to add them."""
+        """See transport.Returning; one at a time."""
         self._within.wait()
         home = _by_expert(self._plan.within.sends, self._arrived)
         leads = sorted({message.expert for hop in self._plan.across for message in hop.receives})
@@ -189,7 +189,7 @@ class SparseReduceScatter:
                     total += part
         for expert, parts in own.items():
             home.setdefault(expert, []).append(parts)
-        return [(expert, parts) for expert in sorted(home) for parts in home[expert]]
+        return [(expert, tuple(part.unsqueeze(0) for part in parts)) for expert in sorted(home) for parts in home[expert]]
 
 
 def _sum(first: Parts, others: Sequence[Parts]) -> Parts:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from kernels.errors import UserError
 from parallel.hooks import Hooks
 from parallel.peer_exchange import PeerTokens
-from parallel.peer_experts import PeerExperts
+from parallel.peer_experts import PeerExperts, WayHome, way_home
 from parallel.peer_memory import PeerMemory, within_reach
 from parallel.placement import Ints, Placement
 from parallel.sparse_collectives import (
@@ -44,7 +44,8 @@ class Gathering(Protocol):
 
 class Returning(Protocol):
     def finish(self) -> list[tuple[int, Parts]]:
-        """(expert, gradients to add) for this rank's own experts, in the order in which to add them."""
+        """(expert, gradients (N, ...) to add) for this rank's own experts, that one and the N - 1 own ones behind it, in the
+        order in which to add them."""
 
 
 class Movement(Protocol):
@@ -61,7 +62,7 @@ class Movement(Protocol):
         """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
 
     def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
-        """`gradients` of this rank's experts, each at its place."""
+        """`gradients` of this rank's experts, each at its place: behind own ones, those of copies in the order of experts."""
 
 
 class Transport(Protocol):
@@ -194,20 +195,21 @@ class PeerMovement:
     experts: PeerExperts
     placement: Placement
     row_E: Ints
+    way_home: WayHome  # of every micro-batch
 
     @property
     def num_sends(self) -> float:
-        return int(self.placement.beside_ED[self.placement.owner_E == self.experts.world.rank].sum())
+        return self.way_home.coming
 
     @property
     def num_receives(self) -> float:
-        return int(self.placement.extra_D[self.experts.world.rank])
+        return self.way_home.shown
 
     def gather(self, slots: Mapping[int, int]) -> Gathering:
         return self.experts.gather(self.placement, self.row_E, slots)
 
     def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
-        return self.experts.reduce(self.placement, gradients, places)
+        return self.experts.reduce(self.way_home, gradients)
 
 
 class PeerTransport:
@@ -229,7 +231,7 @@ class PeerTransport:
         self._experts.quiesce()
 
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
-        return PeerMovement(self._experts, placement, row_E)
+        return PeerMovement(self._experts, placement, row_E, way_home(placement, self._world.rank))
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         memory = PeerMemory(self._world, nbytes)

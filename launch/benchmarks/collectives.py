@@ -147,7 +147,7 @@ def _gather_and_reduce(
     def reduce(number: int) -> None:
         for expert, arrived in movement.reduce(gradients, slot).finish():
             for total, part in zip(sums, arrived, strict=True):
-                accumulate(total[slot[expert]], part)
+                accumulate(total[slot[expert] : slot[expert] + len(part)], part)
 
     return gather, reduce
 

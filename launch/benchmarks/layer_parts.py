@@ -29,6 +29,7 @@ from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerTime, Setting, exchanged, layer_time
 from parallel.placement import Floats
 from parallel.profiling import exchange_call
+from parallel.sparse_collectives import Parts
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ def _of_all_ranks(part: Tensor, ranks: int) -> list[Tensor]:
 def _weights(arena: ExpertArena, gradients: tuple[Tensor, ...], number: int) -> object:
     """Copies here, and gradients of copies to their owners."""
     arena.outdated()
-    found = arena.materialised(0)
+    return _returned(arena.materialised(0), gradients)
+
+
+def _returned(found: LayerExperts, gradients: tuple[Tensor, ...]) -> list[tuple[int, Parts]]:
+    """Collective."""
     return found.movement.reduce(gradients, {expert: place for place, expert in enumerate(found.slots)}).finish()
 
 
@@ -111,15 +116,14 @@ def _sums(arena: ExpertArena, found: LayerExperts, gradients: tuple[Tensor, ...]
     totals = arena.shape.matrices(max(found.owned, 1), torch.float32, arena.world.device)
     for total in totals:
         total.zero_()
-    own = {expert: place for place, expert in enumerate(found.slots) if place < found.owned}
-    others = found.placement.beside_ED.sum(axis=1)
-    arriving = [place for expert, place in own.items() for _ in range(int(others[expert]))]
+    arrived = _returned(found, gradients)
+    arriving = [slice(place := found.slots[expert] - found.first_own, place + len(parts[0])) for expert, parts in arrived]
 
     def call(number: int) -> None:
         for total, part in zip(totals, gradients, strict=True):
             accumulate(total[: found.owned], part[: found.owned])
-            for place in arriving:
-                accumulate(total[place], part[place])
+            for places in arriving:
+                accumulate(total[places], part[places])
 
     return call
 

@@ -50,7 +50,7 @@ def gather_and_reduce(world: World, dtype: torch.dtype) -> list[tuple[dict[int, 
         gradients = {e: gradient(e, world.rank, seed, dtype) for e in here}
         sums = {e: [part.float() for part in gradients[e]] for e in here if planned.owner_E[e] == world.rank}
         for e, parts in SparseReduceScatter(plan, lambda e, gradients=gradients: gradients[e]).finish():
-            for total, part in zip(sums[e], parts, strict=True):
+            for total, (part,) in zip(sums[e], parts, strict=True):
                 total += part
         found.append((weights, sums))
     return found
