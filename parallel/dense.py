@@ -74,7 +74,8 @@ class DenseZeRO:
     def _share_norm_with_experts(self) -> None:
         """ZeRO clips by `scaled_global_norm`; from here on that is what `step` is told, of dense and expert parameters."""
         self._norm = math.nan
-        self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm, device=self.world.device)
+        # Filled there, since a copy of the number would wait for all that the device has to do.
+        self.zero.scaled_global_norm = lambda *_, **__: torch.full((), self._norm, device=self.world.device)
 
     def _time_communication(self) -> None:
         """What computation waits for: slices that are left when the backward pass is over, or else ZeRO's reductions, which

@@ -31,6 +31,7 @@ from parallel.stopwatch import Marks
 from parallel.topology import World
 
 MOST_BYTES = 2**27  # of a message; while it is reduced it lies on the device three times
+LEAST_BYTES = 2**25  # of a slice that nobody planned, on a GPU, whose host spends a millisecond on each
 PROBE = 2**18  # numbers of the first message that is timed
 BUDGET_S = 2.0  # for all that are
 SETS_OUT, ARRIVES = "a slice sets out from", "a slice is there from"  # marks; they end in where it begins
@@ -52,9 +53,10 @@ class GradientSlices:
         self._here = [False] * len(self._sizes)  # which gradients are complete
         self._prefix, self._complete = 0, 0  # parameters, and numbers, that are complete with all before them
         # Numbers that are complete at each place on every rank, once it is known; and that have set out behind each: where
-        # nobody says how many, all that are complete.
+        # nobody says how many, all that are complete, once they are worth a slice.
         self.complete_P: tuple[int, ...] | None = None
         self.sums_P: tuple[int, ...] | None = None
+        self._least = LEAST_BYTES // self.itemsize if world.device.type == "cuda" else 0
         self._seen = [0] * places
         self._active = False
         self._due: list[Span] = []
@@ -108,10 +110,11 @@ class GradientSlices:
             return
         self._advance()
         self._seen[place] = self._complete
-        known = self.sums_P if self.sums_P is not None else self.complete_P
-        if known is not None:
-            self._want(known[place])
-            self._start_complete()
+        if self.sums_P is not None:
+            self._want(self.sums_P[place])
+        elif self.complete_P is not None and self.complete_P[place] - self._started >= self._least:
+            self._want(self.complete_P[place])
+        self._start_complete()
 
     def finish(self) -> None:
         """Behind the backward pass: all that is left sets out, and from here on every gradient is the mean over the ranks.

@@ -22,6 +22,7 @@ from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.topology import World
 
 CHANNEL = 1  # of barriers on the stream of the copies
+FEW = 4  # copies. More take turns in two streams: between copies of some megabytes one leaves the link idle a sixth of the time
 
 
 class PeerRoom:
@@ -42,10 +43,7 @@ Copies = list[tuple[torch.Tensor, torch.Tensor]]  # (target, source)
 
 
 class Background:
-    """Copies beside what the device computes: on a GPU in streams of their own, on a CPU at once.
-
-    Two streams take turns, because between two copies of a few megabytes one stream leaves the link idle a sixth of the time.
-    """
+    """Copies beside what the device computes: on a GPU in streams of their own, on a CPU at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
@@ -57,24 +55,29 @@ class Background:
         """
         if not self._streams:
             before()
-            for target, source in copies:
-                target.copy_(source)
+            _copied(copies)
             behind()
             return lambda: None
         first, second = self._streams
         first.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(first):
             before()
-        second.wait_stream(first)
-        for stream, some in ((first, copies[::2]), (second, copies[1::2])):
-            with torch.cuda.stream(stream):
-                for target, source in some:
-                    target.copy_(source, non_blocking=True)
-        first.wait_stream(second)
-        with torch.cuda.stream(first):
+            if len(copies) <= FEW:
+                _copied(copies)
+            else:
+                second.wait_stream(first)
+                _copied(copies[::2])
+                with torch.cuda.stream(second):
+                    _copied(copies[1::2])
+                first.wait_stream(second)
             behind()
-        done = first.record_event()
+            done = first.record_event()
         return lambda: torch.cuda.current_stream().wait_event(done)
+
+
+def _copied(copies: Copies) -> None:
+    for target, source in copies:
+        target.copy_(source, non_blocking=True)
 
 
 @dataclass(frozen=True)
