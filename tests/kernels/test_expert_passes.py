@@ -40,7 +40,7 @@ def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int
 
     ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
     y = [ahead.rows(case.x_TD[here], place_TK[here], weights_TK[here], part) for here, part in parted(starts[0])]
-    back = BackwardPass(order, ahead.h, weights_TK, experts, d_y_TD)
+    back = BackwardPass(order, ahead.h, weights_TK, experts)
     found = [back.rows(d_y_TD[here], place_TK[here], part) for here, part in parted(starts[1])]
     return [torch.cat(y), *map(torch.cat, zip(*found, strict=True)), *back.weights(case.x_TD, place_TK)]
 
