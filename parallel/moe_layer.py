@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ class ShardedExperts:
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
-            return self._experts(x_TD, order, routing.weights_TK, experts)
+            return self._alone(x_TD, order, routing.weights_TK, experts)
         split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         here = experts.index_E, experts.slots_E.shape[0]
@@ -105,22 +104,20 @@ class ShardedExperts:
         self.arena.release(self.layer)
         return y_TD
 
-    def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
+    def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts) -> Tensor:
+        """All experts are here, and nothing travels beside them."""
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
-        y_RD = expert_mlp(
-            x_RD,
+        return expert_mlp(
+            x_TD,
             order,
-            weights_RK,
+            weights_TK,
             gate_up_SCD,
             down_SDF,
             slots_E=experts.slots_E,
             gradients=self._return_gradients,
             sums=partial(self.arena.sums, self.layer),
         )
-        y_RD = _BeginBackward.apply(y_RD, self)
-        self.arena.release(self.layer)
-        return y_RD
 
     def _ready(self, direction: Direction) -> None:
         """Tokens have set out for their experts, and copies have to be there."""
@@ -138,18 +135,3 @@ class ShardedExperts:
         if self.arena.rematerialise:
             self.arena.exchange_for_previous(self.layer)
         self._slice(UNDER_DENSE)
-
-
-class _BeginBackward(torch.autograd.Function):
-    """Behind a layer's experts; backward comes here first, with rows that are there."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
-        ctx.experts = experts
-        return y_RD.view_as(y_RD)
-
-    @staticmethod
-    def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.experts._slice(UNDER_LAYER)
-        ctx.experts._ready("backward")
-        return d_y_RD, None
