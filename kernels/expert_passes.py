@@ -16,7 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import check_hopper, swiglu
+from kernels.accumulate import Sum
+from kernels.expert_mlp import Sums, check_hopper, swiglu
 from kernels.expert_order import ExpertOrder
 from kernels.limits import takes_kernels
 from kernels.linear import product
@@ -41,17 +42,47 @@ class ArenaExperts:
             yield slice(end - count, end), self.gate_up_SCD[slot], self.down_SDF[slot]
 
 
+@dataclass(frozen=True)
+class Room:
+    """For rows of entries."""
+
+    allocation: Tensor  # `rows`, and before them what the kernels on a GPU need there
+    rows: Tensor
+
+    @classmethod
+    def of(cls, entries: int, width: int, like: Tensor) -> Room:
+        """Of the dtype and on the device of `like`."""
+        if takes_kernels(like):
+            from kernels.hopper.ring import clippable  # here, because CPU machines may lack Triton
+
+            return cls(*clippable(entries, width, like))
+        rows = like.new_empty(entries, width)
+        return cls(rows, rows)
+
+    def cut(self, entries: int) -> Room:
+        """Of the first entries."""
+        less = self.rows.shape[0] - entries
+        return Room(self.allocation[: self.allocation.shape[0] - less], self.rows[:entries])
+
+
 class ForwardPass:
     """`h` is what backward needs of it: pre-activations, (N, 2F), on a GPU behind room of its kernels."""
 
-    def __init__(self, entries: int, experts: ArenaExperts, like: Tensor) -> None:
-        """`like`: of the dtype and width of the rows."""
+    def __init__(self, entries: int, experts: ArenaExperts, like: Tensor, room: Room | None = None) -> None:
+        """
+        Args:
+            like: of the dtype and width of the rows.
+            room: of as many entries, where the rows of tokens may lie already; None makes it.
+        """
         self._experts, self._entries, self._kernels = experts, entries, takes_kernels(like)
         if self._kernels:
             check_hopper(like, experts.gate_up_SCD, experts.down_SDF)
-        self.h, self._a, self._rows = (
-            _room(entries, width, like) for width in (2 * experts.hidden, experts.hidden, like.shape[1])
-        )
+        self._h, self._a = (Room.of(entries, width, like) for width in (2 * experts.hidden, experts.hidden))
+        self._rows = room or Room.of(entries, like.shape[1], like)
+
+    @property
+    def h(self) -> Tensor:
+        return self._h.allocation
 
     def rows(self, x_PD: Tensor, place_PK: Tensor, weights_PK: Tensor, order: ExpertOrder) -> Tensor:
         """y_PD of a part, as `expert_mlp` has it.
@@ -61,65 +92,99 @@ class ForwardPass:
             weights_PK: float32.
             order: of the part (kernels/expert_order.parts_of).
         """
-        if not self._entries:
-            return torch.zeros_like(x_PD)
-        top_k = place_PK.shape[1]
-        rows_ND = _rows(self._rows, self._kernels)
-        spread_rows(x_PD, place_PK.flatten(), top_k, rows_ND)
-        self._products(rows_ND, order)
-        return combine_rows(rows_ND, place_PK.flatten(), top_k, weights_TK=weights_PK)
+        if self._entries:
+            spread_rows(x_PD, place_PK.flatten(), place_PK.shape[1], self._rows.rows)
+        return self.results(place_PK, weights_PK, order)
 
-    def _products(self, rows_ND: Tensor, order: ExpertOrder) -> None:
+    def results(self, place_PK: Tensor, weights_PK: Tensor, order: ExpertOrder, out_PD: Tensor | None = None) -> Tensor:
+        """The same of a part whose rows are at their places; into `out_PD` if it is given."""
+        if self._entries:
+            self._products(order)
+        return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK, out_TD=out_PD)
+
+    def _products(self, order: ExpertOrder) -> None:
         """Results take the place of the tokens' rows."""
-        experts = self._experts
+        experts, rows_ND, h_NC = self._experts, self._rows.rows, self._h.rows
         if self._kernels:
-            from kernels.hopper import rows  # here, because CPU machines may lack Triton
+            from kernels.hopper import rows
 
-            _, a_NF = rows.up(rows_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a))
-            rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows)
+            _, a_NF = rows.up(rows_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
+            rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows.allocation)
             return
         here = list(experts.in_turn(order))
         for places, gate_up_CD, _ in here:
-            self.h[places] = product(rows_ND[places], gate_up_CD, self.h.dtype)
-        activated = swiglu(_rows_at(self.h, here))  # of all experts at once: many small operations take longer
+            h_NC[places] = product(rows_ND[places], gate_up_CD, h_NC.dtype)
+        activated = swiglu(_rows_at(h_NC, here))  # of all experts at once: many small operations take longer
         for (places, _, down_DF), a_NF in zip(here, _of_each(activated, here), strict=True):
-            rows_ND[places] = product(a_NF, down_DF, self.h.dtype)
+            rows_ND[places] = product(a_NF, down_DF, h_NC.dtype)
 
 
 class BackwardPass:
-    """`rows` of all parts first, then `weights`, once."""
+    """`rows` of all parts first, then `weights`, once. Or, where all rows are one part, `hidden` once they are at their places,
+    `down`, `tokens` and `gate_up`, with which what one needs is gone before the next makes room for itself."""
 
-    def __init__(self, order: ExpertOrder, h: Tensor, weights_RK: Tensor, experts: ArenaExperts, like: Tensor) -> None:
-        """`order` is that of all rows, `weights_RK` (float32) the weights of its entries."""
+    def __init__(
+        self, order: ExpertOrder, h: Tensor, weights_RK: Tensor, experts: ArenaExperts, sums: Sums | None = None
+    ) -> None:
+        """
+        Args:
+            order: that of all rows.
+            weights_RK: float32; of its entries.
+            sums: of kernels/expert_mlp.py; the kernels add there what they find.
+        """
         self._order, self._h, self._weights_RK, self._experts = order, h, weights_RK, experts
-        self._kernels, self._entries = takes_kernels(like), order.entry_N.shape[0]
-        self._d_h, self._weighted, self._dy, self._d_x = (
-            _room(self._entries, width, like) for width in (2 * experts.hidden, experts.hidden, like.shape[1], like.shape[1])
+        self._kernels, self._entries, self._width = takes_kernels(h), order.entry_N.shape[0], experts.gate_up_SCD.shape[2]
+        self._d_h, self._weighted, self._dy = (
+            Room.of(self._entries, width, h) for width in (2 * experts.hidden, experts.hidden, self._width)
         )
+        self._d_x: Room | None = None
+        self._sum_gate_up: Sum | None = None
+        self._sum_down: Sum | None = None
+        if sums is not None and self._kernels and self._entries:
+            self._sum_gate_up, self._sum_down = sums() or (None, None)
+
+    @property
+    def dy_ND(self) -> Tensor:
+        """Where gradients of entries go for `hidden`."""
+        return self._dy.rows
 
     def rows(self, dy_PD: Tensor, place_PK: Tensor, order: ExpertOrder) -> tuple[Tensor, Tensor]:
         """(d_x_PD, d_weights_PK float32) of a part."""
-        if not self._entries:
-            return torch.zeros_like(dy_PD), torch.zeros(place_PK.shape, device=dy_PD.device)
-        place_N, top_k = place_PK.flatten(), place_PK.shape[1]
-        spread_rows(dy_PD, place_N, top_k, _rows(self._dy, self._kernels))
-        dots_PN = self._products(order)
-        return combine_rows_and_partials(_rows(self._d_x, self._kernels), place_N, top_k, dots_PN)
+        if self._entries:
+            spread_rows(dy_PD, place_PK.flatten(), place_PK.shape[1], self.dy_ND)
+        return self.tokens(place_PK, self.hidden(order), order)
 
-    def _products(self, order: ExpertOrder) -> Tensor:
+    def tokens(
+        self, place_PK: Tensor, dots_PN: Tensor, order: ExpertOrder, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(d_x_PD, d_weights_PK float32) of a part from what `hidden` returned; into `out` if it is given."""
+        self._d_x = self._d_x or Room.of(self._entries, self._width, self._h)
+        experts, d_h_NC = self._experts, self._d_h.rows
+        if self._kernels and self._entries:
+            from kernels.hopper import rows
+
+            rows.d_rows(d_h_NC, experts.gate_up_SCD, experts.slots_E, order, self._d_x.allocation)
+        elif self._entries:
+            for places, gate_up_CD, _ in experts.in_turn(order):
+                self._d_x.rows[places] = product(d_h_NC[places], gate_up_CD.t(), d_h_NC.dtype)
+        return combine_rows_and_partials(self._d_x.rows, place_PK.flatten(), place_PK.shape[1], dots_PN, out)
+
+    def hidden(self, order: ExpertOrder) -> Tensor:
+        """Gradients of the pre-activations of a part; returns the partial sums of its weights' gradients, by place."""
         experts = self._experts
+        if not self._entries:
+            return self._weights_RK.new_empty(1, 0)
         if self._kernels:
-            from kernels.hopper import ring, rows
+            from kernels.hopper import rows
 
-            into = self._d_h, self._weighted
-            dy_ND = _rows(self._dy, kernels=True)
-            _, _, dots_PN = rows.d_hidden(dy_ND, self._h, self._weights_RK, experts.down_SDF, experts.slots_E, order, into)
-            rows.d_rows(self._d_h[ring.HALF.value :], experts.gate_up_SCD, experts.slots_E, order, self._d_x)
+            into = self._d_h.allocation, self._weighted.allocation
+            weights_RK, slots_E = self._weights_RK, experts.slots_E
+            _, _, dots_PN = rows.d_hidden(self.dy_ND, self._h, weights_RK, experts.down_SDF, slots_E, order, into)
             return dots_PN
         weights_N = self._weights_RK.flatten()[order.entry_N.long()].unsqueeze(1)
-        dots_N = weights_N.new_zeros(self._entries, dtype=torch.promote_types(self._dy.dtype, torch.float32))
+        dots_N = weights_N.new_zeros(self._entries, dtype=torch.promote_types(self.dy_ND.dtype, torch.float32))
         here = list(experts.in_turn(order))
-        d_a = torch.cat([product(self._dy[places], down_DF.t(), dots_N.dtype) for places, _, down_DF in here])
+        d_a = torch.cat([product(self.dy_ND[places], down_DF.t(), dots_N.dtype) for places, _, down_DF in here])
         weights = _rows_at(weights_N, here)
         with torch.enable_grad():
             h = _rows_at(self._h, here).requires_grad_()
@@ -127,32 +192,42 @@ class BackwardPass:
             (d_h,) = torch.autograd.grad(a, h, (d_a * weights).to(a.dtype))
         a = a.detach()
         parts = (_of_each(rows, here) for rows in (d_h, a * weights, (d_a * a).sum(1)))
-        for (places, gate_up_CD, _), *found in zip(here, *parts, strict=True):
-            self._d_h[places], self._weighted[places], dots_N[places] = found
-            self._d_x[places] = product(found[0], gate_up_CD.t(), found[0].dtype)
+        for (places, _, _), *found in zip(here, *parts, strict=True):
+            self._d_h.rows[places], self._weighted.rows[places], dots_N[places] = found
         return dots_N.unsqueeze(0)
 
     def weights(self, x_RD: Tensor, place_RK: Tensor) -> tuple[Tensor, Tensor]:
         """(d_gate_up_ECD, d_down_EDF) of all entries, once their rows are done; rows in any order, with their places."""
-        self._d_x = self._dy[:0]  # room for what follows
-        experts, order = self._experts, self._order
-        count = order.counts_E.shape[0]
-        gate_up, down = (experts.gate_up_SCD, experts.down_SDF)
-        if not self._entries:
-            return gate_up.new_zeros(count, *gate_up.shape[1:]), down.new_zeros(count, *down.shape[1:])
-        x_ND = x_RD.new_empty(self._entries, x_RD.shape[1])
-        if self._kernels:
-            from kernels.hopper import columns, ring
+        d_down_EDF = self.down()
+        return self.gate_up(x_RD, place_RK), d_down_EDF
 
-            d_down_EDF = columns.d_weights(self._dy, self._weighted[ring.HALF.value :], count, None, order)
+    def down(self) -> Tensor:
+        """d_down_EDF of all entries, once `hidden` is done with them; of experts behind those that have sums."""
+        d_down_EDF = self._weight_gradient(self._dy, self._weighted.rows, self._experts.down_SDF, self._sum_down)
+        del self._dy, self._weighted
+        return d_down_EDF
+
+    def gate_up(self, x_RD: Tensor, place_RK: Tensor) -> Tensor:
+        """d_gate_up_ECD, likewise, once `tokens` is done too."""
+        self._d_x = None
+        x_ND = x_RD.new_empty(self._entries, x_RD.shape[1])
+        if self._entries:
             spread_rows(x_RD, place_RK.flatten(), place_RK.shape[1], x_ND)
-            return columns.d_weights(self._d_h, x_ND, count, None, order), d_down_EDF
-        spread_rows(x_RD, place_RK.flatten(), place_RK.shape[1], x_ND)
-        d_gate_up_ECD, d_down_EDF = (part.new_empty(count, *part.shape[1:]) for part in (gate_up, down))
-        for expert, (places, _, _) in enumerate(experts.in_turn(order)):
-            torch.mm(self._d_h[places].t(), x_ND[places], out=d_gate_up_ECD[expert])
-            torch.mm(self._dy[places].t(), self._weighted[places], out=d_down_EDF[expert])
-        return d_gate_up_ECD, d_down_EDF
+        return self._weight_gradient(self._d_h, x_ND, self._experts.gate_up_SCD, self._sum_gate_up)
+
+    def _weight_gradient(self, left: Room, right_NB: Tensor, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
+        order = self._order
+        count = order.counts_E.shape[0]
+        if not self._entries:
+            return matrices_SAB.new_zeros(count, *matrices_SAB.shape[1:])
+        if self._kernels:
+            from kernels.hopper import columns
+
+            return columns.d_weights(left.allocation, right_NB, count, None, order, sums)
+        d_EAB = matrices_SAB.new_empty(count, *matrices_SAB.shape[1:])
+        for expert, (places, _, _) in enumerate(self._experts.in_turn(order)):
+            torch.mm(left.rows[places].t(), right_NB[places], out=d_EAB[expert])
+        return d_EAB
 
 
 Here = Sequence[tuple[slice, Tensor, Tensor]]  # of ArenaExperts.in_turn
@@ -168,20 +243,3 @@ def _rows_at(matrix: Tensor, here: Here) -> Tensor:
 
 def _of_each(rows: Tensor, here: Here) -> tuple[Tensor, ...]:
     return rows.split([places.stop - places.start for places, _, _ in here])
-
-
-def _room(entries: int, width: int, like: Tensor) -> Tensor:
-    """For rows of entries; with what the kernels need before them."""
-    if takes_kernels(like):
-        from kernels.hopper.ring import clippable
-
-        return clippable(entries, width, like)[0]
-    return like.new_empty(entries, width)
-
-
-def _rows(room: Tensor, kernels: bool) -> Tensor:
-    if kernels:
-        from kernels.hopper.ring import HALF
-
-        return room[HALF.value :]
-    return room

@@ -126,11 +126,11 @@ class _NormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
-        from kernels.triton_norm import launch_norm_rotate
+        from kernels.triton_norm import launch_rotate
 
         ctx.save_for_backward(x_THd, weight_d, cosines_Td, sines_Td)
         ctx.eps = eps
-        return launch_norm_rotate(x_THd, weight_d, eps, cosines_Td, sines_Td)
+        return launch_rotate(x_THd, weight_d, eps, cosines_Td, sines_Td)
 
     @staticmethod
     @once_differentiable
@@ -146,7 +146,7 @@ def _rotated(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: bool) ->
     if _takes_kernel(x_THd):
         from kernels.triton_norm import launch_rotate
 
-        return launch_rotate(x_THd, cosines_Td, sines_Td, back)
+        return launch_rotate(x_THd, None, 0.0, cosines_Td, sines_Td, back=back)
     return rotate_reference(x_THd, cosines_Td, -sines_Td if back else sines_Td)
 
 

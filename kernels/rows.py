@@ -35,47 +35,56 @@ def spread_rows(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> No
             out_ND.index_copy_(0, place_N, x_TD.detach().index_select(0, token_N))
 
 
-def combine_rows(y_ND: Tensor, place_N: Tensor, top_k: int, *, weights_TK: Tensor | None = None) -> Tensor:
-    """out[t] = sum over k of weights[t, k] * y[place[t * K + k]], (T, D) in y's dtype.
+def combine_rows(
+    y_ND: Tensor, place_N: Tensor, top_k: int, *, weights_TK: Tensor | None = None, out_TD: Tensor | None = None
+) -> Tensor:
+    """out[t] = sum over k of weights[t, k] * y[place[t * K + k]], (T, D) in y's dtype; into a contiguous `out_TD`, if given.
 
     The sum runs over k = 0, 1, .. in float32 (float64 for float64). No weights are weights of 1; a place of -1 adds nothing,
     whatever its weight. D must be a multiple of 8.
     """
     _check(y_ND)
+    if out_TD is None:
+        out_TD = y_ND.new_empty(place_N.shape[0] // top_k, y_ND.shape[1])
     if _takes_kernel(y_ND):
         from kernels.triton_rows import launch_combine
 
-        return launch_combine(y_ND, place_N, top_k, weights_TK, None)[0]
+        launch_combine(y_ND, place_N, top_k, weights_TK, None, out_TD, None)
+        return out_TD
     place_TK = place_N.view(-1, top_k)
     wide = torch.promote_types(y_ND.dtype, torch.float32)
-    out_TD = torch.zeros(place_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
+    total_TD = torch.zeros(place_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
     for k in range(top_k):
         token_N = (place_TK[:, k] >= 0).nonzero().squeeze(1)
         row_ND = y_ND.index_select(0, place_TK[:, k].index_select(0, token_N)).to(wide)
         if weights_TK is not None:
             row_ND *= weights_TK[:, k].index_select(0, token_N).unsqueeze(1)
-        out_TD.index_add_(0, token_N, row_ND)
-    return out_TD.to(y_ND.dtype)
+        total_TD.index_add_(0, token_N, row_ND)
+    return out_TD.copy_(total_TD)
 
 
-def combine_rows_and_partials(y_ND: Tensor, place_N: Tensor, top_k: int, partials_PN: Tensor) -> tuple[Tensor, Tensor]:
-    """(combine_rows without weights, sums_TK), sums[t, k] = sum over p of partials[p, place[t * K + k]], in float32, or 0.
+def combine_rows_and_partials(
+    y_ND: Tensor, place_N: Tensor, top_k: int, partials_PN: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(combine_rows without weights, sums_TK), sums[t, k] = sum over p of partials[p, place[t * K + k]], in float32, or 0; into
+    the two of `out`, contiguous, if they are given.
 
     What a backward pass needs at once: the gradient of the tokens, and that of the weights from partial sums by place.
     """
     _check(y_ND)
+    tokens = place_N.shape[0] // top_k
+    out_TD, sums_TK = out or (y_ND.new_empty(tokens, y_ND.shape[1]), partials_PN.new_empty(tokens, top_k))
     if _takes_kernel(y_ND):
         from kernels.triton_rows import launch_combine
 
-        out_TD, sums_TK = launch_combine(y_ND, place_N, top_k, None, partials_PN)
-        assert sums_TK is not None, "the kernel was given partial sums"
+        launch_combine(y_ND, place_N, top_k, None, partials_PN, out_TD, sums_TK)
         return out_TD, sums_TK
     sums_N = torch.zeros_like(partials_PN[0])
     for partial_N in partials_PN:
         sums_N += partial_N
-    sums = sums_N.new_zeros(place_N.shape[0])
-    sums[place_N >= 0] = sums_N[place_N[place_N >= 0]]
-    return combine_rows(y_ND, place_N, top_k), sums.view(-1, top_k)
+    here_TK = place_N.view(-1, top_k) >= 0
+    sums_TK.zero_()[here_TK] = sums_N[place_N[place_N >= 0]].to(sums_TK.dtype)
+    return combine_rows(y_ND, place_N, top_k, out_TD=out_TD), sums_TK
 
 
 def _takes_kernel(rows: Tensor) -> bool:

@@ -83,33 +83,14 @@ def _tile(size: int) -> tuple[int, int]:
     return block, max(1, min(8, NUMBERS // block))
 
 
-def launch_rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor, back: bool) -> Tensor:
-    """kernels.norm.rotate; `back`: by the opposite angles."""
+def launch_rotate(
+    x_THd: Tensor, weight_d: Tensor | None, eps: float, cosines_Td: Tensor, sines_Td: Tensor, *, back: bool = False
+) -> Tensor:
+    """kernels.norm.norm_rotate, or without a weight kernels.norm.rotate; `back`: by the opposite angles."""
     tokens, heads, size = x_THd.shape
     y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     if y_THd.numel():
         _rotate_kernel[(tokens,)](
-            x_THd,
-            cosines_Td.contiguous(),
-            sines_Td.contiguous(),
-            y_THd,
-            *x_THd.stride(),
-            H=heads,
-            D=size,
-            BLOCK_H=triton.next_power_of_2(heads),
-            BLOCK_D=triton.next_power_of_2(size // 2),
-            BACK=back,
-            **early(x_THd.device, tokens),
-        )
-    return y_THd
-
-
-def launch_norm_rotate(x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
-    """kernels.norm.norm_rotate."""
-    tokens, heads, size = x_THd.shape
-    y_THd = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
-    if y_THd.numel():
-        _norm_rotate_kernel[(tokens,)](
             x_THd,
             weight_d,
             cosines_Td.contiguous(),
@@ -121,6 +102,7 @@ def launch_norm_rotate(x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: 
             D=size,
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_D=triton.next_power_of_2(size // 2),
+            BACK=back,
             **early(x_THd.device, tokens),
         )
     return y_THd
@@ -241,7 +223,7 @@ def _halves(x, at, half: tl.constexpr, unit, there):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
+def _rotate_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     cosines,
@@ -255,12 +237,14 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BACK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """What is normed is rounded to the dtype of `y` before it turns, as it is between two kernels."""
+    """What is normed, if there is a weight, is rounded to the dtype of `y` before it turns, as it is between two kernels."""
     head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     half: tl.constexpr = D // 2
-    w_first, w_second = _halves(weight, d, half, 1, d < half)
+    if weight is not None:
+        w_first, w_second = _halves(weight, d, half, 1, d < half)
     begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     there = (head < H)[:, None] & (d < half)[None, :]
@@ -268,9 +252,12 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
     first, second = _halves(x, at, half, unit_stride, there)
     cos_first, cos_second = _halves(cosines, token * D + d, half, 1, d < half)
     sin_first, sin_second = _halves(sines, token * D + d, half, 1, d < half)
-    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
-    first = (first * scale * w_first[None, :]).to(y.dtype.element_ty).to(tl.float32)
-    second = (second * scale * w_second[None, :]).to(y.dtype.element_ty).to(tl.float32)
+    if BACK:
+        sin_first, sin_second = -sin_first, -sin_second
+    if weight is not None:
+        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+        first = (first * scale * w_first[None, :]).to(y.dtype.element_ty).to(tl.float32)
+        second = (second * scale * w_second[None, :]).to(y.dtype.element_ty).to(tl.float32)
     y_at = y + (token * H + head[:, None]) * D + d[None, :]
     tl.store(y_at, (first * cos_first[None, :] - second * sin_first[None, :]).to(y.dtype.element_ty), mask=there)
     tl.store(y_at + half, (second * cos_second[None, :] + first * sin_second[None, :]).to(y.dtype.element_ty), mask=there)
@@ -328,45 +315,3 @@ def _norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
     partial_at = partial + tl.program_id(0).to(tl.int64) * D + d
     tl.store(partial_at, d_w_first, mask=d < half)
     tl.store(partial_at + half, d_w_second, mask=d < half)
-
-
-@triton.jit
-def _rotate_kernel(  # type: ignore[no-untyped-def]
-    x,
-    cosines,
-    sines,
-    y,
-    token_stride,
-    head_stride,
-    unit_stride,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BACK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    begin(EARLY)
-    token = tl.program_id(0).to(tl.int64)
-    head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    half: tl.constexpr = D // 2
-    there = (head < H)[:, None] & (d < half)[None, :]
-    x_at = x + token * token_stride + head[:, None] * head_stride + d[None, :] * unit_stride
-    first = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
-    second = tl.load(x_at + half * unit_stride, mask=there, other=0.0).to(tl.float32)
-    angle = token * D + d
-    cos_first, cos_second = (
-        tl.load(cosines + angle, mask=d < half, other=0.0),
-        tl.load(cosines + angle + half, mask=d < half, other=0.0),
-    )
-    sin_first, sin_second = (
-        tl.load(sines + angle, mask=d < half, other=0.0),
-        tl.load(sines + angle + half, mask=d < half, other=0.0),
-    )
-    if BACK:
-        sin_first, sin_second = -sin_first, -sin_second
-    y_at = y + (token * H + head[:, None]) * D + d[None, :]
-    turned_first = first * cos_first[None, :] - second * sin_first[None, :]
-    turned_second = second * cos_second[None, :] + first * sin_second[None, :]
-    tl.store(y_at, turned_first.to(y.dtype.element_ty), mask=there)
-    tl.store(y_at + half, turned_second.to(y.dtype.element_ty), mask=there)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,17 +48,22 @@ def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> 
 
 
 def launch_combine(
-    y_ND: Tensor, place_N: Tensor, top_k: int, weights_TK: Tensor | None, partials_PN: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(out_TD, sums_TK) of kernels.rows.combine_rows and combine_rows_and_partials."""
+    y_ND: Tensor,
+    place_N: Tensor,
+    top_k: int,
+    weights_TK: Tensor | None,
+    partials_PN: Tensor | None,
+    out_TD: Tensor,
+    sums_TK: Tensor | None,
+) -> None:
+    """kernels.rows.combine_rows and combine_rows_and_partials."""
     tokens, hidden = place_N.shape[0] // top_k, y_ND.shape[1]
-    out_TD = torch.empty(tokens, hidden, dtype=y_ND.dtype, device=y_ND.device)
-    sums_TK = None
+    assert out_TD.shape == (tokens, hidden) and out_TD.is_contiguous(), (out_TD.shape, out_TD.stride())
     if partials_PN is not None:
         partials_PN = partials_PN.contiguous()
-        sums_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=y_ND.device)
+        assert sums_TK is not None and sums_TK.shape == (tokens, top_k) and sums_TK.is_contiguous(), "sums of partials"
     if not tokens or not hidden:
-        return out_TD, sums_TK
+        return
     block_d = _block_d(hidden)
     y_stride, y_unit = _stride(y_ND)
     _combine_kernel[(tokens, triton.cdiv(hidden, block_d))](
@@ -80,7 +84,6 @@ def launch_combine(
         num_warps=min(4, max(1, block_d // 512)),
         **early(y_ND.device, tokens),
     )
-    return out_TD, sums_TK
 
 
 def _block_d(hidden: int) -> int:

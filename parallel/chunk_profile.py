@@ -262,7 +262,7 @@ class LayerParts:
         return ahead
 
     def backward(self) -> object:
-        behind = BackwardPass(self._sent.order, self._ahead.h, self._sent.weights_RK, self._experts, self._x_TD)
+        behind = BackwardPass(self._sent.order, self._ahead.h, self._sent.weights_RK, self._experts)
         behind.rows(self._rows_RD, self._place_RK, self._sent.order)
         return behind.weights(self._rows_RD, self._place_RK)
 

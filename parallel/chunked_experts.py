@@ -87,7 +87,7 @@ class _Layer(torch.autograd.Function):
         passing = _Passing(way, run, d_y_TD)
         run.ready("backward")
         place_RK = exchange.places(way)
-        computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts, d_y_TD)
+        computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts)
         d_weights: list[Tensor] = []
         for chunk, part in enumerate(exchange.backward_parts):
             d_y_PD = passing.arrived(chunk)

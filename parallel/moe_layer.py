@@ -1,7 +1,7 @@
 """The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
 
 Where tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks; where ranks read each
-other's memory, a layer is whole, because the device itself reads.
+other's memory, peer_layer.py does them whole, because the device itself reads.
 
 The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
 Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from parallel.chunked_experts import Chunked, Direction, chunked_experts, unmark
 from parallel.expert_arena import ExpertArena, LayerExperts
 from parallel.gradient_slices import GradientSlices
 from parallel.peer_exchange import PeerTokens
+from parallel.peer_layer import InPlace, experts_in_place
 from parallel.schedule.pipeline import ATTENTION, COPIES, WHOLE, Degrees
 from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
 from parallel.token_exchange import exchange
@@ -84,40 +84,40 @@ class ShardedExperts:
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
-            return self._experts(x_TD, order, routing.weights_TK, experts)
+            return self._alone(x_TD, order, routing.weights_TK, experts)
         split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         here = experts.index_E, experts.slots_E.shape[0]
-        tokens = self.arena.transport.tokens
-        if isinstance(tokens, PeerTokens):
-            received, way_back = tokens.dispatch(x_TD, routing.weights_TK, routing.experts_TK, rank_TK, *here)
-            return way_back.collect(self._experts(received.x_RD, received.order, received.weights_RK, experts))
-        weights_TK = routing.weights_TK.float()
-        sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
+        tokens, weights_TK = self.arena.transport.tokens, routing.weights_TK.float()
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
         first_rows = partial(self._slice, UNDER_LAYER)
-        run = Chunked(sent, slots, self._ready, self._return_gradients, first_rows, self.mark, self.degrees.in_sequence)
-        y_TD = chunked_experts(x_TD, weights_TK, run)
+        if isinstance(tokens, PeerTokens):
+            received, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
+            sums = partial(self.arena.sums, self.layer)
+            whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows)
+            y_TD = experts_in_place(x_TD, weights_TK, received, whole)
+        else:
+            sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
+            run = Chunked(sent, slots, self._ready, self._return_gradients, first_rows, self.mark, self.degrees.in_sequence)
+            y_TD = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return y_TD
 
-    def _experts(self, x_RD: Tensor, order: ExpertOrder, weights_RK: Tensor, experts: LayerExperts) -> Tensor:
+    def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts) -> Tensor:
+        """All experts are here, and nothing travels beside them."""
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
-        y_RD = expert_mlp(
-            x_RD,
+        return expert_mlp(
+            x_TD,
             order,
-            weights_RK,
+            weights_TK,
             gate_up_SCD,
             down_SDF,
             slots_E=experts.slots_E,
             gradients=self._return_gradients,
             sums=partial(self.arena.sums, self.layer),
         )
-        y_RD = _BeginBackward.apply(y_RD, self)
-        self.arena.release(self.layer)
-        return y_RD
 
     def _ready(self, direction: Direction) -> None:
         """Tokens have set out for their experts, and copies have to be there."""
@@ -135,18 +135,3 @@ class ShardedExperts:
         if self.arena.rematerialise:
             self.arena.exchange_for_previous(self.layer)
         self._slice(UNDER_DENSE)
-
-
-class _BeginBackward(torch.autograd.Function):
-    """Behind a layer's experts; backward comes here first, with rows that are there."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, experts: ShardedExperts) -> Tensor:
-        ctx.experts = experts
-        return y_RD.view_as(y_RD)
-
-    @staticmethod
-    def backward(ctx: Any, d_y_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.experts._slice(UNDER_LAYER)
-        ctx.experts._ready("backward")
-        return d_y_RD, None

@@ -1,22 +1,23 @@
 """The token exchange without messages: ranks read each other's tokens, choices and results in place.
 
 Every rank lays out its tokens with what the gate decided. Behind one barrier each reads all choices, works out alike which rows
-go where (kernels/peer_routing.py), and pulls the rows that it serves; results lie open in the same way, and each token's are
-summed where it came from. Rows and the sums of a token are those of token_exchange.py, bit for bit.
+go where (kernels/peer_routing.py), and pulls the rows that it serves, each to the places of its entries at once. Results are
+written where all can read them in the same way, and each token's are summed where it came from. Rows and the sums of a token
+are those of token_exchange.py, bit for bit. peer_layer.py makes a layer of it.
 
-Letters: T tokens of this rank, C of each rank that there is room for, W ranks, V = W * C, K top-k, R rows received, D model.
+Letters: T tokens of this rank, C of each rank that there is room for, W ranks, V = W * C, K top-k, R rows received, N entries
+of theirs, D model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.expert_order import ExpertOrder, cut, expert_order
+from kernels.expert_passes import Room as EntryRoom
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
@@ -43,11 +44,26 @@ class Room:
 
 @dataclass(frozen=True)
 class Received:
-    """Rows that came to this rank, sorted by the rank that they came from."""
+    """Rows that came to this rank."""
 
-    x_RD: Tensor
-    weights_RK: Tensor  # float32; combine weights of the choices served here, elsewhere anything
-    order: ExpertOrder  # of the choices served here, by their place among this rank's experts
+    x_RD: Tensor  # sorted by the rank that they came from
+    x_ND: EntryRoom  # of each entry, sorted by expert
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where this rank writes what it gives back; behind `show` all ranks read it, until the exchange after the next."""
+
+    block: PeerMemory
+    rows: PeerRows
+    numbers: PeerRows  # float32, K wide
+    own_RD: Tensor
+    own_RK: Tensor
+
+    def show(self) -> None:
+        """Collective."""
+        with self.block.world.exposed:
+            self.block.barrier()
 
 
 class PeerTokens:
@@ -56,6 +72,7 @@ class PeerTokens:
     def __init__(self, world: World, hidden: int, dtype: torch.dtype) -> None:
         self.world, self.hidden, self.dtype = world, hidden, dtype
         self._room = self._made(FIRST_TOKENS, FIRST_TOKENS, top_k=1)
+        self._entries = 0  # N at most, so far
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
         """Of the same size on all ranks, for either way."""
@@ -67,7 +84,7 @@ class PeerTokens:
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
     ) -> tuple[Received, PeerExchange]:
-        """Tokens, with the choices that each rank serves, to their ranks. Differentiable in tokens and weights.
+        """Tokens, with the choices that each rank serves, to their ranks. Constants to autograd.
 
         One wait for the device, in which the sizes come.
 
@@ -87,21 +104,26 @@ class PeerTokens:
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
             plan = plan_rows(room.choices(block), index_E, rank)
             numbers = to_host(plan.numbers)
-            x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
-            with self.world.exposed:
-                pull_rows(self._tokens_in(block), plan.row_WV[rank], x_RD)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
+            x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
+            x_ND = EntryRoom.of(min(self._entries, plan.slots_VK.numel()), self.hidden, x_RD)
+            shown, place_VK = self._tokens_in(block), order.place_N.view(plan.slots_VK.shape)
+            self._pull(shown, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
             most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
             # All ranks see the same numbers, and drop the old blocks once the new ones are made.
             more = min(max(rows_W) * (SPARE + 1) // SPARE, self.world.size * max(most_tokens, room.tokens))
             self._room = self._made(max(most_tokens, room.tokens), max(more, room.rows), top_k)
+        if entries > x_ND.rows.shape[0]:  # on this rank; until the next barrier the tokens stay where they are
+            self._entries = entries * (SPARE + 1) // SPARE
+            x_ND = EntryRoom.of(entries, self.hidden, x_RD)
+            self._pull(shown, plan.row_WV[rank], None, place_VK, x_ND.rows)
         rows = rows_W[rank]
         own_WT = plan.row_WV[:, rank * room.tokens : rank * room.tokens + tokens]
-        exchange = PeerExchange(self, rank_TK, own_WT, plan.row_WV[rank], rows)
-        x_RD, weights_RK = _Dispatch.apply(x_TD, weights_TK.float(), _Rows(x_RD, plan.weights_VK), exchange)
-        return Received(x_RD, weights_RK, cut(order, rows * top_k, entries)), exchange
+        order, weights_RK = cut(order, rows * top_k, entries), plan.weights_VK[:rows]
+        exchange = PeerExchange(self, rank_TK, own_WT, plan.row_WV[rank], rows, weights_RK, order)
+        return Received(x_RD[:rows], x_ND.cut(entries)), exchange
 
     # ------------------------------------------------------------ the two ways of an exchange
 
@@ -122,18 +144,17 @@ class PeerTokens:
             block.barrier()
         return rows
 
-    def show_results(self, y_RD: Tensor, numbers_RK: Tensor | None) -> tuple[PeerRows, PeerRows]:
-        """Lays out this rank's results, and K numbers of each where there are any. Collective."""
+    def results(self, count: int) -> Results:
+        """Room for so many; to be shown before anything else is laid out."""
         block, room, rank = self.turn(), self._room, self.world.rank
         rows = PeerRows(block.of_rank, block.pointers_W, 0, self.hidden, self.dtype)
         behind = _padded(room.rows * self.hidden * self.dtype.itemsize)
         numbers = PeerRows(block.of_rank, block.pointers_W, behind, room.top_k, torch.float32)
-        rows.of_rank(rank)[: y_RD.shape[0]].copy_(y_RD)
-        if numbers_RK is not None:
-            numbers.of_rank(rank)[: y_RD.shape[0]].copy_(numbers_RK)
+        return Results(block, rows, numbers, rows.of_rank(rank)[:count], numbers.of_rank(rank)[:count])
+
+    def _pull(self, shown: PeerRows, row_V: Tensor, x_RD: Tensor | None, place_RK: Tensor, x_ND: Tensor) -> None:
         with self.world.exposed:
-            block.barrier()
-        return rows, numbers
+            pull_rows(shown, row_V, x_RD, place_RK, x_ND)
 
 
 @dataclass(frozen=True)
@@ -145,21 +166,28 @@ class PeerExchange:
     row_WT: Tensor  # int32; the row of each token at each rank; -1 where it has none
     row_V: Tensor  # int32; the row here of every rank's tokens; -1 where they have none
     rows: int  # R
+    weights_RK: Tensor  # float32; combine weights of the choices served here, elsewhere anything
+    order: ExpertOrder  # of the choices served here, by their place among this rank's experts
 
-    def pulled(self, rows: PeerRows) -> Tensor:
-        out_RD = torch.empty(self.rows, rows.width, dtype=rows.dtype, device=self.row_V.device)
+    @property
+    def place_RK(self) -> Tensor:
+        return self.order.place_N.view(self.rows, self.rank_TK.shape[1])
+
+    def pull(self, d_y_TD: Tensor, out_ND: Tensor) -> None:
+        """Rows for tokens whose choices are known, to the places of their entries. Collective."""
+        self.peers._pull(self.peers.show_tokens(d_y_TD), self.row_V, None, self.place_RK, out_ND)
+
+    def results(self) -> Results:
+        return self.peers.results(self.rows)
+
+    def summed(self, results: Results) -> Tensor:
+        """What all ranks have shown, summed for each token of this one in float32: (T, D)."""
         with self.peers.world.exposed:
-            pull_rows(rows, self.row_V, out_RD)
-        return out_RD
+            return sum_rows(results.rows, self.rank_TK, self.row_WT)
 
-    def summed(self, rows: PeerRows) -> Tensor:
-        with self.peers.world.exposed:
-            return sum_rows(rows, self.rank_TK, self.row_WT)
-
-    def collect(self, y_RD: Tensor) -> Tensor:
-        """Rows of results back to where their tokens came from, and their sum for each token in float32: (R, D) -> (T, D)."""
-        y_TD: Tensor = _Collect.apply(y_RD, self)
-        return y_TD
+    def picked(self, results: Results) -> Tensor:
+        """The number of each choice: (T, K)."""
+        return pick_numbers(results.numbers, self.rank_TK, self.row_WT)
 
 
 def _padded(nbytes: int) -> int:
@@ -168,40 +196,3 @@ def _padded(nbytes: int) -> int:
 
 def _behind_choices(choices: PeerChoices) -> int:
     return _padded(choices.nbytes)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Of this rank, and room behind them."""
-
-    x_RD: Tensor
-    weights_RK: Tensor
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, rows: _Rows, exchange: PeerExchange) -> tuple[Tensor, Tensor]:
-        """The rows are here already; what goes through here is who gets their gradients."""
-        ctx.exchange = exchange
-        return rows.x_RD[: exchange.rows], rows.weights_RK[: exchange.rows]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_x_RD: Tensor, d_weights_RK: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: PeerExchange = ctx.exchange
-        rows, numbers = exchange.peers.show_results(d_x_RD, d_weights_RK)
-        return exchange.summed(rows), pick_numbers(numbers, exchange.rank_TK, exchange.row_WT), None, None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, exchange: PeerExchange) -> Tensor:
-        ctx.exchange = exchange
-        rows, _ = exchange.peers.show_results(y_RD, None)
-        return exchange.summed(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, None]:
-        exchange: PeerExchange = ctx.exchange
-        return exchange.pulled(exchange.peers.show_tokens(d_y_TD)), None

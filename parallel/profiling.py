@@ -174,13 +174,18 @@ def exchange_call(
         destination: says who serves each choice, (T, K) int32; its time counts.
         here: which of this rank's experts each expert is (int32, -1 of those elsewhere), and how many there are.
     """
-    x_TD, weights_TK = (part.detach().requires_grad_() for part in (x_TD, weights_TK))
+    x_TD, weights_TK = (part.detach() for part in (x_TD, weights_TK))
 
-    @torch.enable_grad()
     def whole(tokens: PeerTokens) -> object:
+        """What the experts write where all ranks read it is theirs; here it is what lies there."""
         rank_TK = destination()
         received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
-        return torch.autograd.grad(back.collect(received.x_RD), (x_TD, weights_TK), x_TD.detach())
+        for way in ("forward", "backward"):
+            if way == "backward":
+                back.pull(x_TD, received.x_ND.rows)
+            (results := back.results()).show()
+            back.summed(results)
+        return back.picked(results)
 
     def as_messages(levels: Levels) -> object:
         rank_TK = destination()

@@ -1,15 +1,17 @@
-"""What a profile says of the time: which kernels take it, and where the host waits, from the events of a chrome trace."""
+"""What a profile says of the time: which kernels take it, before which of them nothing runs, and where the host waits, from the
+events of a chrome trace."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITS = ("Synchronize", "cudaMemcpy")  # in names of calls that may keep the host; cudaMemcpyAsync does from pageable memory
 MOST = 40  # of each kind, the slowest
+SHOWN, IDLE_SHOWN = 15, 8  # of kernels, and of what ended idle times
 NAME_LENGTH = 160
 
 
@@ -32,6 +34,7 @@ class KernelTimes:
     host_waits: tuple[Taken, ...]  # calls to the driver in which the host may have waited
     launches: int  # of kernels
     kernels_s: float  # of all of them, those that are not listed too
+    idle: tuple[Taken, ...]  # times in which none ran, by the kernel that ended them
 
     def lines(self, what: str) -> list[str]:
         """The slowest, for a person; `what` rank 0 did."""
@@ -40,9 +43,11 @@ class KernelTimes:
             f"rank 0, {what} under the profiler: {self.seconds:.3f} s, {self.launches:,} kernels at work for "
             f"{self.busy_s / self.seconds:.0%} of it, {waited:.3f} s in {waits:,} calls in which the host may wait"
         ]
-        for one in self.kernels[:15]:
+        for one in self.kernels[:SHOWN]:
             part = one.ms / 1e3 / self.kernels_s
             found.append(f"{one.ms:9.2f} ms {part:6.1%} {one.count:7,} x {one.name[:NAME_LENGTH]}")
+        for one in self.idle[:IDLE_SHOWN]:
+            found.append(f"{one.ms:9.2f} ms idle   {one.count:7,} x before {one.name[:NAME_LENGTH]}")
         return found
 
 
@@ -57,7 +62,10 @@ def kernel_times(events: Sequence[Mapping[str, Any]]) -> KernelTimes:
     busy = on_device or [(e["name"], e["ts"], e["dur"]) for e in operators]
     first, last = min(e["ts"] for e in spans), max(e["ts"] + e["dur"] for e in spans)
     total_s = sum(duration for _, _, duration in kernels) / 1e6
-    return KernelTimes((last - first) / 1e6, covered(busy) / 1e6, by_name(kernels), by_name(waits), len(kernels), total_s)
+    seconds, idle = (last - first) / 1e6, list(idle_times(busy))
+    span_s = (max(start + duration for _, start, duration in busy) - min(start for _, start, _ in busy)) / 1e6
+    busy_s = span_s - sum(duration for _, _, duration in idle) / 1e6
+    return KernelTimes(seconds, busy_s, by_name(kernels), by_name(waits), len(kernels), total_s, by_name(idle))
 
 
 def by_name(spans: Iterable[tuple[str, float, float]]) -> tuple[Taken, ...]:
@@ -68,14 +76,13 @@ def by_name(spans: Iterable[tuple[str, float, float]]) -> tuple[Taken, ...]:
     return tuple(sorted(found, key=lambda one: -one.ms)[:MOST])
 
 
-def covered(spans: Iterable[tuple[str, float, float]]) -> float:
-    """How long at least one was under way."""
-    total, until = 0.0, float("-inf")
-    for _, start, duration in sorted(spans, key=lambda span: span[1]):
-        end = start + duration
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
+def idle_times(spans: Iterable[tuple[str, float, float]]) -> Iterator[tuple[str, float, float]]:
+    """(name of what ended it, start, duration) of each time between the first and the last in which none was under way."""
+    until: float | None = None
+    for name, start, duration in sorted(spans, key=lambda span: span[1]):
+        if until is not None and start > until:
+            yield name, until, start - until
+        until = start + duration if until is None else max(until, start + duration)
 
 
 def without_nested(spans: Sequence[Mapping[str, Any]]) -> list[float]:

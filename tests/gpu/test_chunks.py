@@ -1,5 +1,5 @@
-"""Layers in chunks over NCCL, over one level and two, with the bfloat16 kernels: the same bits at any degrees, and what one
-device computes."""
+"""Layers in chunks over NCCL, over one level and two, and whole in memory that all ranks read, with the bfloat16 kernels: the
+same bits at any degrees, and what one device computes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SHAPE = ExpertShape(layers=1, experts=8, hidden=256, expert_hidden=96)
 K = 3
 TOKENS = (1000, 37, 0, 611)  # of each rank
 DEGREES = [WHOLE, OFF, Degrees(4, 2), Degrees(3, 16), Degrees(16, 5)]
+CALLS = 4  # of each layer: in place the first finds no room, and blocks take turns
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -46,7 +47,7 @@ def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layer(world: World, kind: TransportKind, message_dtype: MessageDtype) -> list[dict[str, Any]]:
-    """Two nodes have two levels, of one rank each as well as of more."""
+    """What each call gives, and the sums of gradients. Two nodes have two levels, of one rank each as well as of more."""
     world, owned = replace(world, ranks_per_node=world.size // 2), SHAPE.experts // world.size
     owner_E = even_owners(SHAPE.experts, world.size)
     copies_ED = owner_E[:, None] == np.arange(world.size)
@@ -66,18 +67,26 @@ def layer(world: World, kind: TransportKind, message_dtype: MessageDtype) -> lis
         for rows, part in zip(arena.rows, matrices(), strict=True):
             rows[:owned].copy_(part[torch.from_numpy(owner_E == world.rank)])
         arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
-        x_TD, experts_TK, weights_TK = (part.to(world.device) for part in inputs(world.rank))
-        x_TD.requires_grad_()
-        weights_TK.requires_grad_()
-        experts = ShardedExperts(0, arena, degrees=degrees)
-        experts.prepare()
-        y_TD = experts(x_TD, Routing(experts_TK, weights_TK, experts_TK.flatten().bincount(minlength=SHAPE.experts)))
-        with arena.backward_pass():
-            y_TD.float().square().sum().backward()
-        assert x_TD.grad is not None and weights_TK.grad is not None
-        parts = [y_TD.detach(), x_TD.grad, weights_TK.grad, *sums]
-        found.append({"parts": [part.cpu() for part in parts], "owned": np.flatnonzero(owner_E == world.rank)})
+        parts: list[Tensor] = []
+        for call in range(CALLS):
+            arena.outdated()
+            parts += one_call(
+                ShardedExperts(0, arena, degrees=degrees), *(part[call:].to(world.device) for part in inputs(world.rank))
+            )
+        found.append({"parts": [part.cpu() for part in (*parts, *sums)], "owned": np.flatnonzero(owner_E == world.rank)})
     return found
+
+
+def one_call(experts: ShardedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> list[Tensor]:
+    """y_TD and the gradients of tokens and weights."""
+    x_TD.requires_grad_()
+    weights_TK.requires_grad_()
+    experts.prepare()
+    y_TD = experts(x_TD, Routing(experts_TK, weights_TK, experts_TK.flatten().bincount(minlength=SHAPE.experts)))
+    with experts.arena.backward_pass():
+        y_TD.float().square().sum().backward()
+    assert x_TD.grad is not None and weights_TK.grad is not None
+    return [y_TD.detach(), x_TD.grad, weights_TK.grad]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,7 @@ def layer(world: World, kind: TransportKind, message_dtype: MessageDtype) -> lis
     [
         (2, "messages", "auto"),
         (2, "two_level", "auto"),
+        (2, "peer_memory", "auto"),
         (2, "messages", "float8"),
         (2, "two_level", "float8"),
         pytest.param(
@@ -103,15 +113,28 @@ def test_no_number_depends_on_the_degrees_and_all_are_those_of_one_device(
                 assert torch.equal(found, wanted)
     weights = [part.double().requires_grad_() for part in matrices()]
     for rank in range(size):
-        x_TD, experts_TK, weights_TK = inputs(rank)
-        given = [x_TD.double().requires_grad_(), weights_TK.double().requires_grad_()]
-        counts_E = experts_TK.flatten().bincount(minlength=SHAPE.experts)
-        y_TD = LocalExperts(*weights)(given[0], Routing(experts_TK, given[1], counts_E))
-        y_TD.square().sum().backward()
-        for found, wanted in zip(by_rank[rank][0]["parts"], [y_TD.detach(), *(part.grad for part in given)], strict=False):
-            assert wanted is not None and (found - wanted).norm() <= near * wanted.norm()
+        for call in range(CALLS):
+            x_TD, experts_TK, weights_TK = (part[call:] for part in inputs(rank))
+            given = [x_TD.double().requires_grad_(), weights_TK.double().requires_grad_()]
+            counts_E = experts_TK.flatten().bincount(minlength=SHAPE.experts)
+            y_TD = LocalExperts(*weights)(given[0], Routing(experts_TK, given[1], counts_E))
+            y_TD.square().sum().backward()
+            parts = by_rank[rank][0]["parts"][3 * call : 3 * call + 3]
+            for found, wanted in zip(parts, [y_TD.detach(), *(part.grad for part in given)], strict=True):
+                assert wanted is not None and (found - wanted).norm() <= near * wanted.norm()
     for rank in range(size):
-        for found, part in zip(by_rank[rank][0]["parts"][3:], weights, strict=True):
+        for found, part in zip(by_rank[rank][0]["parts"][3 * CALLS :], weights, strict=True):
             assert part.grad is not None
             wanted = part.grad[by_rank[rank][0]["owned"]]
             assert (found - wanted).norm() <= near * wanted.norm()
+
+
+def test_what_is_read_in_place_has_the_bits_of_messages() -> None:
+    """Own gradients and those of copies are added in another order; all else is alike."""
+    of_kind = [run_ranks(layer, 2, kind, "auto", kind="cuda") for kind in ("peer_memory", "messages")]
+    for in_place, sent in zip(*of_kind, strict=True):
+        *pairs, gate_up, down = zip(in_place[0]["parts"], sent[0]["parts"], strict=True)
+        for found, wanted in pairs:
+            assert torch.equal(found, wanted)
+        for found, wanted in (gate_up, down):
+            assert (found - wanted).norm() <= 1e-3 * wanted.norm()

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.accumulate import Sum
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
-from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
+from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass, Room
+from kernels.rows import spread_rows
 from tests.kernels.test_expert_mlp import Case, different_experts, gpu, needs_hopper, without
 
 SLOTS = 3  # more than there are experts
@@ -40,9 +42,27 @@ def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int
 
     ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
     y = [ahead.rows(case.x_TD[here], place_TK[here], weights_TK[here], part) for here, part in parted(starts[0])]
-    back = BackwardPass(order, ahead.h, weights_TK, experts, d_y_TD)
+    back = BackwardPass(order, ahead.h, weights_TK, experts)
     found = [back.rows(d_y_TD[here], place_TK[here], part) for here, part in parted(starts[1])]
     return [torch.cat(y), *map(torch.cat, zip(*found, strict=True)), *back.weights(case.x_TD, place_TK)]
+
+
+def in_place(case: Case, d_y_TD: Tensor, order: ExpertOrder, sums: tuple[Sum, Sum] | None = None) -> list[Tensor]:
+    """The same in one part, with rows that lie at their places and results that are written where the caller says."""
+    experts, place_TK, entries = in_an_arena(case), order.place_N.view(case.experts_TK.shape), order.entry_N.shape[0]
+    weights_TK, top_k = case.weights_TK.float(), case.experts_TK.shape[1]
+    room = Room.of(entries + 5, case.x_TD.shape[1], case.x_TD).cut(entries)
+    spread_rows(case.x_TD, order.place_N, top_k, room.rows)
+    y_TD, d_x_TD = (torch.full_like(case.x_TD, torch.nan) for _ in range(2))
+    d_weights_TK = torch.full_like(weights_TK, torch.nan)
+    ahead = ForwardPass(entries, experts, case.x_TD, room)
+    ahead.results(place_TK, weights_TK, order, y_TD)
+    back = BackwardPass(order, ahead.h, weights_TK, experts, lambda: sums)
+    spread_rows(d_y_TD, order.place_N, top_k, back.dy_ND)
+    dots_PN = back.hidden(order)
+    d_down = back.down()
+    back.tokens(place_TK, dots_PN, order, (d_x_TD, d_weights_TK))
+    return [y_TD, d_x_TD, d_weights_TK, back.gate_up(case.x_TD, place_TK), d_down]
 
 
 def check(case: Case, starts: list[list[int]], share: float, tolerance: float) -> None:
@@ -51,8 +71,8 @@ def check(case: Case, starts: list[list[int]], share: float, tolerance: float) -
     order = expert_order(case.experts_TK, case.down_EDF.shape[0], num_entries=int((case.experts_TK >= 0).sum()))
     d_y_TD = torch.randn(case.x_TD.shape, generator=torch.Generator().manual_seed(5)).to(case.x_TD)
     whole, cut = passes(case, d_y_TD, order, [[0], [0]]), passes(case, d_y_TD, order, starts)
-    for one, other in zip(cut, whole, strict=True):
-        assert torch.equal(one, other)
+    for one, other, written in zip(cut, whole, in_place(case, d_y_TD, order), strict=True):
+        assert torch.equal(one, other) and torch.equal(written, other)
     case = replace(case, weights_TK=case.weights_TK.masked_fill(case.experts_TK < 0, 0))  # where autograd multiplies by zero
     inputs = [part.clone().requires_grad_() for part in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
     y_TD = expert_mlp(inputs[0], order, *inputs[1:])
@@ -84,3 +104,19 @@ def test_any_parts_give_the_same_bits(
 def test_kernels_give_the_same_bits_in_any_parts(rows: int, share: float) -> None:
     case = Case.draw(different_experts(rows, 8, 4, 0), 8, 128, 96).to("cuda", torch.bfloat16)
     check(case, [[0, rows // 3, rows // 3, rows - 1], [0, 5]], share, 2e-2)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize("summed", [3, 8])
+def test_kernels_add_gradients_of_the_first_experts_to_sums(summed: int) -> None:
+    case = Case.draw(different_experts(700, 8, 4, 0), 8, 128, 96).to("cuda", torch.bfloat16)
+    order, d_y_TD = expert_order(case.experts_TK, 8), torch.ones_like(case.x_TD)
+    totals = [torch.zeros(summed, *part.shape[1:], device="cuda") for part in (case.gate_up_ECD, case.down_EDF)]
+    *tokens, gate_up, down = in_place(case, d_y_TD, order)
+    *again, others_gate_up, others_down = in_place(case, d_y_TD, order, tuple(Sum(total, fresh=False) for total in totals))
+    for one, other in zip(again, tokens, strict=True):
+        assert torch.equal(one, other)
+    for total, others, whole in zip(totals, (others_gate_up, others_down), (gate_up, down), strict=True):
+        assert torch.equal(others, whole[summed:])
+        torch.testing.assert_close(total.bfloat16(), whole[:summed], rtol=2**-7, atol=1e-6)

@@ -26,7 +26,7 @@ def test_the_kernels_follow_the_references(kernel_device: str, shape: tuple[int,
     angles = numbers(6, 12, device=kernel_device)
     for back in (False, True):
         expected = rotate_reference(heads, angles.cos(), -angles.sin() if back else angles.sin())
-        torch.testing.assert_close(launch_rotate(heads, angles.cos(), angles.sin(), back), expected)
+        torch.testing.assert_close(launch_rotate(heads, None, 0.0, angles.cos(), angles.sin(), back=back), expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (9, 4, 16), (77, 4, 16), (1, 1, 1), (0, 8)])
@@ -60,7 +60,7 @@ def test_the_kernels_of_both_follow_one_behind_the_other(
     turns = angles.cos(), angles.sin()
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     expected = rotate_reference(rms_norm_reference(*leaves, 1e-6), *turns)
-    torch.testing.assert_close(triton_norm.launch_norm_rotate(x, weight, 1e-6, *turns), expected.detach())
+    torch.testing.assert_close(triton_norm.launch_rotate(x, weight, 1e-6, *turns), expected.detach())
     found = triton_norm.launch_norm_rotate_backward(x, weight, 1e-6, *turns, d_y)
     torch.testing.assert_close(found, torch.autograd.grad(expected, leaves, d_y))
 

@@ -67,6 +67,8 @@ def test_kernels_equal_the_references(
     from kernels.triton_rows import launch_combine, launch_spread
 
     x_TD, y_ND, place_N, weights_TK, partials_PN = case(tokens, top_k, hidden, absent)
+    out_TD = torch.full((tokens, hidden), float("nan"), device=kernel_device)
+    sums_TK = torch.full((tokens, top_k), float("nan"), device=kernel_device)
 
     def placed(matrix: Tensor) -> Tensor:
         wide = torch.full((matrix.shape[0], hidden + stride), float("nan"), device=kernel_device)
@@ -77,12 +79,11 @@ def test_kernels_equal_the_references(
     out_ND = placed(torch.zeros_like(y_ND))
     launch_spread(placed(x_TD), place, top_k, out_ND)
     assert torch.equal(out_ND.cpu(), spread(x_TD, place_N, top_k))
-    out_TD, none = launch_combine(y, place, top_k, weights_TK.to(kernel_device), None)
-    assert none is None
+    launch_combine(y, place, top_k, weights_TK.to(kernel_device), None, out_TD, None)
     torch.testing.assert_close(out_TD.cpu(), rows.combine_rows(y_ND, place_N, top_k, weights_TK=weights_TK))
-    found = launch_combine(y, place, top_k, None, partials_PN.to(kernel_device))
-    for ours, theirs in zip(found, rows.combine_rows_and_partials(y_ND, place_N, top_k, partials_PN), strict=True):
-        assert ours is not None
+    launch_combine(y, place, top_k, None, partials_PN.to(kernel_device), out_TD, sums_TK)
+    expected = rows.combine_rows_and_partials(y_ND, place_N, top_k, partials_PN)
+    for ours, theirs in zip((out_TD, sums_TK), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs)
 
 
@@ -97,15 +98,16 @@ def test_tokens_without_entries_get_zeros(present: int, kernel_device: str) -> N
     weights_TK[place_N >= 0] = 2.0
     out_ND, place = torch.empty(present, 16, device=kernel_device), place_N.flatten().to(kernel_device)
     launch_spread(x_TD.to(kernel_device), place, 3, out_ND)
-    weighted_TD, _ = launch_combine(out_ND, place, 3, weights_TK.to(kernel_device), None)
+    out_TD, sums_TK = torch.full((4, 16), torch.nan, device=kernel_device), torch.full((4, 3), torch.nan, device=kernel_device)
+    launch_combine(out_ND, place, 3, weights_TK.to(kernel_device), None, out_TD, None)
     expected_TD = 2.0 * x_TD
     expected_TD[: 4 - present] = 0.0
-    assert torch.equal(weighted_TD.cpu(), expected_TD)
+    assert torch.equal(out_TD.cpu(), expected_TD)
     assert torch.equal(rows.combine_rows(out_ND.cpu(), place_N.flatten(), 3, weights_TK=weights_TK), expected_TD)
-    found = launch_combine(out_ND, place, 3, None, partials_PN.to(kernel_device))
+    launch_combine(out_ND, place, 3, None, partials_PN.to(kernel_device), out_TD, sums_TK)
     expected = rows.combine_rows_and_partials(out_ND.cpu(), place_N.flatten(), 3, partials_PN)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours is not None and torch.equal(ours.cpu(), theirs) and not theirs[: 4 - present].any()
+    for ours, theirs in zip((out_TD, sums_TK), expected, strict=True):
+        assert torch.equal(ours.cpu(), theirs) and not theirs[: 4 - present].any()
 
 
 @gpu

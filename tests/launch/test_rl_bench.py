@@ -58,8 +58,11 @@ def test_a_profile_counts_what_runs_and_what_waits() -> None:
     other = [event("aten::copy_", "cpu_op", 20, 60, thread=2)]
     found = kernel_times([*host, *other, {"ph": "M", "name": "process_name"}])
     assert {one.name: (one.count, one.ms) for one in found.kernels} == {"aten::mm": (2, 0.12), "aten::copy_": (2, 0.09)}
-    assert found.seconds == 250e-6 and found.busy_s == 150e-6 and found.host_waits == ()
+    assert found.seconds == 250e-6 and found.busy_s == pytest.approx(150e-6) and found.host_waits == ()
     device = [event("gemm", "kernel", 50, 40, thread=7), event("gemm", "kernel", 80, 40, thread=8)]
+    apart = kernel_times([*device, event("add", "kernel", 125, 5, thread=7), event("gemm", "kernel", 131, 1, thread=7)])
+    assert [(one.name, one.count, one.ms) for one in apart.idle] == [("add", 1, 0.005), ("gemm", 1, 0.001)]
+    assert "0.01 ms idle" in apart.lines("it")[-2] and apart.lines("it")[-2].endswith("1 x before add")
     waits = [event("cudaStreamSynchronize", "cuda_runtime", 100, 20), event("cudaLaunchKernel", "cuda_runtime", 5, 1)]
     found = kernel_times([*host, *device, *waits])
     assert [(one.name, one.count, one.ms) for one in found.kernels] == [("gemm", 2, 0.08)] and found.launches == 2

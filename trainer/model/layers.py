@@ -68,16 +68,8 @@ class RMSNorm(nn.Module):
         """(the residual stream `x` with its update, that normed), in one pass over memory."""
         return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
 
-
-class HeadNorm(nn.Module):
-    """RMSNorm of every head by itself, which its token's angles then turn: both in one pass over memory."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x_BSHd: Tensor, angles: Angles) -> Tensor:
+    def turned(self, x_BSHd: Tensor, angles: Angles) -> Tensor:
+        """The norm of every head by itself, turned by its token's angles, in one pass over memory."""
         return norm_rotate(x_BSHd.flatten(0, 1), self.weight, self.eps, *angles).view_as(x_BSHd)
 
 
@@ -99,7 +91,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.norms_heads = config.head_dim, config.qk_norm is True
         self.query = linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.attention_bias)
         self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
@@ -120,14 +112,11 @@ class Attention(nn.Module):
     def _norm(config: ModelConfig, heads: int) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
-        if config.qk_norm == "all_heads":
-            return RMSNorm(config.head_dim * heads, config.norm_eps)
-        return HeadNorm(config.head_dim, config.norm_eps)
+        return RMSNorm(config.head_dim * heads if config.qk_norm == "all_heads" else config.head_dim, config.norm_eps)
 
     def _turned(self, x_BSN: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
         """The heads of `x_BSN`, normed and rotated."""
-        if isinstance(norm, HeadNorm):
-            turned: Tensor = norm(x_BSN.unflatten(2, (-1, self.head_dim)), angles)
-            return turned
+        if self.norms_heads and isinstance(norm, RMSNorm):
+            return norm.turned(x_BSN.unflatten(2, (-1, self.head_dim)), angles)
         x_BSHd = norm(x_BSN).unflatten(2, (-1, self.head_dim))
         return rotate(x_BSHd.flatten(0, 1), *angles).view_as(x_BSHd)

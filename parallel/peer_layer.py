@@ -1,0 +1,78 @@
+"""One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, whole.
+
+Rows lie at the places of their entries when they have come, and each sum of a token's entries is written where other ranks read
+it. So nothing passes the memory of a device only to lie elsewhere, but for the tokens and the gradients of results, which are
+made elsewhere and laid out.
+
+Letters: T tokens of this rank, K top-k, R rows received, N entries, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.expert_mlp import Sums, WeightGradients
+from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
+from parallel.chunked_experts import Direction
+from parallel.peer_exchange import PeerExchange, Received
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """What a pass needs beside tokens and weights."""
+
+    exchange: PeerExchange
+    experts: ArenaExperts
+    ready: Callable[[Direction], None]  # tokens are under way; once it returns the experts are there for this pass
+    gradients: WeightGradients  # takes them, once in a backward pass
+    sums: Sums
+    first_rows: Callable[[], None]  # the rows of a backward pass are there: what else travels now delays them no more
+
+
+def experts_in_place(x_TD: Tensor, weights_TK: Tensor, received: Received, run: InPlace) -> Tensor:
+    """y_TD, as kernels/expert_mlp.py has it; `weights_TK` is float32. Collective; so is its backward pass, which comes whatever
+    needs a gradient."""
+    anchor = x_TD.new_empty(0).requires_grad_()
+    y_TD: Tensor = _Layer.apply(x_TD, weights_TK, anchor, received, run)
+    return y_TD
+
+
+class _Layer(torch.autograd.Function):
+    """No tensor of autograd's lies in a block, which the exchange after the next overwrites."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, received: Received, run: InPlace) -> Tensor:
+        """Tokens and weights have been dispatched; through here goes who gets their gradients."""
+        exchange, x_RD = run.exchange, received.x_RD
+        run.ready("forward")
+        computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_RD, received.x_ND)
+        results = exchange.results()
+        computing.results(exchange.place_RK, exchange.weights_RK, exchange.order, results.own_RD)
+        results.show()
+        ctx.run = run
+        ctx.save_for_backward(x_RD, computing.h)
+        return exchange.summed(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        run: InPlace = ctx.run
+        exchange, order, place_RK = run.exchange, run.exchange.order, run.exchange.place_RK
+        x_RD, h = ctx.saved_tensors
+        computing = BackwardPass(order, h, exchange.weights_RK, run.experts, run.sums)
+        exchange.pull(d_y_TD, computing.dy_ND)
+        run.first_rows()
+        run.ready("backward")
+        dots_PN = computing.hidden(order)
+        d_down_EDF = computing.down()
+        results = exchange.results()
+        computing.tokens(place_RK, dots_PN, order, (results.own_RD, results.own_RK))
+        run.gradients(computing.gate_up(x_RD, place_RK), d_down_EDF)
+        results.show()
+        return exchange.summed(results), exchange.picked(results), None, None, None
