@@ -47,7 +47,10 @@ def layer(rng: np.random.Generator, experts: int, tokens: int, parts: int) -> No
     received = int(rng.integers(1, RANKS * tokens + 1))
     x_RD = torch.zeros(RANKS * TOKENS, HIDDEN, dtype=torch.bfloat16)
     peers = PeerRows(blocks, pointers_W, 0, HIDDEN, torch.bfloat16)
-    launch_pull(peers, plan.row_WV[1], x_RD)
+    place_VK = order.place_N.view(plan.slots_VK.shape)
+    x_ND = torch.zeros(int(rng.integers(1, 2 * len(x_RD))), HIDDEN, dtype=x_RD.dtype)
+    launch_pull(peers, plan.row_WV[1], x_RD, place_VK, x_ND)
+    launch_pull(peers, plan.row_WV[1], None, place_VK[:received], x_ND)
     launch_sum(peers, rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
     launch_pick(PeerRows(blocks, pointers_W, 0, TOP_K, torch.float32), rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
     experts_pass(cut(order, received * TOP_K, received * TOP_K), x_RD[:received], slots_E, plan.weights_VK[:received])
@@ -71,7 +74,7 @@ def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, 
     launch_spread(x_RD, order.place_N, TOP_K, rows_ND)
     h, a_NF = rows.up(rows_ND, gate_up_SCD, slots_E, order)
     y_ND = rows.down(a_NF, down_SDF, slots_E, order)
-    launch_combine(y_ND, order.place_N, TOP_K, weights_RK, None)
+    launch_combine(y_ND, order.place_N, TOP_K, weights_RK, None, torch.empty_like(x_RD), None)
     d_h, weighted_NF, dots_PN = rows.d_hidden(rows_ND, h, weights_RK, down_SDF, slots_E, order)
     own = len(slots_E) // 2
     for fresh in (True, False) if own else ():
@@ -79,7 +82,7 @@ def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, 
         columns.d_weights(dy, weighted_NF, len(slots_E), None, order, sums)
     columns.d_weights(d_h, rows_ND, len(slots_E), None, order)
     d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
-    launch_combine(d_rows_ND, order.place_N, TOP_K, None, dots_PN)
+    launch_combine(d_rows_ND, order.place_N, TOP_K, None, dots_PN, torch.empty_like(x_RD), torch.empty_like(weights_RK))
 
 
 def main() -> None:
