@@ -1,6 +1,7 @@
 """Measures Tessera's own operations against others on this machine: `python -m launch.bench NAME`.
 
-Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them.
+Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them. Without
+a name, all that others do as well (benchmarks/overview.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from launch.benchmarks import (
     fssdp,
     learning,
     old_tokens,
+    overview,
     placement,
     pretrain,
     record,
@@ -78,7 +80,7 @@ def bench(name: str, arguments: Sequence[str]) -> Path:
     contenders = _contenders(benchmark.peers, asked, device)
     versions = {peer: PACKAGES[peer].version() for peer in contenders if peer in PACKAGES}
     where, ceilings = record.surroundings(device, versions), measure_ceilings(device)
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+    console = _console()
     console.print(record.heading(ceilings, where), highlight=False)
     cases: list[Any] = []
     for case in benchmark.measure(options, contenders, device, ceilings):
@@ -91,6 +93,28 @@ def bench(name: str, arguments: Sequence[str]) -> Path:
             console.print(f"{peer} could not do this: {why}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"every number is in {options.out}", soft_wrap=True, highlight=False)
     return options.out
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+
+
+def compare() -> int:
+    """All that others do as well; the exit code."""
+    found: list[overview.Line] = []
+    failures: dict[str, str] = {}
+    for name, told in overview.run(overview.COMPARED):
+        if isinstance(told, Path):
+            found += overview.read(told)
+        else:
+            failures[name] = told
+    console = _console()
+    console.print(overview.table(found))
+    if not torch.cuda.is_available():
+        console.print(overview.WITHOUT_GPU, soft_wrap=True, highlight=False)
+    for name, why in failures.items():
+        console.print(f"{name}: {why}", soft_wrap=True, markup=False, highlight=False)
+    return int(any(why.startswith("ended") for why in failures.values()))
 
 
 def _defaults(name: str, device: torch.device) -> dict[str, Any]:
@@ -114,7 +138,10 @@ def _contenders(
 
 def usage(names: Sequence[str]) -> str:
     """A page: the options of these benchmarks, one under the other."""
-    lines = [f"usage: python -m launch.bench {'|'.join(BENCHMARKS)} [name=value ...]"]
+    lines = [
+        f"usage: python -m launch.bench {'|'.join(BENCHMARKS)} [name=value ...]",
+        f"       python -m launch.bench    # {', '.join(overview.COMPARED)}, and one table of ours beside the fastest other",
+    ]
     if any(issubclass(BENCHMARKS[name].options, Options) for name in names):
         lines += ["", "models, and their sizes:"]
         lines += [f"  {name:<17}{', '.join(f'{key} {value}' for key, value in vars(s).items())}" for name, s in SHAPES.items()]
@@ -133,11 +160,13 @@ def usage(names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 2 for a person's mistake, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or "-h" in arguments or "--help" in arguments:
+    if "-h" in arguments or "--help" in arguments:
         print(usage([name for name in BENCHMARKS if name in arguments] or list(BENCHMARKS)))
         return 0
-    name, *rest = arguments
     try:
+        if not arguments:
+            return compare()
+        name, *rest = arguments
         if name not in BENCHMARKS:
             close = get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
