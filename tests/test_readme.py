@@ -13,6 +13,7 @@ import pytest
 from launch import submit
 from launch.bench import BENCHMARKS
 from launch.benchmarks.options import read_options
+from launch.benchmarks.overview import COMPARED
 from launch.cli import group_choices, load, option_names
 from launch.submit import job_script
 from rl.rewards.task import Prompt, Task
@@ -97,9 +98,9 @@ def test_a_command_in_the_pages_is_one_that_its_module_takes(
             name, "job", config, options
         )
     elif module == "bench":
-        name, *options = arguments
-        for defaults in BENCHMARKS[name].defaults.values():
-            read_options(BENCHMARKS[name].options, {**defaults, "out": "out.json"}, options)
+        for name, *options in [arguments] if arguments else [[name] for name in COMPARED]:
+            for defaults in BENCHMARKS[name].defaults.values():
+                read_options(BENCHMARKS[name].options, {**defaults, "out": "out.json"}, options)
     else:
         monkeypatch.setattr(sys, "argv", [module, "--help"])
         with pytest.raises(SystemExit):
