@@ -29,7 +29,7 @@ def pull_rows(
     height = min(out.shape[0] for out in (out_RD, place_RK) if out is not None)
     for rank, row_C in enumerate(row_V.view(len(rows.blocks), -1)):
         wanted_C = (row_C >= 0) & (row_C < height)
-        row_C, pulled_CD = row_C[wanted_C], rows.of_rank(rank)[: row_C.shape[0]][wanted_C]
+        row_C, pulled_CD = row_C[wanted_C], rows.of_rank[rank][: row_C.shape[0]][wanted_C]
         if out_RD is not None:
             out_RD[row_C] = pulled_CD
         if place_RK is not None and out_ND is not None:
@@ -53,7 +53,7 @@ def sum_rows(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
         first_T = (rank_TK[:, :k] != rank_TK[:, k : k + 1]).all(dim=1)
         for rank in range(len(rows.blocks)):
             here_T = first_T & (rank_TK[:, k] == rank)
-            out_TD[here_T] += rows.of_rank(rank)[row_WT[rank, here_T]].to(wide)
+            out_TD[here_T] += rows.of_rank[rank][row_WT[rank, here_T]].to(wide)
     return out_TD.to(rows.dtype)
 
 
@@ -66,5 +66,5 @@ def pick_numbers(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     out_TK = torch.zeros(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
     for rank in range(len(rows.blocks)):
         t, k = (rank_TK == rank).nonzero(as_tuple=True)
-        out_TK[t, k] = rows.of_rank(rank)[row_WT[rank, t].long(), k]
+        out_TK[t, k] = rows.of_rank[rank][row_WT[rank, t].long(), k]
     return out_TK

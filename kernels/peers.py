@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,11 +30,12 @@ class PeerRows:
     def __post_init__(self) -> None:
         assert self.start % LANE_BYTES == 0, f"rows begin at byte {self.start}"
 
-    def of_rank(self, rank: int) -> Tensor:
-        """(rows of the whole block from `start` on, D)."""
+    @cached_property
+    def of_rank(self) -> list[Tensor]:
+        """(rows of the whole block from `start` on, D) of each."""
         row_bytes = self.width * self.dtype.itemsize
-        block = self.blocks[rank][self.start :]
-        return block[: block.shape[0] // row_bytes * row_bytes].view(self.dtype).view(-1, self.width)
+        behind = [block[self.start :] for block in self.blocks]
+        return [block[: block.shape[0] // row_bytes * row_bytes].view(self.dtype).view(-1, self.width) for block in behind]
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,24 @@ class PeerChoices:
     def nbytes(self) -> int:
         return 4 * (HEADER + FIELDS * self.capacity * self.top_k)
 
+    @cached_property
+    def _fields(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each rank: how many tokens it has (1,), and of their choices who serves, the experts and the weights, (C, K)."""
+        found = []
+        for block in self.blocks:
+            numbers = block[: self.nbytes].view(torch.int32)
+            ranks_CK, experts_CK, weights_CK = numbers[HEADER:].view(FIELDS, self.capacity, self.top_k)
+            found.append((numbers[:1], ranks_CK, experts_CK, weights_CK.view(torch.float32)))
+        return found
+
     def lay_out(self, rank: int, rank_TK: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> bool:
         """Writes those of this rank; where there are more than there is room for, only how many, and returns False."""
-        tokens, numbers = rank_TK.shape[0], self.blocks[rank][: self.nbytes].view(torch.int32)
-        numbers[:1].fill_(tokens)
+        tokens, (count, *fields) = rank_TK.shape[0], self._fields[rank]
+        count.fill_(tokens)
         if tokens > self.capacity:
             return False
-        fields = numbers[HEADER:].view(FIELDS, self.capacity, self.top_k)[:, :tokens]
-        fields[0].copy_(rank_TK)
-        fields[1].copy_(experts_TK)
-        fields[2].view(torch.float32).copy_(weights_TK)
+        for field_CK, values_TK in zip(fields, (rank_TK, experts_TK, weights_TK), strict=True):
+            field_CK[:tokens].copy_(values_TK)
         return True
 
 

@@ -30,16 +30,25 @@ SPARE = 16  # room for a sixteenth more rows than there were, because they vary
 
 
 @dataclass(frozen=True)
+class Block:
+    """Of each rank, and what lies where in it: choices with tokens behind them on the way there; on the way back results, and
+    behind them a number for each choice."""
+
+    memory: PeerMemory
+    choices: PeerChoices
+    tokens: PeerRows
+    results: PeerRows
+    numbers: PeerRows  # float32, K wide
+
+
+@dataclass(frozen=True)
 class Room:
     """Two blocks of each rank that take turns, so one barrier serves a way."""
 
-    blocks: list[PeerMemory]
+    blocks: list[Block]
     tokens: int  # C
     rows: int  # R at most
     top_k: int
-
-    def choices(self, block: PeerMemory) -> PeerChoices:
-        return PeerChoices(block.of_rank, block.pointers_W, self.tokens, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,14 @@ class Received:
 class Results:
     """Where this rank writes what it gives back; behind `show` all ranks read it, until the exchange after the next."""
 
-    block: PeerMemory
-    rows: PeerRows
-    numbers: PeerRows  # float32, K wide
+    block: Block
     own_RD: Tensor
     own_RK: Tensor
 
     def show(self) -> None:
         """Collective."""
-        with self.block.world.exposed:
-            self.block.barrier()
+        with self.block.memory.world.exposed:
+            self.block.memory.barrier()
 
 
 class PeerTokens:
@@ -76,10 +83,17 @@ class PeerTokens:
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
         """Of the same size on all ranks, for either way."""
-        row_bytes = self.hidden * self.dtype.itemsize
-        there = _behind_choices(PeerChoices((), torch.empty(0), tokens, top_k)) + tokens * row_bytes
-        back = _padded(rows * row_bytes) + rows * top_k * torch.float32.itemsize
-        return Room([PeerMemory(self.world, max(there, back)) for _ in range(2)], tokens, rows, top_k)
+        row_bytes, number = self.hidden * self.dtype.itemsize, torch.float32
+        behind_choices = _padded(PeerChoices((), torch.empty(0), tokens, top_k).nbytes)
+        behind_rows = _padded(rows * row_bytes)
+        nbytes = max(behind_choices + tokens * row_bytes, behind_rows + rows * top_k * number.itemsize)
+        blocks = []
+        for memory in (PeerMemory(self.world, nbytes), PeerMemory(self.world, nbytes)):
+            each = memory.of_rank, memory.pointers_W
+            there = PeerChoices(*each, tokens, top_k), PeerRows(*each, behind_choices, self.hidden, self.dtype)
+            back = PeerRows(*each, 0, self.hidden, self.dtype), PeerRows(*each, behind_rows, top_k, number)
+            blocks.append(Block(memory, *there, *back))
+        return Room(blocks, tokens, rows, top_k)
 
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
@@ -97,18 +111,18 @@ class PeerTokens:
             self._room = self._made(self._room.tokens, self._room.rows, top_k)
         while True:
             room, block = self._room, self.turn()
-            if room.choices(block).lay_out(rank, rank_TK, experts_TK, weights_TK.detach()):
-                self._tokens_in(block).of_rank(rank)[:tokens].copy_(x_TD.detach())
+            if block.choices.lay_out(rank, rank_TK, experts_TK, weights_TK.detach()):
+                block.tokens.of_rank[rank][:tokens].copy_(x_TD.detach())
             with self.world.exposed:
-                block.barrier()
+                block.memory.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
-            plan = plan_rows(room.choices(block), index_E, rank)
+            plan = plan_rows(block.choices, index_E, rank)
             numbers = to_host(plan.numbers)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
             x_ND = EntryRoom.of(min(self._entries, plan.slots_VK.numel()), self.hidden, x_RD)
-            shown, place_VK = self._tokens_in(block), order.place_N.view(plan.slots_VK.shape)
-            self._pull(shown, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
+            place_VK = order.place_N.view(plan.slots_VK.shape)
+            self._pull(block.tokens, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
             most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
@@ -118,7 +132,7 @@ class PeerTokens:
         if entries > x_ND.rows.shape[0]:  # on this rank; until the next barrier the tokens stay where they are
             self._entries = entries * (SPARE + 1) // SPARE
             x_ND = EntryRoom.of(entries, self.hidden, x_RD)
-            self._pull(shown, plan.row_WV[rank], None, place_VK, x_ND.rows)
+            self._pull(block.tokens, plan.row_WV[rank], None, place_VK, x_ND.rows)
         rows = rows_W[rank]
         own_WT = plan.row_WV[:, rank * room.tokens : rank * room.tokens + tokens]
         order, weights_RK = cut(order, rows * top_k, entries), plan.weights_VK[:rows]
@@ -127,30 +141,23 @@ class PeerTokens:
 
     # ------------------------------------------------------------ the two ways of an exchange
 
-    def turn(self) -> PeerMemory:
-        """The block to write next: what is in it, all ranks have read."""
+    def turn(self) -> Block:
+        """The one to write next: what is in it, all ranks have read."""
         self._room.blocks.reverse()
         return self._room.blocks[0]
 
-    def _tokens_in(self, block: PeerMemory) -> PeerRows:
-        start = _behind_choices(self._room.choices(block))
-        return PeerRows(block.of_rank, block.pointers_W, start, self.hidden, self.dtype)
-
     def show_tokens(self, x_TD: Tensor) -> PeerRows:
         """Lays out rows for tokens whose choices are known. Collective."""
-        rows = self._tokens_in(block := self.turn())
-        rows.of_rank(self.world.rank)[: x_TD.shape[0]].copy_(x_TD)
+        block = self.turn()
+        block.tokens.of_rank[self.world.rank][: x_TD.shape[0]].copy_(x_TD)
         with self.world.exposed:
-            block.barrier()
-        return rows
+            block.memory.barrier()
+        return block.tokens
 
     def results(self, count: int) -> Results:
         """Room for so many; to be shown before anything else is laid out."""
-        block, room, rank = self.turn(), self._room, self.world.rank
-        rows = PeerRows(block.of_rank, block.pointers_W, 0, self.hidden, self.dtype)
-        behind = _padded(room.rows * self.hidden * self.dtype.itemsize)
-        numbers = PeerRows(block.of_rank, block.pointers_W, behind, room.top_k, torch.float32)
-        return Results(block, rows, numbers, rows.of_rank(rank)[:count], numbers.of_rank(rank)[:count])
+        block, rank = self.turn(), self.world.rank
+        return Results(block, block.results.of_rank[rank][:count], block.numbers.of_rank[rank][:count])
 
     def _pull(self, shown: PeerRows, row_V: Tensor, x_RD: Tensor | None, place_RK: Tensor, x_ND: Tensor) -> None:
         with self.world.exposed:
@@ -183,16 +190,12 @@ class PeerExchange:
     def summed(self, results: Results) -> Tensor:
         """What all ranks have shown, summed for each token of this one in float32: (T, D)."""
         with self.peers.world.exposed:
-            return sum_rows(results.rows, self.rank_TK, self.row_WT)
+            return sum_rows(results.block.results, self.rank_TK, self.row_WT)
 
     def picked(self, results: Results) -> Tensor:
         """The number of each choice: (T, K)."""
-        return pick_numbers(results.numbers, self.rank_TK, self.row_WT)
+        return pick_numbers(results.block.numbers, self.rank_TK, self.row_WT)
 
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // LANE_BYTES) * LANE_BYTES
-
-
-def _behind_choices(choices: PeerChoices) -> int:
-    return _padded(choices.nbytes)
