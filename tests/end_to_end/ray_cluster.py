@@ -46,12 +46,13 @@ class RayCluster:
         for name in list(self.nodes):
             self.kill_node(name)
 
-    def start_node(self, name: str, cpus: int, gpu_type: str | None) -> None:
-        """One that says it has such GPUs."""
+    def start_node(self, name: str, cpus: int, gpu_type: str | None, notice_s: int = 0) -> None:
+        """One that says it has such GPUs, and that waits so long for those who leave it when it is to go."""
         address = f"127.0.0.{len(self.names) + 3}"
         resources = {} if gpu_type is None else {f"accelerator_type:{gpu_type}": 1}
         command = ray_command(self.address, name, address, OBJECT_STORE_MIB)
-        self._start(name, address, [*command, f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"])
+        variables = ["env", f"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S={notice_s}"]
+        self._start(name, address, [*variables, *command, f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"])
 
     def start_example_head(self, name: str) -> str:
         """The head of the example, without CPUs for a run; the address where it takes jobs."""
@@ -81,6 +82,10 @@ class RayCluster:
         while "Ray runtime started" not in log.read_text():
             assert time.monotonic() < deadline and self.nodes[name].poll() is None, log.read_text()
             time.sleep(0.1)
+
+    def end_node(self, name: str) -> None:
+        """As a machine that is taken back is told: it goes once nothing runs there, after `notice_s` at the latest."""
+        self.nodes[name].terminate()
 
     def kill_node(self, name: str) -> None:
         """As if it lost its power: all that it runs, at once."""
