@@ -71,6 +71,27 @@ class RayCluster:
         self._start(name, host, ["env", *variables, sys.executable, "-m", "ray.scripts.scripts", "start", *example, *here])
         return f"http://127.0.0.1:{jobs}"
 
+    def start_autoscaling_head(self, name: str, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One whose autoscaler starts nodes of one CPU here, up to so many, when places are asked for and not there."""
+        # Its nodes take the machine's own address, and listen there, unless Ray believes that clusters are impossible here.
+        monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        self.address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        provider = {"type": "fake_multinode", "gcs_address": self.address, "use_node_id_as_ip": True}
+        provider |= {"disable_node_updaters": True, "disable_launch_config_check": True}
+        kinds: dict[str, dict[str, object]] = {"head": {"resources": {"CPU": 0}, "max_workers": 0}}
+        kinds["node"] = {"resources": {"CPU": 1, "object_store_memory": OBJECT_STORE_MIB * 2**20}, "max_workers": nodes}
+        config = {"cluster_name": "test", "max_workers": nodes, "provider": provider, "auth": {}, "head_node_type": "head"}
+        lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands", "rsync_exclude")
+        lists += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_filter")
+        config |= {"file_mounts": {}, "file_mounts_sync_continuously": False, **{key: [] for key in lists}}
+        config |= {"upscaling_speed": 1.0, "idle_timeout_minutes": 5}
+        config["available_node_types"] = {kind: {**one, "node_config": {}, "min_workers": 0} for kind, one in kinds.items()}
+        file = self.folder / "autoscaler.json"
+        file.write_text(json.dumps(config))
+        variables = ["env", "RAY_FAKE_CLUSTER=1", "AUTOSCALER_UPDATE_INTERVAL_S=1"]
+        command = ray_command(self.address, name, "127.0.0.1", OBJECT_STORE_MIB)
+        self._start(name, "127.0.0.1", [*variables, *command, "--num-cpus=0", f"--autoscaling-config={file}"])
+
     def _start(self, name: str, address: str, command: list[str]) -> None:
         """Waits for it: nodes of one machine that start at once take the same socket."""
         log = self.folder / f"{name}.out"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start
+from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
 from tests.models import tiny_model
@@ -203,3 +203,20 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     assert "it starts again where there is room, and its" in said and "from the last checkpoint" not in said
     (left,) = re.findall(r"first is to go, with ranks: the ranks begin anew after round (\d+)", said)
     assert f"continuing after round {left} from" in said, "a round was lost"
+
+
+def test_an_autoscaler_adds_nodes_for_ranks_and_engines_and_the_run_takes_them(
+    runs: Path, options: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no CPU but those that it brings."""
+    log, slow = runs.parent / "scaled.log", runs.parent / "slow"
+    slow.touch()
+    with RayCluster(runs.parent / "scaled", monkeypatch) as cluster, open(log, "w") as out:
+        cluster.start_autoscaling_head("head", nodes=3, monkeypatch=monkeypatch)
+        command = ["rl", *options, "cluster=ray", f"cluster.address={cluster.address}", "run_name=scaled"]
+        separate = ["rollout.placement=separate", "rollout.engines=2", "rollout.min_engines=1", f"task.options.slow={slow}"]
+        process = start(*command, *separate, stdout=out)
+        wait_for_text(log, "joins: 2 engines take part, of at most 2", process)
+        slow.unlink()
+        assert process.wait(WAIT_S) == 0, log.read_text()
+    require_the_same(whole, runs / "scaled", log.read_text())
