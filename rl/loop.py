@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -44,7 +44,7 @@ from trainer.places import Placement
 from trainer.run_dir import RunDir
 from trainer.starting_point import load_weights
 from trainer.state import TrainerSpec
-from trainer.stopping import StopRequest
+from trainer.stopping import Move, StopRequest
 from trainer.tokenizer import Tokenizer
 from trainer.tracing import Traces
 from trainer.tracking import Tracker
@@ -72,22 +72,21 @@ class Reinforcement:
         cluster, rollout = self.config.cluster, self.config.rollout
         engines = rollout.engines if rollout.server is None else 0
         separate = rollout.placement == "separate"
-        with (
-            Placement(cluster, self.ranks, self.tracker.say, engines, separate, rollout.min_engines) as placement,
-            self._pool(placement) as pool,
-        ):
-            replace(self, ranks=(placement.ranks,)).learn_in(placement, pool)
+        with Placement(cluster, self.ranks, self.tracker.say, engines, separate, rollout.min_engines) as placement:
+            placement.fill(lambda: replace(self, ranks=(placement.ranks,)).learn_in(placement))
 
-    def learn_in(self, placement: Placement, pool: SyncedPool) -> None:
-        self.learn_with(start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory), pool)
+    def learn_in(self, placement: Placement) -> None:
+        with self._pool(placement) as pool:
+            ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
+            self.learn_with(ranks, pool, placement.look)
 
-    def learn_with(self, ranks: Processes, pool: SyncedPool) -> None:
-        """From where the run is to its end, with ranks that have built their trainers."""
+    def learn_with(self, ranks: Processes, pool: SyncedPool, look: Callable[[], Move | None] | None = None) -> None:
+        """From where the run is to its end, with ranks that have built their trainers; `look` is that of their places."""
         start, buffer = self._restore(ranks)
         if self.config.algorithm.kl_coefficient > 0:
             ranks.call("keep_reference", self.run.reference)
         pool.load_weights(ranks, start, self.config.sync)
-        with self.stop.deferred():
+        with self.stop.deferred(look):
             self.loop(ranks, pool, buffer, start)
 
     def prepare(self, ranks: Processes) -> None:
@@ -163,9 +162,11 @@ class Reinforcement:
         loop, last = self.config.loop, done == self.config.loop.rounds
         if done % loop.eval_every == 0 or last:
             metrics |= self.evaluate(pool)
-        stopping = self.stop.signal is not None and not last
-        if done % loop.checkpoint_every == 0 or last or stopping:
+        stopping = not last and self.stop.asked()
+        if done % loop.checkpoint_every == 0 or last:
             metrics |= self._save(ranks, buffer, done, wait=last or stopping)
+        elif stopping:
+            metrics |= self._save_to_stop(ranks, buffer, done)
         elif self.memory.due(done):
             metrics |= self.memory.save(ranks, self._meta(buffer, done), json.dumps(buffer.to_state()))
         metrics |= self.rewards.counts() | pool.counts()
@@ -325,6 +326,12 @@ class Reinforcement:
     def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
         tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
         return save(ranks, self.run, self.tracker, self._meta(buffer, done), tokenizer, buffer.to_state(), keep, wait)
+
+    def _save_to_stop(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
+        """On the disk, or in memory where the run goes on from there at once."""
+        move, state = self.stop.move, json.dumps(buffer.to_state())
+        kept = self.memory.keep(ranks, self._meta(buffer, done), state, move.going) if move is not None else None
+        return self._save(ranks, buffer, done, wait=True) if kept is None else kept
 
     def _meta(self, buffer: RolloutBuffer, done: int) -> CheckpointMeta:
         return checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})

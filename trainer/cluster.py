@@ -30,7 +30,7 @@ from trainer.hangs import CUT_OFF, TIMED_OUT, gave_up, report
 from trainer.places import WAIT_S, Say, nodes_alive
 from trainer.ports import listens, why_taken
 from trainer.run_dir import shown
-from trainer.stopping import Stopped, StopRequest
+from trainer.stopping import Moved, Stopped, StopRequest
 
 T = TypeVar("T")
 MAX_AUTO_RANKS = 2
@@ -98,8 +98,9 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
-    while missing := sorted(set(config.nodes or ()) - nodes_alive().keys()):
-        there = f"{len(nodes_alive())} of {len(config.nodes or ())} nodes are there"
+    wanted = set(config.nodes or ())
+    while missing := sorted(wanted - nodes_alive().keys()):
+        there = f"{len(wanted) - len(missing)} of {len(wanted)} nodes are there"
         _wait_a_little(started, config.start_timeout_s, f"{', '.join(missing)}; {there}", say)
 
 
@@ -283,12 +284,15 @@ def run_attempts(config: ClusterConfig, places: int, attempt: Callable[[], None]
 
 
 def supervise(attempt: Callable[[], T], max_restarts: int, say: Say) -> T:
-    """Runs `attempt` again after a lost process, at most `max_restarts` times more."""
-    for restarts in range(max_restarts + 1):
+    """Runs `attempt` again after a lost process, at most `max_restarts` times more, and whenever it has to move."""
+    restarts = 0
+    while True:
         try:
             return attempt()
+        except Moved as moved:
+            say(str(moved))
         except ProcessLost as error:
             if restarts == max_restarts:
                 raise ProcessLost(f"{error}; cluster.max_restarts={max_restarts} is used up") from error
-            say(f"{error}; restart {restarts + 1} of {max_restarts} from the last checkpoint")
-    raise AssertionError("unreachable")
+            restarts += 1
+            say(f"{error}; restart {restarts} of {max_restarts} from the last checkpoint")

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +96,17 @@ def whole_ones(found: Mapping[str, Mapping[int, Kept]]) -> list[Whole]:
             if meta.step == step and all(keepers.values()):
                 whole.append(Whole(step, record, keepers))
     return whole
+
+
+def following(nodes: Sequence[str]) -> dict[str, str]:
+    """Which node also keeps what each of the nodes of these ranks has: the next one; itself where there is no other."""
+    ring = list(dict.fromkeys(nodes))
+    return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
+
+
+def outlives(nodes: Sequence[str], lost: Set[str]) -> bool:
+    """Whether a checkpoint of ranks on these nodes is still whole without the ones that are lost."""
+    return all(node not in lost or other not in lost for node, other in following(nodes).items())
 
 
 # ---------------------------------------------------------------- the process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,17 @@ class Pretraining:
         Raises:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
             Stopped: a signal asked for it; the last step is in a checkpoint.
+            Moved: a node of the ranks is to go; the last step is in a checkpoint, and another attempt continues from there.
         """
         with Placement(self.config.cluster, self.ranks, self.tracker.say) as placement:
-            ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
-            ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
-            start = self._restore(ranks)
-            with self.stop.deferred():
-                self.loop(ranks, start)
+            placement.fill(partial(self._train_in, placement))
+
+    def _train_in(self, placement: Placement) -> None:
+        ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
+        ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
+        start = self._restore(ranks)
+        with self.stop.deferred(placement.look):
+            self.loop(ranks, start)
 
     @property
     def spec(self) -> TrainerSpec:
@@ -95,9 +100,11 @@ class Pretraining:
             traces.behind(ranks.call, done, last)
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
-            stopping = self.stop.signal is not None and not last
-            if done % train.checkpoint_every == 0 or last or stopping:
+            stopping = not last and self.stop.asked()
+            if done % train.checkpoint_every == 0 or last:
                 metrics |= self._save(ranks, done, wait=last or stopping)
+            elif stopping:
+                metrics |= self._save_to_stop(ranks, done)
             elif self.memory.due(done):
                 metrics |= self.memory.save(ranks, self._meta(done), json.dumps({}))
             self.tracker.log(done, metrics)
@@ -107,6 +114,12 @@ class Pretraining:
     def _save(self, ranks: Processes, step: int, wait: bool) -> dict[str, float]:
         keep = self.config.train.keep_checkpoints
         return save(ranks, self.run, self.tracker, self._meta(step), self.corpus.tokenizer_file, {}, keep, wait)
+
+    def _save_to_stop(self, ranks: Processes, step: int) -> dict[str, float]:
+        """On the disk, or in memory where the run goes on from there at once."""
+        move = self.stop.move
+        kept = self.memory.keep(ranks, self._meta(step), json.dumps({}), move.going) if move is not None else None
+        return self._save(ranks, step, wait=True) if kept is None else kept
 
     def _meta(self, step: int) -> CheckpointMeta:
         position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
@@ -142,6 +155,7 @@ def start_ranks(
     hosts = dict.fromkeys(placement.hosts)
     where = f" on {', '.join(hosts)}, in this order" if len(hosts) > 1 else ""
     tracker.say(f"starting {placement.processes}{where}")
+    tracker.pause()
     ranks = meet(placement, spec, cluster, run.log_file, run.path / "refused")
     memory.open(ranks, placement.node_ids)
     return ranks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes, ProcessLost, gather
-from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, whole_ones
+from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, following, outlives, whole_ones
 from trainer.places import ANSWER_S, REPOSITORY, Say
 from trainer.worker import SavedInMemory
 
@@ -75,13 +76,13 @@ class MemoryCheckpoints:
         ring = list(dict.fromkeys(nodes))
         self._keepers |= {node: _start(node) for node in ring if node not in self._keepers}
         folders: dict[str, Path] = gather({node: self._keepers[node].folder.remote() for node in ring})
-        following = dict(zip(ring, [*ring[1:], ring[0]], strict=True))
+        next_of = following(nodes)
         shelves = [
             MemoryShelf(
                 keeper=node,
                 folder=folders[node],
                 leads=nodes.index(node) == rank,
-                next=None if len(ring) == 1 else self._keepers[following[node]],
+                next=None if len(ring) == 1 else self._keepers[next_of[node]],
             )
             for rank, node in enumerate(nodes)
         ]
@@ -98,6 +99,19 @@ class MemoryCheckpoints:
         took = [one.took_s for one in answers if one.took_s is not None]
         metrics = {"time/memory_checkpoint_s": max(paused)} if paused else {}
         return metrics | ({"time/memory_checkpoint_whole_s": max(took)} if took else {})
+
+    def keep(self, ranks: Processes, meta: CheckpointMeta, state: str, going: Set[str]) -> dict[str, float] | None:
+        """`save`, and returns when it is whole without what is on the nodes that are `going`; None where it cannot be."""
+        if not self.every or not outlives(self._nodes, going):
+            return None
+        started = time.perf_counter()
+        failure: str | None = ranks.call("keep_in_memory", meta, {"state.json": state})[0]
+        if failure is not None:
+            self._say(f"{failure}. It goes to the disk")
+            return None
+        for node in self._keepers.keys() & going:  # nothing is to be read there any more
+            ray.kill(self._keepers.pop(node))
+        return {"time/memory_checkpoint_s": time.perf_counter() - started}
 
     def found(self) -> list[InMemory]:
         """What the keepers that live can give together, the newest first."""

@@ -2,7 +2,8 @@
 
 Ranks are placed, with what they take of a node; engines of RL share the places of the ranks, or have as many of their own. A
 cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed. It may also grow: then
-there are places for engines that the run can do without.
+there are places for engines that the run can do without, and for the ranks that it had to do without. And it may say that a
+node is to go, as machines at a low price do: then the ranks leave it before.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -17,13 +19,14 @@ from typing import Any
 
 import ray
 import torch
+from ray._private import state as ray_state
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
 from trainer.config.run import ClusterConfig
-from trainer.stopping import Stopped
+from trainer.stopping import Move, Moved, Stopped
 
 Say = Callable[[str], None]
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,9 +36,20 @@ SHOWN_NODES = 8  # by name in a message
 ANSWER_S = 30.0  # in which a living node starts a process and answers
 
 
+def _nodes() -> list[dict[str, Any]]:
+    """Those that Ray believes to be alive, and of which it does not know that they are to go: on these it places nothing."""
+    going = nodes_going()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
+
+
 def nodes_alive() -> dict[str, str]:
-    """Name -> address of the nodes that Ray believes to be alive."""
-    return {node["NodeName"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    """Name -> address of these."""
+    return {node["NodeName"]: node["NodeManagerAddress"] for node in _nodes()}
+
+
+def nodes_going() -> frozenset[str]:
+    """The ids of nodes that are to end, as its autoscaler, `ray drain-node` or a SIGTERM to `ray start` has told Ray."""
+    return frozenset(ray_state.state.get_draining_nodes())
 
 
 def _probe(**where: Any) -> ray.ObjectRef:
@@ -94,6 +108,15 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+@dataclass(frozen=True)
+class _More:
+    """Places that were asked for so that the run has `ranks`."""
+
+    ranks: int
+    group: PlacementGroup
+    answers: list[ray.ObjectRef]  # of a process in each, which comes once it is there
+
+
 class Placement:
     """A bundle, which is a place, for each trainer rank; engines share them in turn, or have as many of their own where they
     are `separate`. Freed at the end of the `with` block.
@@ -101,6 +124,7 @@ class Placement:
     `cluster.nodes` get equally many places each, and ranks take them as `seats` says. `choices`: how many ranks there may be,
     the number that is wanted first; with less room for longer than `cluster.shrink_after_s`, as many of them as have a place.
     Of separate engines `min_engines` are enough to begin with: the others get places when they are asked for and there is room.
+    With fewer ranks than are wanted, Ray is asked for the places that are missing: `look`, `fill`.
     """
 
     def __init__(
@@ -113,49 +137,61 @@ class Placement:
         min_engines: int | None = None,
     ) -> None:
         self.config, self.ranks, self.engines, self.separate = config, choices[0], engines, separate
+        self.choices, self._say = tuple(choices), say
         self.elastic = min_engines is not None
         self.first_engines = engines if min_engines is None else min_engines
         self.later: dict[int, PlacementGroup] = {}  # of engines that are not among the first, each a group of its own
         self.actors: dict[str, Any] = {}
         self.on_gpu = _has_gpus(config.address)
         self.nodes = require_nodes(config.nodes) if config.nodes else []
+        self.more: _More | None = None
+        self._looked = time.monotonic()
         self.group = self._reserve()
         self._wait(choices, say)
+        self.groups = [self.group]
+        self._seat()
+
+    def _seat(self) -> None:
+        """Says which of the places that the groups hold are those of ranks, and which of engines."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        node_of = placement_group_table(self.group)["bundles_to_node_id"]
-        self.bundles, left = seats([node_of[bundle] for bundle in range(self._places(self.ranks))], self.ranks)  # of ranks
-        self.engine_bundles = left if separate else self.bundles
-        self.node_ids = [node_of[bundle] for bundle in self.bundles]  # of ranks
+        self.places, nodes = list[PlacementGroupSchedulingStrategy](), list[str]()
+        for group in self.groups:
+            node_of = placement_group_table(group)["bundles_to_node_id"]
+            self.places += [PlacementGroupSchedulingStrategy(group, index) for index in range(len(node_of))]
+            nodes += [node_of[index] for index in range(len(node_of))]
+        self.bundles, left = seats(nodes, self.ranks)  # of ranks
+        self.engine_bundles = left if self.separate else self.bundles
+        self.node_ids = [nodes[bundle] for bundle in self.bundles]  # of ranks
         self.hosts = [addresses[node] for node in self.node_ids]  # of ranks
 
     def _places(self, ranks: int) -> int:
         return ranks + self.first_engines * self.separate
 
     def _reserve(self) -> PlacementGroup:
-        nodes, bundle, places = self.nodes, self._bundle(), self._places(self.ranks)
+        nodes, bundle, places = self.nodes, self._bundle(self.ranks), self._places(self.ranks)
         pinned = [{f"node:{nodes[index * len(nodes) // places]}": 0.001} if nodes else {} for index in range(places)]
         return placement_group([bundle | pin for pin in pinned], strategy="PACK")
 
-    def _bundle(self) -> dict[str, float]:
-        """What a place is of its node: of a rank with the engines that share it, or of either by itself."""
-        bundle = {"CPU": 1.0 if self.separate else 1.0 + -(-self.engines // self.ranks) * 0.01}
+    def _bundle(self, ranks: int) -> dict[str, float]:
+        """What a place is of its node: of one of so many ranks with the engines that share it, or of either by itself."""
+        bundle = {"CPU": 1.0 if self.separate else 1.0 + -(-self.engines // ranks) * 0.01}
         if self.on_gpu:
             bundle["GPU"] = 1.0
         if self.config.gpu_type is not None:
             bundle[f"accelerator_type:{self.config.gpu_type}"] = 0.001
         return bundle
 
-    def _room(self) -> int:
-        """How many places the nodes that are alive have, in use or not."""
-        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return sum(min(int(one.get(kind, 0.0) / amount) for kind, amount in self._bundle().items()) for one in found)
+    def _room(self, ranks: int) -> int:
+        """How many places for so many ranks the nodes that are alive have, in use or not."""
+        found = [node["Resources"] for node in _nodes()]
+        return sum(min(int(one.get(kind, 0.0) / amount) for kind, amount in self._bundle(ranks).items()) for one in found)
 
     def _wait(self, choices: Sequence[int], say: Say) -> None:
         started = time.monotonic()
         while not (self.group.wait(WAIT_S) and self._answers()):
-            waited, room = time.monotonic() - started, self._room()
+            waited, room = time.monotonic() - started, self._room(self.ranks)
             state = f"{self._places(choices[0])} wanted, {self._found(room)}"
-            fewer = [ranks for ranks in choices if self._places(ranks) <= room]
+            fewer = [ranks for ranks in choices if self._places(ranks) <= self._room(ranks)]
             if fewer and fewer[0] != self.ranks and waited > self.config.shrink_after_s:
                 remove_placement_group(self.group)
                 self.ranks = fewer[0]
@@ -197,8 +233,9 @@ class Placement:
         """What there is, for a person who looks for what is missing or taken."""
         names, free = sorted(nodes_alive()), ray.available_resources()
         nodes = ", ".join(names[:SHOWN_NODES]) + (f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else "")
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in self._bundle().items())
-        left = " and ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in self._bundle())
+        bundle = self._bundle(self.ranks)
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        left = " and ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in bundle)
         who = "a rank or an engine" if self.separate else "a rank"
         return f"room for {room} on the nodes that are alive ({nodes}); {who} takes {each}, free are {left}"
 
@@ -243,7 +280,7 @@ class Placement:
         if name in self.actors:
             ray.kill(self.actors[name])
         if index >= self.first_engines and index not in self.later:
-            self.later[index] = placement_group([self._bundle()])
+            self.later[index] = placement_group([self._bundle(self.ranks)])
         return _probe(scheduling_strategy=self._place(index, is_engine=True), max_retries=-1)
 
     def give_up(self, name: str, index: int) -> None:
@@ -256,7 +293,74 @@ class Placement:
         if is_engine and index in self.later:
             return PlacementGroupSchedulingStrategy(self.later[index], placement_group_bundle_index=0)
         bundles = self.engine_bundles if is_engine else self.bundles
-        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundles[index % len(bundles)])
+        return self.places[bundles[index % len(bundles)]]
+
+    # ------------------------------------------------------------ when the cluster changes
+
+    def look(self) -> Move | None:
+        """Why the ranks had better begin anew, if so: a node of theirs is to go, or there are places for more of them.
+
+        Between two steps; it looks every few seconds. More places are held before anybody moves, and stay so.
+        """
+        if self.config.address is None or time.monotonic() < self._looked + WAIT_S:
+            return None
+        self._looked = time.monotonic()
+        if going := nodes_going() & set(self.node_ids):
+            names = sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in going)
+            return Move(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} to go, with ranks", going)
+        if self.ranks != self.choices[0] and self._has_more():
+            assert self.more is not None
+            return Move(f"there are places for {_counted(self.more.ranks, 'trainer rank')}", frozenset())
+        return None
+
+    def _has_more(self) -> bool:
+        """Whether places for more ranks are held and answer.
+
+        For as many as the nodes have room; with room for no more than now for all that are wanted, as Ray's autoscaler is told.
+        """
+        fitting = [ranks for ranks in self.choices if ranks > self.ranks and self._places(ranks) <= self._room(ranks)]
+        ranks = max(fitting, default=self.choices[0])
+        if self.more is not None and (self.more.ranks != ranks or not self._as_promised(self.more)):
+            self._forget_more()
+        if self.more is None:
+            self._say(f"asking Ray for places for {_counted(ranks - self.ranks, 'more trainer rank')}")
+            group = placement_group([self._bundle(ranks)] * (ranks - self.ranks), strategy="PACK")
+            places = [PlacementGroupSchedulingStrategy(group, index) for index in range(ranks - self.ranks)]
+            self.more = _More(ranks, group, [_probe(scheduling_strategy=place, max_retries=-1) for place in places])
+        answers = self.more.answers
+        return len(ray.wait(answers, num_returns=len(answers), timeout=0)[0]) == len(answers)
+
+    def _as_promised(self, more: _More) -> bool:
+        """Whether none of these places was lost after it had answered."""
+        answered, _ = ray.wait(more.answers, num_returns=len(more.answers), timeout=0)
+        try:
+            ray.get(answered)
+        except RayError:
+            return False
+        return len(answered) < len(more.answers) or placement_group_table(more.group)["state"] == "CREATED"
+
+    def _forget_more(self) -> None:
+        if self.more is not None:
+            remove_placement_group(self.more.group)
+            self.more = None
+
+    def fill(self, work: Callable[[], None]) -> None:
+        """Does `work`, which starts ranks and engines here; again with more ranks, whenever it has moved for those.
+
+        Raises:
+            Moved: not for those, or they are lost again.
+        """
+        while True:
+            try:
+                return work()
+            except Moved as moved:
+                if moved.move.going or self.more is None or not self._as_promised(self.more):
+                    raise
+                self._say(str(moved))
+            self._end(list(self.actors))
+            self.ranks, self.groups = self.more.ranks, [*self.groups, self.more.group]
+            self.more = None
+            self._seat()
 
     def _environment(self, threads: int) -> dict[str, str]:
         python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
@@ -270,7 +374,8 @@ class Placement:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end(list(self.actors))
-        for group in (self.group, *self.later.values()):
+        self._forget_more()
+        for group in (*self.groups, *self.later.values()):
             remove_placement_group(group)
 
     def _end(self, names: Sequence[str]) -> None:

@@ -1,10 +1,14 @@
-"""Stopping a run from outside so that it loses nothing: on SIGTERM or SIGUSR1 the step ends, then comes a checkpoint."""
+"""Stopping a run from outside so that it loses nothing: on SIGTERM or SIGUSR1 the step ends, then comes a checkpoint.
+
+So does an attempt whose ranks had better be elsewhere, because their cluster changes (places.py); then the run goes on at once.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -17,12 +21,30 @@ class Stopped(RuntimeError):
     """The run has stopped for a reason outside it and should be started again, with resume=auto."""
 
 
+@dataclass(frozen=True)
+class Move:
+    """Why the ranks should end with a checkpoint, and others begin: because nodes are to go, or for places that are held."""
+
+    why: str
+    going: frozenset[str]  # nodes that will be lost, with what is in their memory; none: for more places
+
+
+class Moved(RuntimeError):
+    """The ranks have ended so that the run goes on in other places at once; its last step is in a checkpoint."""
+
+    def __init__(self, move: Move, where: str) -> None:
+        super().__init__(f"{move.why}: the ranks begin anew {where}")
+        self.move = move
+
+
 class StopRequest:
     """Listens for SIGNALS in a `with` block. In `deferred` a signal is kept for later, elsewhere it stops the run at once."""
 
     def __init__(self) -> None:
         self.signal: str | None = None  # the name of the one that came
+        self.move: Move | None = None
         self._deferred = False
+        self._look: Callable[[], Move | None] = _nothing
 
     def __enter__(self: Self) -> Self:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -44,15 +66,26 @@ class StopRequest:
             self.obey("before a step was made")
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """The loop, which asks for `signal` itself once a step is done."""
-        self._deferred = True
+    def deferred(self, look: Callable[[], Move | None] | None = None) -> Iterator[None]:
+        """The loop, which asks whether to end once a step is done. `look` says why it had better go on elsewhere, if so."""
+        self._deferred, self._look = True, look or _nothing
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred, self._look, self.move = False, _nothing, None
+
+    def asked(self) -> bool:
+        """Whether the loop should write a checkpoint and `obey`; `move` is set where no signal asks for it."""
+        self.move = self._look() if self.signal is None else None
+        return self.signal is not None or self.move is not None
 
     def obey(self, where: str) -> None:
-        """Raises Stopped if a signal has come. `where` it stops: "after step 12"."""
+        """Raises Stopped if a signal has come, Moved for a move. `where` it stops: "after step 12"."""
         if self.signal is not None:
             raise Stopped(f"stopped by {self.signal} {where}; resume=auto goes on")
+        if self.move is not None:
+            raise Moved(self.move, where)
+
+
+def _nothing() -> None:
+    return None

@@ -84,6 +84,10 @@ class Tracker:
         with open(self.run.log_file("driver"), "a", encoding="utf-8") as log:
             log.write(line + "\n")
 
+    def pause(self) -> None:
+        """Ranks are started: the time until the next record is not that of a step."""
+        self.last = None
+
     def log(self, step: int, values: Values) -> None:
         """Records a step. Adds the time since the last record, what follows from it, tokens per second and memory.
 

@@ -199,10 +199,23 @@ class TrainWorker(Traceable):
             return SavedInMemory(None, None, None)
         failure = writer.settle()
         took_s = None if failure is not None or math.isnan(writer.took_s) else writer.took_s
+        self._start_in_memory(shelf, writer, meta, files)
+        return SavedInMemory(time.perf_counter() - started, took_s, failure)
+
+    def keep_in_memory(self, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> str | None:
+        """The same, in place of the one before and until it is whole; why it could not be kept, if so."""
+        assert self.memory is not None, "no keepers are there"
+        shelf, writer = self.memory
+        writer.settle()
+        self._start_in_memory(shelf, writer, meta, files)
+        return writer.settle()
+
+    def _start_in_memory(
+        self, shelf: MemoryShelf, writer: Writer, meta: checkpoint.CheckpointMeta, files: dict[str, str]
+    ) -> None:
         meta = replace(meta, updates=self.trainer.updates)
         folder = shelf.folder / checkpoint.folder_name(meta.step)
         writer.start(folder, self.trainer.state_to_save(with_moments=True), meta, files, keep=1)
-        return SavedInMemory(time.perf_counter() - started, took_s, failure)
 
     def load_from_memory(self, one: Whole, keepers: Mapping[str, Any]) -> checkpoint.CheckpointMeta:
         """Loads what `save_in_memory` of any number of ranks left with these keepers."""

@@ -50,10 +50,10 @@ def series(run_dir: Path, key: str) -> dict[int, float]:
     return dict(found)
 
 
-def wait_for_text(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+def wait_for_text(log: Path, text: str, process: subprocess.Popen[str], times: int = 1) -> None:
     """Waits until a running command has said so."""
     deadline = time.monotonic() + WAIT_S
-    while text not in log.read_text():
+    while log.read_text().count(text) < times:
         assert process.poll() is None and time.monotonic() < deadline, f"not said: {text}\n{log.read_text()}"
         time.sleep(0.1)
 

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.end_to_end.commands import WAIT_S, run, series, start, wait_for_memory, wait_for_step, wait_for_text
@@ -158,3 +159,44 @@ def test_a_run_that_loses_nodes_goes_on_with_what_is_left_and_waits_where_nothin
         cluster.start_node("fourth", cpus=1, gpu_type="H100")
         assert process.wait(timeout=WAIT_S) == 0, log.read_text()
     assert losses(workplace, "nodes") == pytest.approx(uninterrupted, rel=1e-3), "the same rows, on another number of ranks"
+
+
+def test_ranks_grow_back_where_there_is_room_again_and_leave_a_node_that_is_to_go_and_lose_no_step(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real Ray cluster. No checkpoint is on a disk: the ranks go on from what is in memory.
+
+    The driver stands still while nodes start, so that there are steps left.
+    """
+    log, run_dir = workplace / "moves.log", workplace / "runs" / "moves"
+    moved = re.compile(r": the ranks begin anew after step (\d+)")
+    run("pretrain", *arguments(workplace, "calm"), "train.steps=60")
+    with RayCluster(workplace / "moves", monkeypatch) as cluster, open(log, "w") as out:
+        cluster.start_node("head", cpus=0, gpu_type=None)
+        cluster.start_node("first", cpus=1, gpu_type=None)
+        cluster.start_node("second", cpus=1, gpu_type=None)
+        options = [
+            *("cluster=ray", f"cluster.address={cluster.address}", "cluster.ranks=2", "cluster.min_ranks=1"),
+            *("cluster.shrink_after_s=1", "cluster.max_restarts=1", "cluster.threads_per_rank=1"),
+            *("train.steps=60", "train.checkpoint_every=100", "train.memory_checkpoint_every=1", "train.micro_rows=1"),
+        ]
+        process = start("pretrain", *arguments(workplace, "moves"), *options, stdout=out)
+        driver = psutil.Process(process.pid)
+        wait_for_memory(run_dir, process)
+        cluster.kill_node("second")
+        wait_for_text(log, "asking Ray for places for 1 more trainer rank", process)
+        driver.suspend()
+        cluster.start_node("third", cpus=1, gpu_type=None, notice_s=120)
+        driver.resume()
+        wait_for_text(log, "starting 2 trainer ranks on", process, times=2)
+        wait_for_memory(run_dir, process, after=int(moved.findall(log.read_text())[0]))
+        cluster.end_node("third")
+        assert process.wait(timeout=WAIT_S) == 0, log.read_text()
+        assert cluster.nodes["third"].wait(timeout=60) != 0, "a node that nobody is on any more goes"
+    said = log.read_text()
+    assert "there are places for 2 trainer ranks: the ranks begin anew after step" in said, said
+    assert "third is to go, with ranks: the ranks begin anew after step" in said, said
+    continued = re.findall(r"continuing after step (\d+) from the memory of 1 node", said)
+    assert continued[1:] == moved.findall(said) and len(continued) == 3, "a step was lost\n" + said
+    assert re.findall(r"starting (\d) trainer rank", said) == ["2", "1", "2", "1"] and "restart 2" not in said, said
+    assert losses(workplace, "moves") == pytest.approx(losses(workplace, "calm"), rel=1e-3), "the same rows, on other ranks"

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start
+from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
 from tests.models import tiny_model
 from trainer.config.run import TokenizerConfig
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
+from trainer.stopping import REQUEUE
 from trainer.tokenizer import train_tokenizer
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -132,13 +133,30 @@ def test_a_job_that_fails_says_why_and_has_an_exit_code(cluster: tuple[RayCluste
     assert "nowhere" in log.read_text() and "failed with exit code 2" in log.read_text()
 
 
+def test_a_driver_waits_for_its_nodes_by_name_and_without_the_token_is_not_let_in(
+    cluster: tuple[RayCluster, str], runs: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["rl", *options, "cluster=ray", f"cluster.address={cluster[0].address}", "cluster.ranks=2"]
+    waiting = start(*command, "run_name=waiting", "cluster.nodes=[head,absent]", "cluster.start_timeout_s=5")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    stranger = start(*command, "run_name=stranger")
+    said, _ = waiting.communicate(timeout=WAIT_S)
+    assert waiting.returncode == REQUEUE, said
+    assert said.count("waiting for absent; 1 of 2 nodes are there (") >= 2, said
+    assert re.search(r"still waiting for absent; 1 of 2 nodes are there after \d+ s \(cluster.start_timeout_s\)", said), said
+    said, _ = stranger.communicate(timeout=WAIT_S)
+    assert stranger.returncode == 2 and "Traceback" not in said and "RAY_AUTH_MODE=token and its token here too" in said, said
+    token = (runs.parent / ".ray" / "auth_token").read_bytes().strip()
+    assert token and not [file for file in runs.rglob("*") if file.is_file() and token in file.read_bytes()]
+
+
 def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_learns_the_same(
     cluster: tuple[RayCluster, str], runs: Path, options: list[str], whole: Path
 ) -> None:
     nodes, address = cluster
     log, run_dir, slow = runs.parent / "elastic.log", runs / "elastic", runs.parent / "slow"
     slow.touch()
-    nodes.start_node("first", cpus=2, gpu_type="H100")
+    nodes.start_node("first", cpus=2, gpu_type="H100", notice_s=120)
     command = [
         *("launch.rl", *options, "cluster=ray", "cluster.gpu_type=H100", "rollout.placement=separate", "rollout.engines=3"),
         *("rollout.min_engines=1", f"task.options.slow={slow}", "run_name=elastic", "resume=auto"),
@@ -167,6 +185,12 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     nodes.start_node("second", cpus=1, gpu_type="H100")
     wait_for_rounds(2, number=2)
     nodes.kill_node("second")
+    nodes.start_node("third", cpus=2, gpu_type="H100")
+    nodes.end_node("first")
+    deadline = time.monotonic() + WAIT_S
+    while "first is to go, with ranks: the ranks begin anew after round" not in log.read_text():
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
     slow.unlink()
     assert job.wait(WAIT_S) == 0, log.read_text()
     said = log.read_text()
@@ -177,3 +201,22 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     assert "starting 1 trainer rank and 1 to 3 engines in places of their own" in said
     assert "joins: 2 engines take part, of at most 3" in said
     assert "it starts again where there is room, and its" in said and "from the last checkpoint" not in said
+    (left,) = re.findall(r"first is to go, with ranks: the ranks begin anew after round (\d+)", said)
+    assert f"continuing after round {left} from" in said, "a round was lost"
+
+
+def test_an_autoscaler_adds_nodes_for_ranks_and_engines_and_the_run_takes_them(
+    runs: Path, options: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no CPU but those that it brings."""
+    log, slow = runs.parent / "scaled.log", runs.parent / "slow"
+    slow.touch()
+    with RayCluster(runs.parent / "scaled", monkeypatch) as cluster, open(log, "w") as out:
+        cluster.start_autoscaling_head("head", nodes=3, monkeypatch=monkeypatch)
+        command = ["rl", *options, "cluster=ray", f"cluster.address={cluster.address}", "run_name=scaled"]
+        separate = ["rollout.placement=separate", "rollout.engines=2", "rollout.min_engines=1", f"task.options.slow={slow}"]
+        process = start(*command, *separate, stdout=out)
+        wait_for_text(log, "joins: 2 engines take part, of at most 2", process)
+        slow.unlink()
+        assert process.wait(WAIT_S) == 0, log.read_text()
+    require_the_same(whole, runs / "scaled", log.read_text())

@@ -17,6 +17,7 @@ from launch.cli import load
 from trainer.cluster import GONE, ProcessLost, _say_of_ray, check_cluster, choose_ranks, rank_choices, reason_of, supervise
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.places import seats
+from trainer.stopping import Move, Moved
 from trainer.worker import check_division
 
 
@@ -64,6 +65,24 @@ def test_restarts_are_limited() -> None:
     with pytest.raises(ProcessLost, match=r"trainer/1 died \(attempt 3\); cluster.max_restarts=2 is used up"):
         supervise(attempt, max_restarts=2, say=lambda text: None)
     assert attempts == [1, 2, 3]
+
+
+def test_a_move_to_other_places_is_no_restart() -> None:
+    said, moves = list[str](), 5
+    attempts, lost = failing(2)
+
+    def attempt() -> str:
+        nonlocal moves
+        moves -= 1
+        if moves >= 0:
+            raise Moved(Move("a is to go", frozenset("a")), f"after step {moves}")
+        return str(lost())
+
+    assert supervise(attempt, max_restarts=2, say=said.append) == "done"
+    assert attempts == [1, 2, 3] and said[4:6] == [
+        "a is to go: the ranks begin anew after step 0",
+        "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint",
+    ]
 
 
 def test_a_mistake_of_the_user_is_not_tried_again() -> None:

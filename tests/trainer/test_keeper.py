@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from trainer import keeper
 from trainer.checkpoint import FORMAT, CheckpointMeta, Checksum, checksum
-from trainer.keeper import Keeper, Kept, OwnFolder, whole_ones
+from trainer.keeper import Keeper, Kept, OwnFolder, following, outlives, whole_ones
 
 
 def sum_of(content: object) -> Checksum:
@@ -82,17 +82,17 @@ def test_the_newest_of_which_everything_is_left_is_chosen_and_nothing_else(found
             assert names and all(found[name][one.step].files[file] == sums[file] for name in names)
 
 
-@given(st.sampled_from("abcd"), st.integers(2, 4), st.integers(1, 3))
-def test_no_single_node_takes_a_checkpoint_with_it(lost: str, num_nodes: int, ranks_a_node: int) -> None:
-    nodes = "abcd"[:num_nodes]
-    files = {f"rank_{rank}": sum_of(rank) for rank in range(num_nodes * ranks_a_node)}
+@given(st.sets(st.sampled_from("abcde")), st.integers(1, 5), st.integers(1, 3))
+def test_a_checkpoint_outlives_nodes_that_do_not_follow_each_other(lost: set[str], num_nodes: int, ranks_a_node: int) -> None:
+    nodes = [node for node in "abcde"[:num_nodes] for _ in range(ranks_a_node)]
+    files = {f"rank_{rank}": sum_of(rank) for rank in range(len(nodes))}
     found = {node: {7: Kept(record(7, files), {})} for node in nodes}
-    for rank, (file, one) in enumerate(files.items()):
-        home = rank // ranks_a_node
-        for node in (nodes[home], nodes[(home + 1) % num_nodes]):
-            found[node][7].files[file] = one
-    found.pop(lost, None)
-    assert [one.step for one in whole_ones(found)] == [7]
+    for node, (file, one) in zip(nodes, files.items(), strict=True):
+        for keeper_ in {node, following(nodes)[node]}:
+            found[keeper_][7].files[file] = one
+    left = {node: kept for node, kept in found.items() if node not in lost}
+    assert [one.step for one in whole_ones(left)] == [7] * outlives(nodes, lost)
+    assert outlives(nodes, lost) or len(lost & set(nodes)) > 1 or num_nodes == 1, "no single node takes it along"
 
 
 def test_a_keeper_has_what_was_sent_whole_and_what_ranks_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

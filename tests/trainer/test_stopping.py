@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from launch.cli import guarded
-from trainer.stopping import REQUEUE, SIGNALS, Stopped, StopRequest
+from trainer.stopping import REQUEUE, SIGNALS, Move, Moved, Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -23,6 +23,23 @@ def test_a_signal_in_the_loop_is_kept_until_the_loop_asks(number: signal.Signals
 def test_a_signal_outside_the_loop_stops_at_once() -> None:
     with StopRequest(), pytest.raises(Stopped, match="stopped by SIGTERM before a step was made"):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_first() -> None:
+    moves = iter([None, move := Move("a is to go", frozenset("a")), move])
+    with StopRequest() as stop:
+        with stop.deferred(lambda: next(moves)):
+            assert not stop.asked()
+            stop.obey("after step 1")
+            assert stop.asked() and stop.move == move
+            with pytest.raises(Moved, match="a is to go: the ranks begin anew after step 2") as caught:
+                stop.obey("after step 2")
+            assert caught.value.move == move
+        with stop.deferred(lambda: move):
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop.asked() and stop.move is None
+            with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 3"):
+                stop.obey("after step 3")
 
 
 def test_who_listened_before_listens_again() -> None:

@@ -108,7 +108,9 @@ def test_a_step_after_a_restart_has_no_step_time(run: RunDir) -> None:
     with Tracker(run, "pretrain", OFF, total_steps=9, devices=2) as tracker:
         for step in (1, 2, 3, 2, 3):
             tracker.log(step, {"train/loss": 1.0})
-    assert ["time/step_s" in record for record in read_records(run.metrics_file)] == [False, True, True, False, True]
+        tracker.pause()  # no step has to be done again
+        tracker.log(4, {"train/loss": 1.0})
+    assert ["time/step_s" in record for record in read_records(run.metrics_file)] == [False, True, True, False, True, False]
 
 
 def test_a_failure_is_written_down_and_passed_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,7 @@ class ClusterConfig(Record):
     address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
     nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
-    min_ranks: int | None = Field(gt=0)  # as many are enough where lost nodes leave no place for all; null: it waits for them
+    min_ranks: int | None = Field(gt=0)  # enough until lost nodes are replaced; null: it waits for all
     shrink_after_s: float = Field(ge=0)  # so long a place for all is waited for before it goes on with fewer
     gpu_type: str | None  # Ray's name of the GPUs that ranks run on: H100; null: any
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
