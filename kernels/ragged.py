@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kernels.host_device import to_device
 
 CPU_ROWS = 16  # query rows that the reference multiplies at once
 PAGE_TOKENS = {"cpu": 16, "cuda": 64}  # of a page of keys; also the block that a query takes at once
@@ -41,9 +44,8 @@ def ragged(
         first.append(first[-1] + count)
         sequence_of += [index] * -(-count // tile)
         first_of += range(0, count, tile)
-    numbers = pinned(torch.tensor([*first, *lengths, *sequence_of, *first_of], dtype=torch.int32), device)
-    numbers = numbers.to(device, non_blocking=True)
-    first_N, length_N, tile_sequence, tile_first = numbers.split([len(first), len(lengths), len(first_of), len(first_of)])
+    numbers = [np.array(part, dtype=np.int32) for part in (first, lengths, sequence_of, first_of)]
+    first_N, length_N, tile_sequence, tile_first = to_device(numbers, device)
     return Ragged(first_N, length_N, tile_sequence, tile_first, tile, max(lengths, default=0), table_NP)
 
 
@@ -51,8 +53,3 @@ def tile_queries(heads_per_group: int, device: torch.device) -> int:
     """Queries of a tile: with the heads that share a key they fill the rows of one product."""
     rows = 64 if device.type == "cuda" else CPU_ROWS
     return max(1, rows // heads_per_group)
-
-
-def pinned(values: Tensor, device: torch.device) -> Tensor:
-    """Pinned memory, so that a copy to a GPU does not wait for what it still has to do."""
-    return values.pin_memory() if device.type == "cuda" else values

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels.accumulate import Sum
+from kernels.host_device import to_device
 from parallel.hooks import NONE, Hooks
-from parallel.host_device import to_device
 from parallel.placement import Floats, Ints, Placement, missing
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, cut, expert_order
 from kernels.expert_passes import Room as EntryRoom
+from kernels.host_device import to_host
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
-from parallel.host_device import to_host
 from parallel.peer_memory import PeerMemory
 from parallel.topology import World
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.host_device import to_host
 from kernels.vocab_loss import token_logprobs
 from parallel.balance import load_shares, max_violation, updated_bias
-from parallel.host_device import to_host
 from parallel.moe_layer import ShardedExperts
 from parallel.topology import World
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy

@@ -1,4 +1,4 @@
-"""How often Triton would compile the kernels of an expert layer whose tokens and experts differ from call to call.
+"""How often Triton would compile the kernels of a layer whose tokens, sequences and experts differ from call to call.
 
 A program of its own: Triton takes its driver and its mode from the process. Nothing is compiled and nothing runs; what is
 recorded of every launch is the key by which Triton would find the compiled kernel. It prints {"first": keys of calls of every
@@ -19,16 +19,21 @@ from triton.runtime.jit import JITFunction
 from kernels.accumulate import Sum
 from kernels.expert_order import TILE_ROWS, ExpertOrder, cut, most_tiles, parts_of
 from kernels.hopper import columns, ring, rows
+from kernels.host_device import to_device
 from kernels.peers import PeerChoices, PeerRows
+from kernels.ragged import ragged
+from kernels.triton_attention import launch_attention
 from kernels.triton_destinations import launch_destinations
 from kernels.triton_expert_order import order_with_kernels
+from kernels.triton_linear import launch_linears
+from kernels.triton_norm import launch_norm_rotate_backward, launch_rms_norm, launch_rms_norm_backward, launch_rotate
 from kernels.triton_peer_routing import launch_plan
 from kernels.triton_peer_rows import launch_pick, launch_pull, launch_sum
+from kernels.triton_router import launch_route, launch_route_backward, settings_of
 from kernels.triton_rows import launch_combine, launch_spread
-from parallel.host_device import to_device
 from tests.kernels.compile_for_hopper import Chip
 
-RANKS, TOKENS, TOP_K, HIDDEN, EXPERT_HIDDEN = 2, 2048, 2, 64, 64
+RANKS, TOKENS, TOP_K, HIDDEN, HEAD, EXPERT_HIDDEN = 2, 2048, 2, 64, 32, 64
 
 
 def layer(rng: np.random.Generator, experts: int, tokens: int, parts: int) -> None:
@@ -85,6 +90,27 @@ def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, 
     launch_combine(d_rows_ND, order.place_N, TOP_K, None, dots_PN, torch.empty_like(x_RD), torch.empty_like(weights_RK))
 
 
+def dense(rng: np.random.Generator, tokens: int, sequences: int) -> None:
+    """Norms, products, rotations, attention and router for so many tokens, forward and backward."""
+    x_TD, weight_D = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(HIDDEN, dtype=torch.bfloat16)
+    launch_rms_norm(x_TD, x_TD, weight_D, 1e-6)
+    launch_rms_norm_backward(x_TD, weight_D, 1e-6, x_TD, x_TD)
+    weights = [torch.zeros(columns, HIDDEN, dtype=torch.bfloat16) for columns in (HIDDEN, HEAD, HEAD)]
+    q_TC, k_TC, v_TC = launch_linears(x_TD, weights, torch.bfloat16)
+    q_THd, k_TGd, v_TGd = (found.view(tokens, -1, HEAD) for found in (q_TC, k_TC, v_TC))
+    angles_Td = torch.zeros(tokens, HEAD // 2)
+    launch_rotate(q_THd, weight_D[:HEAD], 1e-6, angles_Td, angles_Td)
+    launch_norm_rotate_backward(q_THd, weight_D[:HEAD], 1e-6, angles_Td, angles_Td, q_THd)
+    cuts = sorted(rng.integers(0, tokens + 1, sequences - 1).tolist())
+    lengths = np.diff([0, *cuts, tokens]).tolist()
+    launch_attention(q_THd, k_TGd, v_TGd, ragged(lengths, lengths, None, HIDDEN // HEAD, x_TD.device))
+    settings = settings_of(16, TOP_K, 1, 1, "softmax", True, 1.0, True, 1e-20)
+    logits_TE = torch.zeros(tokens, 16)
+    experts_TK, weights_TK, _, sums = launch_route(logits_TE, None, None, settings)
+    assert sums is not None
+    launch_route_backward(logits_TE, experts_TK, None, sums[2], (weights_TK, *sums[:2]), settings)
+
+
 def main() -> None:
     driver.set_active(Chip())
     found: set[tuple[str, str]] = set()
@@ -100,9 +126,12 @@ def main() -> None:
         for tokens in (64, TOKENS):
             for parts in (1, 3):
                 layer(rng, experts, tokens, parts)
+                dense(rng, tokens, parts)
     first = set(found)
     for _ in range(60):
-        layer(rng, int(rng.integers(2, 65)), int(rng.integers(1, TOKENS + 1)), int(rng.integers(1, 5)))
+        tokens = int(rng.integers(1, TOKENS + 1))
+        layer(rng, int(rng.integers(2, 65)), tokens, int(rng.integers(1, 5)))
+        dense(rng, tokens, int(rng.integers(1, 9)))
     told = {"first": first, "more": found - first}
     print(json.dumps({name: Counter(kernel for kernel, _ in keys) for name, keys in told.items()}))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention import attend, attend_flash
-from kernels.ragged import pinned, ragged
+from kernels.host_device import pinned
+from kernels.ragged import ragged
 from trainer.config.model import ModelConfig
 
 FLASH_UNIT = 8  # features, of which FlashAttention takes multiples

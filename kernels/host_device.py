@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.ragged import pinned
-
 ALIGNED = 16  # bytes, at a multiple of which numbers begin that came together: kernels are compiled for that
 
 
@@ -38,3 +36,8 @@ def to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tens
         together[start : start + len(array)] = torch.from_numpy(array)
     there = together.to(device, non_blocking=True)
     return [there[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Pinned memory, so that a copy to a GPU does not wait for what it still has to do."""
+    return values.pin_memory() if device.type == "cuda" else values
