@@ -55,22 +55,25 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of whole commands first, because one worker is busy with them for minutes; several ranks last, in small pieces."""
+    """Runs of whole commands first, because they keep a worker busy for minutes; several ranks last, in small pieces."""
     turns = {"end_to_end": 0, "distributed": 2}
     items.sort(key=lambda item: turns.get(room(item.nodeid), 1))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end, or all of tests/gpu.
+    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end but the main job, or all of tests/gpu.
 
-    The first start clusters of Ray and of SLURM on the same addresses, the second take the same GPUs: never two at once.
+    The first start clusters of Ray and of SLURM on the same addresses, where the main job and others start Ray on this machine
+    alone; the second take the same GPUs: never two at once.
     """
     from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return room(nodeid) if room(nodeid) in ("end_to_end", "gpu") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            together = room(file) in ("end_to_end", "gpu") and Path(file).name != "test_main_job.py"
+            return room(file) if together else file
 
     config.option.loadscopereorder = False  # the order from above
     return ByFile(config, log)
