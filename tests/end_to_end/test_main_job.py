@@ -28,7 +28,7 @@ from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
-STEPS, ROUNDS = 200, 24
+STEPS, ROUNDS = 200, 16
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
