@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,25 @@ STATES_ON_DISK = (
 )
 
 
+COMPILED = pytest.StashKey[Future[subprocess.CompletedProcess[str]]]()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiles DeepSpeed's asynchronous I/O in one process, before ranks start and outside of any test's time limit."""
-    waiting = [item for item in session.items if item.get_closest_marker("aio")]
-    if not waiting or session.config.option.collectonly:
-        return
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", STATES_ON_DISK], env=environment, capture_output=True, text=True)
-    if done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":  # with it the tests fail and say why
-        for item in waiting:
+    """Begins to compile DeepSpeed's asynchronous I/O, in one process, beside the tests that do without it."""
+    if any(item.get_closest_marker("aio") for item in session.items) and not session.config.option.collectonly:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = partial(subprocess.run, [sys.executable, "-c", STATES_ON_DISK], env=environment)
+        session.stash[COMPILED] = ThreadPoolExecutor(1).submit(command, capture_output=True, text=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that needs it waits for it, outside of its own time limit."""
+    if item.get_closest_marker("aio"):
+        done = item.session.stash[COMPILED].result()
+        if done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":  # with it the tests fail and say why
             item.add_marker(pytest.mark.skip(reason=done.stderr.strip().rpartition("\n")[2]))
+    return (yield)
 
 
 def room(path: str) -> str:
@@ -43,22 +55,25 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of whole commands first, because one worker is busy with them for minutes; several ranks last, in small pieces."""
+    """Runs of whole commands first, because they keep a worker busy for minutes; several ranks last, in small pieces."""
     turns = {"end_to_end": 0, "distributed": 2}
     items.sort(key=lambda item: turns.get(room(item.nodeid), 1))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end, or all of tests/gpu.
+    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end but the main job, or all of tests/gpu.
 
-    The first start clusters of Ray and of SLURM on the same addresses, the second take the same GPUs: never two at once.
+    The first start clusters of Ray and of SLURM on the same addresses, where the main job and others start Ray on this machine
+    alone; the second take the same GPUs: never two at once.
     """
     from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return room(nodeid) if room(nodeid) in ("end_to_end", "gpu") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            together = room(file) in ("end_to_end", "gpu") and Path(file).name != "test_main_job.py"
+            return room(file) if together else file
 
     config.option.loadscopereorder = False  # the order from above
     return ByFile(config, log)

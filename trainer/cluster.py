@@ -55,6 +55,8 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the ranks beside any other program
+    # Otherwise Ray starts an idle process for each CPU, which no rank or engine takes: theirs have an environment of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     ray_worker.print_to_stdstream = partial(_say_of_ray, say)  # which it calls with what its own processes report
     if config.address is not None:

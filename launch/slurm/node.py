@@ -10,7 +10,8 @@ import sys
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # as in trainer/cluster.py
+    "RAY_worker_niceness": "0",  # this and the next as in trainer/cluster.py
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what stops a run has let it write its checkpoint already
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from typing import Any
 
@@ -18,11 +19,15 @@ from trainer.estimate import memory_per_rank
 from trainer.step import Trainer
 
 MIB = 2**20
-MODEL = tiny_model(hidden_size=256, expert_hidden_size=2048, num_layers=5, num_shared_experts=0)  # 24 MiB of experts a layer
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+MODEL = tiny_model(hidden_size=256, expert_hidden_size=512, num_layers=5, num_shared_experts=0)  # 6 MiB of experts a layer
 
 
 def grown(world: World, model: ModelConfig, told: ParallelConfig) -> tuple[float, float]:
     """(MiB that this process has had at most beyond those before its trainer, MiB of copies there was room for)"""
+    # Blocks of 64 KiB and more go back when they are freed. Otherwise the C library keeps ever larger ones from the first that
+    # is freed, and how full its heap is at the peak is chance.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16) == 1
     before = psutil.Process().memory_info().rss
     trainer = Trainer(spec(model, parallel=told), world)
     for step in range(4):  # copies come after two
@@ -49,6 +54,6 @@ def test_the_peak_of_a_rank_is_what_was_estimated() -> None:
         estimated = memory_per_rank(MODEL, 2, 1, 12, "float32", told, recompute=False, on_gpu=False)
         found = run_ranks(grown, 2, MODEL, told)
         peaks[name] = min(most for most, _ in found) - libraries
-        assert peaks[name] == pytest.approx(estimated.total / MIB, rel=0.3), name
+        assert peaks[name] == pytest.approx(estimated.total / MIB, rel=0.15), name
         assert all(copies == pytest.approx(estimated.copies / MIB) for _, copies in found), name
-    assert peaks["copies of all layers"] - peaks["owners alone"] > 0.4 * 4 * 24, "copies of four layers take no memory"
+    assert peaks["copies of all layers"] - peaks["owners alone"] > 0.9 * 4 * 6, "copies of four layers take no memory"

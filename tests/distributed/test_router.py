@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -94,12 +95,17 @@ def test_experts_that_take_tokens_give_the_same_bits_in_chunks() -> None:
     assert cut == whole and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@cache
+def losses_of_messages(**changes: Any) -> tuple[list[float], dict[str, Tensor]]:
+    told = spec(tiny_model(), micro_rows=2, parallel=parallel(transport="messages", **changes))
+    return run_ranks(losses_of_one_batch, 2, told, 25)[0]
+
+
 @pytest.mark.parametrize("message_dtype", ["bfloat16", "float8"])
 def test_rounded_messages_train_too_and_give_the_same_bits_in_chunks(message_dtype: str) -> None:
     """Losses stay near those of messages that nothing rounds; the first, of one forward pass, within what is rounded."""
-    options: dict[str, Any] = {"transport": "messages"}
     exact, whole, cut = (
-        run_ranks(losses_of_one_batch, 2, spec(tiny_model(), micro_rows=2, parallel=parallel(**options, **changes)), 25)[0]
+        losses_of_messages(**changes)
         for changes in ({}, {"message_dtype": message_dtype}, {"message_dtype": message_dtype, "schedule": 3})
     )
     assert whole[0] == cut[0] and all(torch.equal(cut[1][name], tensor) for name, tensor in whole[1].items())

@@ -28,7 +28,7 @@ from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
-STEPS, ROUNDS = 200, 24
+STEPS, ROUNDS = 200, 16
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
@@ -150,15 +150,9 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     """The buffer of unfinished samples, the prompt cursor, the optimizers and the value head are in the checkpoint, and the
     reference policy in the run. Starts from an export."""
     common = [
-        *(
-            f"checkpoint={exported}",
-            "experiment=smoke",
-            "algorithm=ppo_gae",
-            f"runs_dir={runs}",
-            "loop.rounds=8",
-            "loop.checkpoint_every=2",
-        ),
-        *("warmup.steps=40", "warmup.batch_rows=8", "rollout.groups=4", "rollout.engine_slots=16", "rollout.max_new_tokens=24"),
+        *(f"checkpoint={exported}", "experiment=smoke", "algorithm=ppo_gae", f"runs_dir={runs}"),
+        *("loop.rounds=8", "loop.checkpoint_every=2", "loop.eval_every=4", "warmup.steps=16", "warmup.batch_rows=8"),
+        *("rollout.groups=4", "rollout.engine_slots=16", "rollout.max_new_tokens=24"),
         *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
         *("loop.dtype=bfloat16", "optimizer.lr=1e-4"),  # so that an update leaves most bits of the weights as they are
     ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +40,24 @@ PEERS = {
 }
 
 
-def run(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[list[str]]]:
-    """What the JSON file holds, and the cells of the tables' lines."""
-    assert main([name, *SMALL[name], "repeats=3", f"out={out}"]) == 0
-    printed = capsys.readouterr().out
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
-    return json.loads(out.read_text(encoding="utf-8")), lines
+Ran = tuple[dict[str, Any], list[list[str]]]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
+    """Runs a benchmark, once: what its JSON file holds, and the cells of its tables' lines."""
+
+    @cache
+    def run(name: str) -> Ran:
+        out, printed = tmp_path_factory.mktemp(name) / "bench.json", io.StringIO()
+        with redirect_stdout(printed):
+            assert main([name, *SMALL[name], "repeats=3", f"out={out}"]) == 0
+        lines = [line.strip() for line in printed.getvalue().splitlines() if line.startswith("│")]
+        return json.loads(out.read_text(encoding="utf-8")), [
+            [cell.strip() for cell in line.strip("│").split("│")] for line in lines
+        ]
+
+    return run
 
 
 def test_ranks_act_as_if_on_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,8 +75,8 @@ def test_ranks_act_as_if_on_several_nodes(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tables of a GPU have columns for memory")
 @pytest.mark.parametrize("name", SMALL)
-def test_the_file_holds_what_the_table_printed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record, lines = run(name, tmp_path / "bench.json", capsys)
+def test_the_file_holds_what_the_table_printed(name: str, ran: Callable[[str], Ran]) -> None:
+    record, lines = ran(name)
     assert len(record["cases"]) == CASES[name]
     rows = [row for case in record["cases"] for row in case["rows"]]
     assert len(lines) == len(rows) == CASES[name] * len(PEERS[name]) * 2
@@ -80,8 +96,8 @@ def test_the_file_holds_what_the_table_printed(name: str, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_numbers_belong_together(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record, _ = run(name, tmp_path / "bench.json", capsys)
+def test_the_numbers_belong_together(name: str, ran: Callable[[str], Ran]) -> None:
+    record, _ = ran(name)
     assert record["benchmark"] == name and record["torch"] == torch.__version__ and record["options"]["seed"] == 0
     for case in record["cases"]:
         assert not case["failures"] and {row["peer"] for row in case["rows"]} >= PEERS[name]
@@ -97,8 +113,8 @@ def test_the_numbers_belong_together(name: str, tmp_path: Path, capsys: pytest.C
                 assert all(error < (2e-2 if torch.cuda.is_available() else 1e-5) for error in side["errors"].values())
 
 
-def test_every_gradient_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record, _ = run("experts", tmp_path / "bench.json", capsys)
+def test_every_gradient_is_checked(ran: Callable[[str], Ran]) -> None:
+    record, _ = ran("experts")
     assert set(record["cases"][0]["rows"][0]["ours"]["errors"]) == {"output", "x_TD", "weights_TK", "gate_up_ECD", "down_EDF"}
     sizes = record["cases"][0]["sizes"]
     products = sizes["tokens"] * sizes["top_k"] * sizes["hidden"] * sizes["expert_hidden"]

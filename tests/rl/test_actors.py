@@ -24,6 +24,7 @@ from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
 from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of
+from tests.rl.light_actors import BrokenEngine, Nobody
 from trainer.batch import cross_entropy
 from trainer.cluster import Processes, ProcessLost, start_ray
 from trainer.config.rl import RLConfig, SyncConfig
@@ -48,7 +49,10 @@ class ScriptedRank:
     """Rank 0 with a model that moves a little for every version; the other ranks have nothing to say."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.source = rank, WeightSource()
+        self.rank = rank
+
+    def begin(self) -> None:
+        self.source = WeightSource()
         self.model = LanguageModel.initialize(CONFIG, seed=0, batch_invariant=True)
 
     def weights(self, version: int, config: SyncConfig) -> WeightUpdate | None:
@@ -60,14 +64,6 @@ class ScriptedRank:
 
     def pid(self) -> int:
         return 0
-
-
-class BrokenEngine:
-    def __init__(self) -> None:
-        raise MemoryError("no memory for a cache of 7 GiB")
-
-    def receive(self, *updates: WeightUpdate) -> None:
-        """Never called."""
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +95,21 @@ class Engines:
         return self.actors[name]
 
 
-def scripted_ranks() -> Processes:
-    return Processes({f"trainer/{rank}": actor(ScriptedRank, rank) for rank in range(2)})
+@pytest.fixture(scope="module")
+def rank_actors(cluster: None) -> dict[str, ray.actor.ActorHandle]:
+    """Those that are alive; who kills one takes it out."""
+    return {}
+
+
+@pytest.fixture
+def scripted_ranks(rank_actors: dict[str, ray.actor.ActorHandle]) -> Processes:
+    """Two, at their beginning."""
+    for name in ("trainer/0", "trainer/1"):
+        if name not in rank_actors:
+            rank_actors[name] = actor(ScriptedRank, int(name[-1]))
+    ranks = Processes(dict(sorted(rank_actors.items())))
+    ranks.call("begin")
+    return ranks
 
 
 def trained_ranks(folder: Path) -> Processes:
@@ -136,8 +145,10 @@ def samples(count: int) -> list[Sample]:
     return [Sample(uid, uid // 2, (2, 3 + uid // 2 % 9)) for uid in range(count)]
 
 
-def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster: None, tmp_path: Path) -> None:
-    ranks, engines = scripted_ranks(), Engines(tmp_path, 60)
+def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(
+    scripted_ranks: Processes, rank_actors: dict[str, ray.actor.ActorHandle], tmp_path: Path
+) -> None:
+    ranks, engines = scripted_ranks, Engines(tmp_path, 60)
     pool, config = engines.pool, SyncConfig(transport="store", anchor_every=4, check=True)
     found = [pool.load_weights(ranks, version, config) for version in range(6)]
     assert ["sync/changed_share" in metrics for metrics in found] == [False, True, True, True, False, True]
@@ -156,16 +167,18 @@ def test_changes_reach_all_engines_and_one_that_died_gets_what_they_have(cluster
     first, second = done + pool.advance(40)
     assert first == second and set(first.versions) == {6} and pool.busy_s > 0
     pool.submit(samples(4))
-    for lost in (ranks.actors["trainer/1"], engines.actors["engine/0"]):
+    for lost in (rank_actors.pop("trainer/1"), engines.actors["engine/0"]):
         ray.kill(lost)
     with pytest.raises(ProcessLost, match="trainer/1 died"):  # as when their node dies
         while True:
             pool.advance(1)
 
 
-def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(cluster: None, tmp_path: Path) -> None:
+def test_what_engines_that_die_and_hang_had_is_generated_anew_to_the_same_bits(
+    scripted_ranks: Processes, tmp_path: Path
+) -> None:
     """First one dies and the other takes its samples, then both are lost at once: one dead, one silent."""
-    ranks, engines = scripted_ranks(), Engines(tmp_path, 5)
+    ranks, engines = scripted_ranks, Engines(tmp_path, 5)
     pool, config = engines.pool, SyncConfig(transport="store", anchor_every=1, check=False)
     pool.load_weights(ranks, 3, config)
     reference = Engine(CONFIG, SETTINGS, torch.device("cpu"), torch.float32)
@@ -269,7 +282,7 @@ def test_engines_have_places_of_their_own_or_those_of_the_ranks(cluster: None, t
     for separate in (False, True):
         with Placement(config, (2,), said.append, engines=2, separate=separate) as placement:
             names = [("trainer/0", 0), ("trainer/1", 1), ("engine/0", 0), ("engine/1", 1)]
-            found = Processes({name: placement.actor(ScriptedRank, name, index, index) for name, index in names})
+            found = Processes({name: placement.actor(Nobody, name, index, index) for name, index in names})
             assert sorted(placement.bundles + placement.engine_bundles) == ([0, 1, 2, 3] if separate else [0, 0, 1, 1])
             assert found.call("pid") == [0] * 4, "each has what it takes"
             assert placement.processes == "2 trainer ranks and 2 engines" + " in places of their own" * separate
@@ -280,13 +293,13 @@ def test_engines_have_places_of_their_own_or_those_of_the_ranks(cluster: None, t
     assert "waiting for a place for 12 trainer ranks and 8 engines in places of their own" in said[-1]
 
 
-def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(cluster: None, tmp_path: Path) -> None:
+def test_an_engine_that_never_starts_ends_the_attempt_with_the_reason(scripted_ranks: Processes, tmp_path: Path) -> None:
     said: list[str] = []
     pool = RayPool(lambda name: actor(BrokenEngine), {"engine/0": tmp_path / "log"}, Patience(60, 60, losses=1), said.append)
     with pytest.raises(
         ProcessLost, match=r"engine/0 died \(MemoryError: no memory for a cache of 7 GiB\); it was lost 2 times"
     ):
-        pool.load_weights(scripted_ranks(), 0, SyncConfig(transport="store", anchor_every=1, check=False))
+        pool.load_weights(scripted_ranks, 0, SyncConfig(transport="store", anchor_every=1, check=False))
     assert len([line for line in said if "it starts again, and its 0 samples go" in line]) == 1
 
 

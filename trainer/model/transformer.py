@@ -171,9 +171,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary size comes from the tokenizer before a model is built"
         self.config = config
-        self.embedding = nn.utils.skip_init(
-            nn.Embedding, config.vocab_size, config.hidden_size, device=torch.get_default_device()
-        )
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size)
