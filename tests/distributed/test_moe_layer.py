@@ -1,5 +1,5 @@
 """Experts spread over ranks, with any owners and any copies, compute what experts on one device compute: outputs, every
-gradient and two updates.
+gradient and three updates.
 
 Every rank gives losses of its own; the sum of all is what one device differentiates. Cases include layers that a rank owns
 nothing of, copies everywhere and nowhere, other copies behind the gate, shares from zero to one, ranks without tokens, experts
