@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.host_device import pinned
 from kernels.limits import takes_kernels
 from kernels.linear import product
 from kernels.race import race
-from kernels.ragged import Ragged, pinned, tile_queries
+from kernels.ragged import Ragged, tile_queries
 from kernels.vocab_loss import token_logprobs
 from rl.engine.kv_cache import PagedAttention, PagedCache
 from rl.engine.sampler import Sampling, sample
