@@ -193,6 +193,8 @@ class WayHome:
 
 def way_home(placement: Placement, rank: int) -> WayHome:
     beside_ED, mine_E = placement.beside_ED, placement.owner_E == rank
+    if not beside_ED.any():
+        return WayHome(0, 0, 0, [], [])
     place_ED = beside_ED.cumsum(axis=0) - 1  # of each copy among those of its rank
     experts_C, from_C = (beside_ED & mine_E[:, None]).nonzero()
     round_C = beside_ED.cumsum(axis=1)[experts_C, from_C]
