@@ -57,13 +57,17 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
     return Linear(inputs, outputs, bias=bias)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32."""
+class Norm(nn.Module):
+    """What norms have."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight over the last dimension, in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -72,8 +76,11 @@ class RMSNorm(nn.Module):
         """(the residual stream `x` with its update, that normed), in one pass over memory."""
         return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
 
-    def turned(self, x_BSHd: Tensor, angles: Angles) -> Tensor:
-        """The norm of every head by itself, turned by its token's angles, in one pass over memory."""
+
+class HeadNorm(Norm):
+    """RMSNorm of every head by itself, which its token's angles then turn: both in one pass over memory."""
+
+    def forward(self, x_BSHd: Tensor, angles: Angles) -> Tensor:
         return norm_rotate(x_BSHd.flatten(0, 1), self.weight, self.eps, *angles).view_as(x_BSHd)
 
 
@@ -95,7 +102,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim, self.norms_heads = config.head_dim, config.qk_norm is True
+        self.head_dim = config.head_dim
         self.query = linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.attention_bias)
         self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.attention_bias)
@@ -116,11 +123,14 @@ class Attention(nn.Module):
     def _norm(config: ModelConfig, heads: int) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
-        return RMSNorm(config.head_dim * heads if config.qk_norm == "all_heads" else config.head_dim, config.norm_eps)
+        if config.qk_norm == "all_heads":
+            return RMSNorm(config.head_dim * heads, config.norm_eps)
+        return HeadNorm(config.head_dim, config.norm_eps)
 
     def _turned(self, x_BSN: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
         """The heads of `x_BSN`, normed and rotated."""
-        if self.norms_heads and isinstance(norm, RMSNorm):
-            return norm.turned(x_BSN.unflatten(2, (-1, self.head_dim)), angles)
+        if isinstance(norm, HeadNorm):  # called as a module, so that who looks for what is not finite sees it
+            turned: Tensor = norm(x_BSN.unflatten(2, (-1, self.head_dim)), angles)
+            return turned
         x_BSHd = norm(x_BSN).unflatten(2, (-1, self.head_dim))
         return rotate(x_BSHd.flatten(0, 1), *angles).view_as(x_BSHd)
