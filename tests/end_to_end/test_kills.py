@@ -197,7 +197,8 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     require_the_same(whole, run_dir, said)
     assert [number for number, _ in groupby(engines())] == [1, 2, 1], said
     rates = [(one["perf/tokens_per_s"], one["perf/tokens_per_s_per_device"]) for one in records(run_dir)[1:]]
-    assert {round(rate / each) for rate, each in rates} == {2, 3}, "devices are those of the rank and of the engines there"
+    devices = {round(rate / each) for rate, each in rates}
+    assert {2, 3} <= devices <= {2, 3, 4}, "those of the rank and of the engines, a third of which may have begun to join"
     assert "starting 1 trainer rank and 1 to 3 engines in places of their own" in said
     assert "joins: 2 engines take part, of at most 3" in said
     assert "it starts again where there is room, and its" in said and "from the last checkpoint" not in said
