@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.host_device import ALIGNED
 from kernels.launches import begin, early
 
 CHUNK = 64  # entries whose ranks are found at once
@@ -27,7 +28,6 @@ MAX_SPANS = 4096
 SPANS = 1024  # that a program adds at once
 SLOTS = 32  # tiles and experts of a program that does not place entries
 BLOCK = 1024  # entries that are counted at once
-ALIGNED = 4  # numbers of 16 bytes: Triton compiles a kernel anew for addresses that are not at a multiple of those
 
 Ordered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -78,7 +78,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
 
 def _together(sizes: list[int], device: torch.device) -> tuple[Tensor, ...]:
     """So many int32 of each, uninitialised; all begin where kernels were compiled for, whatever the sizes."""
-    padded = [part for size in sizes for part in (size, -size % ALIGNED)]
+    padded = [part for size in sizes for part in (size, -size % (ALIGNED // torch.int32.itemsize))]
     return torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)[::2]
 
 

@@ -20,6 +20,7 @@ from launch.benchmarks.contest import OURS
 
 COMPARED = ("experts", "vocab_loss", "router", "fssdp", "pretrain")
 WITHOUT_GPU = "without a GPU ours are the references, which are made to repeat bit for bit and not to be fast"
+NEEDS_TWO = "needs two GPUs"
 VARIANTS = {"no_copies", "waits", "local"}  # of ours, in fssdp
 
 
@@ -46,7 +47,7 @@ def run(names: Sequence[str], folder: Path = Path()) -> Iterator[tuple[str, Path
     for name in names:
         told = options(name, gpus)
         if told is None:
-            yield name, "needs two GPUs"
+            yield name, NEEDS_TWO
             continue
         out = folder / f"bench-{name}.json"
         done = subprocess.run([sys.executable, "-m", "launch.bench", name, f"out={out}", *told])

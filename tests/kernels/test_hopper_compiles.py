@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
 import kernels.hopper
 from kernels.errors import UserError
+from tests.kernels.programs import said_by
 
 LEAST_LAUNCHES = 28
 MOST_SPILLED = 16  # bytes a thread; a register or two does not show
 
 
 def test_every_launch_compiles_without_spills_or_serialized_products() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    said = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_hopper"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-    )
-    assert said.returncode == 0, said.stderr[-4000:]
-    launches = [json.loads(line) for line in said.stdout.splitlines()]
+    launches = [json.loads(line) for line in said_by("tests.kernels.compile_for_hopper").splitlines()]
     assert len(launches) >= LEAST_LAUNCHES
     for launch in launches:
         # Serialized products cost a tenth of the speed: the assembler does so when it cannot tell that a loop over steps runs.
