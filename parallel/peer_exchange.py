@@ -21,7 +21,7 @@ from kernels.expert_passes import Room as EntryRoom
 from kernels.host_device import to_host
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
-from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
+from kernels.peers import LANE_BYTES, PeerChoices, PeerRows, capacity_for
 from parallel.peer_memory import PeerMemory
 from parallel.topology import World
 
@@ -83,7 +83,7 @@ class PeerTokens:
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
         """Of the same size on all ranks, for either way."""
-        row_bytes, number = self.hidden * self.dtype.itemsize, torch.float32
+        tokens, row_bytes, number = capacity_for(tokens), self.hidden * self.dtype.itemsize, torch.float32
         behind_choices = _padded(PeerChoices((), torch.empty(0), tokens, top_k).nbytes)
         behind_rows = _padded(rows * row_bytes)
         nbytes = max(behind_choices + tokens * row_bytes, behind_rows + rows * top_k * number.itemsize)
