@@ -8,6 +8,7 @@ D model, E experts, R the dimension in which tokens and experts are compared.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,4 +46,11 @@ def directions(x_NR: Tensor) -> Tensor:
     """x / |x| for every row; that of a row of zeros is zero."""
     size = x_NR.shape[1]
     # The mean square of x / rms(x) is 1, so its length is the root of R.
-    return rms_norm(x_NR, torch.ones(size, dtype=x_NR.dtype, device=x_NR.device), SMALLEST_SQUARE) / math.sqrt(size)
+    return rms_norm(x_NR, _ones(size, x_NR.dtype, x_NR.device), SMALLEST_SQUARE) / math.sqrt(size)
+
+
+@cache
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: a kernel may read the weight of a norm before what was launched right before it is done (launches.py)."""
+    with torch.inference_mode(False):  # whoever asks first, training reads it too
+        return torch.ones(size, dtype=dtype, device=device)

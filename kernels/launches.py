@@ -3,7 +3,7 @@
 Starting a kernel costs a microsecond or two, as much as many of decoding take. With programmatic dependent launch (Hopper and
 later) the next kernel's programs take their places as soon as all of this one's have, and wait there for its results. Every
 kernel launched with `early` begins with `begin`: whatever ran before it is then done, and what it wrote can be read. Before
-that it may read weights, which nothing changes that is itself launched so.
+that it may read weights, which nothing changes that is itself launched so, or right before it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from kernels.peers import FIELDS, HEADER, PeerChoices, RowPlan
 def plan_rows(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
     """`index_E` (int32): which of the experts on rank `rank` an expert is.
 
-    If a rank has more tokens than there is room for, only `numbers[0]` is right.
+    If a rank has more tokens than there is room for, it has laid none of its choices out: they are not read, since what lies
+    in their place may be anything, and only `numbers[0]` is right.
     """
     if index_E.is_cuda:
         from kernels.triton_peer_routing import launch_plan  # here, because CPU machines may lack Triton
@@ -25,7 +26,8 @@ def plan_rows(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
     boards_WB = torch.stack([block[: choices.nbytes].view(torch.int32) for block in choices.blocks])
     tokens_W = boards_WB[:, 0]
     fields_WFCK = boards_WB[:, HEADER:].view(size, FIELDS, capacity, top_k)
-    here_WC = torch.arange(capacity, device=index_E.device) < tokens_W.unsqueeze(1)
+    laid_W = torch.where(tokens_W > capacity, 0, tokens_W)
+    here_WC = torch.arange(capacity, device=index_E.device) < laid_W.unsqueeze(1)
     ranks_VK = torch.where(here_WC.unsqueeze(2), fields_WFCK[:, 0], -1).view(-1, top_k)
     wants_WV = torch.stack([(ranks_VK == other).any(dim=1) for other in range(size)])
     row_WV = torch.where(wants_WV, wants_WV.cumsum(1) - 1, -1).int()

@@ -12,9 +12,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.host_device import ALIGNED
+
 LANE_BYTES = 16  # that one access moves
 HEADER = 4  # int32 numbers in front; the first is how many tokens a rank has
 FIELDS = 3  # of a choice: who serves it (int32), its expert (int32), its weight (float32)
+
+
+def capacity_for(tokens: int) -> int:
+    """C with room for so many, and with which what a plan says of each rank begins where kernels were compiled for."""
+    each = ALIGNED // torch.int32.itemsize
+    return -(-tokens // each) * each
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def _put_kernel(  # type: ignore[no-untyped-def]
         tl.store(values + place, tl.load(at, mask=there), mask=there)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "table_stride"])
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q,
     keys,

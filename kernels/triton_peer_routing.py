@@ -52,7 +52,8 @@ def _ranks_of(base, tokens, first, capacity, K: tl.constexpr, K_PADDED: tl.const
     """(places of a block's choices in a field, whether they are there, who serves them)."""
     token = first + tl.arange(0, BLOCK)[:, None]
     choice = tl.arange(0, K_PADDED)[None, :]
-    inside = (token < tl.minimum(tokens, capacity)) & (choice < K)
+    laid = tl.where(tokens > capacity, 0, tokens)  # who has more than there is room for has laid none out
+    inside = (token < laid) & (choice < K)
     at = token * K + choice
     return at, inside, tl.load(base + HEAD + at, mask=inside, other=-1)
 

@@ -65,6 +65,7 @@ class LayerExperts:
     ends_ED: Tensor  # float64, (E * W,); see token_exchange.boundaries
     phase_E: Tensor  # float64
     split: bool  # whether this rank's tokens of one expert go to several ranks
+    copied: bool  # whether any rank has copies
     movement: Movement
 
     @property
@@ -207,6 +208,7 @@ class ExpertArena:
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():
             new.gather(found.slots).finish()
+        self._present.add(layer)
         self._moved_bytes += new.num_sends * self.expert_bytes
 
     def _slots(self, placement: Placement, first_own: int, rows: Sequence[int], kept: dict[int, int]) -> dict[int, int]:
@@ -246,6 +248,7 @@ class ExpertArena:
                 ends_ED=ends_ED,
                 phase_E=phase_E,
                 split=bool(((shares_ED > 0).sum(axis=1) > 1).any()),
+                copied=bool(placement.beside_ED.any()),
                 movement=self.transport.movement(placement, row_E),
             )
             for placement, shares_ED, slots, row_E, slots_E, index_E, ends_ED, phase_E in layers
@@ -267,9 +270,9 @@ class ExpertArena:
         self._gathers: dict[int, Gathering] = {}
 
     def fetch(self, layer: int) -> None:
-        """Starts the SparseAllGather of a layer's copies, unless they are here or on their way."""
-        if layer not in self._present and layer not in self._gathers:
-            found = self.layers[layer]
+        """Starts the SparseAllGather of a layer's copies, unless they are here or on their way, or there are none."""
+        found = self.layers[layer]
+        if found.copied and layer not in self._present and layer not in self._gathers:
             self._gathers[layer] = found.movement.gather(found.slots)
             self._moved_bytes += found.movement.num_sends * self.expert_bytes
 
@@ -325,6 +328,8 @@ class ExpertArena:
         added = found.slots_E.shape[0] - gradients[0].shape[0]
         if not added:
             self._add_gradients(found.first_own, tuple(part[: found.owned] for part in gradients))
+        if not found.copied:
+            return
         places = {expert: place - added for place, expert in enumerate(found.slots)}
         self._returning = layer, found.movement.reduce(gradients, places)
         self._moved_bytes += found.movement.num_receives * self.expert_bytes

@@ -21,7 +21,7 @@ from kernels.expert_passes import Room as EntryRoom
 from kernels.host_device import to_host
 from kernels.peer_routing import plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
-from kernels.peers import LANE_BYTES, PeerChoices, PeerRows
+from kernels.peers import LANE_BYTES, PeerChoices, PeerRows, capacity_for
 from parallel.peer_memory import PeerMemory
 from parallel.topology import World
 
@@ -61,16 +61,11 @@ class Received:
 
 @dataclass(frozen=True)
 class Results:
-    """Where this rank writes what it gives back; behind `show` all ranks read it, until the exchange after the next."""
+    """Where this rank writes what it gives back; behind a barrier all ranks read it, until the exchange after the next."""
 
     block: Block
     own_RD: Tensor
     own_RK: Tensor
-
-    def show(self) -> None:
-        """Collective."""
-        with self.block.memory.world.exposed:
-            self.block.memory.barrier()
 
 
 class PeerTokens:
@@ -83,7 +78,7 @@ class PeerTokens:
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
         """Of the same size on all ranks, for either way."""
-        row_bytes, number = self.hidden * self.dtype.itemsize, torch.float32
+        tokens, row_bytes, number = capacity_for(tokens), self.hidden * self.dtype.itemsize, torch.float32
         behind_choices = _padded(PeerChoices((), torch.empty(0), tokens, top_k).nbytes)
         behind_rows = _padded(rows * row_bytes)
         nbytes = max(behind_choices + tokens * row_bytes, behind_rows + rows * top_k * number.itemsize)
@@ -106,14 +101,14 @@ class PeerTokens:
             rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
             index_E: int32; which of the `num_here` experts on this rank an expert is.
         """
-        (tokens, top_k), rank = experts_TK.shape, self.world.rank
+        (tokens, top_k), world, rank = experts_TK.shape, self.world, self.world.rank
         if top_k != self._room.top_k:  # on all ranks
             self._room = self._made(self._room.tokens, self._room.rows, top_k)
         while True:
             room, block = self._room, self.turn()
             if block.choices.lay_out(rank, rank_TK, experts_TK, weights_TK.detach()):
                 block.tokens.of_rank[rank][:tokens].copy_(x_TD.detach())
-            with self.world.exposed:
+            with world.exposed:
                 block.memory.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
             plan = plan_rows(block.choices, index_E, rank)
@@ -122,7 +117,8 @@ class PeerTokens:
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
             x_ND = EntryRoom.of(min(self._entries, plan.slots_VK.numel()), self.hidden, x_RD)
             place_VK = order.place_N.view(plan.slots_VK.shape)
-            self._pull(block.tokens, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
+            with world.exposed:
+                pull_rows(block.tokens, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
             most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
@@ -132,7 +128,8 @@ class PeerTokens:
         if entries > x_ND.rows.shape[0]:  # on this rank; until the next barrier the tokens stay where they are
             self._entries = entries * (SPARE + 1) // SPARE
             x_ND = EntryRoom.of(entries, self.hidden, x_RD)
-            self._pull(block.tokens, plan.row_WV[rank], None, place_VK, x_ND.rows)
+            with world.exposed:
+                pull_rows(block.tokens, plan.row_WV[rank], None, place_VK, x_ND.rows)
         rows = rows_W[rank]
         own_WT = plan.row_WV[:, rank * room.tokens : rank * room.tokens + tokens]
         order, weights_RK = cut(order, rows * top_k, entries), plan.weights_VK[:rows]
@@ -146,22 +143,10 @@ class PeerTokens:
         self._room.blocks.reverse()
         return self._room.blocks[0]
 
-    def show_tokens(self, x_TD: Tensor) -> PeerRows:
-        """Lays out rows for tokens whose choices are known. Collective."""
-        block = self.turn()
-        block.tokens.of_rank[self.world.rank][: x_TD.shape[0]].copy_(x_TD)
-        with self.world.exposed:
-            block.memory.barrier()
-        return block.tokens
-
     def results(self, count: int) -> Results:
         """Room for so many; to be shown before anything else is laid out."""
         block, rank = self.turn(), self.world.rank
         return Results(block, block.results.of_rank[rank][:count], block.numbers.of_rank[rank][:count])
-
-    def _pull(self, shown: PeerRows, row_V: Tensor, x_RD: Tensor | None, place_RK: Tensor, x_ND: Tensor) -> None:
-        with self.world.exposed:
-            pull_rows(shown, row_V, x_RD, place_RK, x_ND)
 
 
 @dataclass(frozen=True)
@@ -182,18 +167,23 @@ class PeerExchange:
 
     def pull(self, d_y_TD: Tensor, out_ND: Tensor) -> None:
         """Rows for tokens whose choices are known, to the places of their entries. Collective."""
-        self.peers._pull(self.peers.show_tokens(d_y_TD), self.row_V, None, self.place_RK, out_ND)
+        world, block = self.peers.world, self.peers.turn()
+        block.tokens.of_rank[world.rank][: d_y_TD.shape[0]].copy_(d_y_TD)
+        with world.exposed:
+            block.memory.barrier()
+            pull_rows(block.tokens, self.row_V, None, self.place_RK, out_ND)
 
     def results(self) -> Results:
         return self.peers.results(self.rows)
 
     def summed(self, results: Results) -> Tensor:
-        """What all ranks have shown, summed for each token of this one in float32: (T, D)."""
+        """Shows this rank's; what all ranks give back, summed for each token of this one in float32: (T, D). Collective."""
         with self.peers.world.exposed:
+            results.block.memory.barrier()
             return sum_rows(results.block.results, self.rank_TK, self.row_WT)
 
     def picked(self, results: Results) -> Tensor:
-        """The number of each choice: (T, K)."""
+        """The number of each choice, of results that have been shown: (T, K)."""
         return pick_numbers(results.block.numbers, self.rank_TK, self.row_WT)
 
 

@@ -153,6 +153,8 @@ class PeerExperts:
         ]
         news = bool(placement.extra_D.any()) and not self._fresh
         self._fresh |= news
+        if not (copies or news):
+            return Copied(_nothing)
         return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
 
     def reduce(self, way_home: WayHome, gradients: Parts) -> Returned:

@@ -54,7 +54,6 @@ class _Layer(torch.autograd.Function):
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_RD, received.x_ND)
         results = exchange.results()
         computing.results(exchange.place_RK, exchange.weights_RK, exchange.order, results.own_RD)
-        results.show()
         ctx.run = run
         ctx.save_for_backward(x_RD, computing.h)
         return exchange.summed(results)
@@ -74,5 +73,4 @@ class _Layer(torch.autograd.Function):
         results = exchange.results()
         computing.tokens(place_RK, dots_PN, order, (results.own_RD, results.own_RK))
         run.gradients(computing.gate_up(x_RD, place_RK), d_down_EDF)
-        results.show()
         return exchange.summed(results), exchange.picked(results), None, None, None

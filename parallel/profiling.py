@@ -183,8 +183,7 @@ def exchange_call(
         for way in ("forward", "backward"):
             if way == "backward":
                 back.pull(x_TD, received.x_ND.rows)
-            (results := back.results()).show()
-            back.summed(results)
+            back.summed(results := back.results())
         return back.picked(results)
 
     def as_messages(levels: Levels) -> object:

@@ -53,8 +53,9 @@ class Stopwatch:
         return seconds
 
     def forget(self) -> None:
-        """What was measured so far is nobody's; waits for nothing."""
-        self._seconds, self._laps, self._events = 0.0, 0, []
+        """What was measured so far is nobody's; waits for nothing: events that are under way may be recorded again."""
+        self._seconds, self._laps = 0.0, 0
+        self._spare, self._events = [*self._spare, *self._events], []
 
     def take_mean(self) -> float:
         """Seconds of a block since the last call; 0 if there was none."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.host_device import pinned
 from kernels.ragged import PAGE_TOKENS, ragged
 from rl.engine.decoder import Decoder, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
@@ -381,8 +382,10 @@ class Engine:
             return
         config, device = self._model.config, self._device
         shared = config.num_heads // config.num_kv_heads
-        spans = ragged(chunk.counts, chunk.lengths, chunk.table_NP.to(device), shared, device)
-        inputs = torch.tensor([chunk.tokens, chunk.positions, chunk.places], device=device)
+        # A step may be running, for which the host does not wait here.
+        on_host = torch.tensor([chunk.tokens, chunk.positions, chunk.places]), chunk.table_NP
+        inputs, table_NP = (pinned(numbers, device).to(device, non_blocking=True) for numbers in on_host)
+        spans = ragged(chunk.counts, chunk.lengths, table_NP, shared, device)
         output = self._model.forward(
             inputs[:1],
             inputs[1:2],

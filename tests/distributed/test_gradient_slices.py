@@ -43,6 +43,7 @@ class Case:
     per_node: int
     dtype: torch.dtype
     most_bytes: int  # of a message
+    least: int  # numbers that are worth a slice, where nobody plans them
 
 
 @st.composite
@@ -54,9 +55,9 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     cuts = (draw(cut), draw(cut))
     complete = tuple(sorted(draw(places)))
-    limit = draw(st.sampled_from([4, 64, 2**20]))
+    limit, least = draw(st.sampled_from([4, 64, 2**20])), draw(st.sampled_from([0, 20, 2**20]))
     return Case(
-        sizes, complete, draw(one), draw(one), draw(st.booleans()), cuts, draw(st.sampled_from([1, 2, 4])), dtype, limit
+        sizes, complete, draw(one), draw(one), draw(st.booleans()), cuts, draw(st.sampled_from([1, 2, 4])), dtype, limit, least
     )
 
 
@@ -88,6 +89,7 @@ def averaged(world: World, case: Case, bytes_P: tuple[int, ...] | None, rounds: 
     gradient_slices.MOST_BYTES = case.most_bytes
     parameters = [nn.Parameter(torch.zeros(size, dtype=case.dtype, device=world.device)) for size in case.sizes]
     slices = Noting(parameters, world, PLACES)
+    slices._least = case.least
     for number in range(rounds):
         slices.order = []
         for parameter in parameters:

@@ -135,6 +135,9 @@ def calibrating(told: Case, step: int, arena: ExpertArena) -> Callable[[int, Ten
     def calibrate(layer: int, counts_E: Tensor) -> None:
         placement = Placement(told.owner_LE[layer], told.copies_LED[(step + 1) % STEPS][layer])
         arena.replace(layer, placement, told.shares[(step + 1) % STEPS][layer][arena.world.rank])
+        moved = arena._moved_bytes
+        arena.materialised(layer)
+        assert arena._moved_bytes == moved, "copies that are here were fetched again"
 
     return calibrate if told.calibrated else None
 

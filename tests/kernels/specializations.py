@@ -20,9 +20,9 @@ from kernels.accumulate import Sum
 from kernels.expert_order import TILE_ROWS, ExpertOrder, cut, most_tiles, parts_of
 from kernels.hopper import columns, ring, rows
 from kernels.host_device import to_device
-from kernels.peers import PeerChoices, PeerRows
+from kernels.peers import PeerChoices, PeerRows, capacity_for
 from kernels.ragged import ragged
-from kernels.triton_attention import launch_attention
+from kernels.triton_attention import BLOCK, launch_attention, launch_put
 from kernels.triton_destinations import launch_destinations
 from kernels.triton_expert_order import order_with_kernels
 from kernels.triton_linear import launch_linears
@@ -47,17 +47,18 @@ def layer(rng: np.random.Generator, experts: int, tokens: int, parts: int) -> No
 
     blocks = [torch.zeros(2**20, dtype=torch.uint8) for _ in range(RANKS)]
     pointers_W = torch.tensor([block.data_ptr() for block in blocks])
-    plan = launch_plan(PeerChoices(blocks, pointers_W, TOKENS, TOP_K), slots_E, 0)
+    capacity = capacity_for(tokens)
+    plan = launch_plan(PeerChoices(blocks, pointers_W, capacity, TOP_K), slots_E, 0)
     order = ordered(plan.slots_VK, experts)
     received = int(rng.integers(1, RANKS * tokens + 1))
-    x_RD = torch.zeros(RANKS * TOKENS, HIDDEN, dtype=torch.bfloat16)
+    x_RD = torch.zeros(RANKS * capacity, HIDDEN, dtype=torch.bfloat16)
     peers = PeerRows(blocks, pointers_W, 0, HIDDEN, torch.bfloat16)
     place_VK = order.place_N.view(plan.slots_VK.shape)
     x_ND = torch.zeros(int(rng.integers(1, 2 * len(x_RD))), HIDDEN, dtype=x_RD.dtype)
     launch_pull(peers, plan.row_WV[1], x_RD, place_VK, x_ND)
     launch_pull(peers, plan.row_WV[1], None, place_VK[:received], x_ND)
-    launch_sum(peers, rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
-    launch_pick(PeerRows(blocks, pointers_W, 0, TOP_K, torch.float32), rank_TK, plan.row_WV[:, TOKENS : TOKENS + tokens])
+    launch_sum(peers, rank_TK, plan.row_WV[:, capacity : capacity + tokens])
+    launch_pick(PeerRows(blocks, pointers_W, 0, TOP_K, torch.float32), rank_TK, plan.row_WV[:, capacity : capacity + tokens])
     experts_pass(cut(order, received * TOP_K, received * TOP_K), x_RD[:received], slots_E, plan.weights_VK[:received])
 
     # What came as messages has an order of its size, and comes in parts.
@@ -104,6 +105,9 @@ def dense(rng: np.random.Generator, tokens: int, sequences: int) -> None:
     cuts = sorted(rng.integers(0, tokens + 1, sequences - 1).tolist())
     lengths = np.diff([0, *cuts, tokens]).tolist()
     launch_attention(q_THd, k_TGd, v_TGd, ragged(lengths, lengths, None, HIDDEN // HEAD, x_TD.device))
+    keys, table_NP = torch.zeros(8, BLOCK, *k_TGd.shape[1:], dtype=k_TGd.dtype), torch.zeros(sequences, -(-tokens // BLOCK))
+    launch_put(k_TGd, v_TGd, torch.zeros(tokens, dtype=torch.int64), keys, keys)
+    launch_attention(q_THd, keys, keys, ragged(lengths, lengths, table_NP.int(), HIDDEN // HEAD, x_TD.device))
     settings = settings_of(16, TOP_K, 1, 1, "softmax", True, 1.0, True, 1e-20)
     logits_TE = torch.zeros(tokens, 16)
     experts_TK, weights_TK, _, sums = launch_route(logits_TE, None, None, settings)

@@ -69,6 +69,16 @@ def test_a_vector_of_zeros_has_no_direction_and_finite_gradients(dtype: torch.dt
     assert not directions(x).any()
 
 
+def test_directions_that_generation_asked_for_first_are_learned_from() -> None:
+    x = random(3, 37)  # a size of its own
+    with torch.inference_mode():
+        first = directions(x)
+    x.requires_grad_()
+    again = directions(x)
+    (d_x,) = torch.autograd.grad(again, x, torch.ones_like(x))
+    assert torch.equal(again, first) and d_x.isfinite().all()
+
+
 def test_normal_numbers_are_normal_and_a_function_of_where_they_stand() -> None:
     rows, positions = torch.arange(64).repeat_interleave(64), torch.arange(64).repeat(64)
     numbers = normal_numbers(rows, positions, 7, 32)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.peer_routing import plan_rows
-from kernels.peers import PeerChoices, RowPlan
+from kernels.peers import HEADER, PeerChoices, RowPlan
 
 Laid = tuple[Tensor, Tensor, Tensor]  # rank_TK, experts_TK, weights_TK of one rank
 
@@ -65,9 +65,25 @@ def test_every_token_has_a_row_where_it_is_served(tokens: list[int], top_k: int,
     check(plan_rows(laid_out(laid, 9, top_k), index_E, here), laid, 9, index_E, here)
 
 
-def test_too_many_tokens_are_told_of() -> None:
-    laid = drawn(2, [3, 12], 2, 4, 0)
-    assert int(plan_rows(laid_out(laid, 9, 2), torch.arange(4).int(), 0).numbers[0]) == 12
+def with_too_many(device: str) -> PeerChoices:
+    """Rank 1 has 12 tokens, where there is room for 9: what lies there names this rank, and experts that nobody has."""
+    choices = laid_out(drawn(2, [3, 12], 2, 4, 0), 9, 2, device)
+    numbers = choices.blocks[1][: choices.nbytes].view(torch.int32)
+    numbers[HEADER : HEADER + 9 * 2], numbers[HEADER + 9 * 2 : HEADER + 2 * 9 * 2] = 0, 2**30
+    return choices
+
+
+def test_too_many_tokens_are_told_of_and_their_choices_not_read() -> None:
+    assert int(plan_rows(with_too_many("cpu"), torch.arange(4).int(), 0).numbers[0]) == 12
+
+
+def test_the_kernels_do_not_read_choices_that_are_not_there(kernel_device: str) -> None:
+    from kernels.triton_peer_routing import launch_plan
+
+    plan = launch_plan(with_too_many(kernel_device), torch.arange(4, device=kernel_device).int(), 0)
+    assert int(plan.numbers[0]) == 12
+    assert plan.slots_VK.min() >= -1 and plan.slots_VK.max() < 4
+    assert (plan.row_WV[:, 9:] == -1).all()
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [([300, 0, 171], 8), ([5], 3), ([129, 128], 1)])

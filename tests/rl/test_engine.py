@@ -363,3 +363,26 @@ def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[in
     assert len(done) == 40 and max(len(item.segments) for item in done) > 1
     for item, expected in zip(done, trainer_logprobs(model, done, 600), strict=True):
         assert list(item.logprobs) == expected, "bit for bit"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_prefixes_are_filled_without_a_wait_for_what_the_gpu_is_at() -> None:
+    cuda = torch.device("cuda")
+    config = CONFIG.model_copy(update={"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, "head_dim": 32})
+    engine = Engine(config, settings(slots=8, max_length=300, max_new_tokens=200), cuda, torch.bfloat16)
+    engine.load_weights(LanguageModel.initialize(config, seed=0, batch_invariant=True).state(), 0)
+    samples = [Sample(uid=index, group=index, prompt_ids=tuple(range(2, 12 + index))) for index in range(8)]
+    done = torch.cuda.Event()
+    for busy in (False, False, True):  # kernels are loaded at their first call, which waits
+        torch.cuda.synchronize()
+        if busy:
+            torch.cuda._sleep(2 * 10**9)  # cycles: about a second
+        done.record()
+        engine.submit(samples)
+        with torch.inference_mode():
+            engine._admit()
+            engine._prefill()
+        waited = done.query()
+        assert not any(row.to_fill for row in engine._filling) and len(engine.drain()) == len(samples)
+    assert not waited, "the host waited for what was started before"
