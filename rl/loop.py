@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +29,17 @@ from rl.trajectory import Group, RolloutBuffer, Sample, fresh_group, lengths_of
 from rl.turns import TurnPool, with_answer
 from rl.update import learn
 from trainer.batch import cross_entropy
-from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import vocab_size
 from trainer.guard import Guard
-from trainer.loop import checkpoint_meta, load_newest, save, start_ranks
+from trainer.loop import start_ranks
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.metrics import LENGTHS, Value
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
+from trainer.run_checkpoints import Progress, RunCheckpoints
 from trainer.run_dir import RunDir
 from trainer.starting_point import load_weights
 from trainer.state import TrainerSpec
@@ -92,7 +91,7 @@ class Reinforcement:
     def prepare(self, ranks: Processes) -> None:
         """What a run begins with, warmed up, as its checkpoint of round 0: others can start from it without a warm-up."""
         _, buffer = self._restore(ranks)
-        self._save(ranks, buffer, 0, wait=True)
+        self.checkpoints.save(ranks, self._progress(buffer, 0), wait=True)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -163,12 +162,7 @@ class Reinforcement:
         if done % loop.eval_every == 0 or last:
             metrics |= self.evaluate(pool)
         stopping = not last and self.stop.asked()
-        if done % loop.checkpoint_every == 0 or last:
-            metrics |= self._save(ranks, buffer, done, wait=last or stopping)
-        elif stopping:
-            metrics |= self._save_to_stop(ranks, buffer, done)
-        elif self.memory.due(done):
-            metrics |= self.memory.save(ranks, self._meta(buffer, done), json.dumps(buffer.to_state()))
+        metrics |= self.checkpoints.after(ranks, self._progress(buffer, done), last, stopping)
         metrics |= self.rewards.counts() | pool.counts()
         self.tracker.devices = len(ranks) + (pool.places if self.config.rollout.placement == "separate" else 0)
         self.tracker.log(done, metrics)
@@ -323,22 +317,18 @@ class Reinforcement:
             record_routing=rollout.replay_routing,
         )
 
-    def _save(self, ranks: Processes, buffer: RolloutBuffer, done: int, wait: bool) -> dict[str, float]:
-        tokenizer, keep = self.start_from / "tokenizer.json", self.config.loop.keep_checkpoints
-        return save(ranks, self.run, self.tracker, self._meta(buffer, done), tokenizer, buffer.to_state(), keep, wait)
+    def _progress(self, buffer: RolloutBuffer, done: int) -> Progress:
+        return Progress(done, {"next_group": buffer.next_group}, buffer.to_state)
 
-    def _save_to_stop(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
-        """On the disk, or in memory where the run goes on from there at once."""
-        move, state = self.stop.move, json.dumps(buffer.to_state())
-        kept = self.memory.keep(ranks, self._meta(buffer, done), state, move.going) if move is not None else None
-        return self._save(ranks, buffer, done, wait=True) if kept is None else kept
-
-    def _meta(self, buffer: RolloutBuffer, done: int) -> CheckpointMeta:
-        return checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})
+    @property
+    def checkpoints(self) -> RunCheckpoints:
+        every, keep = self.config.loop.checkpoint_every, self.config.loop.keep_checkpoints
+        tokenizer = self.start_from / "tokenizer.json"
+        return RunCheckpoints("rl", self.model, tokenizer, every, keep, self.run, self.tracker, self.stop, self.memory)
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
         """(rounds done, buffer), after the ranks have their weights."""
-        loaded = load_newest(ranks, self.run, self.tracker, self.memory)
+        loaded = self.checkpoints.load_newest(ranks)
         if loaded is not None:
             found, meta = loaded
             self.run.rewind(meta.step)
@@ -355,4 +345,4 @@ class Reinforcement:
     def _write_reference(self, ranks: Processes) -> None:
         """The weights at the start of RL, once for all attempts: every one of them reads its reference policy there."""
         files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
-        ranks.call("write_reference", self.run.reference, checkpoint_meta("rl", 0, self.model, self.run, {}), files)
+        ranks.call("write_reference", self.run.reference, self.checkpoints.meta(0, {}), files)

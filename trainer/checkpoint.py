@@ -6,7 +6,7 @@
         tokenizer.json
         state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk; NAME@START is
                             a part of a tensor of which several ranks have parts
-        ...                 what the stage adds, for example rollout.json
+        state.json          what the driver holds: in RL the samples under way
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
 Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.

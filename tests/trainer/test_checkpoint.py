@@ -29,9 +29,9 @@ from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
 from trainer.checkpoint_writer import HostCopies, Shelf, Writer
-from trainer.loop import OnDisk, load_newest
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
+from trainer.run_checkpoints import OnDisk, RunCheckpoints
 from trainer.worker import named_tensors, read_model
 
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
@@ -300,20 +300,22 @@ class Run:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
-    run: Any = Run(tmp_path)
-    assert load_newest(Ranks(), run, run, NO_MEMORY) is None  # type: ignore[arg-type]
+    run, ranks = Run(tmp_path), Ranks()
+    parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None}
+    checkpoints = RunCheckpoints("pretrain", MODEL, tmp_path, every=1, keep=3, memory=NO_MEMORY, **parts)
+    assert checkpoints.load_newest(ranks) is None  # type: ignore[arg-type]
     folders = [write(tmp_path, step) for step in (1, 2, 3)]
     file = folders[2] / "state" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (folders[1] / "meta.json").write_text("{}")
-    assert load_newest(Ranks(), run, run, NO_MEMORY) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
+    assert checkpoints.load_newest(ranks) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
     assert len(run.said) == 2
     assert "step_000003 is damaged: state/rank_00000.safetensors has" in run.said[0] and "trying the one before" in run.said[0]
     (folders[0] / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole; resume=never"):
-        load_newest(Ranks(), run, run, NO_MEMORY)  # type: ignore[arg-type]
+        checkpoints.load_newest(ranks)  # type: ignore[arg-type]
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
