@@ -229,7 +229,7 @@ def _count_partial(groups: Sequence[Group]) -> int:
 def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """What the finished groups look like.
 
-    rollout/length_mean, length_max   response tokens of a sample, answers of the environment included
+    rollout/length_mean, length_max   response tokens of a sample, replies of the environment included
     rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
     rollout/staleness_max             rounds that the oldest token is behind
     rollout/truncated_share           samples that ran into max_new_tokens

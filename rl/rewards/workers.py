@@ -77,7 +77,7 @@ def understood(kind: str, line: bytes) -> dict[str, Any] | str:
 
 @dataclass(frozen=True)
 class Response:
-    """What a task scores or answers: the turns of the model and of its environment, one where there is no conversation."""
+    """What a task scores or replies to: the turns of the model and of its environment, one where there is no conversation."""
 
     prompt: Prompt
     turns: tuple[str, ...]
@@ -141,7 +141,7 @@ class RewardWorkers:
         return [None if answer is None else answer["found"] for answer in self._ask("score", responses)]
 
     def reply(self, responses: Sequence[Response]) -> list[Reply]:
-        """What the environment answers to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
+        """What the environment replies to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
         answers = self._ask("reply", responses)
         return [Reply(None, failed=True) if answer is None else Reply(answer["found"]) for answer in answers]
 

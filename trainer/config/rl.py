@@ -73,7 +73,7 @@ class RolloutConfig(Record):
     samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 where samples are not compared with their group
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
-    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
