@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.topology import World, join
-from rl.actors import sync_metrics
 from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool
+from rl.engine.receipt import sync_metrics
 from rl.evaluation import EVAL_GROUP, FINAL_GROUP, Estimate, estimate
 from rl.loop import Reinforcement
 from rl.rewards.tasks import make_task
