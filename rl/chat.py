@@ -37,6 +37,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class Chat:
+    """What stands around prompts, and around what the environment replies."""
+
     prompt: Frame
     reply: Frame
 

@@ -45,7 +45,7 @@ class EngineActor(Traceable):
             serve_state(log_file.stem, self._engine.state, *metrics)
 
     def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
-        """What it drives."""
+        """The engine that it drives; that of a benchmark counts its work."""
         return Engine(config, settings, self._device, dtype)
 
     def gpu(self) -> str | None:
