@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
@@ -34,7 +34,6 @@ START_TIMEOUT_S = 120.0  # importing and making the task
 STARTS = 3  # of a worker, where something from outside ends it each time
 PATIENCE_S = 2.0  # for a process that ends by itself
 SHOWN = 80  # characters of a completion in a message
-Self = TypeVar("Self", bound="RewardWorkers")
 Method = Literal["score", "reply"]
 ANSWER_BYTES = 1 << 26  # of a reply; more is none
 
@@ -119,7 +118,7 @@ class RewardWorkers:
         self._counts = {"reward/timeouts": 0, "reward/errors": 0, "reward/deaths": 0}
         self._told: set[str] = set()
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         """Starts the workers and waits until they are ready, so that a task they cannot make stops the run before it begins."""
         self._workers = [self._start(number) for number in range(self._config.workers)]
         try:
