@@ -109,13 +109,10 @@ class RunCheckpoints:
 
     def _save_to_stop(self, ranks: Processes, progress: Progress) -> dict[str, float]:
         """On the disk, or in memory where the run goes on from there at once."""
-        move = self.stop.move
-        if move is not None:
-            meta, state = self.meta(progress.step, progress.position), json.dumps(progress.state())
-            kept = self.memory.keep(ranks, meta, state, move.going)
-            if kept is not None:
-                return kept
-        return self.save(ranks, progress, wait=True)
+        going = None if self.stop.move is None else self.stop.move.going
+        meta = self.meta(progress.step, progress.position)
+        kept = None if going is None else self.memory.keep(ranks, meta, json.dumps(progress.state()), going)
+        return self.save(ranks, progress, wait=True) if kept is None else kept
 
     def meta(self, step: int, position: dict[str, Any]) -> CheckpointMeta:
         """The ranks fill in how many updates they have made."""
