@@ -14,6 +14,7 @@ from rl.engine.engine import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
+from rl.token_task import TokenTask
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
@@ -52,9 +53,8 @@ def reinforce(config: RLConfig) -> Path | None:
             tracker.say(line)
         with RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards:
             memory = MemoryCheckpoints(config.loop.memory_checkpoint_every, tracker.say)
-            work = Reinforcement(
-                config, model, tokenizer, task, rewards, start_from, choices, dtype, run, tracker, stop, memory
-            )
+            in_tokens = TokenTask(task, tokenizer, rewards, config)
+            work = Reinforcement(config, model, in_tokens, start_from, choices, dtype, run, tracker, stop, memory)
             run_attempts(config.cluster, ranks + apart, work.attempt, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)

@@ -45,6 +45,17 @@ def max_violation(counts_LE: Tensor) -> Tensor:
     return torch.where(mean_L > 0, counts_LE.amax(dim=1) / mean_L.clamp(min=1e-9) - 1, torch.zeros_like(mean_L))
 
 
+def balance_metrics(load_LE: Tensor) -> dict[str, float | list[list[float]]]:
+    """What a run tells of the tokens per expert of an update, or of a round; `load_LE` is on the host."""
+    violation_L = max_violation(load_LE)
+    return {
+        "moe/max_vio": float(violation_L.mean()),
+        "moe/max_vio_worst_layer": float(violation_L.max()),
+        "moe/dead_experts": int((load_LE == 0).sum()),
+        "moe/load": [[round(share, 5) for share in row] for row in load_shares(load_LE).tolist()],
+    }
+
+
 def load_shares(counts_LE: Tensor) -> Tensor:
     """Each expert's share of its layer's tokens, (L, E) float32; rows sum to one."""
     counts_LE = counts_LE.to(torch.float32)

@@ -24,8 +24,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rl.engine.actor import EngineActor
-from rl.engine.engine import EngineSettings, Receipt
+from rl.engine.engine import EngineSettings
 from rl.engine.pool import advancing, deal
+from rl.engine.receipt import Receipt, sync_metrics
 from rl.links import Links
 from rl.trajectory import Sample
 from trainer.cluster import Processes, ProcessLost, gather, reason_of, told_by
@@ -397,15 +398,3 @@ class RayPool:
         calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
         ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
         gather({name: ref for name, ref in calls.items() if ref in ready})
-
-
-def sync_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
-    """Of the largest update and the slowest check, if there was one; no changed share where all weights were sent."""
-    metrics = {"sync/mib": max(receipt.nbytes for receipt in receipts) / 2**20}
-    shares = [receipt.changed_share for receipt in receipts if receipt.changed_share is not None]
-    if len(shares) == len(receipts):
-        metrics["sync/changed_share"] = shares[0]
-    checks = [receipt.check_s for receipt in receipts if receipt.check_s is not None]
-    if checks:
-        metrics["sync/check_s"] = max(checks)
-    return metrics

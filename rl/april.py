@@ -117,21 +117,28 @@ def rollout_round(
         _overlap(progress, config, lambda missing: buffer.take_more(missing, fresh), partial(meanwhile, groups))
     if progress.running:
         progress.update(pool.drain())
-    ids = {group.id for group in used}
+    metrics |= _settle(progress, buffer, groups, first_drawn)
+    metrics["rollout/dropped_groups"] = dropped
+    return RoundResult(groups, metrics)
+
+
+def _settle(progress: _Progress, buffer: RolloutBuffer, groups: Sequence[Group], first_drawn: int) -> dict[str, float]:
+    """Leaves in the buffer what the round does not use. Metrics of what the engines did in it."""
+    ids = {group.id for group in groups}
     surplus = [group for group in progress.useful if group.id not in ids]
     replaced = [group for group in progress.flat if group.id not in ids]
     unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
     buffer.settle(recycled=unfinished, surplus=surplus)
     buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
-    metrics["rollout/decode_steps"] = progress.steps
-    metrics["rollout/finished_groups"] = len(finished)
-    metrics["rollout/replaced_groups"] = len(replaced)
-    metrics["rollout/recycled_samples"] = _count_partial(unfinished)
-    metrics["rollout/resumed_samples"] = _count_partial(progress.taken)
-    metrics["rollout/new_tokens"] = _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken)
-    metrics["rollout/dropped_groups"] = dropped
-    metrics["rollout/length_bias"] = buffer.lengths.bias(lengths_of((*buffer.recycled, *buffer.surplus)))
-    return RoundResult(groups, metrics)
+    return {
+        "rollout/decode_steps": progress.steps,
+        "rollout/finished_groups": len(finished),
+        "rollout/replaced_groups": len(replaced),
+        "rollout/recycled_samples": _count_partial(unfinished),
+        "rollout/resumed_samples": _count_partial(progress.taken),
+        "rollout/new_tokens": _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken),
+        "rollout/length_bias": buffer.lengths.bias(lengths_of((*buffer.recycled, *buffer.surplus))),
+    }
 
 
 def complete(pool: EnginePool, samples: Sequence[Sample], advance_tokens: int) -> list[Sample]:
@@ -229,7 +236,7 @@ def _count_partial(groups: Sequence[Group]) -> int:
 def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
     """What the finished groups look like.
 
-    rollout/length_mean, length_max   response tokens of a sample, answers of the environment included
+    rollout/length_mean, length_max   response tokens of a sample, replies of the environment included
     rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
     rollout/staleness_max             rounds that the oldest token is behind
     rollout/truncated_share           samples that ran into max_new_tokens

@@ -1,4 +1,4 @@
-"""A model's chat template: what stands around a prompt, and around what the environment answers.
+"""A model's chat template: what stands around a prompt, and around what the environment replies.
 
 Names of special tokens become these tokens where the template has them. In the texts of a task they stay text, so that no
 prompt can end a turn or begin one. Texts are encoded apart from what stands around them.
@@ -37,6 +37,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class Chat:
+    """What stands around prompts, and around what the environment replies."""
+
     prompt: Frame
     reply: Frame
 

@@ -166,10 +166,10 @@ def response_values(values_BS: Tensor, documents: Sequence[Document], sequence_l
 def pack_demonstrations(
     demonstrations: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]], **rows: Unpack[Rows]
 ) -> TrainBatch:
-    """Packs (prompt ids, answer ids, which of them are learned) for supervised learning; every learned token counts 1."""
+    """Packs (prompt ids, response ids, which of them are learned) for supervised learning; every learned token counts 1."""
     documents = [
-        Document(tuple(prompt), tuple(answer), (0.0,) * len(answer), 0.0, tuple(learned))
-        for prompt, answer, learned in demonstrations
+        Document(tuple(prompt), tuple(response), (0.0,) * len(response), 0.0, tuple(learned))
+        for prompt, response, learned in demonstrations
     ]
     return pack(documents, aggregation="token", **rows)
 

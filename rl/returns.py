@@ -2,7 +2,7 @@
 
 Pure functions on packed rows. A position predicts the token behind it; a reward stands where its token is predicted, a value is
 what the policy may expect before that token. The steps of an episode are the learned tokens of a response: what the environment
-said between two turns is no choice of the policy, its values are never fitted, and a long answer of a tool must not discount
+said between two turns is no choice of the policy, its values are never fitted, and a long reply of a tool must not discount
 what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected behind it. Letters: B
 rows, S positions.
 """

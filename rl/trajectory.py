@@ -1,7 +1,7 @@
 """What a rollout leaves behind: segments, samples, groups, and the buffer that carries unfinished work to the next round.
 
 A sample is a prompt and the segments that it got so far. A segment holds the tokens sampled under one weight version, with
-the log-probabilities they were sampled at, or what the environment of the task answered. A group is the n samples of one
+the log-probabilities they were sampled at, or what the environment of the task replied. A group is the n samples of one
 prompt; advantages are relative to it, so it is used whole or not at all. Token ids are kept, never text: a continued sample is
 continued from the very tokens it stopped at.
 """
@@ -20,7 +20,7 @@ from rl.routed_experts import RoutedExperts
 from trainer.json_text import parsed
 
 # pending: nothing generated yet; partial: interrupted; finished: ended with <eos>, a stop token or a stop string;
-# truncated: ran into max_new_tokens; abandoned: its environment failed to answer, so it cannot be judged
+# truncated: ran into max_new_tokens; abandoned: its environment failed to reply, so it cannot be judged
 Status = Literal["pending", "partial", "finished", "truncated", "abandoned"]
 
 # A sample's uid is group * UIDS_PER_GROUP + its place in the group, so it stays unique when samples_per_group changes.
@@ -33,14 +33,14 @@ class Segment:
 
     Those of the environment were not `sampled`: they have no log-probability and are never learned. `trainer_logprobs` are
     those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py). `experts`, where
-    they were recorded, are those of the tokens that no earlier segment has them of, prompt and answers included, up to the last
+    they were recorded, are those of the tokens that no earlier segment has them of, prompt and replies included, up to the last
     token but one: the last one is not computed before the next segment. So a token keeps the experts that chose what follows
     it, however often newer weights go over it again.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    weight_version: int  # of an answer: that of the turn before it
+    weight_version: int  # of a reply: that of the turn before it
     sampled: bool = True
     trainer_logprobs: tuple[float, ...] | None = None
     experts: RoutedExperts | None = None
@@ -56,7 +56,7 @@ class Sample:
     """One completion of one prompt, at any stage. What ended a finished sample, <eos>, a stop token or a stop string, ends its
     last token or stands in it.
 
-    In a conversation the response has several turns, each of the model's with its end, and the environment's answers between.
+    In a conversation the response has several turns, each of the model's with its end, and the environment's replies between.
     """
 
     uid: int
@@ -92,7 +92,7 @@ class Sample:
 
     @property
     def turn_so_far(self) -> tuple[int, ...]:
-        """What the model has said since the prompt or the environment's last answer."""
+        """What the model has said since the prompt or the environment's last reply."""
         return self.turns[-1] if self.segments and self.segments[-1].sampled else ()
 
     @property
@@ -134,17 +134,17 @@ class Sample:
         assert not self.done, f"sample {self.uid} is {self.status} already"
         return replace(self, segments=(*self.segments, segment), status=status)
 
-    def answered(self, token_ids: Sequence[int]) -> Sample:
-        """A finished sample that goes on after the environment's answer, which has a token or more."""
+    def replied(self, token_ids: Sequence[int]) -> Sample:
+        """A finished sample that goes on after the environment's reply, which has a token or more."""
         assert self.status == "finished" and token_ids, (self.uid, self.status)
-        answer = Segment(tuple(token_ids), (), self.segments[-1].weight_version, sampled=False)
-        return replace(self, segments=(*self.segments, answer), status="partial")
+        reply = Segment(tuple(token_ids), (), self.segments[-1].weight_version, sampled=False)
+        return replace(self, segments=(*self.segments, reply), status="partial")
 
     def restarted(self) -> Sample:
         """The same prompt and uid with nothing generated.
 
         The uid seeds the sampling noise, and it stays: with new noise a sample that was too long to finish in time would
-        mostly come back shorter, and the batch would drift towards short answers.
+        mostly come back shorter, and the batch would drift towards short responses.
         """
         return replace(self, segments=(), status="pending", reward=None)
 

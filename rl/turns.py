@@ -1,6 +1,6 @@
-"""Conversations: a finished turn may be answered by the task's environment, and then its sample goes on.
+"""Conversations: the task's environment may reply to a finished turn, and then its sample goes on.
 
-The answer's tokens stand between the turns of one sample as a segment that nobody sampled, so partial rollouts, the buffer and
+The reply's tokens stand between the turns of one sample as a segment that nobody sampled, so partial rollouts, the buffer and
 its checkpoint treat a conversation like any other sample, and an engine continues one like a sample that was interrupted.
 """
 
@@ -14,8 +14,8 @@ from rl.april import OverlappingPool
 from rl.engine.pool import advancing
 from rl.trajectory import Sample
 
-# The samples after their environment had its say: partial with an answer, or done. They come finished.
-Answers = Callable[[Sequence[Sample]], Sequence[Sample]]
+# The samples after their environment had its say: partial with a reply, or done. They come finished.
+Replied = Callable[[Sequence[Sample]], Sequence[Sample]]
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,30 @@ class TurnPool:
     """A pool that returns a sample as done when its conversation is over, and generates on until then."""
 
     pool: OverlappingPool
-    answers: Answers
+    replied: Replied
 
     def submit(self, samples: Sequence[Sample]) -> None:
         self.pool.submit(samples)
 
     def advance(self, tokens: int) -> list[Sample]:
         ended = self.pool.advance(tokens)
-        answered = self.answers([sample for sample in ended if sample.status == "finished"])
-        going_on = [sample for sample in answered if not sample.done]
+        replied = self.replied([sample for sample in ended if sample.status == "finished"])
+        going_on = [sample for sample in replied if not sample.done]
         if going_on:
             self.pool.submit(going_on)
-        return [sample for sample in ended if sample.status != "finished"] + [sample for sample in answered if sample.done]
+        return [sample for sample in ended if sample.status != "finished"] + [sample for sample in replied if sample.done]
 
     def drain(self) -> list[Sample]:
         stopped = self.pool.drain()
-        answered = self.answers([sample for sample in stopped if sample.status == "finished"])  # since the last `advance`
-        return [sample for sample in stopped if sample.status != "finished"] + list(answered)
+        replied = self.replied([sample for sample in stopped if sample.status == "finished"])  # since the last `advance`
+        return [sample for sample in stopped if sample.status != "finished"] + list(replied)
 
     def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
         return advancing(self, tokens, samples)
 
 
-def with_answer(sample: Sample, answer: Sequence[int], max_new_tokens: int) -> Sample:
-    """A finished sample with the environment's answer; truncated without it if no token would be left to generate."""
-    if sample.length + len(answer) >= max_new_tokens:
+def with_reply(sample: Sample, reply: Sequence[int], max_new_tokens: int) -> Sample:
+    """A finished sample with the environment's reply; truncated without it if no token would be left to generate."""
+    if sample.length + len(reply) >= max_new_tokens:
         return replace(sample, status="truncated")
-    return sample.answered(answer) if answer else sample
+    return sample.replied(reply) if reply else sample

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from parallel.balance import load_shares, max_violation
+from parallel.balance import balance_metrics
 from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL, REFERENCE, VALUES
 from rl.returns import with_token_advantages
@@ -105,11 +105,4 @@ def balance_of_round(updates: list[dict[str, Value]], positions: list[int]) -> d
     ]
     if not loads:
         return {}
-    load_LE = torch.stack(loads).sum(dim=0)
-    violation_L = max_violation(load_LE)
-    return {
-        "moe/max_vio": float(violation_L.mean()),
-        "moe/max_vio_worst_layer": float(violation_L.max()),
-        "moe/dead_experts": int((load_LE == 0).sum()),
-        LOAD: [[round(share, 5) for share in row] for row in load_shares(load_LE).tolist()],
-    }
+    return dict(balance_metrics(torch.stack(loads).sum(dim=0)))

@@ -6,7 +6,7 @@
         tokenizer.json
         state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk; NAME@START is
                             a part of a tensor of which several ranks have parts
-        ...                 what the stage adds, for example rollout.json
+        state.json          what the driver holds: in RL the samples under way
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
 Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.
@@ -34,7 +34,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.config.model import ModelConfig
-from trainer.json_text import parsed
+from trainer.json_text import first_problem, parsed
 from trainer.model.transformer import require_plausible
 
 FORMAT = 5
@@ -154,8 +154,7 @@ def parse_record(text: str, file: Path) -> tuple[CheckpointMeta, dict[str, Check
     try:
         return META.validate_python(record), SUMS.validate_python(files)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _no_record(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _no_record(file, first_problem(error)) from None
 
 
 def _no_record(file: Path, reason: str) -> Damaged:

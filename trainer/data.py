@@ -26,6 +26,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from trainer.config.run import TokenizerConfig
+from trainer.json_text import first_problem
 from trainer.sources import MIB, AnySource, SourceFile, documents, list_files, read_documents
 from trainer.stream import TokenArray, TokenStream
 from trainer.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer
@@ -100,10 +101,8 @@ def open_corpus(folder: Path) -> Corpus:
     except FileNotFoundError:
         raise UserError(f"{folder} is no prepared corpus: it has no corpus.json; delete the folder and start again") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{folder / 'corpus.json'} is damaged: {where}: {first['msg']}; delete {folder} and start again"
+            f"{folder / 'corpus.json'} is damaged: {first_problem(error)}; delete {folder} and start again"
         ) from None
     arrays = {name: _open_array(folder, name, one) for name, one in (("train", about.train), ("validation", about.validation))}
     return Corpus(Tokenizer.load(folder / "tokenizer.json"), **arrays, folder=folder, fingerprint=about.fingerprint)

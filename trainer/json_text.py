@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else wrote."""
+"""JSON and YAML that somebody else wrote, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 
 def parsed(text: str | bytes) -> Any:
@@ -33,3 +34,10 @@ def parsed_yaml(text: bytes) -> Any:
         raise ValueError(f"neither YAML nor JSON: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong: where, unless it is the whole, and what."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from kernels.errors import UserError
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes
 from trainer.config.model import ModelConfig
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.data import Corpus
 from trainer.guard import Guard
-from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
+from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.optimizer import adamw_settings, learning_rate
 from trainer.places import Placement
+from trainer.run_checkpoints import Progress, RunCheckpoints
 from trainer.run_dir import RunDir
 from trainer.starting_point import load_weights
 from trainer.state import TrainerSpec
@@ -101,32 +97,23 @@ class Pretraining:
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
             stopping = not last and self.stop.asked()
-            if done % train.checkpoint_every == 0 or last:
-                metrics |= self._save(ranks, done, wait=last or stopping)
-            elif stopping:
-                metrics |= self._save_to_stop(ranks, done)
-            elif self.memory.due(done):
-                metrics |= self.memory.save(ranks, self._meta(done), json.dumps({}))
+            metrics |= self.checkpoints.after(ranks, self._progress(done), last, stopping)
             self.tracker.log(done, metrics)
             if stopping:
                 self.stop.obey(f"after step {done}")
 
-    def _save(self, ranks: Processes, step: int, wait: bool) -> dict[str, float]:
-        keep = self.config.train.keep_checkpoints
-        return save(ranks, self.run, self.tracker, self._meta(step), self.corpus.tokenizer_file, {}, keep, wait)
+    def _progress(self, done: int) -> Progress:
+        position = {"rows": done * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
+        return Progress(done, position, state=dict)  # the driver holds nothing else
 
-    def _save_to_stop(self, ranks: Processes, step: int) -> dict[str, float]:
-        """On the disk, or in memory where the run goes on from there at once."""
-        move = self.stop.move
-        kept = self.memory.keep(ranks, self._meta(step), json.dumps({}), move.going) if move is not None else None
-        return self._save(ranks, step, wait=True) if kept is None else kept
-
-    def _meta(self, step: int) -> CheckpointMeta:
-        position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
-        return checkpoint_meta("pretrain", step, self.model, self.run, position)
+    @property
+    def checkpoints(self) -> RunCheckpoints:
+        every, keep = self.config.train.checkpoint_every, self.config.train.keep_checkpoints
+        tokenizer = self.corpus.tokenizer_file
+        return RunCheckpoints("pretrain", self.model, tokenizer, every, keep, self.run, self.tracker, self.stop, self.memory)
 
     def _restore(self, ranks: Processes) -> int:
-        loaded = load_newest(ranks, self.run, self.tracker, self.memory)
+        loaded = self.checkpoints.load_newest(ranks)
         if loaded is None:
             self.run.rewind(-1)
             if self.start_from is not None:
@@ -172,88 +159,3 @@ def meet(
     ranks.call("join", host, port, placement.ranks, cluster.collective_timeout_s)
     ranks.call("build", spec, refused)
     return ranks
-
-
-def checkpoint_meta(kind: str, step: int, model: ModelConfig, run: RunDir, position: dict[str, Any]) -> CheckpointMeta:
-    return CheckpointMeta(kind=kind, step=step, updates=0, model=model.model_dump(mode="json"), git=run.git, position=position)
-
-
-def save(
-    ranks: Processes,
-    run: RunDir,
-    tracker: Tracker,
-    meta: CheckpointMeta,
-    tokenizer: Path,
-    state: dict[str, Any],
-    keep: int,
-    wait: bool,
-) -> dict[str, float]:
-    """Begins a checkpoint of the ranks, with the run's configuration, the tokenizer and what the driver holds (state.json).
-
-    One that cannot be written is said, and the run goes on; with `wait` this one must be whole before it does.
-
-    Raises:
-        UserError: `wait`, and it cannot be written.
-    """
-    files = {
-        "config.yaml": run.config_text,
-        "tokenizer.json": tokenizer.read_text(encoding="utf-8"),
-        "state.json": json.dumps(state),
-    }
-    folder = run.checkpoints / checkpoint.folder_name(meta.step)
-    answers = ranks.call("save", folder, meta, files, keep)
-    _, failure = answers[0]
-    if failure is not None:
-        tracker.say(f"{failure}. The run goes on without it")
-    if wait and (failure := ranks.call("settle")[0]) is not None:
-        raise UserError(f"{failure}, then go on with resume=auto")
-    return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """A checkpoint that may be loaded."""
-
-    folder: Path
-
-    @property
-    def step(self) -> int:
-        return checkpoint.step_of(self.folder)
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def load(self, ranks: Processes) -> CheckpointMeta:
-        """Raises Damaged."""
-        meta: CheckpointMeta = ranks.call("load", self.folder, True)[0]
-        return meta
-
-    def text(self, name: str) -> str:
-        """One of its text files. Raises Damaged."""
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise checkpoint.Damaged(f"{self.folder / name} cannot be read: {error}") from None
-
-
-def load_newest(
-    ranks: Processes, run: RunDir, tracker: Tracker, memory: MemoryCheckpoints
-) -> tuple[OnDisk | InMemory, CheckpointMeta] | None:
-    """Loads the run's newest checkpoint that is not damaged, from the disk or from memory; None if the run has none yet.
-
-    Raises:
-        UserError: all are damaged.
-    """
-    found: list[OnDisk | InMemory] = [OnDisk(folder) for folder in reversed(checkpoint.available(run.checkpoints))]
-    for one in sorted([*found, *memory.found()], key=lambda one: one.step, reverse=True):
-        try:
-            meta = one.load(ranks)
-        except checkpoint.Damaged as error:
-            tracker.say(f"{error}: trying the one before it")
-            continue
-        memory.settle(meta.step)
-        return one, meta
-    if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {run.checkpoints} is whole; resume=never starts a new run")
-    memory.settle(None)
-    return None

@@ -95,20 +95,7 @@ _DECLARED = (
     Metric("moe/rank_imbalance", "", "rank imbalance", ".3f", "expert load of the busiest rank over the mean, with copies"),
     Metric("moe/rank_imbalance_owners", "", "imbalance, no copies", ".3f", "the same if owners alone served their experts"),
     Metric("moe/copies_per_layer", "copies", "copies", ".1f", "copies beside the owners, all ranks; mean over layers"),
-    Metric(
-        "moe/copies_hidden",
-        "copies",
-        "under attention",
-        ".0f",
-        "experts of a layer that travel while attention computes",
-    ),
-    Metric(
-        "moe/copies_room",
-        "copies",
-        "room for copies",
-        ".0f",
-        "copies for which each rank has room in a layer",
-    ),
+    Metric("moe/copies_room", "copies", "room for copies", ".0f", "copies for which each rank has room in a layer"),
     Metric("moe/chunks_forward", "chunks", "chunks forward", ".1f", "in how many chunks an MoE layer runs, mean of all layers"),
     Metric("moe/chunks_backward", "chunks", "chunks backward", ".1f", "and in how many its backward pass does"),
     Metric("moe/layers_calibrated", "layers", "calibrated", ".0f", "layers whose copies changed when their gate had decided"),
@@ -187,7 +174,6 @@ _DECLARED = (
     Metric(
         "value/explained_variance", "", "explained variance", ".3f", "of the returns, by the values before the update; 1 is all"
     ),
-    Metric("policy/entropy", "nats", "policy entropy", ".3f", "mean entropy of the policy on the learned tokens"),
     Metric("sync/weights_s", "s", "weight sync", ".2f", "wall time to bring new weights to all engines"),
     Metric("sync/mib", "MiB", "weights sent", ".1f", "size of the update that each engine received"),
     Metric("sync/changed_share", "share", "changed", ".2%", "weights whose bits changed; where only these are sent"),

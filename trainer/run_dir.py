@@ -6,6 +6,8 @@
         metrics.jsonl           one record a step
         logs/attempt_N/*.log    one file a process
         checkpoints/            see trainer/checkpoint.py
+        reference/              in RL with a KL penalty, the weights that it is held to
+        server_weights/         the newest weights, for a completion server to load
         refused/                batches of updates that the guard refused
         traces/                 steps as the profiler saw them, see trainer/tracing.py
         wandb/                  W&B's own files
@@ -35,7 +37,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from trainer.config.run import RunConfig
-from trainer.json_text import parsed_yaml
+from trainer.json_text import first_problem, parsed_yaml
 from trainer.metrics import Stage
 from trainer.records import parsed_record
 
@@ -172,8 +174,7 @@ def read_status(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{shown(file)} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{shown(file)} is damaged: {first_problem(error)}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kernels.host_device import to_host
 from kernels.vocab_loss import token_logprobs
-from parallel.balance import load_shares, max_violation, updated_bias
+from parallel.balance import balance_metrics, max_violation, updated_bias
 from parallel.moe_layer import ShardedExperts
 from parallel.topology import World
 from trainer.batch import Objective, Predictions, TrainBatch, cross_entropy
 from trainer.guard import Fault, FaultFinder, LossWindow, UpdateRefused, first_fault, keep_batch
+from trainer.metrics import Value
 from trainer.model.attention import BatchInvariantAttention, PackedAttention, positions_of
 from trainer.model.gate import RouterNoise, router_noise
 from trainer.model.layers import Attend
@@ -44,7 +45,7 @@ class Trainer(TrainerState):
 
     # ------------------------------------------------------------ one update
 
-    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, float | list[list[float]]]:
+    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, Value]:
         """One optimizer update on this rank's rows; every rank must hold the same number of rows.
 
         Minimises sum(weights * loss) / sum(weights), or / batch.denominator, all sums over all ranks, so the update does not
@@ -83,7 +84,7 @@ class Trainer(TrainerState):
         placement = {} if ahead is None else self.materialisation.take(ahead, self.updates)
         copying = None if self.materialisation.setting is None else self.materialisation.setting.costs
         schedule = self.scheduling.observe(self.materialisation.plans, loads_LE, copying)
-        return {**told, **self._balance(counts), "moe/bias_range": bias_range, **placement, **schedule}
+        return {**told, **balance_metrics(counts), "moe/bias_range": bias_range, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
         """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
@@ -281,17 +282,6 @@ class Trainer(TrainerState):
         if not self.spec.model.selection_bias or self.spec.balance.rate == 0:
             return self.bias_LE
         return updated_bias(self.bias_LE, counts_LE, self.spec.balance.rule, self.spec.balance.rate)
-
-    @staticmethod
-    def _balance(counts_LE: Tensor) -> dict[str, float | list[list[float]]]:
-        """What is told of the loads of a global batch, which are on the host."""
-        violation_L = max_violation(counts_LE)
-        return {
-            "moe/max_vio": float(violation_L.mean()),
-            "moe/max_vio_worst_layer": float(violation_L.max()),
-            "moe/dead_experts": int((counts_LE == 0).sum()),
-            "moe/load": [[round(share, 5) for share in row] for row in load_shares(counts_LE).tolist()],
-        }
 
     # ------------------------------------------------------------ evaluation
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Self
 
 REQUEUE = 75  # exit code: the same command with resume=auto goes on; EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-Self = TypeVar("Self", bound="StopRequest")
 
 
 class Stopped(RuntimeError):
@@ -46,7 +45,7 @@ class StopRequest:
         self._deferred = False
         self._look: Callable[[], Move | None] = _nothing
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self.listen()
         return self

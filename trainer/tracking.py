@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import wandb
 import yaml
@@ -31,7 +31,6 @@ WANDB_S = 60.0  # in which W&B lets a run in, or it is tracked offline
 UPLOAD_S = 120.0  # that the end of a run waits for what W&B has not got yet
 REFUSED = re.compile(r"update \d+ is refused: .*")  # in the log of a rank, trainer/step.py
 MEMORY_EVERY_S = 5.0  # measuring it reads the page tables of every process
-Self = TypeVar("Self", bound="Tracker")
 
 
 class Tracker:
@@ -60,7 +59,7 @@ class Tracker:
         self.peak_gib, self.measured = 0.0, -MEMORY_EVERY_S
         self.wandb: wandb.Run | None = None
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         self.run.log_file("driver").parent.mkdir(parents=True, exist_ok=True)
         self.say(self.run.note)
         self.wandb = self._start_wandb()

@@ -35,6 +35,7 @@ from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import JOINED, SHARE, StackWatch, watched
 from trainer.keeper import MemoryShelf, Whole, open_whole, send
+from trainer.metrics import Value
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.state import TrainerSpec
@@ -46,7 +47,6 @@ from trainer.weight_pieces import expert_pieces, shared_pieces
 from trainer.weight_sync import WeightSource, WeightUpdate
 from trainer.weights import pack
 
-Metrics = dict[str, float | list[list[float]]]
 MEMORY_FULL = "Make it larger (a container: --shm-size), or keep none there: memory_checkpoint_every=0"
 log = logging.getLogger("tessera")
 
@@ -119,18 +119,18 @@ class TrainWorker(Traceable):
         self.stream = TokenStream(self.corpus.train, sequence_length, seed, *ends)
         self.held_out = TokenStream(self.corpus.validation, sequence_length, 0, *ends)
 
-    def learn_rows(self, first: int, count: int, lr: float) -> Metrics:
+    def learn_rows(self, first: int, count: int, lr: float) -> dict[str, Value]:
         """One update on rows first..first+count-1 of the training stream."""
         share = count // self.world.size
         started = time.perf_counter()
         batch = self.stream.rows(first + self.rank * share, share)
         return self._learn(batch, cross_entropy, lr, started)
 
-    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> Metrics:
+    def learn(self, batch: TrainBatch, objective: Objective, lr: float) -> dict[str, Value]:
         """One update on a batch given whole to every rank; each takes its equal part of the rows."""
         return self._learn(self._own_rows(batch), objective, lr, time.perf_counter())
 
-    def learn_values(self, batch: TrainBatch, objective: Objective) -> Metrics:
+    def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, Value]:
         """The same for the value head alone."""
         started = time.perf_counter()
         return {**self.trainer.learn_values(self._own_rows(batch), objective), "time/train_s": time.perf_counter() - started}
@@ -143,7 +143,7 @@ class TrainWorker(Traceable):
         share = batch.num_rows // self.world.size
         return batch.rows(self.rank * share, (self.rank + 1) * share)
 
-    def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> Metrics:
+    def _learn(self, batch: TrainBatch, objective: Objective, lr: float, started: float) -> dict[str, Value]:
         self.usage.begin()
         with record_function(f"update {self.trainer.updates + 1}"):  # a name in traces
             metrics = self.trainer.learn(batch, objective, lr)
@@ -152,7 +152,7 @@ class TrainWorker(Traceable):
         log.info("update %d loss %.17g", self.trainer.updates, metrics.get("train/loss", math.nan))
         return metrics
 
-    def evaluate(self, rows: int) -> Metrics:
+    def evaluate(self, rows: int) -> dict[str, Value]:
         """Over the first `rows` rows of the held-out documents, or as many as there are."""
         available = self.held_out.num_rows_per_epoch // self.world.size * self.world.size
         share = min(rows, available) // self.world.size

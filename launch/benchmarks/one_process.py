@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from parallel.topology import World, join
-from rl.actors import sync_metrics
 from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool
+from rl.engine.receipt import sync_metrics
 from rl.evaluation import EVAL_GROUP, FINAL_GROUP, Estimate, estimate
 from rl.loop import Reinforcement
 from rl.rewards.tasks import make_task
 from rl.rewards.workers import RewardWorkers
+from rl.token_task import TokenTask
 from rl.trajectory import Sample
 from trainer.cluster import Processes
 from trainer.config.rl import RLConfig, SyncConfig
@@ -99,14 +100,16 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
         RewardWorkers(config.task, config.seed, config.reward, run.log_file, tracker.say) as rewards,
     ):
         memory = MemoryCheckpoints(0, tracker.say)
-        work = Reinforcement(config, model, tokenizer, task, rewards, start_from, (1,), dtype, run, tracker, stop, memory)
+        in_tokens = TokenTask(task, tokenizer, rewards, config)
+        work = Reinforcement(config, model, in_tokens, start_from, (1,), dtype, run, tracker, stop, memory)
         worker.build(work.spec, run.path / "refused")
         ranks, final = OnlyRank(worker), None
         if rounds:
             pool = OnlyEngine(Engine(model, work.engine_settings, worker.world.device, getattr(torch, dtype)))
             work.learn_with(ranks, pool)
             held_out, training = (
-                estimate(work.judged(pool, range(first, first + prompts))) for first in (EVAL_GROUP + FINAL_GROUP, FINAL_GROUP)
+                estimate(in_tokens.judged(pool, range(first, first + prompts)))
+                for first in (EVAL_GROUP + FINAL_GROUP, FINAL_GROUP)
             )
             final = held_out, training
         else:

@@ -10,8 +10,9 @@ from torch.distributed import TCPStore
 from torch.profiler import record_function
 
 from parallel.topology import use_interface_to
-from rl.engine.engine import Engine, EngineSettings, Receipt
+from rl.engine.engine import Engine, EngineSettings
 from rl.engine.metrics import serve_state
+from rl.engine.receipt import Receipt
 from rl.trajectory import Sample
 from trainer.config.model import ModelConfig
 from trainer.hangs import SHARE, StackWatch, watched
@@ -44,7 +45,7 @@ class EngineActor(Traceable):
             serve_state(log_file.stem, self._engine.state, *metrics)
 
     def _new_engine(self, config: ModelConfig, settings: EngineSettings, dtype: torch.dtype) -> Engine:
-        """What it drives."""
+        """The engine that it drives; that of a benchmark counts its work."""
         return Engine(config, settings, self._device, dtype)
 
     def gpu(self) -> str | None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kernels.errors import UserError
 from rl.engine.engine import EngineSettings
 from rl.trajectory import Sample, Segment, Status
+from trainer.json_text import first_problem
 
 IMPOSSIBLE = -9999.0  # what vLLM writes for the logarithm of zero
 ROUNDING = 1e-3  # by which the logarithm of a probability may exceed zero
@@ -54,11 +55,9 @@ def parse(data: bytes) -> Event:
     try:
         event = Event.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise BadReply(
-            f"the completion server's answer cannot be read: {f'{where}: ' if where else ''}{first['msg']}; it should be vLLM "
-            f"or SGLang of a version that knows return_token_ids. It sent {data[:200]!r}"
+            f"the completion server's answer cannot be read: {first_problem(error)}; it should be vLLM or SGLang of a version "
+            f"that knows return_token_ids. It sent {data[:200]!r}"
         ) from None
     if event.error is not None:
         raise BadReply(f"the completion server reports an error: {str(event.error)[:500]}")

@@ -25,13 +25,14 @@ from kernels.ragged import PAGE_TOKENS, ragged
 from rl.engine.decoder import Decoder, Step
 from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.metrics import EngineState
+from rl.engine.receipt import Receipt
 from rl.engine.rows import Row, next_chunk
 from rl.engine.sampler import Sampling
 from rl.engine.stops import Stops
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
 from trainer.config.model import ExpertChoiceRouter, ModelConfig
-from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes
+from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta, apply
 from trainer.weight_links import Offer, Receiver, span_digests
 from trainer.weight_sync import WeightUpdate
@@ -71,22 +72,13 @@ class EngineSettings:
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError when one may grow beyond `max_length`."""
-        for item in samples:
-            assert not item.done, f"sample {item.uid} is {item.status} already"
-            if len(item.prompt_ids) + self.max_new_tokens > self.max_length:
+        for sample in samples:
+            assert not sample.done, f"sample {sample.uid} is {sample.status} already"
+            if len(sample.prompt_ids) + self.max_new_tokens > self.max_length:
                 raise UserError(
-                    f"a prompt of {len(item.prompt_ids)} tokens and rollout.max_new_tokens = {self.max_new_tokens} "
+                    f"a prompt of {len(sample.prompt_ids)} tokens and rollout.max_new_tokens = {self.max_new_tokens} "
                     f"exceed loop.sequence_length = {self.max_length}; raise it or lower rollout.max_new_tokens"
                 )
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What an engine says of an update that it took."""
-
-    nbytes: int
-    changed_share: float | None  # None where all weights were sent
-    check_s: float | None  # of hashing, the trainer's part included; None where nothing was to be checked
 
 
 class Engine:
@@ -108,7 +100,7 @@ class Engine:
                 f"tokens; raise it to at least that"
             )
         self._settings, self._device = settings, device
-        self._model = _unset_model(config, device, dtype)
+        self._model = LanguageModel.unset(config, device, dtype, batch_invariant=True)
         self._weights = self._model.state()  # these very tensors for good: graphs read them, and receivers know them again
         pages = 1 + -(-tokens // page)
         self._cache = PagedCache(config, pages, device, dtype, settings.record_routing)
@@ -348,20 +340,20 @@ class Engine:
         if free < min(len(self._waiting), max(1, slots // IDLE_SHARE)):
             return
         while self._waiting and free > 0:
-            item = self._waiting[0]
-            if item.length >= self._settings.max_new_tokens:  # only after a resume with a smaller max_new_tokens
+            sample = self._waiting[0]
+            if sample.length >= self._settings.max_new_tokens:  # only after a resume with a smaller max_new_tokens
                 self._done.append(replace(self._waiting.popleft(), status="truncated"))
                 continue
-            row = self._row(item)
+            row = self._row(sample)
             if row is None:
                 break
             self._waiting.popleft()
             self._filling.append(row)
             free -= 1
 
-    def _row(self, item: Sample) -> Row | None:
+    def _row(self, sample: Sample) -> Row | None:
         """The sample with pages for its prefix and a first token, or None if there are too few; shared ones are only held."""
-        ids = [*item.prompt_ids, *item.response_ids]
+        ids = [*sample.prompt_ids, *sample.response_ids]
         prefix = ids[:-1]  # the first decoding step takes the last token, and yields what follows it
         shared = self._pages.shared(prefix)
         missing = self._pages.pages_for(len(ids)) - len(shared)
@@ -372,8 +364,8 @@ class Engine:
         # First come, first filled: who finds these pages comes later, or in the same pass, which writes before it reads.
         self._pages.publish(pages, prefix)
         stops = self._settings.stops
-        tail = b"" if stops is None else stops.tail(item.turn_so_far)
-        return Row(item, ids, pages, cached=len(shared) * self._pages.page_tokens, tail=tail)
+        tail = b"" if stops is None else stops.tail(sample.turn_so_far)
+        return Row(sample, ids, pages, cached=len(shared) * self._pages.page_tokens, tail=tail)
 
     def _prefill(self) -> None:
         """One chunk: up to PREFILL_TOKENS tokens of the prefixes that are not in the cache, in the order of the queue."""
@@ -393,12 +385,3 @@ class Engine:
             PagedAttention(self._cache, spans, inputs[2]),
         )
         self._cache.record(inputs[2], output.experts_LTK)
-
-
-def _unset_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A model of the right shape whose weights are still to be loaded."""
-    with torch.device(device):
-        gate_up_LECD, down_LEDF = (torch.empty(shape, dtype=dtype) for shape in expert_shapes(config))
-        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
-        dense = Transformer(config, batch_invariant=True).to(dtype)
-        return LanguageModel(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)

@@ -54,12 +54,12 @@ class Task(Protocol):
 
 @runtime_checkable
 class Conversation(Task, Protocol):
-    """A task whose environment answers: a tool, a game, a person in a play. The model goes on after the answer."""
+    """A task whose environment replies: a tool, a game, a person in a play. The model goes on after the reply."""
 
     def reply(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
-        """The answer to the last of `turns`, which alternate and begin with the model's; None or no text: it is over.
+        """What is said to the last of `turns`, which alternate and begin with the model's; None or no text: it is over.
 
-        It is also over after rollout.max_turns turns of the model. The same arguments must give the same answer.
+        It is also over after rollout.max_turns turns of the model. The same arguments must give the same reply.
         """
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
@@ -34,7 +34,6 @@ START_TIMEOUT_S = 120.0  # importing and making the task
 STARTS = 3  # of a worker, where something from outside ends it each time
 PATIENCE_S = 2.0  # for a process that ends by itself
 SHOWN = 80  # characters of a completion in a message
-Self = TypeVar("Self", bound="RewardWorkers")
 Method = Literal["score", "reply"]
 ANSWER_BYTES = 1 << 26  # of a reply; more is none
 
@@ -77,7 +76,7 @@ def understood(kind: str, line: bytes) -> dict[str, Any] | str:
 
 @dataclass(frozen=True)
 class Response:
-    """What a task scores or answers: the turns of the model and of its environment, one where there is no conversation."""
+    """What a task scores or replies to: the turns of the model and of its environment, one where there is no conversation."""
 
     prompt: Prompt
     turns: tuple[str, ...]
@@ -119,7 +118,7 @@ class RewardWorkers:
         self._counts = {"reward/timeouts": 0, "reward/errors": 0, "reward/deaths": 0}
         self._told: set[str] = set()
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         """Starts the workers and waits until they are ready, so that a task they cannot make stops the run before it begins."""
         self._workers = [self._start(number) for number in range(self._config.workers)]
         try:
@@ -141,7 +140,7 @@ class RewardWorkers:
         return [None if answer is None else answer["found"] for answer in self._ask("score", responses)]
 
     def reply(self, responses: Sequence[Response]) -> list[Reply]:
-        """What the environment answers to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
+        """What the environment replies to each, in order; for a task that is a `Conversation`. Raises as `score` does."""
         answers = self._ask("reply", responses)
         return [Reply(None, failed=True) if answer is None else Reply(answer["found"]) for answer in answers]
 

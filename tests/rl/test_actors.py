@@ -16,10 +16,11 @@ import torch
 
 from kernels.errors import UserError
 from launch.cli import load
-from rl.actors import Patience, RayPool, sync_metrics
+from rl.actors import Patience, RayPool
 from rl.april import complete
 from rl.engine.actor import EngineActor
-from rl.engine.engine import Engine, EngineSettings, Receipt
+from rl.engine.engine import Engine, EngineSettings
+from rl.engine.receipt import Receipt, sync_metrics
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
 from tests.models import random_batch, spec, tiny_model

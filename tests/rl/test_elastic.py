@@ -22,7 +22,7 @@ from kernels.errors import UserError
 from launch.cli import load
 from rl.actors import Elastic, Patience, RayPool
 from rl.april import RoundResult, rollout_round
-from rl.engine.engine import Receipt
+from rl.engine.receipt import Receipt
 from rl.trajectory import RolloutBuffer, Sample, Segment
 from tests.rl.test_april import ScriptedPool, configs, final_length, play, prompts, score, token
 from trainer.cluster import Processes, ProcessLost

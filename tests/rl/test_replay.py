@@ -28,7 +28,7 @@ from tests.distributed.test_policy_update import own_rows
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from tests.rl.test_engine import CONFIG, CPU, EOS, MAX_NEW, engine_for, requests, settings
-from tests.rl.test_turns import answers
+from tests.rl.test_turns import replied
 from trainer.batch import TrainBatch
 from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
@@ -87,7 +87,7 @@ def test_tokens_keep_the_experts_of_the_weights_that_went_on_from_them(model: La
     models = [model, LanguageModel.initialize(CONFIG, seed=1, batch_invariant=True)]
     waiting, done, version = requests(20), list[Sample](), 0
     while waiting:
-        pool = TurnPool(engine_for(models[version % 2], slots=20, version=version, record_routing=True), answers)
+        pool = TurnPool(engine_for(models[version % 2], slots=20, version=version, record_routing=True), replied)
         pool.submit(waiting)
         done += pool.advance(advance)
         buffer = RolloutBuffer([Group(sample.group, (sample,)) for sample in pool.drain()])

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from launch.cli import load
 from rl.april import complete
+from rl.engine.engine import EngineSettings
 from rl.engine.stops import Stops
 from rl.loop import Reinforcement
 from rl.rewards.calculator import Calculator
+from rl.token_task import TokenTask
 from rl.trajectory import Sample, Segment
-from rl.turns import TurnPool, with_answer
+from rl.turns import TurnPool, with_reply
 from tests.rl.completion_server import CompletionServer, Events
 from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, engine_for, requests
 from tests.rl.test_server import pool_at
-from tests.rl.test_turns import reinforcement, tokenizer  # noqa: F401 - fixtures
+from tests.rl.test_turns import in_tokens, tokenizer  # noqa: F401 - fixtures
 from trainer.config.rl import RLConfig
 from trainer.model.transformer import LanguageModel
 from trainer.tokenizer import Tokenizer
@@ -110,15 +112,15 @@ def test_strings_that_span_interruptions_end_the_same_responses(
     assert any(len(s.segments[-1].token_ids) == 1 and s.response_ids[-1] in (6, 7, 9, 19) for s in done), "a string was cut"
 
 
-def answers(samples: Sequence[Sample]) -> list[Sample]:
-    """Answers twice, with what spells the beginning of a stop string and a whole one."""
-    return [with_answer(s, (17, 4, 18), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
+def replied(samples: Sequence[Sample]) -> list[Sample]:
+    """Replies twice, with what spells the beginning of a stop string and a whole one."""
+    return [with_reply(s, (17, 4, 18), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
 
 
 @pytest.mark.parametrize("advance", [1, 100])
-def test_each_turn_ends_at_its_own_string_and_answers_end_nothing(model: LanguageModel, advance: int) -> None:
+def test_each_turn_ends_at_its_own_string_and_replies_end_nothing(model: LanguageModel, advance: int) -> None:
     engine = engine_for(model, slots=40, stops=STOPS)
-    pool, waiting, done = TurnPool(engine, answers), requests(40), []
+    pool, waiting, done = TurnPool(engine, replied), requests(40), []
     while waiting:
         pool.submit(waiting)
         done += pool.advance(advance)
@@ -134,7 +136,7 @@ def test_each_turn_ends_at_its_own_string_and_answers_end_nothing(model: Languag
                 assert turn == (17, 4, 18)
     assert by_string > 10 and max(len(sample.turns) for sample in done) == 5
     done.sort(key=lambda item: item.uid)
-    whole = complete(TurnPool(engine_for(model, stops=STOPS), answers), requests(40), advance_tokens=5)
+    whole = complete(TurnPool(engine_for(model, stops=STOPS), replied), requests(40), advance_tokens=5)
     assert [(s.turns, s.logprobs, s.status) for s in done] == [(s.turns, s.logprobs, s.status) for s in whole]
 
 
@@ -227,36 +229,43 @@ def test_a_string_that_spans_two_requests_ends_the_sample(model: LanguageModel) 
 # ---------------------------------------------------------------- what the task sees
 
 
+def engine_settings(task: TokenTask) -> EngineSettings:
+    """Of a run with this task."""
+    others: dict[str, Any] = dict.fromkeys(("model", "start_from", "ranks", "dtype", "run", "tracker", "stop", "memory"))
+    return Reinforcement(config=task.config, task=task, **others).engine_settings
+
+
 @pytest.mark.parametrize(("included", "seen"), [(False, " calc 1"), (True, " calc 1 +")])
 def test_the_task_sees_the_models_turns_up_to_the_string(
-    reinforcement: Any,  # noqa: F811
+    in_tokens: Any,  # noqa: F811
     tokenizer: Tokenizer,  # noqa: F811
     included: bool,
     seen: str,
 ) -> None:
-    driver: Reinforcement = reinforcement(
+    task: TokenTask = in_tokens(
         Calculator(seed=0), "task=calculator", "rollout.stop=[' +',nothing]", f"rollout.include_stop={included}"
     )
-    turn, answer = tuple(tokenizer.encode(" calc 1 + 2")), tuple(tokenizer.encode(" 3 + 4"))
+    turn, reply = tuple(tokenizer.encode(" calc 1 + 2")), tuple(tokenizer.encode(" 3 + 4"))
     said = Segment(turn, (0.0,) * len(turn), 0)
-    sample = Sample(0, 0, (1,)).extended(said, "finished").answered(answer)
+    sample = Sample(0, 0, (1,)).extended(said, "finished").replied(reply)
     sample = sample.extended(replace(said, token_ids=(*turn[:-1], tokenizer.eos)), "finished")
-    assert driver._response(sample).turns == (seen, " 3 + 4", seen)
-    assert driver.engine_settings.stops == driver.stops and driver.stops is not None
-    assert driver.stops.strings == (b" +", b"nothing")
-    assert reinforcement(Calculator(seed=0), "task=calculator").engine_settings.stops is None
+    assert task.response(sample).turns == (seen, " 3 + 4", seen)
+    assert engine_settings(task).stops == task.stops and task.stops is not None
+    assert task.stops.strings == (b" +", b"nothing")
+    assert engine_settings(in_tokens(Calculator(seed=0), "task=calculator")).stops is None
 
 
-def test_the_task_sees_the_text_before_a_stop_token(reinforcement: Any, tokenizer: Tokenizer) -> None:  # noqa: F811
-    driver: Reinforcement = reinforcement(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|bos|>',c]")
+def test_the_task_sees_the_text_before_a_stop_token(in_tokens: Any, tokenizer: Tokenizer) -> None:  # noqa: F811
+    task: TokenTask = in_tokens(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|bos|>',c]")
     letter = tokenizer.id_of("c")
-    assert driver.engine_settings.stop_ids == {tokenizer.bos, letter} and driver.engine_settings.ends(tokenizer.eos)
+    found = engine_settings(task)
+    assert found.stop_ids == {tokenizer.bos, letter} and found.ends(tokenizer.eos)
     turn = tuple(tokenizer.encode(" 1 + 2"))
     for end in (tokenizer.bos, letter, tokenizer.eos):
         said = Segment((*turn, end), (0.0,) * (len(turn) + 1), 0)
-        assert driver._response(Sample(0, 0, (1,)).extended(said, "finished")).turns == (" 1 + 2",)
+        assert task.response(Sample(0, 0, (1,)).extended(said, "finished")).turns == (" 1 + 2",)
     with pytest.raises(UserError, match=r"has no token '<\|im_end\|>'; its added tokens are: <\|bos\|>, <\|eos\|>, <\|pad\|>"):
-        _ = reinforcement(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|im_end|>']").engine_settings
+        engine_settings(in_tokens(Calculator(seed=0), "task=calculator", "rollout.stop_tokens=['<|im_end|>']"))
 
 
 def test_bytes_of_tokens_are_the_text_that_the_tokenizer_makes_of_them(tokenizer: Tokenizer) -> None:  # noqa: F811

@@ -32,8 +32,8 @@ def groups(draw: st.DrawFn, done: bool) -> Group:  # some samples are conversati
         statuses: tuple[Status, ...] = ("finished", "truncated") if done or sample.uid % 2 else ("partial",)
         last: Status = draw(st.sampled_from(statuses))
         for index, part in enumerate(parts):
-            answer = draw(st.lists(st.integers(0, 99), max_size=3)) if index else []
-            sample = replace(sample, status="finished").answered(answer) if answer else sample
+            reply = draw(st.lists(st.integers(0, 99), max_size=3)) if index else []
+            sample = replace(sample, status="finished").replied(reply) if reply else sample
             sample = sample.extended(part, last if index == len(parts) - 1 else "partial")
         samples.append(sample)
     return Group(group_id, tuple(samples))

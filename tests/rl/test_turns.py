@@ -6,21 +6,20 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.cli import load
 from rl.april import complete, rollout_round
-from rl.loop import Reinforcement
 from rl.packing import documents_of, pack
 from rl.rewards.calculator import Calculator
-from rl.rewards.task import Conversation, Task, is_held_out
+from rl.rewards.task import Conversation, Prompt, Task, is_held_out
 from rl.rewards.tasks import TASKS
 from rl.rewards.workers import RewardWorkers
+from rl.token_task import TokenTask
 from rl.trajectory import RolloutBuffer, Sample, Segment, fresh_group
-from rl.turns import TurnPool, with_answer
+from rl.turns import TurnPool, with_reply
 from tests.rl.algorithm import algorithm_config
 from tests.rl.scorers import Talking
 from tests.rl.test_april import rollout_config
@@ -33,14 +32,14 @@ from trainer.tokenizer import Tokenizer, train_tokenizer
 # ---------------------------------------------------------------- tokens
 
 
-def answer_to(sample: Sample) -> tuple[int, ...]:
+def reply_to(sample: Sample) -> tuple[int, ...]:
     """One to three tokens that depend on all that was said; never <eos>."""
     return tuple(2 + (sum(sample.response_ids) + place) % 18 for place in range(1 + len(sample.turns[-1]) % 3))
 
 
-def answers(samples: Sequence[Sample]) -> list[Sample]:
-    """An environment that answers twice."""
-    return [with_answer(s, answer_to(s), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
+def replied(samples: Sequence[Sample]) -> list[Sample]:
+    """By an environment that replies twice."""
+    return [with_reply(s, reply_to(s), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +49,10 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def uninterrupted(model: LanguageModel) -> list[Sample]:
-    return complete(TurnPool(engine_for(model), answers), requests(40), advance_tokens=5)
+    return complete(TurnPool(engine_for(model), replied), requests(40), advance_tokens=5)
 
 
-def test_turns_alternate_and_each_answer_is_that_of_the_environment(uninterrupted: list[Sample]) -> None:
+def test_turns_alternate_and_each_reply_is_that_of_the_environment(uninterrupted: list[Sample]) -> None:
     assert {len(sample.turns) for sample in uninterrupted} == {1, 3, 5}, "the fixture shows all"
     for sample in uninterrupted:
         assert sample.length <= MAX_NEW and len(sample.turns) % 2 == 1
@@ -67,17 +66,17 @@ def test_turns_alternate_and_each_answer_is_that_of_the_environment(uninterrupte
         for place, segment in enumerate(sample.segments):
             if not segment.sampled:
                 so_far = replace(sample, segments=sample.segments[:place])
-                assert segment.token_ids == answer_to(so_far) and segment.logprobs == ()
+                assert segment.token_ids == reply_to(so_far) and segment.logprobs == ()
 
 
-def test_the_models_logprobs_are_the_trainers_behind_an_answer_too(model: LanguageModel, uninterrupted: list[Sample]) -> None:
+def test_the_models_logprobs_are_the_trainers_behind_a_reply_too(model: LanguageModel, uninterrupted: list[Sample]) -> None:
     for sample, expected in zip(uninterrupted, trainer_logprobs(model, uninterrupted), strict=True):
         for found, wanted, sampled in zip(sample.logprobs, expected, sample.sampled, strict=True):
             assert found == (wanted if sampled else 0), "bit for bit"
 
 
 def test_interruptions_and_checkpoints_change_nothing(model: LanguageModel, uninterrupted: list[Sample]) -> None:
-    pool, waiting, done = TurnPool(engine_for(model, slots=6), answers), requests(40), []
+    pool, waiting, done = TurnPool(engine_for(model, slots=6), replied), requests(40), []
     for _ in range(60):
         pool.submit(waiting)
         done += pool.advance(3)
@@ -98,7 +97,7 @@ def test_partial_rollouts_of_conversations_learn_the_models_tokens_only(model: L
     config = rollout_config(groups=3, samples_per_group=3, max_new_tokens=MAX_NEW, advance_tokens=2)
     buffer, seen, resumed = RolloutBuffer(), 0, 0.0
     for version in range(4):
-        pool = TurnPool(engine_for(model, slots=4, version=version), answers)
+        pool = TurnPool(engine_for(model, slots=4, version=version), replied)
         result = rollout_round(
             pool, buffer, lambda index: (2 + index % 18, 3), config, version, lambda done: [float(s.uid % 2) for s in done]
         )
@@ -114,11 +113,11 @@ def test_partial_rollouts_of_conversations_learn_the_models_tokens_only(model: L
     assert seen > 5 and resumed > 0, "there were conversations, and they were interrupted"
 
 
-def test_an_answer_that_leaves_no_room_ends_the_sample() -> None:
+def test_a_reply_that_leaves_no_room_ends_the_sample() -> None:
     sample = Sample(0, 0, (1,)).extended(Segment((5, EOS), (-1.0, -1.0), 3), "finished")
-    assert with_answer(sample, (4, 4, 4), 5) == replace(sample, status="truncated")
-    assert with_answer(sample, (), 5) == sample
-    going_on = with_answer(sample, (4, 4), 5)
+    assert with_reply(sample, (4, 4, 4), 5) == replace(sample, status="truncated")
+    assert with_reply(sample, (), 5) == sample
+    going_on = with_reply(sample, (4, 4), 5)
     assert (going_on.status, going_on.turns, going_on.sampled) == ("partial", ((5, EOS), (4, 4)), (True, True, False, False))
     assert going_on.oldest_version == 3
 
@@ -191,66 +190,67 @@ def player_who_never_answers(prompt: str, turns: Sequence[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def reinforcement(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Reinforcement]]:
-    """The driver without processes of Ray; its reward workers are real."""
+def in_tokens(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., TokenTask]]:
+    """Tasks in tokens; their reward workers are real."""
     folder, made = tmp_path_factory.mktemp("workers"), list[RewardWorkers]()
 
-    def make(task: Task, *options: str) -> Reinforcement:
+    def make(task: Task, *options: str) -> TokenTask:
         config = load(RLConfig, "rl", ["checkpoint=a", "rollout.max_new_tokens=100", "task.eval_prompts=12", *options])
         made.append(RewardWorkers(config.task, config.seed, config.reward, lambda name: folder / name, print))
-        parts: dict[str, Any] = dict(
-            start_from=Path(), ranks=1, dtype="float32", model=None, run=None, tracker=None, stop=None, memory=None
-        )
-        return Reinforcement(config=config, tokenizer=tokenizer, task=task, rewards=made[-1].__enter__(), **parts)
+        return TokenTask(task, tokenizer, made[-1].__enter__(), config)
 
     yield make
     for workers in made:
         workers.__exit__(None, None, None)
 
 
-def test_a_model_that_uses_the_calculator_is_rewarded(
-    reinforcement: Callable[..., Reinforcement], tokenizer: Tokenizer
-) -> None:
-    driver = reinforcement(Calculator(seed=0), "task=calculator", "rollout.max_turns=3")
-    assert driver.evaluate(PlayerPool(tokenizer, good_player))["reward/eval_mean"] == 1  # type: ignore[arg-type]
+def test_a_model_that_uses_the_calculator_is_rewarded(in_tokens: Callable[..., TokenTask], tokenizer: Tokenizer) -> None:
+    task = in_tokens(Calculator(seed=0), "task=calculator", "rollout.max_turns=3")
+    assert task.evaluate(PlayerPool(tokenizer, good_player))["reward/eval_mean"] == 1  # type: ignore[arg-type]
     never = PlayerPool(tokenizer, player_who_never_answers)
-    assert driver.evaluate(never)["reward/eval_mean"] == 0  # type: ignore[arg-type]
-    group = fresh_group(5, driver.prompt_ids(5), 3)
-    done = complete(driver.turns(PlayerPool(tokenizer, player_who_never_answers)), group.samples, 4)  # type: ignore[arg-type]
+    assert task.evaluate(never)["reward/eval_mean"] == 0  # type: ignore[arg-type]
+    group = fresh_group(5, task.prompt_ids(5), 3)
+    done = complete(task.turns(PlayerPool(tokenizer, player_who_never_answers)), group.samples, 4)  # type: ignore[arg-type]
     assert [len(sample.turns) for sample in done] == [5, 5, 5], "three turns of the model"
     assert [tokenizer.decode(turn) for turn in done[0].turns[1::2]] == [" 1", " 3"]
 
 
 def test_a_conversation_whose_environment_failed_has_no_reward(
-    reinforcement: Callable[..., Reinforcement], tokenizer: Tokenizer
+    in_tokens: Callable[..., TokenTask], tokenizer: Tokenizer
 ) -> None:
-    driver = reinforcement(Talking(seed=0), "task.name=tests.rl.scorers:Talking", "task.options={}")
+    task = in_tokens(Talking(seed=0), "task.name=tests.rl.scorers:Talking", "task.options={}")
     scripts = {0: ["say 5", "reward 0.5"], 1: ["say 5", "raise no"], 2: ["reward 1", "reward 0.25"], 3: ["reward 0.75", "over"]}
 
     def player(prompt: str, turns: Sequence[str]) -> str:
         return scripts[int(prompt)][len(turns) // 2] if len(turns) < 4 else "over"
 
-    samples = [fresh_group(index, driver.prompt_ids(index), 1).samples[0] for index in scripts]
-    done = complete(driver.turns(PlayerPool(tokenizer, player)), samples, 4)  # type: ignore[arg-type]
+    samples = [fresh_group(index, task.prompt_ids(index), 1).samples[0] for index in scripts]
+    done = complete(task.turns(PlayerPool(tokenizer, player)), samples, 4)  # type: ignore[arg-type]
     assert [sample.status for sample in done] == ["finished", "abandoned", "finished", "finished"]
-    assert driver.score(done)[1] is None
-    assert driver.rewards.counts()["reward/errors"] > 0
+    assert task.score(done)[1] is None
+    assert task.rewards.counts()["reward/errors"] > 0
 
 
-def test_a_demonstration_learns_the_models_turns(reinforcement: Callable[..., Reinforcement], tokenizer: Tokenizer) -> None:
-    driver = reinforcement(Calculator(seed=0), "task=calculator")
-    ids, learned = driver._demonstrated((" calc 1 + 2", " 3", " 3"))
+class OneSum(Calculator):
+    def demonstration(self, index: int) -> tuple[Prompt, tuple[str, ...]]:
+        return Prompt("# 1 + 2 =", "3"), (" calc 1 + 2", " 3", " 3")
+
+
+def test_a_demonstration_learns_the_models_turns(in_tokens: Callable[..., TokenTask], tokenizer: Tokenizer) -> None:
+    task = in_tokens(OneSum(seed=0), "task=calculator")
+    prompt_ids, ids, learned = task.demonstration(0)
+    assert prompt_ids == [tokenizer.bos, *tokenizer.encode("# 1 + 2 =")]
     own = [token for token, is_own in zip(ids, learned, strict=True) if is_own]
     assert own == [*tokenizer.encode(" calc 1 + 2"), tokenizer.eos, *tokenizer.encode(" 3"), tokenizer.eos]
     assert tokenizer.decode([token for token, is_own in zip(ids, learned, strict=True) if not is_own]) == " 3"
 
 
-def test_a_template_stands_around_answers_and_the_task_does_not_see_it(
-    reinforcement: Callable[..., Reinforcement], tokenizer: Tokenizer
+def test_a_template_stands_around_replies_and_the_task_does_not_see_it(
+    in_tokens: Callable[..., TokenTask], tokenizer: Tokenizer
 ) -> None:
-    driver = reinforcement(Calculator(seed=0), "task=calculator", "chat.bos=false", "chat.reply='<|bos|>tool:{text};'")
-    ids, learned = driver._demonstrated((" calc 1 + 2", " 3", " 3"))
-    answer = [token for token, is_own in zip(ids, learned, strict=True) if not is_own]
-    assert answer == [tokenizer.bos, *tokenizer.encode("tool:"), *tokenizer.encode(" 3"), *tokenizer.encode(";")]
-    assert driver._text(answer, own=False) == " 3"
-    assert driver.prompt_ids(5) == tokenizer.encode(driver.task.prompt(5).text)
+    task = in_tokens(OneSum(seed=0), "task=calculator", "chat.bos=false", "chat.reply='<|bos|>tool:{text};'")
+    _, ids, learned = task.demonstration(0)
+    reply = [token for token, is_own in zip(ids, learned, strict=True) if not is_own]
+    assert reply == [tokenizer.bos, *tokenizer.encode("tool:"), *tokenizer.encode(" 3"), *tokenizer.encode(";")]
+    assert task.text(reply, own=False) == " 3"
+    assert task.prompt_ids(5) == tokenizer.encode(task.task.prompt(5).text)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,10 +30,11 @@ from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
 from trainer.checkpoint_writer import HostCopies, Shelf, Writer
-from trainer.loop import OnDisk, load_newest
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
-from trainer.worker import named_tensors, read_model
+from trainer.run_checkpoints import OnDisk, Progress, RunCheckpoints
+from trainer.stopping import Move, StopRequest
+from trainer.worker import SavedInMemory, named_tensors, read_model
 
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
 MODEL = tiny_model()
@@ -300,20 +302,79 @@ class Run:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
-    run: Any = Run(tmp_path)
-    assert load_newest(Ranks(), run, run, NO_MEMORY) is None  # type: ignore[arg-type]
+    run, ranks = Run(tmp_path), Ranks()
+    parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None}
+    checkpoints = RunCheckpoints("pretrain", MODEL, tmp_path, every=1, keep=3, memory=NO_MEMORY, **parts)
+    assert checkpoints.load_newest(ranks) is None  # type: ignore[arg-type]
     folders = [write(tmp_path, step) for step in (1, 2, 3)]
     file = folders[2] / "state" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (folders[1] / "meta.json").write_text("{}")
-    assert load_newest(Ranks(), run, run, NO_MEMORY) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
+    assert checkpoints.load_newest(ranks) == (OnDisk(folders[0]), meta(1))  # type: ignore[arg-type]
     assert len(run.said) == 2
     assert "step_000003 is damaged: state/rank_00000.safetensors has" in run.said[0] and "trying the one before" in run.said[0]
     (folders[0] / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"none of the 3 checkpoints .* is whole; resume=never"):
-        load_newest(Ranks(), run, run, NO_MEMORY)  # type: ignore[arg-type]
+        checkpoints.load_newest(ranks)  # type: ignore[arg-type]
+
+
+class DueRanks:
+    """Note what they are asked for; memory is full in the end, if it `fills`."""
+
+    def __init__(self, fills: bool) -> None:
+        self.asked, self.fills = list[str](), fills
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        self.asked.append(method)
+        if method == "save":
+            folder, about, files, keep = arguments
+            assert (folder.name, about.step, keep, set(files)) == (
+                f"step_{about.step:06d}",
+                about.position["rows"],
+                2,
+                {"config.yaml", "tokenizer.json", "state.json"},
+            )
+            return [(0.5, None)]
+        if method == "save_in_memory":
+            return [SavedInMemory(0.25, None, None)]
+        return ["full" if self.fills and method == "keep_in_memory" else None]
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "going", "fills", "asked"),
+    [
+        (4, False, None, False, ["save"]),
+        (4, True, None, False, ["save", "settle"]),
+        (3, True, None, False, ["save", "settle"]),
+        (3, False, None, False, []),
+        (2, False, None, False, ["save_in_memory"]),
+        (4, False, "signal", False, ["save", "settle"]),
+        (2, False, "signal", False, ["save", "settle"]),
+        (2, False, {"a"}, False, ["keep_in_memory"]),
+        (3, False, set(), False, ["keep_in_memory"]),
+        (3, False, {"a", "b"}, False, ["save", "settle"]),
+        (3, False, {"a"}, True, ["keep_in_memory", "save", "settle"]),
+    ],
+)
+def test_what_is_due_after_a_step(
+    tmp_path: Path, step: int, last: bool, going: set[str] | str | None, fills: bool, asked: list[str]
+) -> None:
+    """On the disk every 4, in memory every 2; a run that stops leaves its last step, in memory where it goes on at once."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ranks, stop, states = DueRanks(fills), StopRequest(), list[int]()
+    memory = MemoryCheckpoints(2, print)
+    memory._nodes = ["a", "b"]
+    stop.move = Move("why", frozenset(going)) if isinstance(going, set) else None
+    run: Any = SimpleNamespace(checkpoints=tmp_path, config_text="", git="unknown")
+    tracker: Any = SimpleNamespace(say=print)
+    parts = (tmp_path / "tokenizer.json", 4, 2, run, tracker, stop, memory)
+    progress = Progress(step, {"rows": step}, lambda: {"number": states.append(step)})
+    metrics = RunCheckpoints("pretrain", MODEL, *parts).after(ranks, progress, last, going is not None)  # type: ignore[arg-type]
+    assert ranks.asked == asked
+    assert bool(metrics) == bool(states) == bool(asked), "the driver's state is asked for where it is written"
+    assert ("time/checkpoint_s" in metrics) == ("save" in asked)
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class RolloutConfig(Record):
     samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 where samples are not compared with their group
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
-    max_new_tokens: int = Field(gt=0)  # of a response, the environment's answers included
+    max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
     temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
@@ -151,7 +151,7 @@ WITHOUT_GROUP: tuple[Estimator, ...] = ("reinforce_pp", "gae")  # no sample is c
 
 
 class AlgorithmConfig(Record):
-    """How rewards become an update; the formulas are in rl/advantages.py, rl/algorithms.py and rl/off_policy.py."""
+    """How rewards become an update. The formulas are in rl/advantages.py, returns.py, losses.py, kl.py and off_policy.py."""
 
     advantage: Estimator
     uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
@@ -257,16 +257,7 @@ class RLConfig(RunConfig):
                 f"algorithm.overlong_margin ({self.algorithm.overlong_margin}) is larger than rollout.max_new_tokens "
                 f"({self.rollout.max_new_tokens}); lower it"
             )
-        if self.rollout.samples_per_group == 1 and self.algorithm.advantage not in WITHOUT_GROUP:
-            raise ValueError(
-                f"algorithm.advantage={self.algorithm.advantage} compares the samples of a prompt, and "
-                "rollout.samples_per_group is 1; raise it, or choose algorithm=reinforce_pp or ppo_gae"
-            )
-        if self.rollout.samples_per_group == 1 and self.rollout.refills:
-            raise ValueError(
-                f"rollout.refills ({self.rollout.refills}) replaces groups whose rewards are all equal, which those of one "
-                "sample are (rollout.samples_per_group is 1); set refills=0"
-            )
+        self._consistent_groups()
         if self.rollout.overlap and self.rollout.max_staleness == 0:
             raise ValueError(
                 "rollout.overlap generates under weights that are old when a round takes the tokens, and rollout.max_staleness "
@@ -294,6 +285,18 @@ class RLConfig(RunConfig):
                 "lower it"
             )
         return self
+
+    def _consistent_groups(self) -> None:
+        if self.rollout.samples_per_group == 1 and self.algorithm.advantage not in WITHOUT_GROUP:
+            raise ValueError(
+                f"algorithm.advantage={self.algorithm.advantage} compares the samples of a prompt, and "
+                "rollout.samples_per_group is 1; raise it, or choose algorithm=reinforce_pp or ppo_gae"
+            )
+        if self.rollout.samples_per_group == 1 and self.rollout.refills:
+            raise ValueError(
+                f"rollout.refills ({self.rollout.refills}) replaces groups whose rewards are all equal, which those of one "
+                "sample are (rollout.samples_per_group is 1); set refills=0"
+            )
 
     def _consistent_with_server(self) -> None:
         if self.rollout.placement == "separate":

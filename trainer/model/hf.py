@@ -31,7 +31,7 @@ from trainer.model.families import (
     their_features,
     unused_layers,
 )
-from trainer.model.transformer import ExpertWeights, LanguageModel, Transformer, expert_shapes, require_plausible
+from trainer.model.transformer import LanguageModel, require_plausible
 from trainer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 4 << 30
@@ -159,7 +159,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> LanguageModel:
     unused = unused_layers(content, config)
     files = {name: file for name, file in _tensor_files(folder).items() if not name.startswith(unused)}
     require_plausible(config, sum(file.stat().st_size for file in set(files.values())), str(path))
-    model = _unset_model(config, dtype)
+    model = LanguageModel.unset(config, torch.device("cpu"), dtype)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in files)
     targets = tensors_by_name(family, config, model.state(), fused=fused)
     _check_names(targets, files, folder)
@@ -173,15 +173,6 @@ def read_config(folder: Path) -> ModelConfig:
     """The architecture of a folder in the Hugging Face layout, without its weights. Raises UserError as `load_pretrained`."""
     path = folder / "config.json"
     return parse_config(_read_json(path), path)[1]
-
-
-def _unset_model(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
-    with torch.device("meta"):
-        dense = Transformer(config)
-    dense.to(dtype).to_empty(device=torch.device("cpu"))
-    gate_up_LECD, down_LEDF = (torch.empty(shape, dtype=dtype) for shape in expert_shapes(config))
-    bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
-    return LanguageModel(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

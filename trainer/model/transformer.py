@@ -301,6 +301,18 @@ class LanguageModel:
         bias_LE = torch.zeros(config.num_moe_layers, config.num_experts)
         return cls(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
 
+    @classmethod
+    def unset(
+        cls, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False
+    ) -> LanguageModel:
+        """Of the right shape, with weights that are still to be loaded."""
+        with torch.device("meta"):
+            dense = Transformer(config, batch_invariant=batch_invariant)
+        dense.to(dtype).to_empty(device=device)
+        gate_up_LECD, down_LEDF = (torch.empty(shape, dtype=dtype, device=device) for shape in expert_shapes(config))
+        bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=device)
+        return cls(config, dense, ExpertWeights(gate_up_LECD, down_LEDF), bias_LE)
+
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, valid_BS: Tensor, attend: Attend) -> Output:
         return self.dense(tokens_BS, positions_BS, valid_BS, attend, self.experts.layers(), self.bias_LE)
 

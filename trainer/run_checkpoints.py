@@ -1,0 +1,142 @@
+"""The checkpoints of a run as its driver sees them: when one is due, and which one an attempt goes on from.
+
+The same for pretraining and RL, on the disk (checkpoint.py) and in the memory of the nodes (memory_checkpoints.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import UserError
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointMeta
+from trainer.cluster import Processes
+from trainer.config.model import ModelConfig
+from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
+from trainer.metrics import Stage
+from trainer.run_dir import RunDir
+from trainer.stopping import StopRequest
+from trainer.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, as its driver knows it."""
+
+    step: int  # steps, or rounds, that are done
+    position: dict[str, Any]  # where the data stands, for meta.json
+    state: Callable[[], dict[str, Any]]  # for state.json; asked only for a checkpoint
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A checkpoint that may be loaded."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        return checkpoint.step_of(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def load(self, ranks: Processes) -> CheckpointMeta:
+        """Raises Damaged."""
+        meta: CheckpointMeta = ranks.call("load", self.folder, True)[0]
+        return meta
+
+    def text(self, name: str) -> str:
+        """One of its text files. Raises Damaged."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise checkpoint.Damaged(f"{self.folder / name} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """Those of a run, through all its attempts: on the disk one every `every` steps, of which the newest `keep` stay."""
+
+    kind: Stage
+    model: ModelConfig
+    tokenizer: Path  # the tokenizer.json that each on the disk gets a copy of
+    every: int
+    keep: int
+    run: RunDir
+    tracker: Tracker
+    stop: StopRequest
+    memory: MemoryCheckpoints
+
+    def after(self, ranks: Processes, progress: Progress, last: bool, stopping: bool) -> dict[str, float]:
+        """Begins the one that is due now, if one is. Metrics.
+
+        Of the `last` step, and of one after which the run is `stopping`, it is whole when this returns.
+        """
+        if progress.step % self.every == 0 or last:
+            return self.save(ranks, progress, wait=last or stopping)
+        if stopping:
+            return self._save_to_stop(ranks, progress)
+        if self.memory.due(progress.step):
+            return self.memory.save(ranks, self.meta(progress.step, progress.position), json.dumps(progress.state()))
+        return {}
+
+    def save(self, ranks: Processes, progress: Progress, wait: bool) -> dict[str, float]:
+        """Begins one on the disk, with the run's configuration, the tokenizer and what the driver holds (state.json). Metrics.
+
+        One that cannot be written is said, and the run goes on; with `wait` this one must be whole before it does.
+
+        Raises:
+            UserError: `wait`, and it cannot be written.
+        """
+        files = {
+            "config.yaml": self.run.config_text,
+            "tokenizer.json": self.tokenizer.read_text(encoding="utf-8"),
+            "state.json": json.dumps(progress.state()),
+        }
+        folder = self.run.checkpoints / checkpoint.folder_name(progress.step)
+        answers = ranks.call("save", folder, self.meta(progress.step, progress.position), files, self.keep)
+        _, failure = answers[0]
+        if failure is not None:
+            self.tracker.say(f"{failure}. The run goes on without it")
+        if wait and (failure := ranks.call("settle")[0]) is not None:
+            raise UserError(f"{failure}, then go on with resume=auto")
+        return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
+
+    def _save_to_stop(self, ranks: Processes, progress: Progress) -> dict[str, float]:
+        """On the disk, or in memory where the run goes on from there at once."""
+        going = None if self.stop.move is None else self.stop.move.going
+        meta = self.meta(progress.step, progress.position)
+        kept = None if going is None else self.memory.keep(ranks, meta, json.dumps(progress.state()), going)
+        return self.save(ranks, progress, wait=True) if kept is None else kept
+
+    def meta(self, step: int, position: dict[str, Any]) -> CheckpointMeta:
+        """The ranks fill in how many updates they have made."""
+        model = self.model.model_dump(mode="json")
+        return CheckpointMeta(kind=self.kind, step=step, updates=0, model=model, git=self.run.git, position=position)
+
+    def load_newest(self, ranks: Processes) -> tuple[OnDisk | InMemory, CheckpointMeta] | None:
+        """Loads the newest one that is not damaged, from the disk or from memory; None if the run has none yet.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        found: list[OnDisk | InMemory] = [OnDisk(folder) for folder in reversed(checkpoint.available(self.run.checkpoints))]
+        for one in sorted([*found, *self.memory.found()], key=lambda one: one.step, reverse=True):
+            try:
+                meta = one.load(ranks)
+            except checkpoint.Damaged as error:
+                self.tracker.say(f"{error}: trying the one before it")
+                continue
+            self.memory.settle(meta.step)
+            return one, meta
+        if found:
+            raise UserError(
+                f"none of the {len(found)} checkpoints in {self.run.checkpoints} is whole; resume=never starts a new run"
+            )
+        self.memory.settle(None)
+        return None
