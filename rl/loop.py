@@ -328,10 +328,10 @@ class Reinforcement:
         return save(ranks, self.run, self.tracker, self._meta(buffer, done), tokenizer, buffer.to_state(), keep, wait)
 
     def _save_to_stop(self, ranks: Processes, buffer: RolloutBuffer, done: int) -> dict[str, float]:
-        """On the disk, or in memory where the run goes on from there at once."""
-        move, state = self.stop.move, json.dumps(buffer.to_state())
-        kept = self.memory.keep(ranks, self._meta(buffer, done), state, move.going) if move is not None else None
-        return self._save(ranks, buffer, done, wait=True) if kept is None else kept
+        """On the disk, or in memory where the run goes on from there at once, unless a signal comes meanwhile."""
+        going, state = self.stop.leaving, json.dumps(buffer.to_state())
+        kept = None if going is None else self.memory.keep(ranks, self._meta(buffer, done), state, going)
+        return kept if kept is not None and self.stop.leaving is not None else self._save(ranks, buffer, done, wait=True)
 
     def _meta(self, buffer: RolloutBuffer, done: int) -> CheckpointMeta:
         return checkpoint_meta("rl", done, self.model, self.run, {"next_group": buffer.next_group})

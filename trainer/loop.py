@@ -116,10 +116,10 @@ class Pretraining:
         return save(ranks, self.run, self.tracker, self._meta(step), self.corpus.tokenizer_file, {}, keep, wait)
 
     def _save_to_stop(self, ranks: Processes, step: int) -> dict[str, float]:
-        """On the disk, or in memory where the run goes on from there at once."""
-        move = self.stop.move
-        kept = self.memory.keep(ranks, self._meta(step), json.dumps({}), move.going) if move is not None else None
-        return self._save(ranks, step, wait=True) if kept is None else kept
+        """On the disk, or in memory where the run goes on from there at once, unless a signal comes meanwhile."""
+        going = self.stop.leaving
+        kept = None if going is None else self.memory.keep(ranks, self._meta(step), json.dumps({}), going)
+        return kept if kept is not None and self.stop.leaving is not None else self._save(ranks, step, wait=True)
 
     def _meta(self, step: int) -> CheckpointMeta:
         position = {"rows": step * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
