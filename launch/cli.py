@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from inspect import isclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -78,7 +79,7 @@ def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
     """The configuration that conf/<config_name>.yaml and the arguments describe. UserError lists all problems at once."""
     choices, values, problems = _sort_arguments(argv, group_choices(root, config_name))
     problems += _brought(root, choices, values)
-    composed = _compose(config_name, choices)
+    composed = _compose(config_name, tuple(choices.items()))
     while True:
         config, found = _validate(root, composed, values)
         problems += [problem for problem in found if not _follows_from(problem, problems)]
@@ -93,7 +94,7 @@ def load(root: type[Root], config_name: str, argv: Sequence[str]) -> Root:
 
 def usage(root: type[Record], config_name: str) -> str:
     """A page: the groups with their choices, and the options at the top."""
-    composed = _compose(config_name, {})
+    composed = _compose(config_name, ())
     groups = group_choices(root, config_name)
     lines = [f"usage: python -m launch.{config_name} [group=choice ...] [name=value ...]", "", "groups, default first:"]
     for group, choices in groups.items():
@@ -225,12 +226,17 @@ def _unknown_choice(group: str, choice: str, known: list[str]) -> Problem:
     return Problem(group, choice, f"unknown choice; {hint}choices: {', '.join(known)}")
 
 
-def _compose(config_name: str, choices: dict[str, str]) -> DictConfig:
-    arguments = [f"{group}={choice}" for group, choice in choices.items() if group != "experiment"]
-    if "experiment" in choices:  # added last, so that its values win over those of the primary file
-        arguments.append(f"+experiment={config_name}/{choices['experiment']}")
+@cache
+def _compose(config_name: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    """What the files say, with these (group, choice). Nobody may change it: who asks again gets the same, because to read the
+    files takes most of the time that a configuration takes."""
+    arguments = [f"{group}={choice}" for group, choice in choices if group != "experiment"]
+    # Added last, so that its values win over those of the primary file.
+    arguments += [f"+experiment={config_name}/{choice}" for group, choice in choices if group == "experiment"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config_name, arguments)
+        composed = compose(config_name, arguments)
+    OmegaConf.set_readonly(composed, True)
+    return composed
 
 
 def _default_choice(config_name: str, group: str) -> str:
@@ -244,6 +250,7 @@ def _default_choice(config_name: str, group: str) -> str:
 def _validate(root: type[Root], composed: DictConfig, values: list[Override]) -> tuple[Root | None, list[Problem]]:
     """The configuration, or what is wrong with it."""
     config = composed.copy()
+    OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     known = list(option_names(root))
     problems: list[Problem] = []

@@ -329,9 +329,16 @@ def resolve(path: Path) -> Path:
     )
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what cut-off writers left."""
-    for old in available(checkpoints)[:-keep]:
-        shutil.rmtree(old)
-    for leftover in checkpoints.glob(".step_*.partial"):
+def prune(newest: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints up to this one, which was written just now, and what cut-off writers left.
+
+    Later ones count for nothing: they were damaged when the run went on from one before them.
+    """
+    upto = [one for one in available(newest.parent) if step_of(one) <= step_of(newest)]
+    for old in upto[:-keep]:
+        hidden = old.with_name(f".{old.name}.old.partial")
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        old.replace(hidden)  # at once, so that one that can be seen is whole
+    for leftover in newest.parent.glob(".step_*.partial"):
         shutil.rmtree(leftover)

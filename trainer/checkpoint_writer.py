@@ -157,10 +157,10 @@ class Writer:
             if failure is not None and shelf.leads:
                 shutil.rmtree(folder, ignore_errors=True)
         if failure is None:
-            failure = self._done(folder, lambda: prune(folder.parent, keep), shelf.leads)
-        if failure is None:
             self.took_s = time.perf_counter() - started
             log.info("checkpoint %s is whole after %.1f s", folder.name, self.took_s)
+            if shelf.leads:
+                _remove_older(folder, keep)
         elif shelf.leads:
             log.error("%s", failure)
             shutil.rmtree(staging, ignore_errors=True)
@@ -258,17 +258,31 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
         yield batch
 
 
+def _remove_older(folder: Path, keep: int) -> None:
+    """Where that fails, as with a file that somebody has open on NFS, it is tried again behind the next checkpoint."""
+    try:
+        prune(folder, keep)
+    except OSError as error:
+        log.error("checkpoints older than %s, which is whole, cannot be removed: %s", folder, error)
+
+
 def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str], sums: dict[str, Any]) -> None:
     for name, content in files.items():
-        (staging / name).write_text(content, encoding="utf-8")
+        _write_through(staging / name, content)
     sums |= {name: checksum(staging / name) for name in files}
-    with open(staging / "meta.json", "w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, **asdict(meta), "files": dict(sorted(sums.items()))}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    record = {"format": FORMAT, **asdict(meta), "files": dict(sorted(sums.items()))}
+    _write_through(staging / "meta.json", json.dumps(record, indent=1))
     old = folder.with_name(f".{folder.name}.old.partial")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():  # one of this very step that turned out to be damaged
         folder.replace(old)
     staging.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_through(file: Path, text: str) -> None:
+    """To the disk itself: older checkpoints go when this one is whole, and the machine may lose its power then."""
+    with open(file, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())

@@ -19,6 +19,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -199,14 +200,20 @@ class OwnFolder:
         with open(parent / ".lock", "w") as others:
             fcntl.flock(others, fcntl.LOCK_EX)
             for left in parent.glob("keeper-*"):
-                if _locked(left / ".lock") is not None:  # closed again at once
-                    shutil.rmtree(left)
+                _remove_if_left(left)
             self.path = Path(tempfile.mkdtemp(prefix="keeper-", dir=parent))
             self._lock = _locked(self.path / ".lock")
         # A shell reads the end of its input when this process is gone; it is nobody's child, because Ray kills those as well.
         command = ["sh", "-c", 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") > /dev/null 2>&1 &', str(self.path)]
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._shell.wait()
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Unless its keeper lives. One that was killed just now has a shell that is removing it as well."""
+    with suppress(FileNotFoundError):
+        if _locked(folder / ".lock") is not None:  # closed again at once
+            shutil.rmtree(folder)
 
 
 def _parent(memory: Path) -> Path:

@@ -300,14 +300,16 @@ class Placement:
     def look(self) -> Move | None:
         """Why the ranks had better begin anew, if so: a node of theirs is to go, or there are places for more of them.
 
-        Between two steps; it looks every few seconds. More places are held before anybody moves, and stay so.
+        Between two steps; it looks every few seconds. More places are held before anybody moves, and stay so. With
+        `cluster.nodes` there is nowhere to go, and the run stops.
         """
         if self.config.address is None or time.monotonic() < self._looked + WAIT_S:
             return None
         self._looked = time.monotonic()
         if going := nodes_going() & set(self.node_ids):
             names = sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in going)
-            return Move(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} to go, with ranks", going)
+            why = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} to go, with ranks"
+            return Move(why, going, elsewhere=not self.nodes)
         if self.ranks != self.choices[0] and self._has_more():
             assert self.more is not None
             return Move(f"there are places for {_counted(self.more.ranks, 'trainer rank')}", frozenset())

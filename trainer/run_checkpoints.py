@@ -108,11 +108,11 @@ class RunCheckpoints:
         return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
 
     def _save_to_stop(self, ranks: Processes, progress: Progress) -> dict[str, float]:
-        """On the disk, or in memory where the run goes on from there at once."""
-        going = None if self.stop.move is None else self.stop.move.going
+        """On the disk, or in memory where the run goes on from there at once, unless a signal comes meanwhile."""
+        going = self.stop.leaving
         meta = self.meta(progress.step, progress.position)
         kept = None if going is None else self.memory.keep(ranks, meta, json.dumps(progress.state()), going)
-        return self.save(ranks, progress, wait=True) if kept is None else kept
+        return kept if kept is not None and self.stop.leaving is not None else self.save(ranks, progress, wait=True)
 
     def meta(self, step: int, position: dict[str, Any]) -> CheckpointMeta:
         """The ranks fill in how many updates they have made."""

@@ -233,7 +233,7 @@ def _git(*arguments: str) -> str:
 def continued_config(config: RunConfig, kind: str) -> dict[str, Any] | None:
     """config.yaml of the run that this command goes on with; None where it begins one."""
     path = _resumable(config, kind) if config.resume == "auto" else None
-    return None if path is None else yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    return None if path is None else read_config(path)
 
 
 def _resumable(config: RunConfig, kind: str) -> Path | None:
@@ -241,6 +241,8 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
         path = runs / _plain_name(config.run_name)
+        if path.exists() and not (path / "status.json").exists():
+            raise UserError(f"no run has begun in {shown(path)}: it has no status.json. Remove it, or choose another run_name")
         return path if path.exists() else None
     folders = [file.parent for file in runs.glob("*/status.json") if not file.parent.is_symlink()]
     found = [(read_status(folder), folder) for folder in folders]

@@ -1,6 +1,7 @@
 """Stopping a run from outside so that it loses nothing: on SIGTERM or SIGUSR1 the step ends, then comes a checkpoint.
 
-So does an attempt whose ranks had better be elsewhere, because their cluster changes (places.py); then the run goes on at once.
+So does an attempt whose ranks had better be elsewhere, because their cluster changes (places.py); then the run goes on at once,
+unless it is bound to its nodes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Move:
 
     why: str
     going: frozenset[str]  # nodes that will be lost, with what is in their memory; none: for more places
+    elsewhere: bool = True  # the run goes on at once; otherwise it stops, because cluster.nodes names those that go
 
 
 class Moved(RuntimeError):
@@ -78,10 +80,19 @@ class StopRequest:
         self.move = self._look() if self.signal is None else None
         return self.signal is not None or self.move is not None
 
+    @property
+    def leaving(self) -> frozenset[str] | None:
+        """The nodes that will be lost while the run goes on elsewhere; None where it ends, with all that it has in memory."""
+        if self.move is None or not self.move.elsewhere or self.signal is not None:
+            return None
+        return self.move.going
+
     def obey(self, where: str) -> None:
         """Raises Stopped if a signal has come, Moved for a move. `where` it stops: "after step 12"."""
         if self.signal is not None:
             raise Stopped(f"stopped by {self.signal} {where}; resume=auto goes on")
+        if self.move is not None and not self.move.elsewhere:
+            raise Stopped(f"{self.move.why}, and cluster.nodes has all of them take part: stopped {where}; resume=auto goes on")
         if self.move is not None:
             raise Moved(self.move, where)
 

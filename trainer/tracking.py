@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -77,11 +78,10 @@ class Tracker:
     # ------------------------------------------------------------ what happens
 
     def say(self, text: str) -> None:
-        """A line on the console and in the log."""
+        """A line on the console and in the log. UserError if that cannot be written."""
         line = f"{clock(time.monotonic() - self.started):>7}  {text}"
         print(line, flush=True)
-        with open(self.run.log_file("driver"), "a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        _append(self.run.log_file("driver"), line)
 
     def pause(self) -> None:
         """Ranks are started: the time until the next record is not that of a step."""
@@ -96,11 +96,7 @@ class Tracker:
         """
         complete = emit({**values, **self._measured(step, values)})
         record = {"stage": self.stage, "step": step, **complete}
-        try:
-            with open(self.run.metrics_file, "a", encoding="utf-8") as out:
-                out.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"{shown(self.run.metrics_file)} cannot be written: {error.strerror}; make room for it") from error
+        _append(self.run.metrics_file, json.dumps(record))
         scalars = {key: value for key, value in complete.items() if isinstance(value, int | float)}
         self._tell_wandb(lambda run: run.log({AXES[self.stage]: step, **scalars}))
         if values.get("train/skipped"):
@@ -215,6 +211,14 @@ class Tracker:
                 finish_timeout_raises=True,
             ),
         )
+
+
+def _append(file: Path, line: str) -> None:
+    try:
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be written: {error.strerror}; make room for it") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,14 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from tests.models import tiny_model
+from trainer.config.run import TokenizerConfig
+from trainer.model.hf import save_pretrained
+from trainer.model.transformer import LanguageModel
+from trainer.tokenizer import train_tokenizer
+
 REPOSITORY = Path(__file__).parents[2]
 WAIT_S = 250  # other tests run at the same time
 
@@ -48,6 +56,16 @@ def series(run_dir: Path, key: str) -> dict[int, float]:
     found = [(record["step"], record[key]) for record in records(run_dir) if key in record]
     assert len(found) == len(dict(found)), "a step was recorded twice"
     return dict(found)
+
+
+def untrained(folder: Path) -> Path:
+    """A tiny model that knows nothing, and its tokenizer, in the Hugging Face layout; RL can begin with it."""
+    texts = [Path(__file__).read_text(encoding="utf-8")]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, train_mib=1), folder, lambda text: None)
+    tokenizer.save(folder / "tokenizer.json")
+    model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size), seed=0)
+    save_pretrained(model.to(torch.device("cpu"), torch.float32), folder / "model", folder / "tokenizer.json")
+    return folder / "model"
 
 
 def wait_for_text(log: Path, text: str, process: subprocess.Popen[str], times: int = 1) -> None:

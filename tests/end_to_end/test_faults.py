@@ -166,7 +166,7 @@ def test_ranks_grow_back_where_there_is_room_again_and_leave_a_node_that_is_to_g
 ) -> None:
     """On a real Ray cluster. No checkpoint is on a disk: the ranks go on from what is in memory.
 
-    The driver stands still while nodes start, so that there are steps left.
+    The driver stands still while nodes start, so that there are steps left. Another run there is bound to its nodes: it stops.
     """
     log, run_dir = workplace / "moves.log", workplace / "runs" / "moves"
     moved = re.compile(r": the ranks begin anew after step (\d+)")
@@ -193,6 +193,17 @@ def test_ranks_grow_back_where_there_is_room_again_and_leave_a_node_that_is_to_g
         cluster.end_node("third")
         assert process.wait(timeout=WAIT_S) == 0, log.read_text()
         assert cluster.nodes["third"].wait(timeout=60) != 0, "a node that nobody is on any more goes"
+        cluster.start_node("fourth", cpus=1, gpu_type=None, notice_s=120)
+        bound = ["run_name=bound", "cluster.nodes=[first,fourth]", "cluster.min_ranks=null"]
+        process = start("pretrain", *arguments(workplace, "moves"), *options, *bound)
+        wait_for_memory(workplace / "runs" / "bound", process)
+        cluster.end_node("fourth")
+        output, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == REQUEUE, output
+    last = max(losses(workplace, "bound"))
+    assert f"fourth is to go, with ranks, and cluster.nodes has all of them take part: stopped after step {last}" in output
+    on_disk = [folder.name for folder in checkpoint.available(workplace / "runs" / "bound" / "checkpoints")]
+    assert on_disk == [f"step_{last:06d}"], "what is in memory goes with the run"
     said = log.read_text()
     assert "there are places for 2 trainer ranks: the ranks begin anew after step" in said, said
     assert "third is to go, with ranks: the ranks begin anew after step" in said, said

@@ -15,17 +15,11 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start, wait_for_text
+from tests.end_to_end.commands import REPOSITORY, WAIT_S, finish, records, series, start, untrained, wait_for_text
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
-from tests.models import tiny_model
-from trainer.config.run import TokenizerConfig
-from trainer.model.hf import save_pretrained
-from trainer.model.transformer import LanguageModel
 from trainer.stopping import REQUEUE
-from trainer.tokenizer import train_tokenizer
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 ROLES = shuffled(["driver", "trainer/0", "engine/0", "reward/0"])
@@ -53,13 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def options(runs: Path) -> list[str]:
     """Of all runs; the model that they begin with knows nothing."""
-    folder = runs.parent
-    texts = [Path(__file__).read_text(encoding="utf-8")]
-    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, train_mib=1), folder, lambda text: None)
-    tokenizer.save(folder / "tokenizer.json")
-    model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size), seed=0)
-    save_pretrained(model.to(torch.device("cpu"), torch.float32), folder / "model", folder / "tokenizer.json")
-    return [f"checkpoint={folder}/model", f"runs_dir={runs}", *OPTIONS]
+    checkpoint = untrained(runs.parent)
+    return [f"checkpoint={checkpoint}", f"runs_dir={runs}", *OPTIONS]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_the_script_asks_for_what_was_asked_for(command: str, tmp_path: Path) ->
     lines = script(command, options).splitlines()
     asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert asked == {
-        *("--job-name=night", "--nodes=4", "--ntasks-per-node=1", "--exclusive", "--time=24:00:00", "--open-mode=append"),
+        *('--job-name="night"', "--nodes=4", "--ntasks-per-node=1", "--exclusive", "--time=24:00:00", "--open-mode=append"),
         *("--requeue", "--signal=B:USR1@300", "--gpus-per-node=2", "--partition=gpu", "--qos=high", "--mem=0"),
         f'--output="{tmp_path}/a b/slurm/night.log"',
     }
@@ -54,6 +54,21 @@ def test_what_cannot_be_submitted_is_a_message(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"there is no sbatch on the PATH"):
         submit("pretrain", [*SLURM, f"runs_dir={tmp_path}/runs"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [("90", 5400), ("10:30", 630), ("1:00:01", 3601), ("2-3", 183_600), ("1-0:30", 88_200), ("1-02:03:04", 93_784), ("0", 0)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int) -> None:
+    config = load(COMMANDS["pretrain"], "pretrain", [*SLURM, f"cluster.slurm.time_limit='{limit}'"])
+    assert config.cluster.slurm is not None and config.cluster.slurm.limit_s == seconds
+
+
+def test_a_job_that_would_be_told_to_stop_at_once_is_refused() -> None:
+    """It would be queued again and again."""
+    with pytest.raises(UserError, match=r"time_limit \(5:00, 300 s\) leaves a run no time: stop_before_s \(300\) before"):
+        submit("pretrain", [*SLURM, "cluster.slurm.time_limit='5:00'"])
 
 
 @pytest.mark.parametrize("text", ["$name $more", "no field", "$name costs 5$"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -145,6 +147,13 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     assert {p.suffix for p in files} == {".json", ".safetensors"}
 
 
+def test_all_of_it_is_on_the_disk_before_it_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through = set[int]()
+    monkeypatch.setattr(checkpoint_writer.os, "fsync", lambda descriptor: through.add(os.fstat(descriptor).st_ino))
+    folder = write(tmp_path, 1)
+    assert {path.stat().st_ino for path in folder.rglob("*") if path.is_file()} == through
+
+
 def test_a_step_that_was_written_before_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 1, seed=1)
     folder = write(tmp_path, 1, seed=2)
@@ -208,8 +217,39 @@ def test_old_ones_and_leftovers_are_removed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
     (tmp_path / ".step_000009.partial").mkdir()
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path / "step_000003", keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_a_damaged_one_does_not_push_out_what_was_written_after_the_run_had_gone_back(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step)
+    (tmp_path / "step_000004" / "tokenizer.json").unlink()
+    writer = Writer(ALONE)
+    writer.start(tmp_path / "step_000003", [("bias", torch.ones(3))], meta(3), {}, keep=1)
+    assert writer.settle() is None
+    assert [folder.name for folder in checkpoint.available(tmp_path)] == ["step_000003", "step_000004"]
+    checkpoint.verify(tmp_path / "step_000003")
+
+
+def test_one_that_cannot_be_removed_is_out_of_sight_and_harms_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def busy(folder: Path, ignore_errors: bool = False) -> None:
+        """As on NFS, where somebody has a file open."""
+        if folder.exists():
+            (folder / "tokenizer.json").unlink()
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    writer = Writer(ALONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        writer.start(tmp_path / "step_000002", [("bias", torch.ones(3))], meta(2), {}, keep=1)
+        failure = writer.settle()
+    assert failure is None, failure
+    assert [folder.name for folder in checkpoint.available(tmp_path)] == ["step_000002"]
+    checkpoint.prune(tmp_path / "step_000002", keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:

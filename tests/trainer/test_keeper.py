@@ -129,6 +129,7 @@ def test_what_a_killed_keeper_had_is_removed_at_once_or_by_the_next(tmp_path: Pa
     theirs = Path(process.stdout.readline().strip())
     left = theirs.with_name("keeper-left")  # of one that was killed with its shell
     left.mkdir()
+    theirs.with_name("keeper-gone").symlink_to("nowhere")  # as one is found that its shell has removed a moment later
     mine = OwnFolder(tmp_path)
     assert theirs.is_dir() and mine.path.is_dir() and not left.exists()
     os.kill(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from launch.cli import load
 from trainer import run_dir
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
-from trainer.run_dir import RunDir, git_revision, read_status, write_atomically
+from trainer.run_dir import RunDir, continued_config, git_revision, read_status, write_atomically
 
 
 def config(runs: Path, *arguments: str) -> PretrainConfig:
@@ -178,6 +178,21 @@ def test_a_full_disk_is_a_message_and_leaves_the_old_status(tmp_path: Path, monk
     with pytest.raises(UserError, match="No space left on device"):
         run.close("finished")
     assert read_status(run.path)["state"] == "running"
+
+
+def test_a_run_whose_disk_was_full_when_it_began_says_how_to_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(run_dir, "write_atomically", full)
+        RunDir.open(config(tmp_path, "run_name=mine"), "pretrain")
+    again = config(tmp_path, "run_name=mine", "resume=auto")
+    for begin in (RunDir.open, continued_config):
+        with pytest.raises(UserError, match=r"no run has begun in .*mine: it has no status\.json\. Remove it, or"):
+            begin(again, "pretrain")
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -42,6 +42,23 @@ def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_fi
                 stop.obey("after step 3")
 
 
+def test_a_run_that_is_bound_to_its_nodes_stops_when_one_is_to_go() -> None:
+    move = Move("a is to go, with ranks", frozenset("a"), elsewhere=False)
+    with StopRequest() as stop, stop.deferred(lambda: move):
+        assert stop.asked() and stop.leaving is None
+        with pytest.raises(Stopped, match=r"a is to go, with ranks, and cluster\.nodes .*: stopped after step 2; resume=auto"):
+            stop.obey("after step 2")
+
+
+def test_a_signal_that_comes_while_the_run_prepares_to_move_ends_it() -> None:
+    with StopRequest() as stop, stop.deferred(lambda: Move("a is to go", frozenset("a"))):
+        assert stop.asked() and stop.leaving == frozenset("a")
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.leaving is None, "what is in memory goes with the run"
+        with pytest.raises(Stopped, match="stopped by SIGTERM after step 2"):
+            stop.obey("after step 2")
+
+
 def test_who_listened_before_listens_again() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))

@@ -129,6 +129,12 @@ def test_an_undeclared_key_writes_nothing(run: RunDir) -> None:
     assert not run.metrics_file.exists()
 
 
+def test_a_log_that_cannot_be_written_is_a_message(run: RunDir) -> None:
+    run.log_file("driver").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"driver.log cannot be written: Is a directory; make room for it"):
+        Tracker(run, "pretrain", OFF, total_steps=2, devices=2).say("a word")
+
+
 def test_records_that_cannot_be_written_are_a_message(run: RunDir) -> None:
     run.metrics_file.mkdir()
     with (

@@ -146,6 +146,9 @@ class TrainConfig(Record):
     on_spike: Literal["skip", "stop"]
 
 
+EARLY_S = 60  # by which SLURM's signals may come too early, as sbatch's manual says
+
+
 class SlurmConfig(Record):
     """What `launch.submit` asks SLURM for. Nodes are the run's own; a Ray node runs on each for as long as the job."""
 
@@ -158,6 +161,23 @@ class SlurmConfig(Record):
     max_requeues: int = Field(ge=0)
     sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']
     shell: tuple[str, ...]  # lines before Python starts: module load cuda
+
+    @property
+    def limit_s(self) -> int:
+        """Seconds of `time_limit`, minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]]; 0: no limit."""
+        days, dash, rest = self.time_limit.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+        return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+    @model_validator(mode="after")
+    def leaves_time(self) -> SlurmConfig:
+        if 0 < self.limit_s <= self.stop_before_s + EARLY_S:
+            raise ValueError(
+                f"time_limit ({self.time_limit}, {self.limit_s} s) leaves a run no time: stop_before_s ({self.stop_before_s}) "
+                f"before it, and up to {EARLY_S} s earlier, SLURM tells it to stop; raise time_limit, or lower stop_before_s"
+            )
+        return self
 
 
 class ClusterConfig(Record):
