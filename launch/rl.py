@@ -55,7 +55,7 @@ def reinforce(config: RLConfig) -> Path | None:
             memory = MemoryCheckpoints(config.loop.memory_checkpoint_every, tracker.say)
             in_tokens = TokenTask(task, tokenizer, rewards, config)
             work = Reinforcement(config, model, in_tokens, start_from, choices, dtype, run, tracker, stop, memory)
-            run_attempts(config.cluster, ranks + apart, work.attempt, stop, tracker.say)
+            run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path

@@ -236,10 +236,10 @@ class Reinforcement:
         loaded = self.checkpoints.load_newest(ranks)
         if loaded is not None:
             found, meta = loaded
-            self.run.rewind(meta.step)
+            self.tracker.begin(meta.step)
             self.tracker.say(f"continuing after round {meta.step} from {found}")
             return meta.step, RolloutBuffer.parse(found.text("state.json"), str(found))
-        self.run.rewind(-1)
+        self.tracker.begin(-1)
         self.tracker.say(f"loading {self.start_from}")
         load_weights(ranks, self.start_from)
         self.warm_up(ranks)

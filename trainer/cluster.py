@@ -270,8 +270,13 @@ def _is_large(value: Any) -> bool:
 # ---------------------------------------------------------------- surviving
 
 
-def run_attempts(config: ClusterConfig, places: int, attempt: Callable[[], None], stop: StopRequest, say: Say) -> None:
-    """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went."""
+def run_attempts(
+    config: ClusterConfig, places: int, attempt: Callable[[], None], began: Callable[[], int], stop: StopRequest, say: Say
+) -> None:
+    """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
+
+    `began`: the step after which the newest attempt went on.
+    """
 
     def unless_stopped() -> None:
         stop.obey("instead of another attempt")
@@ -280,21 +285,29 @@ def run_attempts(config: ClusterConfig, places: int, attempt: Callable[[], None]
     try:
         start_ray(config, places, say)
         stop.listen()
-        supervise(unless_stopped, config.max_restarts, say)
+        supervise(unless_stopped, began, config.max_restarts, say)
     finally:
         ray.shutdown()  # ends the cluster that was started here; of another one it only takes leave
 
 
-def supervise(attempt: Callable[[], T], max_restarts: int, say: Say) -> T:
-    """Runs `attempt` again after a lost process, at most `max_restarts` times more, and whenever it has to move."""
-    restarts = 0
+def supervise(attempt: Callable[[], T], began: Callable[[], int], max_restarts: int, say: Say) -> T:
+    """Runs `attempt` again after a lost process, and whenever it has to move.
+
+    After losses at most `max_restarts` times in a row without a newer checkpoint: a long run has any number of them, and one
+    that gets no further ends.
+    """
+    restarts, newest = 0, began()
     while True:
         try:
             return attempt()
         except Moved as moved:
             say(str(moved))
         except ProcessLost as error:
+            if began() > newest:
+                restarts, newest = 0, began()
             if restarts == max_restarts:
-                raise ProcessLost(f"{error}; cluster.max_restarts={max_restarts} is used up") from error
+                raise ProcessLost(
+                    f"{error}; cluster.max_restarts={max_restarts} is used up without a newer checkpoint"
+                ) from error
             restarts += 1
             say(f"{error}; restart {restarts} of {max_restarts} from the last checkpoint")

@@ -115,14 +115,14 @@ class Pretraining:
     def _restore(self, ranks: Processes) -> int:
         loaded = self.checkpoints.load_newest(ranks)
         if loaded is None:
-            self.run.rewind(-1)
+            self.tracker.begin(-1)
             if self.start_from is not None:
                 self.tracker.say(f"loading {self.start_from}")
                 load_weights(ranks, self.start_from)
             return 0
         found, meta = loaded
         self.corpus.require_same(str(meta.position.get("corpus")), found)
-        self.run.rewind(meta.step)
+        self.tracker.begin(meta.step)
         self.tracker.say(f"continuing after step {meta.step} from {found}")
         return meta.step
 

@@ -53,6 +53,7 @@ class Tracker:
         self.run, self.stage, self.logger, self.total_steps = run, stage, logger, total_steps
         self.devices, self.dollars_per_hour = devices, dollars_per_hour
         self.started = time.monotonic()
+        self.began = -1  # the step after which the newest attempt went on; -1: from the start
         self.last: tuple[int, float] | None = None  # step and time of the newest record of this attempt
         self.durations: list[float] = []  # seconds of the steps of this attempt
         self.stepped_s, self.paused_s = 0.0, 0.0  # their sum, and what of it was for checkpoints
@@ -82,6 +83,11 @@ class Tracker:
         line = f"{clock(time.monotonic() - self.started):>7}  {text}"
         print(line, flush=True)
         _append(self.run.log_file("driver"), line)
+
+    def begin(self, step: int) -> None:
+        """An attempt goes on after `step`, or from the start (-1): drops the records of what it does again."""
+        self.run.rewind(step)
+        self.began = step
 
     def pause(self) -> None:
         """Ranks are started: the time until the next record is not that of a step."""

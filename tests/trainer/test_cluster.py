@@ -40,7 +40,7 @@ def failing(times: int) -> tuple[list[int], Any]:
 def test_a_lost_process_leads_to_another_attempt_and_is_named() -> None:
     said: list[str] = []
     attempts, attempt = failing(2)
-    assert supervise(attempt, max_restarts=2, say=said.append) == "done"
+    assert supervise(attempt, lambda: -1, max_restarts=2, say=said.append) == "done"
     assert attempts == [1, 2, 3]
     assert said[0] == "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint"
 
@@ -63,8 +63,23 @@ def test_what_ray_reports_is_a_line_of_the_run_unless_it_is_told_anyway() -> Non
 def test_restarts_are_limited() -> None:
     attempts, attempt = failing(9)
     with pytest.raises(ProcessLost, match=r"trainer/1 died \(attempt 3\); cluster.max_restarts=2 is used up"):
-        supervise(attempt, max_restarts=2, say=lambda text: None)
+        supervise(attempt, lambda: -1, max_restarts=2, say=lambda text: None)
     assert attempts == [1, 2, 3]
+
+
+def test_restarts_are_counted_from_the_newest_checkpoint_on() -> None:
+    """The fourth attempt begins where the third did, the fifth before that; nobody asks for a sixth."""
+    began, said = iter([-1, 10, 20, 20, 10]), list[str]()
+    step = -1
+
+    def attempt() -> None:
+        nonlocal step
+        step = next(began)
+        raise ProcessLost("trainer/1 died")
+
+    with pytest.raises(ProcessLost, match="max_restarts=2 is used up without a newer checkpoint"):
+        supervise(attempt, lambda: step, max_restarts=2, say=said.append)
+    assert [line.split()[3] for line in said] == ["1", "1", "1", "2"]
 
 
 def test_a_move_to_other_places_is_no_restart() -> None:
@@ -78,7 +93,7 @@ def test_a_move_to_other_places_is_no_restart() -> None:
             raise Moved(Move("a is to go", frozenset("a")), f"after step {moves}")
         return str(lost())
 
-    assert supervise(attempt, max_restarts=2, say=said.append) == "done"
+    assert supervise(attempt, lambda: -1, max_restarts=2, say=said.append) == "done"
     assert attempts == [1, 2, 3] and said[4:6] == [
         "a is to go: the ranks begin anew after step 0",
         "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint",
@@ -93,7 +108,7 @@ def test_a_mistake_of_the_user_is_not_tried_again() -> None:
         raise UserError("no space")
 
     with pytest.raises(UserError, match="no space"):
-        supervise(attempt, max_restarts=5, say=lambda text: None)
+        supervise(attempt, lambda: -1, max_restarts=5, say=lambda text: None)
     assert attempts == [1]
 
 

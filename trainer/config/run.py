@@ -190,7 +190,7 @@ class ClusterConfig(Record):
     shrink_after_s: float = Field(ge=0)  # so long a place for all is waited for before it goes on with fewer
     gpu_type: str | None  # Ray's name of the GPUs that ranks run on: H100; null: any
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
-    max_restarts: int = Field(ge=0)  # attempts after the first one, each from the last checkpoint; of an engine: in a row
+    max_restarts: int = Field(ge=0)  # in a row without a newer checkpoint; of an engine: starts in a row
     start_timeout_s: float = Field(gt=0)
     collective_timeout_s: float = Field(gt=0)
     engine_timeout_s: float = Field(gt=0)  # without an answer, after which an engine of RL is replaced
