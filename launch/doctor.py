@@ -37,8 +37,7 @@ from parallel.offload import check_offload
 from parallel.topology import World
 from trainer.cluster import choose_ranks, start_ray
 from trainer.config.run import ClusterConfig, LoggerConfig, PretrainConfig
-from trainer.places import REPOSITORY
-from trainer.run_dir import shown
+from trainer.run_dir import REPOSITORY, shown
 from trainer.state import choose_dtype
 
 State = Literal["ok", "warn", "fail"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from trainer.checkpoint import CheckpointMeta
 from trainer.cluster import Processes, ProcessLost, gather
 from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, following, outlives, whole_ones
-from trainer.places import ANSWER_S, REPOSITORY, Say
+from trainer.places import ANSWER_S, Say, python_path
 from trainer.worker import SavedInMemory
 
 THREADS = 4  # of a keeper: ranks of another node send it their files at the same time
@@ -148,14 +147,13 @@ class MemoryCheckpoints:
 
 
 def _start(node: str) -> Any:
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))}
     return (
         ray.remote(Keeper)
         .options(
             num_cpus=0,
             max_concurrency=THREADS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}},
+            runtime_env={"env_vars": {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}},
         )
         .remote()
     )

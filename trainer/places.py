@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,14 +25,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
 from trainer.config.run import ClusterConfig
+from trainer.run_dir import REPOSITORY
 from trainer.stopping import Move, Moved, Stopped
 
 Say = Callable[[str], None]
-REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES_TIMEOUT_S = 30.0
 WAIT_S = 2.0  # between two looks at who is there
 SHOWN_NODES = 8  # by name in a message
 ANSWER_S = 30.0  # in which a living node starts a process and answers
+
+
+def python_path() -> str:
+    """For processes that Ray starts: this repository before what their command was given."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -365,8 +369,7 @@ class Placement:
             self._seat()
 
     def _environment(self, threads: int) -> dict[str, str]:
-        python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-        environment = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not self.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         return environment

@@ -215,11 +215,3 @@ def layer_seconds(costs: ExecutionCosts, work: LayerWork, degrees: Degrees) -> f
     ahead_s = costs.announce_s + simulate(forward_tasks(costs, work, degrees.forward)).seconds
     back_s = simulate(backward_tasks(costs, work, degrees.backward)).seconds
     return costs.factor(degrees.forward) * ahead_s + costs.factor(degrees.backward) * back_s
-
-
-def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:
-    """What no degree can beat: the experts alone, or the messages of one kind of links alone, forward and backward."""
-    computed_s = (
-        costs.forward.seconds(work.entries) + costs.backward.seconds(work.entries) + costs.weights.seconds(work.entries)
-    )
-    return max(computed_s, 4 * costs.exchange.seconds(work.row_bytes), 4 * costs.inside.seconds(work.inside_bytes))

@@ -17,7 +17,6 @@ from parallel.schedule.execution import (
     ExecutionCosts,
     LayerWork,
     backward_tasks,
-    bound_s,
     forward_tasks,
     in_sequence_s,
     layer_seconds,
@@ -74,6 +73,14 @@ def test_degrees_that_were_measured_come_first(measured: ExecutionCosts, work: L
         seconds = {one: simulate(tasks_of(measured, work, one)).seconds for one in DEGREES if one <= tokens}
         near = [one for one, taken in seconds.items() if taken <= (1 + NEARLY) * min(seconds.values())]
         assert degree == (1 if 1 in near else min(tried & {*near}, default=near[0]))
+
+
+def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:
+    """What no degree can beat: the experts alone, or the messages of one kind of links alone, forward and backward."""
+    computed_s = (
+        costs.forward.seconds(work.entries) + costs.backward.seconds(work.entries) + costs.weights.seconds(work.entries)
+    )
+    return max(computed_s, 4 * costs.exchange.seconds(work.row_bytes), 4 * costs.inside.seconds(work.inside_bytes))
 
 
 @given(costs, works, st.sampled_from(DEGREES))
