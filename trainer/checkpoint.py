@@ -329,6 +329,14 @@ def resolve(path: Path) -> Path:
     )
 
 
+def set_aside(folder: Path) -> Path:
+    """Hides a checkpoint at once, so that one that can be seen is whole. Where it waits to be removed."""
+    hidden = folder.with_name(f".{folder.name}.old.partial")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    return folder.replace(hidden)
+
+
 def prune(newest: Path, keep: int) -> None:
     """Removes all but the last `keep` checkpoints up to this one, which was written just now, and what cut-off writers left.
 
@@ -336,9 +344,6 @@ def prune(newest: Path, keep: int) -> None:
     """
     upto = [one for one in available(newest.parent) if step_of(one) <= step_of(newest)]
     for old in upto[:-keep]:
-        hidden = old.with_name(f".{old.name}.old.partial")
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        old.replace(hidden)  # at once, so that one that can be seen is whole
+        set_aside(old)
     for leftover in newest.parent.glob(".step_*.partial"):
         shutil.rmtree(leftover)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.checkpoint import FORMAT, CheckpointMeta, checksum, prune
+from trainer.checkpoint import FORMAT, CheckpointMeta, checksum, prune, set_aside
 
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 SLAB_BYTES = 256 * 2**20  # of copies in the host's memory
@@ -272,12 +272,10 @@ def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[st
     sums |= {name: checksum(staging / name) for name in files}
     record = {"format": FORMAT, **asdict(meta), "files": dict(sorted(sums.items()))}
     _write_through(staging / "meta.json", json.dumps(record, indent=1))
-    old = folder.with_name(f".{folder.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # one of this very step that turned out to be damaged
-        folder.replace(old)
+    old = set_aside(folder) if folder.exists() else None  # one of this very step that turned out to be damaged
     staging.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_through(file: Path, text: str) -> None:
