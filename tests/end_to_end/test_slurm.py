@@ -59,6 +59,13 @@ def wait_for(condition: Callable[[], bool], what: str, log: Path, error: str = "
         time.sleep(0.05)
 
 
+def submitted(command: str, runs: Path, *options: str) -> tuple[str, Path]:
+    """A run called job: its number at SLURM, and its log."""
+    job = submit(command, [*options, *CLUSTER, f"runs_dir={runs}", "run_name=job"])
+    assert job is not None
+    return job, runs / "slurm" / "job.log"
+
+
 def reached(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: any(record["step"] >= step for record in records(run_dir))
 
@@ -91,10 +98,8 @@ def require_finished(slurm: SlurmCluster, job: str, run_dir: Path, attempt: int,
 def test_stopped_requeued_robbed_of_a_node_and_requeued_it_learns_the_same(slurm: SlurmCluster, tmp_path: Path) -> None:
     """SLURM itself tells it to stop. It looks at the limits of jobs every 30 s, so the driver stands still until then."""
     runs = tmp_path / "runs"
-    common = [*OPTIONS, f"runs_dir={runs}", f"data.cache_dir={tmp_path}/cache"]
-    job = submit("pretrain", [*common, *CLUSTER, "cluster.slurm.nodes=2", "run_name=job"])
-    assert job is not None
-    log = runs / "slurm" / "job.log"
+    common = [*OPTIONS, f"data.cache_dir={tmp_path}/cache"]
+    job, log = submitted("pretrain", runs, *common, "cluster.slurm.nodes=2")
     wait_for(reached(runs / "job", 3), "step 3", log)
     assert "starting 2 trainer ranks on 127.0.0.2, 127.0.0.3, in this order" in log.read_text()
     driver = driver_of(slurm, "pretrain")
@@ -112,7 +117,7 @@ def test_stopped_requeued_robbed_of_a_node_and_requeued_it_learns_the_same(slurm
     start_again(slurm, job, 2, log)
     require_finished(slurm, job, runs / "job", 3, log)
     assert log.read_text().count("continuing after step") == 2
-    run("pretrain", *common, "run_name=whole")
+    run("pretrain", *common, f"runs_dir={runs}", "run_name=whole")
     assert series(runs / "job", "train/loss") == series(runs / "whole", "train/loss")
 
 
@@ -120,10 +125,8 @@ def test_rl_that_reaches_its_time_limit_before_it_could_stop_goes_on_from_its_ch
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    common = [*RL, f"checkpoint={untrained(tmp_path)}", f"runs_dir={runs}"]
-    job = submit("rl", [*common, *CLUSTER, "cluster.slurm.nodes=2", "run_name=job"])
-    assert job is not None
-    log = runs / "slurm" / "job.log"
+    common = [*RL, f"checkpoint={untrained(tmp_path)}"]
+    job, log = submitted("rl", runs, *common, "cluster.slurm.nodes=2")
     wait_for(reached(runs / "job", 2), "round 2", log)
     driver_of(slurm, "rl").suspend()
     slurm.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
@@ -132,15 +135,13 @@ def test_rl_that_reaches_its_time_limit_before_it_could_stop_goes_on_from_its_ch
     require_finished(slurm, job, runs / "job", 2, log)
     assert "starting 2 trainer ranks and 2 engines on 127.0.0.2, 127.0.0.3, in this order" in log.read_text()
     assert log.read_text().count("continuing after round") == 1
-    run("rl", *common, "run_name=whole", "cluster.threads_per_rank=1")
+    run("rl", *common, f"runs_dir={runs}", "run_name=whole", "cluster.threads_per_rank=1")
     for key in ("train/loss", "reward/mean"):
         assert series(runs / "job", key) == series(runs / "whole", key)
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job = submit("pretrain", [*OPTIONS, *CLUSTER, "cluster.slurm.nodes=1", f"runs_dir={tmp_path}/runs", "run_name=job"])
-    assert job is not None
-    log = tmp_path / "runs" / "slurm" / "job.log"
+    job, log = submitted("pretrain", tmp_path / "runs", *OPTIONS, "cluster.slurm.nodes=1")
     wait_for(said(log, "joining the Ray cluster"), "the driver listens", log)
     slurm.call("scancel", job)
     wait_for(lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), "the end", log)
@@ -148,10 +149,8 @@ def test_a_job_that_is_cancelled_does_not_come_back(slurm: SlurmCluster, tmp_pat
 
 
 def test_where_ray_does_not_start_the_job_fails_and_is_not_queued_again(slurm: SlurmCluster, tmp_path: Path) -> None:
-    options = [*OPTIONS, *CLUSTER, "cluster.slurm.nodes=1", f"runs_dir={tmp_path}/runs", "run_name=job"]
-    job = submit("pretrain", [*options, "cluster.slurm.shell=['export RAY_TMPDIR=/proc/none']"])  # nobody can write there
-    assert job is not None
-    log = tmp_path / "runs" / "slurm" / "job.log"
+    nowhere = "cluster.slurm.shell=['export RAY_TMPDIR=/proc/none']"  # nobody can write there
+    job, log = submitted("pretrain", tmp_path / "runs", *OPTIONS, "cluster.slurm.nodes=1", nowhere)
     wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", "the end", log, error="back into the queue")
     assert slurm.job(job)["ExitCode"] == "1:0", log.read_text()
     assert "Ray has not started" in log.read_text()
@@ -159,10 +158,8 @@ def test_where_ray_does_not_start_the_job_fails_and_is_not_queued_again(slurm: S
 
 def test_the_exit_code_of_a_run_is_that_of_its_job(slurm: SlurmCluster, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    options = [f"runs_dir={tmp_path}/runs", "run_name=job", "data=text", f"data.paths=[{tmp_path}/empty]"]
-    job = submit("pretrain", [*CLUSTER, "cluster.slurm.nodes=1", *options])
-    assert job is not None
-    log = tmp_path / "runs" / "slurm" / "job.log"
+    options = ["data=text", f"data.paths=[{tmp_path}/empty]"]
+    job, log = submitted("pretrain", tmp_path / "runs", *options, "cluster.slurm.nodes=1")
     wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", "failed", log)
     assert slurm.job(job)["ExitCode"] == "2:0", log.read_text()
     assert "has no visible file below it" in log.read_text()
