@@ -1,6 +1,7 @@
 """The dense parameters: data parallel, optimizer state sharded by DeepSpeed ZeRO, clipped by the joint gradient norm.
 
-Gradients are averaged in slices under the backward pass (gradient_slices.py) or, without them, by ZeRO behind it.
+Gradients of several ranks are averaged in slices under the backward pass (gradient_slices.py) or, without them, by ZeRO behind
+it.
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054. DeepSpeed sees the dense module only; experts live in `ExpertShards`.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class DenseZeRO:
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": settings.clip_norm,
                 "zero_allow_untested_optimizer": True,
-                # Slices need no bucket to reduce in, and ZeRO makes one of this size in every backward pass.
-                "zero_optimization": {"stage": stage, **({"reduce_bucket_size": 1} if places else {})},
+                # Slices and a single rank need no bucket to reduce in, and ZeRO makes one of this size in every backward pass.
+                "zero_optimization": {"stage": stage, **({"reduce_bucket_size": 1} if places or world.size == 1 else {})},
                 # The trainer looks at the norm before it asks for a step, which tells as much as a look at every tensor.
                 "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
                 "steps_per_print": 10**12,
@@ -95,13 +96,16 @@ class DenseZeRO:
 
         self.zero.timers, self.zero.average_tensor = Timers(), timed
         if self.slices is not None:
-            self._hand_over(self.slices)
+            self._hand_over(self.slices.finish)
+        elif self.world.size == 1:
+            self._hand_over(lambda: None)
 
-    def _hand_over(self, slices: GradientSlices) -> None:
+    def _hand_over(self, finish: Callable[[], None]) -> None:
         """ZeRO's own reduction has two ends: it is told of a gradient that is complete, and behind the backward pass to reduce
-        what is left. At the second it now finds all gradients averaged, and goes on with those of its partition."""
+        what is left. At the second it now finds all gradients averaged, and goes on with those of its partition. On one rank
+        they always are, and ZeRO would copy each into a bucket to find that out."""
         self.zero.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
-        self.zero.reduce_ipg_grads = slices.finish
+        self.zero.reduce_ipg_grads = finish
 
     def _create_state(self) -> None:
         """ZeRO fills AdamW's state at the first step; a checkpoint may come before it."""
