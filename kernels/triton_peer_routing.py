@@ -1,7 +1,8 @@
-"""kernels/peer_routing.py in two Triton kernels with a scan between them.
+"""kernels/peer_routing.py in two Triton kernels: one counts the rows of each block of tokens, the other numbers them.
 
 Shape letters: W ranks, C tokens of each, V = W * C, K top-k. Bounds: 12 bytes a choice of every rank, most of them over the
-link; at W = 2, C = 16384, K = 8 that is 1.6 MB, 5 us. Launches are what it saves: a layer's tokens wait for them.
+link; at W = 2, C = 16384, K = 8 that is 1.6 MB, 5 us. Launches are what it saves: a layer's tokens wait for them. So each block
+adds up the counts of the blocks before it by itself, 256 numbers for each rank there.
 """
 
 from __future__ import annotations
@@ -14,27 +15,26 @@ from torch import Tensor
 from kernels.peers import HEADER, PeerChoices, RowPlan
 
 BLOCK = 128  # tokens of a program
+CHUNK = 512  # counts that a program adds at once
 
 
 def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
     """kernels.peer_routing.plan_rows."""
     size, capacity, top_k = len(choices.blocks), choices.capacity, choices.top_k
     device, count = index_E.device, len(choices.blocks) * choices.capacity
-    wants_WV = torch.empty(size, count, dtype=torch.int32, device=device)
     plan = RowPlan(
-        row_WV=torch.empty_like(wants_WV),
+        row_WV=torch.empty(size, count, dtype=torch.int32, device=device),
         slots_VK=torch.empty(count, top_k, dtype=torch.int32, device=device),
         weights_VK=torch.empty(count, top_k, dtype=torch.float32, device=device),
-        numbers=torch.zeros(2 + size, dtype=torch.int32, device=device),
+        numbers=torch.empty(2 + size, dtype=torch.int32, device=device),
     )
     grid = (triton.cdiv(capacity, BLOCK), size)
+    counts = torch.empty(1 + size, grid[0] * size, dtype=torch.int32, device=device)  # rows at each rank; choices served here
     sizes = {"W": size, "K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "BLOCK": BLOCK, "HEAD": HEADER}
-    _wants_kernel[grid](choices.pointers_W, wants_WV, plan.numbers, capacity, rank, **sizes)
-    upto_WV = wants_WV.flatten().cumsum(0, dtype=torch.int32)
+    _count_kernel[grid](choices.pointers_W, counts, capacity, rank, **sizes)
     _rows_kernel[grid](
         choices.pointers_W,
-        wants_WV,
-        upto_WV,
+        counts,
         index_E,
         plan.row_WV,
         plan.slots_VK,
@@ -42,6 +42,7 @@ def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
         plan.numbers,
         capacity,
         rank,
+        CHUNK=CHUNK,
         **sizes,
     )
     return plan
@@ -59,10 +60,9 @@ def _ranks_of(base, tokens, first, capacity, K: tl.constexpr, K_PADDED: tl.const
 
 
 @triton.jit(do_not_specialize=["capacity", "here"])
-def _wants_kernel(  # type: ignore[no-untyped-def]
+def _count_kernel(  # type: ignore[no-untyped-def]
     pointers,
-    wants,
-    numbers,
+    counts,
     capacity,
     here,
     W: tl.constexpr,
@@ -72,23 +72,32 @@ def _wants_kernel(  # type: ignore[no-untyped-def]
     HEAD: tl.constexpr,
 ):
     source, first = tl.program_id(1), tl.program_id(0) * BLOCK
+    blocks = tl.num_programs(0) * W
+    at = counts + source * tl.num_programs(0) + tl.program_id(0)
     base = tl.load(pointers + source).to(tl.pointer_type(tl.int32))
-    tokens = tl.load(base)
-    _, _, ranks = _ranks_of(base, tokens, first, capacity, K, K_PADDED, BLOCK, HEAD)
-    token = first + tl.arange(0, BLOCK)
+    _, _, ranks = _ranks_of(base, tl.load(base), first, capacity, K, K_PADDED, BLOCK, HEAD)
     for rank in range(W):
-        wanted = tl.max((ranks == rank).to(tl.int32), axis=1)
-        tl.store(wants + (rank * W + source) * capacity + token, wanted, mask=token < capacity)
-    tl.atomic_add(numbers + 1, tl.sum(tl.sum((ranks == here).to(tl.int32), axis=1), axis=0))
-    if first == 0:
-        tl.atomic_max(numbers, tokens)
+        tl.store(at + rank * blocks, tl.sum(tl.max((ranks == rank).to(tl.int32), axis=1), axis=0))
+    tl.store(at + W * blocks, tl.sum(tl.sum((ranks == here).to(tl.int32), axis=1), axis=0))
+
+
+@triton.jit
+def _sums(counts, before, blocks, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(of the first `before` counts, of all)."""
+    upto = tl.zeros([], tl.int32)
+    total = tl.zeros([], tl.int32)
+    for start in range(0, blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        count = tl.load(counts + block, mask=block < blocks, other=0)
+        upto += tl.sum(tl.where(block < before, count, 0), axis=0)
+        total += tl.sum(count, axis=0)
+    return upto, total
 
 
 @triton.jit(do_not_specialize=["capacity", "here"])
 def _rows_kernel(  # type: ignore[no-untyped-def]
     pointers,
-    wants,
-    upto,
+    counts,
     index,
     rows,
     slots,
@@ -101,22 +110,24 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     K_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     source, first = tl.program_id(1), tl.program_id(0) * BLOCK
-    count = W * capacity
+    blocks = tl.num_programs(0) * W
+    before = source * tl.num_programs(0) + tl.program_id(0)
     base = tl.load(pointers + source).to(tl.pointer_type(tl.int32))
     at, inside, ranks = _ranks_of(base, tl.load(base), first, capacity, K, K_PADDED, BLOCK, HEAD)
     token = first + tl.arange(0, BLOCK)
     exists = token < capacity
+    most = tl.zeros([], tl.int32)
     for rank in range(W):
-        place = (rank * W + source) * capacity + token
-        start = tl.load(upto + rank * count - 1, mask=rank > 0, other=0)
-        end = tl.load(upto + (rank + 1) * count - 1)
-        wanted = tl.load(wants + place, mask=exists, other=0) > 0
-        row = tl.where(wanted, tl.load(upto + place, mask=exists, other=0) - 1 - start, -1)
-        tl.store(rows + place, row, mask=exists)
-        if (first == 0) & (source == 0):
-            tl.store(numbers + 2 + rank, end - start)
+        most = tl.maximum(most, tl.load(tl.load(pointers + rank).to(tl.pointer_type(tl.int32))))
+        start, total = _sums(counts + rank * blocks, before, blocks, CHUNK)
+        wanted = tl.max((ranks == rank).to(tl.int32), axis=1)
+        row = tl.where(wanted > 0, start + tl.cumsum(wanted, axis=0) - 1, -1)
+        tl.store(rows + (rank * W + source) * capacity + token, row, mask=exists)
+        if before == 0:
+            tl.store(numbers + 2 + rank, total)
         if rank == here:
             expert = tl.load(base + HEAD + capacity * K + at, mask=inside, other=0)
             weight = tl.load(base + HEAD + 2 * capacity * K + at, mask=inside, other=0)
@@ -124,9 +135,12 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             slot = tl.where(served, tl.load(index + expert, mask=served, other=-1), -1)
             choice = tl.arange(0, K_PADDED)[None, :]
             to = row[:, None].to(tl.int64) * K + choice
-            taken = wanted[:, None] & (choice < K)
+            taken = (wanted > 0)[:, None] & (choice < K)
             tl.store(slots + to, slot, mask=taken)
             tl.store(weights + to, weight.to(tl.float32, bitcast=True), mask=taken)
             spare = source * capacity + token  # rows behind the last, each cleared by one program
-            behind = (exists & (spare >= end - start))[:, None] & (choice < K)
+            behind = (exists & (spare >= total))[:, None] & (choice < K)
             tl.store(slots + spare[:, None].to(tl.int64) * K + choice, tl.full([BLOCK, K_PADDED], -1, tl.int32), mask=behind)
+    if before == 0:
+        tl.store(numbers, most)
+        tl.store(numbers + 1, _sums(counts + W * blocks, 0, blocks, CHUNK)[1])

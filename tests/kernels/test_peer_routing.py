@@ -95,3 +95,12 @@ def test_kernels_equal_the_reference(kernel_device: str, tokens: list[int], top_
     choices = laid_out(laid, capacity, top_k, kernel_device)
     for here in range(len(tokens)):
         check(launch_plan(choices, index_E.to(kernel_device), here), laid, capacity, index_E, here)
+
+
+def test_counts_of_more_blocks_than_are_added_at_once(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import triton_peer_routing
+
+    monkeypatch.setattr(triton_peer_routing, "CHUNK", 4)
+    laid, index_E = drawn(3, [300, 0, 300], 2, 5, 1), torch.arange(5).int()
+    choices = laid_out(laid, 300, 2, kernel_device)
+    check(triton_peer_routing.launch_plan(choices, index_E.to(kernel_device), 2), laid, 300, index_E, 2)
