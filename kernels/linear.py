@@ -32,7 +32,8 @@ def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) ->
 def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None, plain: bool = False) -> list[Tensor]:
     """`linear` by each of up to three weights, in one launch on a GPU. `plain` ones are the library's, not batch-invariant.
 
-    All give their part of the gradient of `x` to one sum, so that autograd has none to add.
+    All give their part of the gradient of `x` to one sum, so that autograd has none to add. Weights that lie one behind the
+    other in memory, as ZeRO lays them, are one matrix to the library: one product instead of three, and its results are views.
     """
     results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, plain, *weights_NK)
     return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
@@ -42,15 +43,22 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, dtype: torch.dtype, plain: bool, *weights_NK: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_MK, *weights_NK)
-        if plain:
-            return tuple(torch.mm(x_MK, weight_NK.t()).to(dtype) for weight_NK in weights_NK)
-        return products(x_MK, weights_NK, dtype)
+        if not plain:
+            return products(x_MK, weights_NK, dtype)
+        if (together_NK := one_matrix(weights_NK)) is not None:
+            return torch.mm(x_MK, together_NK.t()).to(dtype).split([len(weight_NK) for weight_NK in weights_NK], dim=1)
+        return tuple(torch.mm(x_MK, weight_NK.t()).to(dtype) for weight_NK in weights_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_MN: Tensor) -> tuple[Tensor | None, ...]:
         x_MK, *weights_NK = ctx.saved_tensors
         dtype = d_MN[0].dtype  # of the results that were asked for
+        if dtype == x_MK.dtype and all(ctx.needs_input_grad[3:]) and (together_NK := one_matrix(weights_NK)) is not None:
+            d_together_MN = torch.cat(d_MN, dim=1)
+            d_x_MK = torch.mm(d_together_MN, together_NK) if ctx.needs_input_grad[0] else None
+            d_together_NK = torch.mm(d_together_MN.t(), x_MK)
+            return d_x_MK, None, None, *d_together_NK.split([len(weight_NK) for weight_NK in weights_NK])
         split = x_MK.is_cuda and (x_MK.dtype, dtype) == (torch.bfloat16, torch.float32)
         factors = [_in_halves(d) if split else d for d in d_MN]
         wide = x_MK.dtype if split else dtype
@@ -65,6 +73,18 @@ class _Linears(torch.autograd.Function):
             d_NK = d_NK[: len(weight_NK)] + d_NK[len(weight_NK) :] if split and d_NK is not None else d_NK
             d_weights.append(None if d_NK is None else d_NK.to(weight_NK.dtype))
         return None if d_x_MK is None else d_x_MK.to(x_MK.dtype), None, None, *d_weights
+
+
+def one_matrix(weights_NK: Sequence[Tensor]) -> Tensor | None:
+    """All rows of several weights that lie one behind the other in one storage; None where they do not."""
+    first_NK, end, rows = weights_NK[0], weights_NK[0].storage_offset(), 0
+    for weight_NK in weights_NK:
+        if not weight_NK.is_contiguous() or weight_NK.storage_offset() != end or weight_NK.dtype != first_NK.dtype:
+            return None
+        if weight_NK.untyped_storage().data_ptr() != first_NK.untyped_storage().data_ptr():
+            return None
+        end, rows = end + weight_NK.numel(), rows + len(weight_NK)
+    return first_NK.as_strided((rows, first_NK.shape[1]), first_NK.stride()) if len(weights_NK) > 1 else None
 
 
 def _in_halves(d_MN: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.linear import one_matrix
 from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
@@ -103,6 +104,8 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
     assert trainer.experts.arena.attention is None, (
         "what is timed is known by now, or nobody asks; on a GPU events would pile up"
     )
+    first = trainer.model.blocks[0].attention
+    assert one_matrix([first.query.weight, first.key.weight, first.value.weight]) is not None, "which the library needs"
     return history, own_state(trainer)
 
 

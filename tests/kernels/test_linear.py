@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels.linear import _in_halves, linear, linears, product
+from kernels.linear import _in_halves, linear, linears, one_matrix, product
 
 
 def case(rows: int, inputs: int, outputs: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -33,6 +33,39 @@ def test_gradients_are_those_of_the_library() -> None:
     assert torch.autograd.gradcheck(linear, (x, weight))
     other = weight.detach()[:3].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, left, right: linears(x, [left, right]), (x, weight, other))
+
+
+def beside_each_other(*weights: torch.Tensor) -> list[torch.Tensor]:
+    """The same weights one behind the other in memory, as leaves, with other numbers around them."""
+    sizes = [weight.numel() for weight in weights]
+    flat = torch.cat([torch.ones(5), *(weight.detach().flatten().cpu() for weight in weights), torch.ones(5)])
+    parts = flat.to(weights[0]).split([5, *sizes, 5])[1:-1]
+    return [part.view(weight.shape).detach().requires_grad_() for part, weight in zip(parts, weights, strict=True)]
+
+
+def test_weights_one_behind_the_other_areone_matrix() -> None:
+    _, weight = case(19, 24, 7)
+    first, second, third = beside_each_other(weight, weight[:3] + 1, weight[:5] - 1)
+    together = one_matrix([first, second, third])
+    assert together is not None and torch.equal(together, torch.cat([first, second, third]))
+    assert one_matrix([first]) is None, "nothing to save"
+    for apart in ([second, first], [first, third], [first, second.detach().clone()], [first, second.detach().T]):
+        assert one_matrix(apart) is None
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def testone_matrix_gives_what_weights_apart_give(plain: bool) -> None:
+    x, weight = (tensor.double() for tensor in case(19, 24, 7))
+    apart = [weight, weight[:3] + 1, weight[:5] - 1]
+    beside = beside_each_other(*apart)
+    pulls = [torch.randn(19, len(each), dtype=torch.float64) for each in apart]
+    found = []
+    for weights in ([each.clone().requires_grad_() for each in apart], beside):
+        x = x.detach().requires_grad_()
+        results = linears(x, weights, plain=plain)
+        found.append([*results, *torch.autograd.grad(results, [x, *weights], pulls)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_wider_result_of_narrow_operands_keeps_what_they_say() -> None:
