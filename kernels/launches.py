@@ -25,6 +25,16 @@ def begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
         gdc_wait()
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own serves its compiler too, and every call costs the host a microsecond or two."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """At least `number`, which is 1 or more; as `cdiv`."""
+    return 1 << (number - 1).bit_length()
+
+
 def early(device: torch.device, rows: int) -> dict[str, bool]:
     """The options of a launch for so many rows."""
     if rows <= FEW_ROWS and _overlaps(device):

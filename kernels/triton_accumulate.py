@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import cdiv
+
 BLOCK = 4096
 
 
 def launch_accumulate(total: Tensor, part: Tensor) -> None:
     """kernels.accumulate.accumulate."""
     if total.numel():
-        _add_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, part, total.numel(), BLOCK=BLOCK, num_warps=8)
+        _add_kernel[(cdiv(total.numel(), BLOCK),)](total, part, total.numel(), BLOCK=BLOCK, num_warps=8)
 
 
 @triton.jit

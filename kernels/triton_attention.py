@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, early, next_power_of_2
 from kernels.ragged import Ragged
 
 BLOCK = 64  # keys of a step, and of a page
@@ -30,7 +30,7 @@ def launch_attention(q_THd: Tensor, keys: Tensor, values: Tensor, spans: Ragged)
     out_THd = torch.empty(tokens, heads, size, dtype=q_THd.dtype, device=q_THd.device)
     log_sum_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
     shared = heads // groups
-    rows = max(64, triton.next_power_of_2(spans.tile_queries * shared))
+    rows = max(64, next_power_of_2(spans.tile_queries * shared))
     _attention_kernel[(spans.tile_sequence.shape[0], groups)](
         q_THd,
         keys,
@@ -55,7 +55,7 @@ def launch_attention(q_THd: Tensor, keys: Tensor, values: Tensor, spans: Ragged)
         QUERIES=spans.tile_queries,
         D=size,
         ROWS=rows,
-        BLOCK_D=max(16, triton.next_power_of_2(size)),
+        BLOCK_D=max(16, next_power_of_2(size)),
         BLOCK_K=BLOCK,
         num_warps=4,
         num_stages=2,  # the third would cost programs that run at once
@@ -78,7 +78,7 @@ def launch_put(k_TGd: Tensor, v_TGd: Tensor, places_T: Tensor, keys_PpGd: Tensor
             *v_TGd.stride(),
             NUMBERS=groups * size,
             D=size,
-            BLOCK=triton.next_power_of_2(groups * size),
+            BLOCK=next_power_of_2(groups * size),
             **early(k_TGd.device, tokens),
         )
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.expert_order import ExpertOrder
+from kernels.launches import cdiv
 
 BLOCK = 512
 
@@ -24,7 +25,7 @@ def launch_destinations(
     rank_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=experts_TK.device)
     entries = experts_TK.numel()
     if entries:
-        _destinations_kernel[(triton.cdiv(entries, BLOCK),)](
+        _destinations_kernel[(cdiv(entries, BLOCK),)](
             experts_TK,
             None if order is None else order.place_N,
             None if order is None else order.ends_E,

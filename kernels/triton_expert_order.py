@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.host_device import ALIGNED
-from kernels.launches import begin, early
+from kernels.launches import begin, cdiv, early, next_power_of_2
 
 CHUNK = 64  # entries whose ranks are found at once
 WARPS_FEW, WARPS = 4, 2  # for latency; for many programs at once
@@ -36,10 +36,10 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     """The fields of kernels.expert_order.ExpertOrder. A negative expert is an absent entry, too large a one the last expert."""
     experts_TK, device = experts_TK.contiguous(), experts_TK.device
     num_entries = experts_TK.numel()
-    span = CHUNK * max(1, triton.cdiv(num_entries, CHUNK * MAX_SPANS))
-    spans = triton.cdiv(num_entries, span)
+    span = CHUNK * max(1, cdiv(num_entries, CHUNK * MAX_SPANS))
+    spans = cdiv(num_entries, span)
     counted = 0 if num_entries <= FEW else spans
-    padded = max(16, triton.next_power_of_2(num_experts))
+    padded = max(16, next_power_of_2(num_experts))
     # One allocation for all, since each would cost as much as a launch.
     sizes = [counted * num_experts, num_present, num_entries, most_tiles, most_tiles, num_experts, num_experts, 1]
     before_EP, entry_N, place_N, tile_expert_M, tile_row_M, ends_E, by_load_E, num_tiles = _together(sizes, device)
@@ -48,7 +48,7 @@ def order_with_kernels(experts_TK: Tensor, num_experts: int, num_present: int, m
     if counted:
         _count_kernel[(spans,)](experts_TK, before_EP, num_entries, span, num_experts, E_PADDED=padded, CHUNK=CHUNK, **launch)
         _before_kernel[(num_experts,)](before_EP, counts_E, spans, BLOCK=SPANS, **launch)
-    _order_kernel[(spans + triton.cdiv(max(most_tiles, num_experts), SLOTS),)](
+    _order_kernel[(spans + cdiv(max(most_tiles, num_experts), SLOTS),)](
         experts_TK,
         before_EP if counted else None,
         entry_N,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, cdiv, early
 
 FEW_ROWS = 256
 MANY_OUTPUTS = 16384  # as of a vocabulary: wide tiles are enough of them to keep every multiprocessor busy
@@ -32,8 +32,8 @@ def launch_linears(x_MK: Tensor, weights_NK: Sequence[Tensor], dtype: torch.dtyp
     block_m, block_n, block_k, warps, stages = _tile_for(rows, sum(sizes), x_MK.dtype)
     absent = MOST_WEIGHTS - len(weights_NK)
     weights = [*weights_NK, *[weights_NK[0]] * absent]
-    tiles = sum(triton.cdiv(size, block_n) for size in sizes)
-    _linears_kernel[(triton.cdiv(rows, block_m) * tiles,)](
+    tiles = sum(cdiv(size, block_n) for size in sizes)
+    _linears_kernel[(cdiv(rows, block_m) * tiles,)](
         x_MK,
         *weights,
         *results,

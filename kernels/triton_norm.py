@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, cdiv, early, next_power_of_2
 
 NUMBERS = 1024  # of a program, so that a few rows keep many programs busy
 BACKWARD_NUMBERS = 4096  # of a step there, so that a program, which takes one after the other, has enough under way
@@ -25,7 +25,7 @@ def launch_rms_norm(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: flo
     updates_RD = rows_RD if update is None else _rows(update)
     block, rows = _tile(size)
     if y.numel():
-        _rms_norm_kernel[(triton.cdiv(rows_RD.shape[0], rows),)](
+        _rms_norm_kernel[(cdiv(rows_RD.shape[0], rows),)](
             rows_RD,
             None if update is None else updates_RD,
             weight_D,
@@ -48,9 +48,9 @@ def launch_rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, d_y: Tenso
     rows_RD, d_y_RD, size = _rows(x), _rows(d_y), x.shape[-1]
     d_x_RD = d_y_RD if d_x is None else _rows(d_x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = int(triton.next_power_of_2(size))
+    block = next_power_of_2(size)
     rows = max(1, BACKWARD_NUMBERS // block)
-    tiles = triton.cdiv(rows_RD.shape[0], rows) if out.numel() else 0
+    tiles = cdiv(rows_RD.shape[0], rows) if out.numel() else 0
     partial_PD = torch.empty(min(tiles, BACKWARD_PROGRAMS), size, dtype=torch.float32, device=x.device)
     if tiles:
         _rms_norm_backward_kernel[(partial_PD.shape[0],)](
@@ -79,7 +79,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _tile(size: int) -> tuple[int, int]:
     """(columns, rows) of a program: rows may be as short as a head."""
-    block = int(triton.next_power_of_2(size))
+    block = next_power_of_2(size)
     return block, max(1, min(8, NUMBERS // block))
 
 
@@ -100,8 +100,8 @@ def launch_rotate(
             eps,
             H=heads,
             D=size,
-            BLOCK_H=triton.next_power_of_2(heads),
-            BLOCK_D=triton.next_power_of_2(size // 2),
+            BLOCK_H=next_power_of_2(heads),
+            BLOCK_D=next_power_of_2(size // 2),
             BACK=back,
             **early(x_THd.device, tokens),
         )
@@ -130,8 +130,8 @@ def launch_norm_rotate_backward(
             eps,
             H=heads,
             D=size,
-            BLOCK_H=triton.next_power_of_2(heads),
-            BLOCK_D=triton.next_power_of_2(size // 2),
+            BLOCK_H=next_power_of_2(heads),
+            BLOCK_D=next_power_of_2(size // 2),
             **early(x_THd.device, tokens),
         )
     return out_THd, partial_Pd.sum(0).to(weight_d.dtype)

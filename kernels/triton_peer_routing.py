@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import cdiv, next_power_of_2
 from kernels.peers import HEADER, PeerChoices, RowPlan
 
 BLOCK = 128  # tokens of a program
@@ -28,9 +29,9 @@ def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
         weights_VK=torch.empty(count, top_k, dtype=torch.float32, device=device),
         numbers=torch.empty(2 + size, dtype=torch.int32, device=device),
     )
-    grid = (triton.cdiv(capacity, BLOCK), size)
+    grid = (cdiv(capacity, BLOCK), size)
     counts = torch.empty(1 + size, grid[0] * size, dtype=torch.int32, device=device)  # rows at each rank; choices served here
-    sizes = {"W": size, "K": top_k, "K_PADDED": triton.next_power_of_2(top_k), "BLOCK": BLOCK, "HEAD": HEADER}
+    sizes = {"W": size, "K": top_k, "K_PADDED": next_power_of_2(top_k), "BLOCK": BLOCK, "HEAD": HEADER}
     _count_kernel[grid](choices.pointers_W, counts, capacity, rank, **sizes)
     _rows_kernel[grid](
         choices.pointers_W,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import cdiv, next_power_of_2
 from kernels.peers import LANE_BYTES, PeerRows
 
 BLOCK_D = 2048  # numbers of a row that a program moves
@@ -32,7 +33,7 @@ def launch_pull(
     assert place_RK is None or place_RK.is_contiguous(), "places of a row are adjacent"
     block_d, ranks = _block_d(rows), len(rows.blocks)
     if row_V.shape[0] and rows.width:
-        _pull_kernel[(row_V.shape[0], triton.cdiv(rows.width, block_d))](
+        _pull_kernel[(row_V.shape[0], cdiv(rows.width, block_d))](
             rows.pointers_W,
             row_V,
             out_RD,
@@ -58,7 +59,7 @@ def launch_sum(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     out_TD = torch.empty(tokens, rows.width, dtype=rows.dtype, device=rank_TK.device)
     block_d = _block_d(rows)
     if tokens and rows.width:
-        _sum_kernel[(tokens, triton.cdiv(rows.width, block_d))](
+        _sum_kernel[(tokens, cdiv(rows.width, block_d))](
             rows.pointers_W,
             rank_TK,
             row_WT,
@@ -66,7 +67,7 @@ def launch_sum(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
             row_WT.stride(0),
             rows.start // LANE_BYTES,
             K=top_k,
-            K_PADDED=triton.next_power_of_2(top_k),
+            K_PADDED=next_power_of_2(top_k),
             D=rows.width,
             BLOCK_D=block_d,
             UNIT=_unit(rows),
@@ -82,7 +83,7 @@ def launch_pick(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     out_TK = torch.empty(rank_TK.shape, dtype=rows.dtype, device=rank_TK.device)
     block = 256
     if out_TK.numel():
-        _pick_kernel[(triton.cdiv(out_TK.numel(), block),)](
+        _pick_kernel[(cdiv(out_TK.numel(), block),)](
             rows.pointers_W,
             rank_TK,
             row_WT,
@@ -99,7 +100,7 @@ def launch_pick(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
 
 
 def _block_d(rows: PeerRows) -> int:
-    return min(BLOCK_D, int(triton.next_power_of_2(max(1, rows.width))))
+    return min(BLOCK_D, next_power_of_2(max(1, rows.width)))
 
 
 def _unit(rows: PeerRows) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, cdiv, early, next_power_of_2
 from kernels.triton_log1p import log1p
 
 BLOCK = 2048  # numbers that a program looks at together
@@ -30,8 +30,8 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
     tokens_B = torch.empty(rows, dtype=torch.int64, device=device)
     if not rows:
         return tokens_B
-    span = BLOCK * triton.cdiv(triton.cdiv(vocabulary, BLOCK), max(1, PROGRAMS // rows))
-    parts = triton.cdiv(vocabulary, span)
+    span = BLOCK * cdiv(cdiv(vocabulary, BLOCK), max(1, PROGRAMS // rows))
+    parts = cdiv(vocabulary, span)
     best_BP = torch.empty(rows, parts, dtype=torch.int64, device=device)
     assert logits_BV.dtype == torch.float32 and uids_B.dtype == positions_B.dtype == torch.int64
     _race_kernel[(rows, parts)](
@@ -50,7 +50,7 @@ def launch_race(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, seed: in
         num_warps=8,
         **early(device, rows),
     )
-    _winner_kernel[(rows,)](best_BP, tokens_B, parts, PADDED=triton.next_power_of_2(parts), **early(device, rows))
+    _winner_kernel[(rows,)](best_BP, tokens_B, parts, PADDED=next_power_of_2(parts), **early(device, rows))
     return tokens_B
 
 

@@ -17,11 +17,10 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels.launches import early
+from kernels.launches import cdiv, early, next_power_of_2
 from kernels.triton_router_kernels import add_kernel, route_backward_kernel, route_kernel
 
 TILE_NUMBERS = 2048  # of a program's tile, unless that means fewer than 16 tokens or more than 128
@@ -44,11 +43,11 @@ class Settings:
 
     @cached_property
     def group_padded(self) -> int:
-        return max(2, triton.next_power_of_2(self.num_experts // self.num_groups))
+        return max(2, next_power_of_2(self.num_experts // self.num_groups))
 
     @cached_property
     def groups_padded(self) -> int:
-        return int(triton.next_power_of_2(self.num_groups))
+        return next_power_of_2(self.num_groups)
 
     @cached_property
     def experts_padded(self) -> int:
@@ -77,7 +76,7 @@ class Settings:
     @cached_property
     def forward_constants(self) -> dict[str, Any]:
         return self.constants | {
-            "K_PADDED": triton.next_power_of_2(self.top_k),
+            "K_PADDED": next_power_of_2(self.top_k),
             "GROUPS": self.num_groups,
             "GROUPS_PADDED": self.groups_padded,
             "GROUP_PADDED": self.group_padded,
@@ -86,7 +85,7 @@ class Settings:
 
     @cached_property
     def backward_constants(self) -> dict[str, Any]:
-        return self.constants | {"E_PADDED": max(2, triton.next_power_of_2(self.num_experts))}
+        return self.constants | {"E_PADDED": max(2, next_power_of_2(self.num_experts))}
 
 
 settings_of = lru_cache(maxsize=256)(Settings)  # working the constants out costs more than a launch
@@ -140,7 +139,7 @@ def launch_route(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """(experts_TK, weights_TK, counts_E, (score_sums_E, z_loss, num_valid) where asked for), without autograd."""
     (tokens, experts), device, vector = logits_TE.shape, logits_TE.device, settings.vector(logits_TE.dtype)
-    programs = triton.cdiv(tokens, settings.block_tokens)
+    programs = cdiv(tokens, settings.block_tokens)
     experts_TK = torch.empty(tokens, settings.top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(tokens, settings.top_k, dtype=torch.float32, device=device)
     counts_E = torch.zeros(experts, dtype=torch.int64, device=device)
@@ -167,7 +166,7 @@ def launch_route(
     if partial_sums is None:
         return experts_TK, weights_TK, counts_E, None
     score_sums_E, z_loss, num_valid = (torch.empty(shape, device=device) for shape in ((experts,), (), ()))
-    add_kernel[(triton.cdiv(experts, 32),)](
+    add_kernel[(cdiv(experts, 32),)](
         partial_sums, score_sums_E, z_loss, num_valid, programs, E=experts, BLOCK_P=128, BLOCK_E=32
     )
     return experts_TK, weights_TK, counts_E, (score_sums_E, z_loss, num_valid)
@@ -186,7 +185,7 @@ def launch_route_backward(
     grad_logits_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
     if not logits_TE.shape[0]:
         return grad_logits_TE
-    route_backward_kernel[(triton.cdiv(logits_TE.shape[0], settings.block_tokens),)](
+    route_backward_kernel[(cdiv(logits_TE.shape[0], settings.block_tokens),)](
         logits_TE,
         experts_TK,
         None if valid_T is None else valid_T.contiguous(),

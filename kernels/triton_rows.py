@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, early
+from kernels.launches import begin, cdiv, early, next_power_of_2
 
 BLOCK_D = 2048  # of a program
 SPREAD_NUMBERS = 4096  # of a program; 32 a thread, written K times
@@ -30,7 +30,7 @@ def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> 
     if not tokens or not hidden:
         return
     (x_stride, x_unit), (out_stride, out_unit) = _stride(x_TD), _stride(out_ND)
-    _spread_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_d))](
+    _spread_kernel[(cdiv(tokens, block_t), cdiv(hidden, block_d))](
         x_TD,
         place_N,
         out_ND,
@@ -66,7 +66,7 @@ def launch_combine(
         return
     block_d = _block_d(hidden)
     y_stride, y_unit = _stride(y_ND)
-    _combine_kernel[(tokens, triton.cdiv(hidden, block_d))](
+    _combine_kernel[(tokens, cdiv(hidden, block_d))](
         y_ND,
         place_N,
         None if weights_TK is None else weights_TK.contiguous(),
@@ -78,7 +78,7 @@ def launch_combine(
         y_stride,
         Y_UNIT=y_unit,
         K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k),
+        K_PADDED=next_power_of_2(top_k),
         D=hidden,
         BLOCK_D=block_d,
         num_warps=min(4, max(1, block_d // 512)),
@@ -87,7 +87,7 @@ def launch_combine(
 
 
 def _block_d(hidden: int) -> int:
-    return min(BLOCK_D, int(triton.next_power_of_2(max(1, hidden))))
+    return min(BLOCK_D, next_power_of_2(max(1, hidden)))
 
 
 def _stride(rows: Tensor) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import cdiv
+
 BLOCK = 2048  # numbers that a program reads at once
 STEPS = 16  # of them, one after the other
 
@@ -21,7 +23,7 @@ def launch_squares(gradient: Tensor) -> Tensor:
     if not gradient.numel():
         return torch.zeros(experts, dtype=torch.float64, device=device)
     numbers = gradient.numel() // experts
-    programs = triton.cdiv(numbers, BLOCK * STEPS)
+    programs = cdiv(numbers, BLOCK * STEPS)
     partial = torch.empty(experts, programs, dtype=torch.float64, device=device)
     total = torch.empty(experts, dtype=torch.float64, device=device)
     _squares_kernel[(experts, programs)](gradient, partial, numbers, programs, BLOCK=BLOCK, STEPS=STEPS, num_warps=8)

@@ -13,7 +13,6 @@ bytes, each once, 2.7 GB: 0.64 ms at 4.2 TB/s. A = 2048, B = 768 the half. So th
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,6 +40,7 @@ from kernels.hopper.ring import (
     stacked_rows,
     swizzled,
 )
+from kernels.launches import cdiv
 
 WIDTH = 256
 
@@ -163,7 +163,7 @@ def d_weights(
     fresh = torch.empty if slots_E is None else torch.zeros
     out_SAB = fresh(max(num_slots - summed, 1), height, columns, dtype=left.dtype, device=left.device)
     width = WIDTH if columns > 128 else 128
-    m_tiles, n_tiles = triton.cdiv(height, ROWS.value), triton.cdiv(columns, width)
+    m_tiles, n_tiles = cdiv(height, ROWS.value), cdiv(columns, width)
     matrix, slot_rows = stacked_rows(out_SAB, "the gradient")
     kernel[(multiprocessors(left.device),)](
         clipped(left, (DEPTH.value, HALF.value)),

@@ -20,7 +20,6 @@ in place of bulk ones, took 2.8 ms for the product `up` where the copy (0.3 ms) 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -58,7 +57,7 @@ from kernels.hopper.ring import (
     swizzled,
     write,
 )
-from kernels.launches import early
+from kernels.launches import cdiv, early
 
 NARROW_GAIN = 0.9  # narrow tiles read the rows twice as often, so they must share by a tenth better
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -287,7 +286,7 @@ def up(
     width = _even_width(2 * hidden, order, x_RD.device)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (width // 2, DEPTH.value))
-    n_tiles = triton.cdiv(2 * hidden, width)
+    n_tiles = cdiv(2 * hidden, width)
     _launch("up", width, order, slots_E, slot_rows, x_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=h)
     return h, out[HALF.value :]
 
@@ -299,7 +298,7 @@ def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOr
     width = _even_width(columns, order, a_RF.device)
     weights, slot_rows = stacked_rows(down_SDF, "down")
     right = blocks(weights, (width, DEPTH.value))
-    _launch("down", width, order, slots_E, slot_rows, a_RF, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
+    _launch("down", width, order, slots_E, slot_rows, a_RF, right, out, hidden=0, n_tiles=cdiv(columns, width))
     return out[HALF.value :]
 
 
@@ -319,7 +318,7 @@ def d_hidden(
     rows, hidden = dy_RD.shape[0], down_SDF.shape[2]
     d_h, out = into or (clippable(rows, 2 * hidden, dy_RD)[0], clippable(rows, hidden, dy_RD)[0])
     width = _width(hidden)
-    n_tiles = triton.cdiv(hidden, width)
+    n_tiles = cdiv(hidden, width)
     dots_PR = dy_RD.new_empty(n_tiles, rows, dtype=torch.float32)
     weights, slot_rows = stacked_rows(down_SDF, "down")
     right = blocks(weights, (DEPTH.value, width))
@@ -337,7 +336,7 @@ def d_rows(
     width = _width(columns)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (DEPTH.value, width))
-    _launch("d_rows", width, order, slots_E, slot_rows, d_h_RC, right, out, hidden=0, n_tiles=triton.cdiv(columns, width))
+    _launch("d_rows", width, order, slots_E, slot_rows, d_h_RC, right, out, hidden=0, n_tiles=cdiv(columns, width))
     return out[HALF.value :]
 
 
@@ -353,7 +352,7 @@ def _even_width(columns: int, order: ExpertOrder, device: torch.device) -> int:
     experts, entries = order.counts_E.shape[0], order.entry_N.shape[0]
     # About how many tiles of rows there are; how many exactly only the GPU knows.
     tiles = max(min(experts, entries), entries // ROWS.value + experts // 2)
-    turns = {n: triton.cdiv(tiles * triton.cdiv(columns, n), multiprocessors(device)) for n in (256, 128)}
+    turns = {n: cdiv(tiles * cdiv(columns, n), multiprocessors(device)) for n in (256, 128)}
     return 128 if 128 * turns[128] < 256 * turns[256] * NARROW_GAIN else 256
 
 

@@ -39,6 +39,7 @@ from kernels.hopper.ring import (
     place,
     swizzled,
 )
+from kernels.launches import cdiv
 
 WIDTH = 256
 GROUP = gl.constexpr(64)  # row tiles that go through all columns together; at D = 2048 their 34 MB stay in the L2 cache
@@ -192,12 +193,12 @@ def reduce_kernel(partials, target_logit, logprobs, entropy, log_sum, rows, tile
 def statistics_of(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log p(target), entropy, both in nats; log2 of the sum of 2^z), (T,) float32."""
     tokens, vocabulary = hidden_TD.shape[0], head_VD.shape[0]
-    tiles = triton.cdiv(vocabulary, WIDTH)
+    tiles = cdiv(vocabulary, WIDTH)
     partials = hidden_TD.new_empty(3, tiles, tokens, dtype=torch.float32)
     logprobs_T, entropy_T, log_sum_T = hidden_TD.new_empty(3, tokens, dtype=torch.float32)
     target_logit_T = torch.full_like(logprobs_T, math.nan)  # what a target outside of the vocabulary keeps
     _launch(hidden_TD, head_VD, targets_T, temperature, 0, tiles, None, partials=partials, target_logit_T=target_logit_T)
-    reduce_kernel[(triton.cdiv(tokens, REDUCE_TOKENS),)](
+    reduce_kernel[(cdiv(tokens, REDUCE_TOKENS),)](
         partials, target_logit_T, logprobs_T, entropy_T, log_sum_T, tokens, tiles, TOKENS=REDUCE_TOKENS, TILES=REDUCE_TILES
     )
     return logprobs_T, entropy_T, log_sum_T
@@ -210,15 +211,15 @@ def logit_gradients(
 
     `constants_4T` as in `gradient`.
     """
-    tiles = triton.cdiv(out_TW.shape[1], WIDTH)
+    tiles = cdiv(out_TW.shape[1], WIDTH)
     _launch(hidden_TD, head_VD, targets_T, temperature, first, tiles, out_TW, constants_4T=constants_4T)
 
 
 def chunk_width(tokens: int, vocabulary: int, most_bytes: int) -> int:
     """W: columns of like chunks of the vocabulary whose gradient takes at most about `most_bytes` in bfloat16."""
     most = max(1, most_bytes // (2 * tokens * WIDTH))
-    tiles = triton.cdiv(vocabulary, WIDTH)
-    return WIDTH * int(triton.cdiv(tiles, triton.cdiv(tiles, most)))
+    tiles = cdiv(vocabulary, WIDTH)
+    return WIDTH * cdiv(tiles, cdiv(tiles, most))
 
 
 def _launch(
@@ -243,7 +244,7 @@ def _launch(
         target_logit_T,
         constants_4T,
         targets_T,
-        triton.cdiv(tokens, ROWS.value),
+        cdiv(tokens, ROWS.value),
         tiles,
         first,
         hidden,
