@@ -60,8 +60,9 @@ class DenseZeRO:
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": settings.clip_norm,
                 "zero_allow_untested_optimizer": True,
-                # Slices and a single rank need no bucket to reduce in, and ZeRO makes one of this size in every backward pass.
-                "zero_optimization": {"stage": stage, **({"reduce_bucket_size": 1} if places or world.size == 1 else {})},
+                # Slices and a single rank need no bucket to reduce in, which ZeRO makes in every backward pass, nor its hooks
+                # on every gradient, which ask whether the bucket is full.
+                "zero_optimization": {"stage": stage, "contiguous_gradients": not (places or world.size == 1)},
                 # The trainer looks at the norm before it asks for a step, which tells as much as a look at every tensor.
                 "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
                 "steps_per_print": 10**12,
