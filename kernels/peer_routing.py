@@ -1,7 +1,7 @@
-"""What the tokens of several ranks chose, read in place, and the rows that follow from it: every rank works out the same.
+"""What the tokens of several ranks chose, laid out and read in place, and the rows that follow: every rank works out the same.
 
-Shape letters: W ranks, C tokens of each that there is room for, V = W * C, K top-k, R rows that this rank serves, E experts.
-This file is the reference in plain torch; CUDA takes kernels/triton_peer_routing.py.
+Shape letters: W ranks, C tokens of each that there is room for, T tokens of this one, V = W * C, K top-k, R rows that this rank
+serves, E experts, D width. This file is the reference in plain torch; CUDA takes kernels/triton_peer_routing.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.peers import FIELDS, HEADER, PeerChoices, RowPlan
+from kernels.peers import FIELDS, HEADER, PeerChoices, PeerRows, RowPlan
+
+
+def lay_out(
+    choices: PeerChoices, rows: PeerRows, rank: int, rank_TK: Tensor, experts_TK: Tensor, weights_TK: Tensor, x_TD: Tensor
+) -> bool:
+    """Writes this rank's tokens and choices where all ranks read them; where there are more than there is room for, only how
+    many, and returns False.
+
+    Args:
+        rank_TK: int32; who serves each choice.
+        experts_TK: int64 or int32.
+        weights_TK: float32.
+    """
+    tokens, numbers = x_TD.shape[0], choices.of_rank[rank]
+    if tokens > choices.capacity:
+        numbers[:1].fill_(tokens)
+        return False
+    if x_TD.is_cuda:
+        from kernels.triton_peer_routing import launch_lay_out  # here, because CPU machines may lack Triton
+
+        launch_lay_out(choices, rows, rank, rank_TK, experts_TK, weights_TK, x_TD)
+        return True
+    numbers[:1].fill_(tokens)
+    fields_FCK = numbers[HEADER:].view(FIELDS, choices.capacity, choices.top_k)
+    for field_CK, values_TK in zip(fields_FCK, (rank_TK, experts_TK, weights_TK.view(torch.int32)), strict=True):
+        field_CK[:tokens].copy_(values_TK)
+    rows.of_rank[rank][:tokens].copy_(x_TD)
+    return True
 
 
 def plan_rows(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
@@ -23,7 +51,7 @@ def plan_rows(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
 
         return launch_plan(choices, index_E, rank)
     size, capacity, top_k = len(choices.blocks), choices.capacity, choices.top_k
-    boards_WB = torch.stack([block[: choices.nbytes].view(torch.int32) for block in choices.blocks])
+    boards_WB = torch.stack(choices.of_rank)
     tokens_W = boards_WB[:, 0]
     fields_WFCK = boards_WB[:, HEADER:].view(size, FIELDS, capacity, top_k)
     laid_W = torch.where(tokens_W > capacity, 0, tokens_W)

@@ -60,24 +60,9 @@ class PeerChoices:
         return 4 * (HEADER + FIELDS * self.capacity * self.top_k)
 
     @cached_property
-    def _fields(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each rank: how many tokens it has (1,), and of their choices who serves, the experts and the weights, (C, K)."""
-        found = []
-        for block in self.blocks:
-            numbers = block[: self.nbytes].view(torch.int32)
-            ranks_CK, experts_CK, weights_CK = numbers[HEADER:].view(FIELDS, self.capacity, self.top_k)
-            found.append((numbers[:1], ranks_CK, experts_CK, weights_CK.view(torch.float32)))
-        return found
-
-    def lay_out(self, rank: int, rank_TK: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> bool:
-        """Writes those of this rank; where there are more than there is room for, only how many, and returns False."""
-        tokens, (count, *fields) = rank_TK.shape[0], self._fields[rank]
-        count.fill_(tokens)
-        if tokens > self.capacity:
-            return False
-        for field_CK, values_TK in zip(fields, (rank_TK, experts_TK, weights_TK), strict=True):
-            field_CK[:tokens].copy_(values_TK)
-        return True
+    def of_rank(self) -> list[Tensor]:
+        """All numbers of each, int32."""
+        return [block[: self.nbytes].view(torch.int32) for block in self.blocks]
 
 
 @dataclass(frozen=True)

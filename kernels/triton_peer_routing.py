@@ -1,4 +1,5 @@
-"""kernels/peer_routing.py in two Triton kernels: one counts the rows of each block of tokens, the other numbers them.
+"""kernels/peer_routing.py in three Triton kernels: one lays a rank's choices out beside its tokens; of the plan one counts the
+rows of each block of tokens, and one numbers them.
 
 Shape letters: W ranks, C tokens of each, V = W * C, K top-k. Bounds: 12 bytes a choice of every rank, most of them over the
 link; at W = 2, C = 16384, K = 8 that is 1.6 MB, 5 us. Launches are what it saves: a layer's tokens wait for them. So each block
@@ -13,10 +14,37 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launches import cdiv, next_power_of_2
-from kernels.peers import HEADER, PeerChoices, RowPlan
+from kernels.peers import HEADER, PeerChoices, PeerRows, RowPlan
 
-BLOCK = 128  # tokens of a program
+BLOCK = 128  # tokens of a program that plans
+BLOCK_D = 2048  # numbers of a token that a program lays out
 CHUNK = 512  # counts that a program adds at once
+
+
+def launch_lay_out(
+    choices: PeerChoices, rows: PeerRows, rank: int, rank_TK: Tensor, experts_TK: Tensor, weights_TK: Tensor, x_TD: Tensor
+) -> None:
+    """kernels.peer_routing.lay_out of no more tokens than there is room for."""
+    tokens, hidden = x_TD.shape
+    out_RD = rows.of_rank[rank]
+    assert out_RD.dtype == x_TD.dtype and out_RD.shape[1] == hidden and x_TD.stride(1) == 1, (out_RD.dtype, x_TD.stride())
+    block_d = min(BLOCK_D, next_power_of_2(hidden))
+    _lay_out_kernel[(max(tokens, 1), cdiv(hidden, block_d))](
+        choices.of_rank[rank],
+        out_RD,
+        rank_TK.contiguous(),
+        experts_TK.contiguous(),
+        weights_TK.contiguous(),
+        x_TD,
+        tokens,
+        choices.capacity,
+        x_TD.stride(0),
+        K=choices.top_k,
+        K_PADDED=next_power_of_2(choices.top_k),
+        D=hidden,
+        BLOCK_D=block_d,
+        HEAD=HEADER,
+    )
 
 
 def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
@@ -47,6 +75,39 @@ def launch_plan(choices: PeerChoices, index_E: Tensor, rank: int) -> RowPlan:
         **sizes,
     )
     return plan
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def _lay_out_kernel(  # type: ignore[no-untyped-def]
+    numbers,
+    out,
+    ranks,
+    experts,
+    weights,
+    x,
+    tokens,
+    capacity,
+    x_row,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = (column < D) & (token < tokens)
+    tl.store(out + token * D + column, tl.load(x + token * x_row + column, mask=there), mask=there)
+    if tl.program_id(1) == 0:
+        choice = tl.arange(0, K_PADDED)
+        at, inside = token * K + choice, (choice < K) & (token < tokens)
+        field = numbers + HEAD + at
+        tl.store(field, tl.load(ranks + at, mask=inside), mask=inside)
+        tl.store(field + capacity * K, tl.load(experts + at, mask=inside).to(tl.int32), mask=inside)
+        weight = tl.load(weights + at, mask=inside)
+        tl.store(field + 2 * capacity * K, weight.to(tl.int32, bitcast=True), mask=inside)
+        if token == 0:
+            tl.store(numbers, tokens)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.expert_order import ExpertOrder, cut, expert_order
 from kernels.expert_passes import Room as EntryRoom
 from kernels.host_device import to_host
-from kernels.peer_routing import plan_rows
+from kernels.peer_routing import lay_out, plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows, capacity_for
 from parallel.peer_memory import PeerMemory
@@ -106,8 +106,7 @@ class PeerTokens:
             self._room = self._made(self._room.tokens, self._room.rows, top_k)
         while True:
             room, block = self._room, self.turn()
-            if block.choices.lay_out(rank, rank_TK, experts_TK, weights_TK.detach()):
-                block.tokens.of_rank[rank][:tokens].copy_(x_TD.detach())
+            lay_out(block.choices, block.tokens, rank, rank_TK, experts_TK, weights_TK.detach(), x_TD.detach())
             with world.exposed:
                 block.memory.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.

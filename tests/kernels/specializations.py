@@ -20,14 +20,14 @@ from kernels.accumulate import Sum
 from kernels.expert_order import TILE_ROWS, ExpertOrder, cut, most_tiles, parts_of
 from kernels.hopper import columns, ring, rows
 from kernels.host_device import to_device
-from kernels.peers import PeerChoices, PeerRows, capacity_for
+from kernels.peers import LANE_BYTES, PeerChoices, PeerRows, capacity_for
 from kernels.ragged import ragged
 from kernels.triton_attention import BLOCK, launch_attention, launch_put
 from kernels.triton_destinations import launch_destinations
 from kernels.triton_expert_order import order_with_kernels
 from kernels.triton_linear import launch_linears
 from kernels.triton_norm import launch_norm_rotate_backward, launch_rms_norm, launch_rms_norm_backward, launch_rotate
-from kernels.triton_peer_routing import launch_plan
+from kernels.triton_peer_routing import launch_lay_out, launch_plan
 from kernels.triton_peer_rows import launch_pick, launch_pull, launch_sum
 from kernels.triton_router import launch_route, launch_route_backward, settings_of
 from kernels.triton_rows import launch_combine, launch_spread
@@ -48,7 +48,11 @@ def layer(rng: np.random.Generator, experts: int, tokens: int, parts: int) -> No
     blocks = [torch.zeros(2**20, dtype=torch.uint8) for _ in range(RANKS)]
     pointers_W = torch.tensor([block.data_ptr() for block in blocks])
     capacity = capacity_for(tokens)
-    plan = launch_plan(PeerChoices(blocks, pointers_W, capacity, TOP_K), slots_E, 0)
+    choices = PeerChoices(blocks, pointers_W, capacity, TOP_K)
+    sent = PeerRows(blocks, pointers_W, -(-choices.nbytes // LANE_BYTES) * LANE_BYTES, HIDDEN, torch.bfloat16)
+    x_TD = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16)
+    launch_lay_out(choices, sent, 0, rank_TK, chosen_TK.long(), torch.zeros(tokens, TOP_K), x_TD)
+    plan = launch_plan(choices, slots_E, 0)
     order = ordered(plan.slots_VK, experts)
     received = int(rng.integers(1, RANKS * tokens + 1))
     x_RD = torch.zeros(RANKS * capacity, HIDDEN, dtype=torch.bfloat16)

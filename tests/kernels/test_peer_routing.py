@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.peer_routing import plan_rows
-from kernels.peers import HEADER, PeerChoices, RowPlan
+from kernels.peer_routing import lay_out, plan_rows
+from kernels.peers import HEADER, LANE_BYTES, PeerChoices, PeerRows, RowPlan
 
 Laid = tuple[Tensor, Tensor, Tensor]  # rank_TK, experts_TK, weights_TK of one rank
 
@@ -26,15 +26,52 @@ def drawn(ranks: int, tokens: list[int], top_k: int, experts: int, seed: int) ->
     ]
 
 
-def laid_out(laid: list[Laid], capacity: int, top_k: int, device: str = "cpu") -> PeerChoices:
-    """In blocks full of garbage."""
-    size = PeerChoices((), torch.empty(0), capacity, top_k).nbytes + 32
-    blocks = [torch.randint(0, 255, (size,), dtype=torch.uint8).to(device) for _ in laid]
+WIDTH = 20  # of the tokens behind the choices
+
+
+def room_for(ranks: int, capacity: int, top_k: int, device: str = "cpu") -> tuple[PeerChoices, PeerRows]:
+    """Blocks full of garbage."""
+    nbytes = PeerChoices((), torch.empty(0), capacity, top_k).nbytes
+    start = -(-nbytes // LANE_BYTES) * LANE_BYTES
+    blocks = [torch.randint(0, 255, (start + 4 * WIDTH * capacity + 32,), dtype=torch.uint8).to(device) for _ in range(ranks)]
     pointers_W = torch.tensor([block.data_ptr() for block in blocks], device=device)
-    choices = PeerChoices(blocks, pointers_W, capacity, top_k)
+    return PeerChoices(blocks, pointers_W, capacity, top_k), PeerRows(blocks, pointers_W, start, WIDTH, torch.float32)
+
+
+def tokens_of(laid: Laid) -> Tensor:
+    """Rows that are not adjacent."""
+    return torch.rand(laid[0].shape[0], 2 * WIDTH, generator=torch.Generator().manual_seed(3))[:, :WIDTH]
+
+
+def laid_out(laid: list[Laid], capacity: int, top_k: int, device: str = "cpu") -> PeerChoices:
+    choices, rows = room_for(len(laid), capacity, top_k, device)
     for rank, parts in enumerate(laid):
-        assert choices.lay_out(rank, *(part.to(device) for part in parts)) == (parts[0].shape[0] <= capacity)
+        fits = lay_out(choices, rows, rank, *(part.to(device) for part in parts), tokens_of(parts).to(device))
+        assert fits == (parts[0].shape[0] <= capacity)
     return choices
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(5, 3), (9, 1), (0, 2)])
+def test_the_kernel_lays_out_what_the_reference_does_and_nothing_else(
+    kernel_device: str, tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import triton_peer_routing
+
+    monkeypatch.setattr(triton_peer_routing, "BLOCK_D", 16)  # so that a token takes two programs
+    (laid,) = drawn(1, [tokens], top_k, 6, 1)
+    choices, rows = room_for(1, 9, top_k)
+    there = choices.blocks[0].to(kernel_device, copy=True)
+    pointers_W = torch.tensor([there.data_ptr()], device=kernel_device)
+    copied = PeerChoices([there], pointers_W, 9, top_k), PeerRows([there], pointers_W, rows.start, WIDTH, torch.float32)
+    assert lay_out(choices, rows, 0, *laid, tokens_of(laid))
+    parts = [part.to(kernel_device) for part in (*laid, tokens_of(laid))]
+    triton_peer_routing.launch_lay_out(*copied, 0, *parts)
+    assert torch.equal(there.cpu(), choices.blocks[0])
+    numbers = choices.of_rank[0]
+    assert int(numbers[0]) == tokens and torch.equal(rows.of_rank[0][:tokens], tokens_of(laid))
+    ranks_TK, experts_TK, weights_TK = numbers[HEADER:].view(3, 9, top_k)[:, :tokens]
+    assert torch.equal(ranks_TK, laid[0]) and torch.equal(experts_TK, laid[1].int())
+    assert torch.equal(weights_TK.view(torch.float32), laid[2])
 
 
 def check(plan: RowPlan, laid: list[Laid], capacity: int, index_E: Tensor, here: int) -> None:
@@ -68,7 +105,7 @@ def test_every_token_has_a_row_where_it_is_served(tokens: list[int], top_k: int,
 def with_too_many(device: str) -> PeerChoices:
     """Rank 1 has 12 tokens, where there is room for 9: what lies there names this rank, and experts that nobody has."""
     choices = laid_out(drawn(2, [3, 12], 2, 4, 0), 9, 2, device)
-    numbers = choices.blocks[1][: choices.nbytes].view(torch.int32)
+    numbers = choices.of_rank[1]
     numbers[HEADER : HEADER + 9 * 2], numbers[HEADER + 9 * 2 : HEADER + 2 * 9 * 2] = 0, 2**30
     return choices
 
