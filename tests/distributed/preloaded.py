@@ -1,6 +1,6 @@
-"""What the server of ranks imports before it forks them: what each of them would spend a second on.
+"""What the server of ranks imports before it forks them: what each of them would spend a second on, or ten where files are slow.
 
-It forks on CPUs only, so DeepSpeed, which picks its device when it is imported, cannot be wrong about it.
+DeepSpeed picks its device when it is imported, so the server forks ranks for one kind only: GPUs, where the machine has any.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+import torch
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else a look at whether there are GPUs opens CUDA, and forks cannot use it
+KIND = "cuda" if torch.cuda.is_available() else "cpu"
+os.environ["DS_ACCELERATOR"] = KIND
 
 for module in (
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo.trace_rules", "torch._inductor.compile_fx"),
@@ -17,4 +21,5 @@ for module in (
 ):
     import_module(module)
 
-import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once
+if KIND == "cpu":  # it asks a GPU for its version, which opens CUDA
+    import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once

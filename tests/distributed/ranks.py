@@ -23,8 +23,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, kind: str = "
     """`function(world, *args)` on every rank; a failure on any rank fails the caller with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, function, args, kind)
-        # On a machine with GPUs the server's imports open CUDA, which a fork cannot use, not even for its optimizer on a CPU.
-        method = "spawn" if torch.cuda.is_available() else "forkserver"
+        # The server's DeepSpeed is for GPUs where there are any; ranks on the CPUs of such a machine import their own.
+        method = "spawn" if kind == "cpu" and torch.cuda.is_available() else "forkserver"
         mp.start_processes(_rank, arguments, nprocs=size, start_method=method)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(size)]
 
