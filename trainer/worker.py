@@ -93,7 +93,7 @@ class TrainWorker(Traceable):
 
     def join(self, host: str, port: int, size: int, timeout_s: float) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        use_interface_to(host, port)
+        use_interface_to(host)
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
         self.meeting, self.timeout_s = (host, port), timeout_s
