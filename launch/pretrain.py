@@ -47,7 +47,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
             tracker.say(line)
         memory = MemoryCheckpoints(config.train.memory_checkpoint_every, tracker.say)
         training = Pretraining(config, model, start_from, corpus, choices, dtype, run, tracker, stop, memory)
-        run_attempts(config.cluster, ranks, training.attempt, lambda: tracker.began, stop, tracker.say)
+        at_stop = training.checkpoints.bring_to_disk
+        run_attempts(config.cluster, ranks, training.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path

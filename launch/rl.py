@@ -54,7 +54,8 @@ def reinforce(config: RLConfig) -> Path | None:
             memory = MemoryCheckpoints(config.loop.memory_checkpoint_every, tracker.say)
             in_tokens = TokenTask(task, tokenizer, rewards, config)
             work = Reinforcement(config, model, in_tokens, start_from, choices, dtype, run, tracker, stop, memory)
-            run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, tracker.say)
+            at_stop = work.checkpoints.bring_to_disk
+            run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path

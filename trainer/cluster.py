@@ -271,11 +271,17 @@ def _is_large(value: Any) -> bool:
 
 
 def run_attempts(
-    config: ClusterConfig, places: int, attempt: Callable[[], None], began: Callable[[], int], stop: StopRequest, say: Say
+    config: ClusterConfig,
+    places: int,
+    attempt: Callable[[], None],
+    began: Callable[[], int],
+    stop: StopRequest,
+    bring_to_disk: Callable[[], None],
+    say: Say,
 ) -> None:
     """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
 
-    `began`: the step after which the newest attempt went on.
+    `began`: the step after which the newest attempt went on. `bring_to_disk`: before Ray goes where the run is to go on later.
     """
 
     def unless_stopped() -> None:
@@ -286,6 +292,10 @@ def run_attempts(
         start_ray(config, places, say)
         stop.listen()
         supervise(unless_stopped, began, config.max_restarts, say)
+    except Stopped:
+        with stop.deferred():  # a second signal comes too late to change anything
+            bring_to_disk()
+        raise
     finally:
         ray.shutdown()  # ends the cluster that was started here; of another one it only takes leave
 
