@@ -137,9 +137,11 @@ def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]
     """How many ranks the run may go on with: `ranks`, then fewer, down to `cluster.min_ranks`, that pass `check`.
 
     Raises:
-        UserError: `ranks` does not pass.
+        UserError: `ranks` does not pass, or is less than min_ranks.
     """
     check(ranks)
+    if (config.min_ranks or 0) > ranks:
+        raise UserError(f"cluster.min_ranks ({config.min_ranks}) is larger than the number of ranks ({ranks}); lower it")
     choices = [ranks]
     for fewer in range(ranks - 1, (config.min_ranks or ranks) - 1, -1):
         with suppress(UserError):

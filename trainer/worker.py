@@ -153,10 +153,11 @@ class TrainWorker(Traceable):
         return metrics
 
     def evaluate(self, rows: int) -> dict[str, Value]:
-        """Over the first `rows` rows of the held-out documents, or as many as there are."""
-        available = self.held_out.num_rows_per_epoch // self.world.size * self.world.size
-        share = min(rows, available) // self.world.size
-        batch = self.held_out.rows(self.rank * share, share)
+        """Over the first `rows` rows of the held-out documents, or as many as there are: the same on any number of ranks."""
+        count = min(rows, self.held_out.num_rows_per_epoch)
+        share = -(-count // self.world.size)  # of every rank, because they exchange tokens; the last ones may have padding
+        first = self.rank * share
+        batch = self.held_out.rows(first, share).padded_from(max(0, count - first))
         return dict(self.trainer.evaluate(batch, self.corpus.tokenizer.token_bytes()))
 
     def new_optimizer(self) -> None:

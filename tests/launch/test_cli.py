@@ -146,6 +146,13 @@ def test_numbers_arrive_as_they_are_written(steps: int, lr: float, seed: int) ->
         ("cluster.ranks=x", "cluster.ranks = x should be auto or a whole number"),
         ("cluster.ranks=0", "cluster.ranks = 0 should be auto or greater than 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas = [0.9] has too few items (1)"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas.1 = 1 should be less than 1"),
+        (f"seed={2**63}", f"seed = {2**63} should be less than {2**63}"),
+        (
+            "model.vocab_size=5",
+            "model.vocab_size (5) comes from the tokenizer when pretraining begins with random weights; "
+            "set tokenizer.vocab_size, or tokenizer.file, instead",
+        ),
         ("optimizer.betas=3", "optimizer.betas = 3 should be a list, written [a,b]"),
         ("optimizer.betas=[a,0.9]", "optimizer.betas.0 = a should be a number"),
         ("data.paths=[a]", 'data.paths = ["a"] is not an option of data=stdlib'),
