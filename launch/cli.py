@@ -235,8 +235,30 @@ def _compose(config_name: str, choices: tuple[tuple[str, str], ...]) -> DictConf
     arguments += [f"+experiment={config_name}/{choice}" for group, choice in choices if group == "experiment"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(config_name, arguments)
+    chosen = tuple((group, choice) for group, choice in choices if group != "experiment")
+    if chosen and len(chosen) < len(choices):
+        _win(chosen, _compose(config_name, chosen), _compose(config_name, ()), composed)
     OmegaConf.set_readonly(composed, True)
     return composed
+
+
+def _win(chosen: tuple[tuple[str, str], ...], alone: DictConfig, usual: DictConfig, composed: DictConfig) -> None:
+    """Of groups that a person has chosen, what makes the choice another than the usual one wins over an experiment's values:
+    warmup=none has no steps in any experiment, while rollout=sync, which has as many groups as april, leaves these to it."""
+    for group, _ in chosen:
+        written_down: Any = OmegaConf.to_container(alone[group])
+        for name, value in _leaves(written_down, f"{group}."):
+            if OmegaConf.select(usual, name) != value:
+                OmegaConf.update(composed, name, value, force_add=True)
+
+
+def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _default_choice(config_name: str, group: str) -> str:

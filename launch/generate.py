@@ -24,7 +24,7 @@ from rl.engine.sampler import Sampling
 from rl.trajectory import Sample, fresh_group
 from trainer.config.model import ModelConfig
 from trainer.model.hf import load_pretrained
-from trainer.starting_point import starting_point
+from trainer.starting_point import starting_point, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
@@ -38,7 +38,7 @@ def generate(
 ) -> tuple[list[Sample], Tokenizer]:
     """`samples` completions of each prompt, in their order. UserError where a prompt leaves no room for them."""
     folder, config = starting_point(checkpoint)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = tokenizer_of(folder, config)
     prompts_ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     longest = max(map(len, prompts_ids)) + new_tokens
     if longest > config.max_positions:

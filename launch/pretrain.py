@@ -15,14 +15,13 @@ from launch.report import write_report
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config.run import PretrainConfig
 from trainer.data import prepare
-from trainer.estimate import budget_lines, vocab_size
+from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import settled, starting_point
+from trainer.starting_point import settled, starting_point, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
-from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 from trainer.worker import check_division
 
@@ -48,7 +47,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
             tracker.say(line)
         memory = MemoryCheckpoints(config.train.memory_checkpoint_every, tracker.say)
         training = Pretraining(config, model, start_from, corpus, choices, dtype, run, tracker, stop, memory)
-        run_attempts(config.cluster, ranks, training.attempt, lambda: tracker.began, stop, tracker.say)
+        at_stop = training.checkpoints.bring_to_disk
+        run_attempts(config.cluster, ranks, training.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
@@ -66,9 +66,7 @@ def with_checkpoint(config: PretrainConfig) -> tuple[PretrainConfig, Path | None
         config.check_model()
     except ValueError as error:
         raise UserError(f"checkpoint={path}: {error}") from None
-    found = Tokenizer.load(folder / "tokenizer.json").vocab_size
-    if found > vocab_size(model):
-        raise UserError(f"{folder / 'tokenizer.json'} has {found} tokens, but the model beside it only {vocab_size(model)}")
+    tokenizer_of(folder, model)
     return config, folder
 
 

@@ -20,10 +20,9 @@ from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import settled, starting_point
+from trainer.starting_point import settled, starting_point, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
-from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 from trainer.worker import check_division
 
@@ -33,6 +32,7 @@ def reinforce(config: RLConfig) -> Path | None:
     config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
     start_from, model = starting_point(config.checkpoint)
     check_generates(model)
+    tokenizer = tokenizer_of(start_from, model, config.chat.eos)
     apart = config.rollout.engines_apart
     ranks = choose_ranks(config.cluster, apart)
     choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
@@ -42,7 +42,6 @@ def reinforce(config: RLConfig) -> Path | None:
     check_cluster(config.cluster, ranks, apart)
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
-    tokenizer = Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     for name in config.rollout.stop_tokens:
         tokenizer.id_of(name)  # says so before anything is started, if there is none
     run = RunDir.open(config, "rl")
@@ -55,7 +54,8 @@ def reinforce(config: RLConfig) -> Path | None:
             memory = MemoryCheckpoints(config.loop.memory_checkpoint_every, tracker.say)
             in_tokens = TokenTask(task, tokenizer, rewards, config)
             work = Reinforcement(config, model, in_tokens, start_from, choices, dtype, run, tracker, stop, memory)
-            run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, tracker.say)
+            at_stop = work.checkpoints.bring_to_disk
+            run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.addresses import address_towards, is_loopback
 from parallel.placement import Topology
 from parallel.stopwatch import Stopwatch
 
@@ -86,12 +86,10 @@ def serve_store(host: str, timeout_s: float) -> dist.TCPStore:
     )
 
 
-def use_interface_to(host: str, port: int) -> None:
+def use_interface_to(host: str) -> None:
     """Collectives of this process take the network interface that leads to `host`, unless the environment names another."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing; it only looks up the way
-        address = probe.getsockname()[0]
-    loopback = ipaddress.ip_address(address).is_loopback  # lo answers to many addresses and lists one
+    address = address_towards(host)
+    loopback = is_loopback(address)  # lo answers to many addresses and lists one
     name = next(
         name
         for name, found in psutil.net_if_addrs().items()

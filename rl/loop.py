@@ -85,7 +85,8 @@ class Reinforcement:
     def prepare(self, ranks: Processes) -> None:
         """What a run begins with, warmed up, as its checkpoint of round 0: others can start from it without a warm-up."""
         _, buffer = self._restore(ranks)
-        self.checkpoints.save(ranks, self._progress(buffer, 0), wait=True)
+        self.checkpoints.save(ranks, self._progress(buffer, 0))
+        self.checkpoints.settle(ranks)
 
     @contextmanager
     def _pool(self, placement: Placement) -> Iterator[SyncedPool]:
@@ -161,6 +162,8 @@ class Reinforcement:
         metrics |= self.task.rewards.counts() | pool.counts()
         self.tracker.devices = len(ranks) + (pool.places if self.config.rollout.placement == "separate" else 0)
         self.tracker.log(done, metrics)
+        if last or stopping:
+            self.checkpoints.settle(ranks)
         if stopping:
             self.stop.obey(f"after round {done}")
 

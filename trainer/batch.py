@@ -37,6 +37,11 @@ class TrainBatch:
         on_host = None if self.host_documents_BS is None else self.host_documents_BS[first:last]
         return replace(self._map(lambda t: t[first:last]), host_documents_BS=on_host)
 
+    def padded_from(self, row: int) -> TrainBatch:
+        """Row `row` and all behind it are padding, which teaches nothing, counts nowhere, and goes to no expert."""
+        kept_B1 = torch.arange(self.num_rows)[:, None] < row
+        return replace(self, documents_BS=self.documents_BS.where(kept_B1, -1), weights_BS=self.weights_BS * kept_B1)
+
     def to(self, device: torch.device) -> TrainBatch:
         moved = self._map(lambda t: t.to(device, non_blocking=True))
         return moved if self.documents_BS.is_cuda else replace(moved, host_documents_BS=self.documents_BS)

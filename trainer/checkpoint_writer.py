@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.checkpoint import FORMAT, CheckpointMeta, checksum, prune, set_aside
+from trainer.checkpoint import FORMAT, CheckpointMeta, Checksum, Damaged, checksum, parse_record, prune, set_aside
 
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 SLAB_BYTES = 256 * 2**20  # of copies in the host's memory
@@ -264,6 +264,32 @@ def _remove_older(folder: Path, keep: int) -> None:
         prune(folder, keep)
     except OSError as error:
         log.error("checkpoints older than %s, which is whole, cannot be removed: %s", folder, error)
+
+
+def bring(record: str, folder: Path, copy: Callable[[Path], dict[str, Checksum]], files: Mapping[str, str], keep: int) -> None:
+    """A checkpoint that lies elsewhere, on a disk as `folder`: by one process, without ranks.
+
+    Args:
+        record: its meta.json.
+        copy: brings its files to a folder; what has arrived there.
+        files, keep: as in `Writer.start`.
+
+    Raises:
+        OSError: it cannot be written. Damaged: what has arrived is not what the record says.
+    """
+    meta, sums = parse_record(record, folder / "meta.json")
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        found = copy(staging)
+        if found != sums:
+            wrong = sorted(name for name in sums if found.get(name) != sums[name])
+            raise Damaged(f"{', '.join(wrong)} did not arrive as written")
+        _finish(staging, folder, meta, files, dict(sums))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _remove_older(folder, keep)
 
 
 def _finish(staging: Path, folder: Path, meta: CheckpointMeta, files: Mapping[str, str], sums: dict[str, Any]) -> None:

@@ -137,9 +137,11 @@ def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]
     """How many ranks the run may go on with: `ranks`, then fewer, down to `cluster.min_ranks`, that pass `check`.
 
     Raises:
-        UserError: `ranks` does not pass.
+        UserError: `ranks` does not pass, or is less than min_ranks.
     """
     check(ranks)
+    if (config.min_ranks or 0) > ranks:
+        raise UserError(f"cluster.min_ranks ({config.min_ranks}) is larger than the number of ranks ({ranks}); lower it")
     choices = [ranks]
     for fewer in range(ranks - 1, (config.min_ranks or ranks) - 1, -1):
         with suppress(UserError):
@@ -271,11 +273,17 @@ def _is_large(value: Any) -> bool:
 
 
 def run_attempts(
-    config: ClusterConfig, places: int, attempt: Callable[[], None], began: Callable[[], int], stop: StopRequest, say: Say
+    config: ClusterConfig,
+    places: int,
+    attempt: Callable[[], None],
+    began: Callable[[], int],
+    stop: StopRequest,
+    bring_to_disk: Callable[[], None],
+    say: Say,
 ) -> None:
     """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
 
-    `began`: the step after which the newest attempt went on.
+    `began`: the step after which the newest attempt went on. `bring_to_disk`: before Ray goes where the run is to go on later.
     """
 
     def unless_stopped() -> None:
@@ -286,6 +294,10 @@ def run_attempts(
         start_ray(config, places, say)
         stop.listen()
         supervise(unless_stopped, began, config.max_restarts, say)
+    except Stopped:
+        with stop.deferred():  # a second signal comes too late to change anything
+            bring_to_disk()
+        raise
     finally:
         ray.shutdown()  # ends the cluster that was started here; of another one it only takes leave
 

@@ -158,6 +158,14 @@ class Keeper:
     def text(self, step: int, name: str) -> str:
         return self._file(step, name).read_text(encoding="utf-8")
 
+    def copy(self, step: int, name: str, to: Path) -> Checksum:
+        """A file, to a disk; what has arrived there."""
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(self._file(step, name), to)
+        with open(to, "rb") as copied:
+            os.fsync(copied.fileno())
+        return checksum(to)
+
     def shapes(self, step: int, name: str) -> str:
         """Of the tensors of a file, as JSON."""
         return json.dumps(dict(self._open(step, name).shapes))

@@ -99,6 +99,8 @@ class Pretraining:
             stopping = not last and self.stop.asked()
             metrics |= self.checkpoints.after(ranks, self._progress(done), last, stopping)
             self.tracker.log(done, metrics)
+            if last or stopping:
+                self.checkpoints.settle(ranks)
             if stopping:
                 self.stop.obey(f"after step {done}")
 

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint import CheckpointMeta, Checksum
 from trainer.cluster import Processes, ProcessLost, gather
 from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, following, outlives, whole_ones
 from trainer.places import ANSWER_S, Say, python_path
@@ -50,12 +50,23 @@ class InMemory:
         text: str = gather({f"memory/{keeper}": self.keepers[keeper].text.remote(self.step, name)})[f"memory/{keeper}"]
         return text
 
+    def copy(self, folder: Path) -> dict[str, Checksum]:
+        """All files but the record to a folder that every node sees, each by one who has it; what has arrived there.
+
+        Raises ProcessLost if one is lost, OSError where there is no space.
+        """
+        calls = {
+            name: self.keepers[k].copy.remote(self.step, name, folder / name) for name, (k, *_) in self.whole.keepers.items()
+        }
+        return gather(calls)
+
 
 class MemoryCheckpoints:
     """Those of a run, through all its attempts: one every `every` steps; 0: none, and nothing is started."""
 
     def __init__(self, every: int, say: Say) -> None:
         self.every, self._say = every, say
+        self.newest = -1  # the step of the last one that was begun
         self._keepers: dict[str, Any] = {}  # of nodes, by the names that Ray gives them
         self._nodes: list[str] = []  # of the ranks
 
@@ -89,6 +100,7 @@ class MemoryCheckpoints:
 
     def save(self, ranks: Processes, meta: CheckpointMeta, state: str) -> dict[str, float]:
         """Begins one; `state` is that of the driver, for state.json. Metrics. One that failed is said, and the run goes on."""
+        self.newest = meta.step
         answers: list[SavedInMemory] = ranks.call("save_in_memory", meta, {"state.json": state})
         if answers[0].failure is not None:
             self._say(f"{answers[0].failure}. The run goes on without it")
@@ -103,7 +115,7 @@ class MemoryCheckpoints:
         """`save`, and returns when it is whole without what is on the nodes that are `going`; None where it cannot be."""
         if not self.every or not outlives(self._nodes, going):
             return None
-        started = time.perf_counter()
+        self.newest, started = meta.step, time.perf_counter()
         failure: str | None = ranks.call("keep_in_memory", meta, {"state.json": state})[0]
         if failure is not None:
             self._say(f"{failure}. It goes to the disk")

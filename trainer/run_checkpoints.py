@@ -13,8 +13,9 @@ from typing import Any
 
 from kernels.errors import UserError
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointMeta
-from trainer.cluster import Processes
+from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_writer import bring
+from trainer.cluster import Processes, ProcessLost
 from trainer.config.model import ModelConfig
 from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.metrics import Stage
@@ -55,7 +56,7 @@ class OnDisk:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise checkpoint.Damaged(f"{self.folder / name} cannot be read: {error}") from None
+            raise Damaged(f"{self.folder / name} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -73,46 +74,64 @@ class RunCheckpoints:
     memory: MemoryCheckpoints
 
     def after(self, ranks: Processes, progress: Progress, last: bool, stopping: bool) -> dict[str, float]:
-        """Begins the one that is due now, if one is. Metrics.
+        """Begins the one that is due now, if one is; behind the `last` step, and where the run is `stopping`, one is. Metrics.
 
-        Of the `last` step, and of one after which the run is `stopping`, it is whole when this returns.
+        Whoever ends then says so in the metrics first, and calls `settle`: what the run is killed in stays told.
         """
         if progress.step % self.every == 0 or last:
-            return self.save(ranks, progress, wait=last or stopping)
+            return self.save(ranks, progress)
         if stopping:
             return self._save_to_stop(ranks, progress)
         if self.memory.due(progress.step):
             return self.memory.save(ranks, self.meta(progress.step, progress.position), json.dumps(progress.state()))
         return {}
 
-    def save(self, ranks: Processes, progress: Progress, wait: bool) -> dict[str, float]:
+    def save(self, ranks: Processes, progress: Progress) -> dict[str, float]:
         """Begins one on the disk, with the run's configuration, the tokenizer and what the driver holds (state.json). Metrics.
 
-        One that cannot be written is said, and the run goes on; with `wait` this one must be whole before it does.
-
-        Raises:
-            UserError: `wait`, and it cannot be written.
+        One before it that could not be written is said, and the run goes on.
         """
-        files = {
-            "config.yaml": self.run.config_text,
-            "tokenizer.json": self.tokenizer.read_text(encoding="utf-8"),
-            "state.json": json.dumps(progress.state()),
-        }
+        files = self._files | {"state.json": json.dumps(progress.state())}
         folder = self.run.checkpoints / checkpoint.folder_name(progress.step)
         answers = ranks.call("save", folder, self.meta(progress.step, progress.position), files, self.keep)
         _, failure = answers[0]
         if failure is not None:
             self.tracker.say(f"{failure}. The run goes on without it")
-        if wait and (failure := ranks.call("settle")[0]) is not None:
-            raise UserError(f"{failure}, then go on with resume=auto")
         return {"time/checkpoint_s": max(seconds for seconds, _ in answers)}
+
+    def settle(self, ranks: Processes) -> None:
+        """Waits until the last one on the disk is whole. Raises UserError where it cannot be written."""
+        if (failure := ranks.call("settle")[0]) is not None:
+            raise UserError(f"{failure}, then go on with resume=auto")
+
+    @property
+    def _files(self) -> dict[str, str]:
+        return {"config.yaml": self.run.config_text, "tokenizer.json": self.tokenizer.read_text(encoding="utf-8")}
+
+    def bring_to_disk(self) -> None:
+        """Of a run that stops without its ranks: the newest one in memory, if the disk has none so new. It goes with the run.
+
+        One that cannot be brought is said.
+        """
+        on_disk = max(map(checkpoint.step_of, checkpoint.available(self.run.checkpoints)), default=-1)
+        for one in self.memory.found() if self.memory.newest > on_disk else ():
+            if one.step <= on_disk:
+                return
+            folder = self.run.checkpoints / checkpoint.folder_name(one.step)
+            self.tracker.say(f"bringing the checkpoint of step {one.step} from {one} to the disk")
+            try:
+                bring(one.whole.record, folder, one.copy, self._files, self.keep)
+            except (OSError, Damaged, ProcessLost) as error:
+                self.tracker.say(f"{folder} cannot be brought there: {error}")
+                continue
+            return
 
     def _save_to_stop(self, ranks: Processes, progress: Progress) -> dict[str, float]:
         """On the disk, or in memory where the run goes on from there at once, unless a signal comes meanwhile."""
         going = self.stop.leaving
         meta = self.meta(progress.step, progress.position)
         kept = None if going is None else self.memory.keep(ranks, meta, json.dumps(progress.state()), going)
-        return kept if kept is not None and self.stop.leaving is not None else self.save(ranks, progress, wait=True)
+        return kept if kept is not None and self.stop.leaving is not None else self.save(ranks, progress)
 
     def meta(self, step: int, position: dict[str, Any]) -> CheckpointMeta:
         """The ranks fill in how many updates they have made."""
@@ -129,7 +148,7 @@ class RunCheckpoints:
         for one in sorted([*found, *self.memory.found()], key=lambda one: one.step, reverse=True):
             try:
                 meta = one.load(ranks)
-            except checkpoint.Damaged as error:
+            except Damaged as error:
                 self.tracker.say(f"{error}: trying the one before it")
                 continue
             self.memory.settle(meta.step)

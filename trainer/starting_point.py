@@ -9,8 +9,10 @@ from trainer import checkpoint
 from trainer.cluster import Processes
 from trainer.config.model import ModelConfig
 from trainer.config.run import RunConfig
+from trainer.estimate import vocab_size
 from trainer.model.hf import read_config
 from trainer.run_dir import continued_config, shown
+from trainer.tokenizer import Tokenizer
 
 
 def settled(path: Path, config: RunConfig, kind: str) -> Path:
@@ -30,6 +32,17 @@ def starting_point(path: Path) -> tuple[Path, ModelConfig]:
         return path, read_config(path)
     found = checkpoint.resolve(path)
     return found, checkpoint.model_of(found, checkpoint.read_meta(found))
+
+
+def tokenizer_of(folder: Path, model: ModelConfig, eos: str | None = None) -> Tokenizer:
+    """The tokenizer of a starting point; `eos` as in Tokenizer. Raises UserError where the model has fewer embeddings."""
+    file = folder / "tokenizer.json"
+    tokenizer, size = Tokenizer.load(file, eos), vocab_size(model)
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} tokens, but the model beside it only {size}; put the model's own there"
+        )
+    return tokenizer
 
 
 def load_weights(ranks: Processes, folder: Path) -> None:

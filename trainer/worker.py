@@ -93,7 +93,7 @@ class TrainWorker(Traceable):
 
     def join(self, host: str, port: int, size: int, timeout_s: float) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        use_interface_to(host, port)
+        use_interface_to(host)
         if self.rank > 0:
             self.store = dist.TCPStore(host, port, is_master=False)
         self.meeting, self.timeout_s = (host, port), timeout_s
@@ -153,10 +153,11 @@ class TrainWorker(Traceable):
         return metrics
 
     def evaluate(self, rows: int) -> dict[str, Value]:
-        """Over the first `rows` rows of the held-out documents, or as many as there are."""
-        available = self.held_out.num_rows_per_epoch // self.world.size * self.world.size
-        share = min(rows, available) // self.world.size
-        batch = self.held_out.rows(self.rank * share, share)
+        """Over the first `rows` rows of the held-out documents, or as many as there are: the same on any number of ranks."""
+        count = min(rows, self.held_out.num_rows_per_epoch)
+        share = -(-count // self.world.size)  # of every rank, because they exchange tokens; the last ones may have padding
+        first = self.rank * share
+        batch = self.held_out.rows(first, share).padded_from(max(0, count - first))
         return dict(self.trainer.evaluate(batch, self.corpus.tokenizer.token_bytes()))
 
     def new_optimizer(self) -> None:

@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from launch.slurm.node import address_of
+from parallel.addresses import reached_from
 from trainer.ports import free_port, listens
 from trainer.stopping import REQUEUE, SIGNALS
 
@@ -125,7 +127,7 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, lambda number, _frame: heard.append(number))
     names = node_names()
-    host = address_of(names[0])
+    host = reached_from(address_of(names[-1]), address_of(names[0]))
     head = f"{host}:{free_port(host)}"
     # Whoever reaches Ray can run programs as this user; from other hosts that takes this token, which no command line shows.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -137,6 +139,8 @@ def main() -> int:
         code = watch(driver, nodes, head, heard)
         if code == REQUEUE:
             requeue(asked.max_requeues)  # first of all: SLURM may be about to kill this process
+            with suppress(subprocess.TimeoutExpired):  # until then the driver, which has the signal, has time
+                driver.wait(GRACE_S)
     finally:
         driver.kill()  # where it has not ended, its ranks have; another attempt would find its folder in use
         driver.wait()

@@ -55,7 +55,7 @@ class EngineActor(Traceable):
         """From here on the engine is `name` to the ranks; `groups`: rank -> (group where it broadcasts, place in it, size)."""
         if self._receiver is not None:
             self._receiver.close()
-        use_interface_to(*meeting)
+        use_interface_to(meeting[0])
         store = TCPStore(*meeting, is_master=False)
         opened = {rank: open_group(store, *group, self._device, timeout_s) for rank, group in groups.items()}
         self._receiver = Receiver(name, self._device, opened)

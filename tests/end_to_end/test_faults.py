@@ -73,7 +73,9 @@ def test_processes_killed_at_random_moments_change_nothing(workplace: Path, unin
 def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_started_again(
     workplace: Path, uninterrupted: dict[int, float]
 ) -> None:
-    process = start("pretrain", *arguments(workplace, "asked"), "train.checkpoint_every=100")
+    """So does one that comes while ranks begin anew; then the checkpoint is the newest of those that are in memory."""
+    options = ["train.checkpoint_every=100", "train.memory_checkpoint_every=1"]
+    process = start("pretrain", *arguments(workplace, "asked"), *options)
     wait_for_step(workplace / "runs" / "asked", 3, process)
     assert beyond_loopback(process.pid) == {}
     process.send_signal(signal.SIGUSR1)
@@ -83,8 +85,20 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
     assert f"stopped by SIGUSR1 after step {last}; resume=auto goes on" in output
     assert [p.name for p in checkpoint.available(workplace / "runs" / "asked" / "checkpoints")] == [f"step_{last:06d}"]
     assert read_status(workplace / "runs" / "asked")["state"] == "stopped"
+    process = start("pretrain", *arguments(workplace, "asked"), *options, "resume=auto")
+    wait_for_memory(workplace / "runs" / "asked", process, after=last)
+    lost = process_of("trainer/1", process.pid)
+    assert lost is not None
+    lost.kill()
+    driver_log = workplace / "runs" / "asked" / "logs" / "attempt_2" / "driver.log"
+    wait_for_text(driver_log, "restart 1 of", process)
+    process.send_signal(signal.SIGUSR1)  # no ranks are there, and what they had learned is in memory
+    output, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == REQUEUE, output
+    brought = re.search(r"bringing the checkpoint of step (\d+) from the memory of 1 node to the disk", output)
+    assert brought is not None and int(brought[1]) > last, output
     output = run("pretrain", *arguments(workplace, "asked"), "resume=auto")
-    assert f"continuing after step {last}" in output
+    assert f"continuing after step {brought[1]}" in output
     assert losses(workplace, "asked") == uninterrupted
 
 

@@ -1,5 +1,6 @@
-"""A run on a real SLURM of two nodes comes near its time limit, is queued again, loses a node, is queued again, and learns what
-one that nothing happened to learns: same losses, bit for bit. So does one of RL that has no time left to stop."""
+"""A run on a real SLURM of two nodes comes near its time limit, is queued again, loses a node, is queued again, is preempted by
+a job of more priority, is queued again, and learns what one that nothing happened to learns: same losses, bit for bit. So does
+one of RL that has no time left to stop."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.end_to_end.commands import REPOSITORY, records, run, series, untraine
 from tests.end_to_end.slurm_cluster import SlurmCluster, require_slurm
 from trainer.run_dir import read_status
 
-STEPS = 16
+STEPS = 20
 WAIT_S = 250
 OPTIONS = [
     *("experiment=smoke", f"train.steps={STEPS}", "train.checkpoint_every=2", "train.eval_every=100"),
@@ -32,7 +33,7 @@ RL = [
     *("loop.rounds=4", "loop.eval_every=100", "rollout.engines=2"),
     *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),
 ]
-pytestmark = pytest.mark.timeout(900)  # three starts of Ray on two nodes, while other tests run
+pytestmark = pytest.mark.timeout(900)  # four starts of Ray on two nodes, while other tests run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,9 @@ def require_finished(slurm: SlurmCluster, job: str, run_dir: Path, attempt: int,
     assert not left, f"processes of the job are still there: {left}"
 
 
-def test_stopped_requeued_robbed_of_a_node_and_requeued_it_learns_the_same(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_stopped_robbed_of_a_node_preempted_and_each_time_requeued_it_learns_the_same(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
     """SLURM itself tells it to stop. It looks at the limits of jobs every 30 s, so the driver stands still until then."""
     runs = tmp_path / "runs"
     common = [*OPTIONS, f"data.cache_dir={tmp_path}/cache"]
@@ -115,8 +118,19 @@ def test_stopped_requeued_robbed_of_a_node_and_requeued_it_learns_the_same(slurm
     wait_for(said(log, "n2 of the 2 nodes does not answer"), "the lost node is named", log)
     slurm.start_node("n2")
     start_again(slurm, job, 2, log)
-    require_finished(slurm, job, runs / "job", 3, log)
-    assert log.read_text().count("continuing after step") == 2
+    wait_for(reached(runs / "job", stopped_at + 6), "3 more steps", log)
+    driver = driver_of(slurm, "pretrain")
+    driver.suspend()
+    slurm.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for(said(log, "SIGTERM came to its nodes"), "preempted", log)
+    wait_for(lambda: log.read_text().count("SIGUSR1 came") == 2, "the driver is told", log)
+    driver.resume()
+    start_again(slurm, job, 3, log)
+    preempted_at = max(series(runs / "job", "train/loss"))
+    assert f"stopped by SIGUSR1 after step {preempted_at}" in log.read_text()
+    require_finished(slurm, job, runs / "job", 4, log)
+    assert f"continuing after step {preempted_at}" in log.read_text()
+    assert log.read_text().count("continuing after step") == 3
     run("pretrain", *common, f"runs_dir={runs}", "run_name=whole")
     assert series(runs / "job", "train/loss") == series(runs / "whole", "train/loss")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,11 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
+from launch.generate import generate
+from launch.pretrain import pretrain as pretrain_a_model
+from launch.rl import reinforce
+from rl.engine.sampler import Sampling
+from tests.end_to_end.commands import untrained
 from trainer.config.model import CosineRouter
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, StdlibSource, TextSource
@@ -59,6 +65,25 @@ def test_groups_values_lists_nulls_and_interpolations_are_understood() -> None:
 
 def test_the_last_of_two_values_wins_and_values_beat_experiments() -> None:
     assert pretrain("train.steps=3", "experiment=smoke", "train.steps=4", "optimizer.warmup_steps=1").train.steps == 4
+
+
+def test_choices_win_over_experiments_where_they_say_something() -> None:
+    """What is the same in the usual choice is left to the experiment."""
+
+    def rl(*arguments: str) -> RLConfig:
+        return load(RLConfig, "rl", ["checkpoint=x", *arguments])
+
+    assert rl("experiment=smoke", "warmup=none").warmup == rl("warmup=none").warmup
+    assert rl("experiment=smoke").warmup.steps == rl("experiment=smoke", "warmup=demonstrations").warmup.steps == 2
+    both = rl("rollout=sync", "experiment=smoke").rollout
+    assert both == rl("experiment=smoke").rollout.model_copy(update={"over_provision": 1.0})
+    assert pretrain("experiment=smoke", "tokenizer=bpe_32k").tokenizer == pretrain("tokenizer=bpe_32k").tokenizer
+    assert pretrain("experiment=smoke", "optimizer=adamw_cosine").optimizer.warmup_steps == 2
+    assert pretrain("experiment=unbalanced", "balance=loss_free").balance == pretrain("balance=loss_free").balance
+    for name in ("qwen3_30b_a3b", "glm4_5_air_like"):
+        free = ["tokenizer=bpe", "data=stdlib", "cluster=local", f"experiment={name}"]
+        assert pretrain(*free, "balance=frozen").balance.rate == 0, "an experiment's rate does not win"
+        assert pretrain(*free, "parallel=ep").parallel.memory == 0
 
 
 def test_an_experiment_may_be_written_with_a_plus() -> None:
@@ -121,6 +146,13 @@ def test_numbers_arrive_as_they_are_written(steps: int, lr: float, seed: int) ->
         ("cluster.ranks=x", "cluster.ranks = x should be auto or a whole number"),
         ("cluster.ranks=0", "cluster.ranks = 0 should be auto or greater than 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas = [0.9] has too few items (1)"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas.1 = 1 should be less than 1"),
+        (f"seed={2**63}", f"seed = {2**63} should be less than {2**63}"),
+        (
+            "model.vocab_size=5",
+            "model.vocab_size (5) comes from the tokenizer when pretraining begins with random weights; "
+            "set tokenizer.vocab_size, or tokenizer.file, instead",
+        ),
         ("optimizer.betas=3", "optimizer.betas = 3 should be a list, written [a,b]"),
         ("optimizer.betas=[a,0.9]", "optimizer.betas.0 = a should be a number"),
         ("data.paths=[a]", 'data.paths = ["a"] is not an option of data=stdlib'),
@@ -331,3 +363,21 @@ def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     assert of(*asked) == Path("runs/b")
     assert of("checkpoint=runs/latest-pretrain/checkpoints/step_000006") == Path("runs/b/checkpoints/step_000006")
     assert of("checkpoint=runs/a") == Path("runs/a")
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_message_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    folder = untrained(tmp_path)
+    layout = json.loads((folder / "tokenizer.json").read_text())
+    layout["added_tokens"].append(dict(layout["added_tokens"][0], id=300, content="<more>"))
+    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    given = [f"checkpoint={folder}", f"runs_dir={tmp_path}/runs", "dry_run=true"]
+    wrong = r"tokenizer\.json has 301 tokens, but the model beside it only 300; put the model's own there"
+    with pytest.raises(UserError, match=wrong):
+        pretrain_a_model(load(PretrainConfig, "pretrain", given))
+    with pytest.raises(UserError, match=wrong):
+        reinforce(load(RLConfig, "rl", given))
+    with pytest.raises(UserError, match=wrong):
+        generate(folder, ["a"], 1, 4, Sampling(1.0, seed=0))
+    assert not (tmp_path / "runs").exists()

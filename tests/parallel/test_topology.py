@@ -8,6 +8,7 @@ import socket
 import psutil
 import pytest
 
+from parallel.addresses import reached_from
 from parallel.topology import use_interface_to
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -22,7 +23,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.3"])
 def test_ranks_of_one_machine_stay_on_loopback(host: str) -> None:
-    use_interface_to(host, 20_001)
+    use_interface_to(host)
     assert {os.environ[name] for name in NAMES} == {"lo"}
 
 
@@ -32,11 +33,21 @@ def test_an_address_of_this_machine_is_reached_through_its_interface() -> None:
     for name, address in outside:
         for variable in NAMES:
             os.environ.pop(variable, None)
-        use_interface_to(address, 20_001)
+        use_interface_to(address)
         assert os.environ["GLOO_SOCKET_IFNAME"] == name
+
+
+def test_other_machines_are_not_told_the_address_that_debian_gives_a_machine_in_its_own_eyes() -> None:
+    """Its own name is 127.0.1.1 there. Where all of a run is on one machine, that leads to it as well."""
+    assert reached_from("127.0.0.2", own="127.0.1.1") == "127.0.1.1"
+    assert reached_from("198.51.100.7", own="10.0.0.5") == "10.0.0.5"  # as SLURM has it
+    outside = [a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET]
+    for address in outside:
+        if not address.startswith("127."):
+            assert reached_from(address, own="127.0.1.1") == address
 
 
 def test_what_a_person_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    use_interface_to("127.0.0.1", 20_001)
+    use_interface_to("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0" and os.environ["NCCL_SOCKET_IFNAME"] == "lo"

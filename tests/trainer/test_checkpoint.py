@@ -32,7 +32,8 @@ from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
 from trainer.checkpoint_writer import HostCopies, Shelf, Writer
-from trainer.memory_checkpoints import MemoryCheckpoints
+from trainer.keeper import Keeper, whole_ones
+from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.run_checkpoints import OnDisk, Progress, RunCheckpoints
 from trainer.stopping import Move, StopRequest
@@ -386,16 +387,16 @@ class DueRanks:
     ("step", "last", "going", "fills", "asked"),
     [
         (4, False, None, False, ["save"]),
-        (4, True, None, False, ["save", "settle"]),
-        (3, True, None, False, ["save", "settle"]),
+        (4, True, None, False, ["save"]),
+        (3, True, None, False, ["save"]),
         (3, False, None, False, []),
         (2, False, None, False, ["save_in_memory"]),
-        (4, False, "signal", False, ["save", "settle"]),
-        (2, False, "signal", False, ["save", "settle"]),
+        (4, False, "signal", False, ["save"]),
+        (2, False, "signal", False, ["save"]),
         (2, False, {"a"}, False, ["keep_in_memory"]),
         (3, False, set(), False, ["keep_in_memory"]),
-        (3, False, {"a", "b"}, False, ["save", "settle"]),
-        (3, False, {"a"}, True, ["keep_in_memory", "save", "settle"]),
+        (3, False, {"a", "b"}, False, ["save"]),
+        (3, False, {"a"}, True, ["keep_in_memory", "save"]),
     ],
 )
 def test_what_is_due_after_a_step(
@@ -415,6 +416,44 @@ def test_what_is_due_after_a_step(
     assert ranks.asked == asked
     assert bool(metrics) == bool(states) == bool(asked), "the driver's state is asked for where it is written"
     assert ("time/checkpoint_s" in metrics) == ("save" in asked)
+
+
+def test_one_in_memory_is_brought_to_the_disk_where_the_run_stops_without_its_ranks(tmp_path: Path) -> None:
+    """Whole, beside those that were there before, or not at all."""
+    run, keeper, memory = Run(tmp_path), Keeper(), MemoryCheckpoints(2, print)
+    run.config_text, tokenizer = "seed: 0", tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    write(tmp_path, 2, seed=1)
+    inside = write(keeper.folder(), 3, seed=5)
+
+    class There(InMemory):
+        def copy(self, folder: Path) -> dict[str, checkpoint.Checksum]:
+            return {name: keeper.copy(self.step, name, folder / name) for name in self.whole.keepers}
+
+    memory.newest = 3
+    memory.found = lambda: [There(one, {}) for one in whole_ones({"here": keeper.kept()})]  # type: ignore[method-assign]
+    parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None, "memory": memory}
+    checkpoints = RunCheckpoints("pretrain", MODEL, tokenizer, every=100, keep=2, **parts)
+    found = memory.found()
+    state = next((inside / "state").iterdir())
+    content = state.read_bytes()
+    state.write_bytes(content[:-1])
+    memory.found, whole = (lambda: found), memory.found  # type: ignore[method-assign]
+    checkpoints.bring_to_disk()
+    assert "did not arrive as written" in run.said[-1] and [p.name for p in tmp_path.glob("*step_*")] == ["step_000002"]
+    state.write_bytes(content)
+    memory.found = whole  # type: ignore[method-assign]
+    checkpoints.bring_to_disk()
+    checkpoint.verify(tmp_path / "step_000003")
+    assert checkpoint.read_meta(tmp_path / "step_000003", MODEL) == meta(3)
+    assert (tmp_path / "step_000003" / "config.yaml").read_text() == "seed: 0"
+    expected = named_tensors(LanguageModel.initialize(MODEL, 5))
+    for (name, one), (_, tensor) in zip(named_tensors(read_model(tmp_path / "step_000003")), expected, strict=True):
+        assert torch.equal(one, tensor), name
+    assert [p.name for p in sorted(tmp_path.glob("*step_*"))] == ["step_000002", "step_000003"]
+    said = len(run.said)
+    checkpoints.bring_to_disk()
+    assert len(run.said) == said, "the disk has it"
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:

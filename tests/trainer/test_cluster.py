@@ -137,6 +137,8 @@ def test_fewer_ranks_are_those_that_model_and_rows_divide_over() -> None:
     assert rank_choices(cluster(min_ranks=None), 8, check) == (8,)
     with pytest.raises(UserError, match="not divisible by the number of ranks"):
         rank_choices(cluster(min_ranks=1), 3, check)
+    with pytest.raises(UserError, match=r"cluster.min_ranks \(4\) is larger than the number of ranks \(2\); lower it"):
+        rank_choices(cluster(min_ranks=4), 2, check)
 
 
 @pytest.mark.parametrize(

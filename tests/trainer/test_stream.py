@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kernels.errors import UserError
-from tests.models import random_batch
+from launch.benchmarks.one_process import only_world
+from parallel.topology import World
+from tests.models import random_batch, spec, tiny_model
+from trainer.batch import TrainBatch
+from trainer.config.run import BalanceConfig
+from trainer.step import Trainer
 from trainer.stream import TokenArray, TokenStream
+from trainer.worker import TrainWorker
 
 BOS, EOS = 90, 91
 
@@ -125,3 +134,40 @@ def test_a_batch_on_a_device_has_its_documents_on_the_host_too() -> None:
     part = moved.rows(2, 5)
     assert part.tokens_BS.shape == (3, 12) and part.host_documents_BS is not None
     assert torch.equal(part.host_documents_BS, batch.documents_BS[2:5])
+
+
+class Evaluated:
+    """Notes what a rank is to evaluate."""
+
+    def evaluate(self, batch: TrainBatch, token_bytes_V: Tensor) -> dict[str, Tensor]:
+        return {"tokens": batch.tokens_BS, "documents": batch.documents_BS, "weights": batch.weights_BS}
+
+
+@settings(max_examples=60, deadline=None)
+@given(stream=streams(), size=st.integers(1, 5), rows=st.integers(1, 12))
+def test_any_number_of_ranks_evaluates_the_same_rows(stream: TokenStream, size: int, rows: int) -> None:
+    """Equally many each, because they exchange tokens; those of one epoch, once; what is left over is padding."""
+    found = []
+    for rank in range(size):
+        worker: Any = TrainWorker(rank)
+        worker.world, worker.held_out = World(rank, size, torch.device("cpu"), 1), stream
+        worker.corpus = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=list))
+        worker.trainer = Evaluated()
+        found.append(worker.evaluate(rows))
+    assert len({len(one["tokens"]) for one in found}) == 1
+    tokens, documents, weights = (torch.cat([one[key] for one in found]) for key in ("tokens", "documents", "weights"))
+    count = min(rows, stream.num_rows_per_epoch)
+    alone = stream.rows(0, count)
+    assert torch.equal(tokens[:count], alone.tokens_BS) and torch.equal(weights[:count], alone.weights_BS)
+    assert torch.equal(documents[:count], alone.documents_BS)
+    assert (documents[count:] == -1).all() and not weights[count:].any()
+
+
+@pytest.mark.parametrize("router", [{"kind": "top_k"}, {"kind": "expert_choice", "most_experts": 8}])
+def test_rows_of_padding_change_no_evaluation(router: dict[str, Any]) -> None:
+    """In micro-batches of their own."""
+    model = tiny_model(router=router, selection_bias=router["kind"] == "top_k")
+    trainer = Trainer(spec(model, balance=BalanceConfig(rule="sign", rate=0.0)), only_world())
+    batch, token_bytes_V = random_batch(0), torch.arange(61)
+    expected = trainer.evaluate(batch.rows(0, 5), token_bytes_V)
+    assert trainer.evaluate(batch.padded_from(5), token_bytes_V) == expected

@@ -67,7 +67,7 @@ class OptimizerConfig(Record):
     warmup_steps: int = Field(ge=0)
     decay_share: float = Field(ge=0, le=1)
     final_lr_share: float = Field(ge=0, le=1)
-    betas: tuple[float, float]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     clip_norm: float = Field(gt=0)  # of the one global gradient norm over dense and expert parameters
@@ -236,7 +236,7 @@ class TraceConfig(Record):
 class RunConfig(Record):
     """What the two roots share."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     dry_run: bool  # print the resolved configuration and the estimates, then stop
     resume: Literal["never", "auto"]  # auto: continue `run_name`, or the newest unfinished run of this kind
     runs_dir: Path
@@ -274,6 +274,11 @@ class PretrainConfig(RunConfig):
             raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
         if self.checkpoint is None:
             self.check_model()
+            if self.model.vocab_size is not None:
+                raise ValueError(
+                    f"model.vocab_size ({self.model.vocab_size}) comes from the tokenizer when pretraining begins with random "
+                    "weights; set tokenizer.vocab_size, or tokenizer.file, instead"
+                )
         return self
 
     def check_model(self) -> None:
