@@ -5,6 +5,7 @@ It forks on CPUs only, so DeepSpeed, which picks its device when it is imported,
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import import_module
 
@@ -18,3 +19,5 @@ for module in (
     import_module(module)
 
 import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once
+
+gc.freeze()  # ranks look for garbage among what is theirs, and share these pages
