@@ -35,6 +35,7 @@ from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
 from trainer.estimate import budget_lines
 from trainer.guard import UpdateRefused
+from trainer.memory import keep_imports
 from trainer.run_dir import as_yaml
 from trainer.state import choose_dtype
 from trainer.stopping import REQUEUE, Stopped
@@ -68,6 +69,7 @@ def guarded(work: Callable[[], object]) -> int:
 
 def main(run: Callable[[Root], object], root: type[Root], config_name: str, argv: Sequence[str] | None = None) -> int:
     """A command with a configuration: reads the arguments, runs, and returns the exit code."""
+    keep_imports()
     arguments = sys.argv[1:] if argv is None else argv
     if "-h" in arguments or "--help" in arguments:
         print(usage(root, config_name))

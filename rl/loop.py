@@ -16,7 +16,6 @@ from rl.april import rollout_round
 from rl.engine.engine import EngineSettings
 from rl.engine.pool import SyncedPool
 from rl.engine.sampler import Sampling
-from rl.engine.server import ServerPool
 from rl.evaluation import EVAL_GROUP
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.staged import stage
@@ -98,6 +97,8 @@ class Reinforcement:
                 placement, model, settings, self.dtype, self.run, config.cluster, config.sync, say, rollout.metrics_port
             )
             return
+        from rl.engine.server import ServerPool  # here, because its HTTP client takes a quarter of a second
+
         self.tracker.say(f"generating at {rollout.server}")
         if rollout.server_reload is None:
             self.tracker.say(

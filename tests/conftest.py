@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from trainer.memory import keep_imports
+
 # Before torch is imported anywhere: on two cores, several ranks with two threads each would fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,6 +35,7 @@ COMPILED = pytest.StashKey[Future[subprocess.CompletedProcess[str]]]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begins to compile DeepSpeed's asynchronous I/O, in one process, beside the tests that do without it."""
+    keep_imports()
     if any(item.get_closest_marker("aio") for item in session.items) and not session.config.option.collectonly:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         command = partial(subprocess.run, [sys.executable, "-c", STATES_ON_DISK], env=environment)

@@ -1,8 +1,23 @@
-"""How much memory a run takes, over all its processes on this machine."""
+"""How much memory a run takes, over all its processes on this machine; and what the garbage collector need not look at."""
 
 from __future__ import annotations
 
+import gc
+
 import psutil
+
+THRESHOLD = (700, 10, 10)  # Python's own
+
+
+def keep_imports() -> None:
+    """What has been imported stays: the garbage collector, which the package holds back until here, never looks at it again.
+
+    When all is imported: a full collection otherwise takes 0.3 s, in the middle of a step and at the exit. A second call in a
+    process keeps nothing more, since it may have made what is to go.
+    """
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
+    gc.set_threshold(*THRESHOLD)
 
 
 def resident_gib() -> float:

@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import wandb
 import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from wandb.errors import CommError, UsageError
 
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
@@ -27,6 +25,9 @@ from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, con
 from trainer.records import Change, read_records, summary
 from trainer.run_dir import RunDir, shown
 from trainer.stopping import Stopped
+
+if TYPE_CHECKING:
+    import wandb
 
 WANDB_S = 60.0  # in which W&B lets a run in, or it is tracked offline
 UPLOAD_S = 120.0  # that the end of a run waits for what W&B has not got yet
@@ -156,6 +157,9 @@ class Tracker:
             return None
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        import wandb  # here, because it takes half a second, and runs without W&B do without it
+        from wandb.errors import CommError, UsageError
+
         logging.getLogger("wandb").setLevel(logging.ERROR)
         try:
             run = self._init_wandb(mode)
@@ -196,6 +200,8 @@ class Tracker:
             )
 
     def _init_wandb(self, mode: Any) -> wandb.Run:
+        import wandb
+
         return wandb.init(
             project=self.logger.project,
             entity=self.logger.entity,

@@ -35,6 +35,7 @@ from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import JOINED, SHARE, StackWatch, watched
 from trainer.keeper import MemoryShelf, Whole, open_whole, send
+from trainer.memory import keep_imports
 from trainer.metrics import Value
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
@@ -106,6 +107,7 @@ class TrainWorker(Traceable):
         self.trainer = Trainer(spec, self.world, refused)
         self.writer = Writer(self.world)
         self.usage = Usage(spec.model, spec.dtype, self.world)
+        keep_imports()  # here, because DeepSpeed is imported with the trainer
 
     def leave(self) -> None:
         leave(self.world)

@@ -16,6 +16,7 @@ from rl.engine.receipt import Receipt
 from rl.trajectory import Sample
 from trainer.config.model import ModelConfig
 from trainer.hangs import SHARE, StackWatch, watched
+from trainer.memory import keep_imports
 from trainer.tracing import Traceable
 from trainer.weight_links import Offer, Receiver, gpu_of, open_group
 from trainer.weight_sync import WeightUpdate
@@ -36,6 +37,7 @@ class EngineActor(Traceable):
         metrics: tuple[str, int] | None = None,
     ) -> None:
         """`metrics`: host and port where it answers Prometheus."""
+        keep_imports()
         self.stack_watch = StackWatch(log_to(log_file), SHARE * timeout_s)
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._engine = self._new_engine(config, settings, getattr(torch, dtype))

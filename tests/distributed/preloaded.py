@@ -5,6 +5,7 @@ DeepSpeed picks its device when it is imported, so the server forks ranks for on
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import import_module
 
@@ -23,3 +24,5 @@ for module in (
 
 if KIND == "cpu":  # it asks a GPU for its version, which opens CUDA
     import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once
+
+gc.freeze()  # ranks look for garbage among what is theirs, and share these pages
