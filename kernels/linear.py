@@ -77,14 +77,18 @@ class _Linears(torch.autograd.Function):
 
 def one_matrix(weights_NK: Sequence[Tensor]) -> Tensor | None:
     """All rows of several weights that lie one behind the other in one storage; None where they do not."""
-    first_NK, end, rows = weights_NK[0], weights_NK[0].storage_offset(), 0
+    if len(weights_NK) == 1:
+        return None
+    first_NK, rows = weights_NK[0], 0
+    end = first_NK.data_ptr()
     for weight_NK in weights_NK:
-        if not weight_NK.is_contiguous() or weight_NK.storage_offset() != end or weight_NK.dtype != first_NK.dtype:
+        if weight_NK.data_ptr() != end or weight_NK.dtype != first_NK.dtype or not weight_NK.is_contiguous():
             return None
-        if weight_NK.untyped_storage().data_ptr() != first_NK.untyped_storage().data_ptr():
-            return None
-        end, rows = end + weight_NK.numel(), rows + len(weight_NK)
-    return first_NK.as_strided((rows, first_NK.shape[1]), first_NK.stride()) if len(weights_NK) > 1 else None
+        end, rows = end + weight_NK.nbytes, rows + len(weight_NK)
+    storage = first_NK.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return None
+    return first_NK.as_strided((rows, first_NK.shape[1]), first_NK.stride())
 
 
 def _in_halves(d_MN: Tensor) -> Tensor:
