@@ -66,6 +66,7 @@ class LayerExperts:
     phase_E: Tensor  # float64
     split: bool  # whether this rank's tokens of one expert go to several ranks
     copied: bool  # whether any rank has copies
+    stays: bool  # whether every rank serves all of its own tokens; the same on all ranks
     movement: Movement
 
     @property
@@ -156,12 +157,18 @@ class ExpertArena:
         self.copies = copies
 
     def layout(
-        self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
+        self,
+        placements: Sequence[Placement],
+        shares_LED: Sequence[Floats] | None = None,
+        stays_L: Sequence[bool] | None = None,
+        *,
+        rematerialise: bool = False,
     ) -> Layout:
         """Experts as `placements` says, one for each layer, and tokens that go to them by `shares_LED`.
 
-        `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. Nothing changes
-        here, and the host waits for nothing that a GPU still has to do.
+        `shares_LED` are this rank's (see token_exchange.boundaries); None serves placements without copies. `stays_L`: where
+        on every rank all shares are its own (Plan.stays); None: nowhere. Nothing changes here, and the host waits for nothing
+        that a GPU still has to do.
         """
         extra_LD = np.stack([placement.extra_D for placement in placements])
         kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
@@ -173,7 +180,7 @@ class ExpertArena:
             own += len(slots_L[-1]) - here
             copy += 0 if rematerialise else here
         row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
-        layers = self._layers(placements, shares_LED, slots_L, row_LE)
+        layers = self._layers(placements, shares_LED, slots_L, row_LE, stays_L or [False] * len(placements))
         return Layout(layers, row_LE, int(kept_D.max()), rematerialise)
 
     def take(self, layout: Layout) -> None:
@@ -185,10 +192,15 @@ class ExpertArena:
         self.outdated()
 
     def place(
-        self, placements: Sequence[Placement], shares_LED: Sequence[Floats] | None = None, *, rematerialise: bool = False
+        self,
+        placements: Sequence[Placement],
+        shares_LED: Sequence[Floats] | None = None,
+        stays_L: Sequence[bool] | None = None,
+        *,
+        rematerialise: bool = False,
     ) -> None:
         """Takes their layout."""
-        self.take(self.layout(placements, shares_LED, rematerialise=rematerialise))
+        self.take(self.layout(placements, shares_LED, stays_L, rematerialise=rematerialise))
 
     @property
     def placements(self) -> list[Placement]:
@@ -203,7 +215,7 @@ class ExpertArena:
         kept = {expert: row for expert, row in before.slots.items() if placement.copies_ED[expert, self.world.rank]}
         rows = [row for row in range(self.owned, self.owned + self.copies) if row not in taken and row not in kept.values()]
         slots = self._slots(placement, before.first_own, rows, kept)
-        (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None])
+        (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None], [False])
         self.layers[layer] = found
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():
@@ -225,6 +237,7 @@ class ExpertArena:
         shares_LED: Sequence[Floats],
         slots_L: Sequence[dict[int, int]],
         row_LE: Ints,
+        stays_L: Sequence[bool],
     ) -> list[LayerExperts]:
         rank, device = self.world.rank, self.world.device
         index_LE = np.full((len(slots_L), self.shape.experts), -1, dtype=np.int32)
@@ -237,7 +250,7 @@ class ExpertArena:
             to_device(ends_LED, device),
             to_device(phase_LE, device),
         )
-        layers = zip(placements, shares_LED, slots_L, row_LE, *columns, strict=True)
+        layers = zip(placements, shares_LED, slots_L, row_LE, stays_L, *columns, strict=True)
         return [
             LayerExperts(
                 placement=placement,
@@ -249,9 +262,10 @@ class ExpertArena:
                 phase_E=phase_E,
                 split=bool(((shares_ED > 0).sum(axis=1) > 1).any()),
                 copied=bool(placement.beside_ED.any()),
+                stays=stays,
                 movement=self.transport.movement(placement, row_E),
             )
-            for placement, shares_ED, slots, row_E, slots_E, index_E, ends_ED, phase_E in layers
+            for placement, shares_ED, slots, row_E, stays, slots_E, index_E, ends_ED, phase_E in layers
         ]
 
     # ------------------------------------------------------------ copies

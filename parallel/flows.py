@@ -31,6 +31,11 @@ class Plan:
                 raise ValueError("nobody would serve the tokens of an expert")
 
     @property
+    def stays(self) -> bool:
+        """Whether every device serves all of its own tokens."""
+        return self.nearest_first and bool(self.placement.copies_ED.all())
+
+    @property
     def weights_ED(self) -> Floats:
         return self.placement.copies_ED.astype(np.float64) if self.weight_ED is None else self.weight_ED
 

@@ -147,7 +147,8 @@ class Materialisation:
                 plans = plan(predicted_LE, owner_LE)
         shares_LED = [shares(plan, world.topology, world.rank) for plan in plans]
         placements, rematerialise = [plan.placement for plan in plans], self.settings.rematerialise
-        return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, rematerialise=rematerialise))
+        stays_L = [plan.stays for plan in plans]
+        return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, stays_L, rematerialise=rematerialise))
 
     def calibrate(self, layer: int, counts_E: Tensor) -> None:
         """Before a layer's tokens set out: new copies, where the loads that came make them worth the wait. Collective.

@@ -85,10 +85,18 @@ class ShardedExperts:
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
             return self._alone(x_TD, order, routing.weights_TK, experts)
+        tokens = self.arena.transport.tokens
+        # Not with messages, whose schedule is measured and planned for what travels; nor where backward fetches copies again.
+        if experts.stays and isinstance(tokens, PeerTokens) and not self.arena.rematerialise:
+            here_TK = experts.index_E[routing.experts_TK]
+            if routing.num_entries is not None:
+                here_TK = here_TK.where(routing.experts_TK >= 0, -1)
+            order = expert_order(here_TK, num_experts, num_entries=routing.num_entries)
+            return self._alone(x_TD, order, routing.weights_TK, experts)
         split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         here = experts.index_E, experts.slots_E.shape[0]
-        tokens, weights_TK = self.arena.transport.tokens, routing.weights_TK.float()
+        weights_TK = routing.weights_TK.float()
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
         first_rows = partial(self._slice, UNDER_LAYER)
@@ -105,7 +113,7 @@ class ShardedExperts:
         return y_TD
 
     def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts) -> Tensor:
-        """All experts are here, and nothing travels beside them."""
+        """All experts are here, own ones or copies, and no token travels."""
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
         return expert_mlp(
@@ -115,7 +123,7 @@ class ShardedExperts:
             gate_up_SCD,
             down_SDF,
             slots_E=experts.slots_E,
-            gradients=self._return_gradients,
+            gradients=self._all_gradients,
             sums=partial(self.arena.sums, self.layer),
         )
 
@@ -127,6 +135,11 @@ class ShardedExperts:
     def _slice(self, which: int) -> None:
         if self.slices is not None:
             self.slices.set_out(place_of(self.layer, self.arena.shape.layers, which))
+
+    def _all_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
+        """No rows of a backward pass came before, which slices would have delayed."""
+        self._slice(UNDER_LAYER)
+        self._return_gradients(gate_up_ECD, down_EDF)
 
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
         """Backward needs the copies no more. Those of the layer below have the attention's backward pass to arrive (Hecate,

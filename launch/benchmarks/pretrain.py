@@ -38,6 +38,7 @@ from trainer.batch import TrainBatch, cross_entropy
 from trainer.config.model import ModelConfig
 from trainer.config.run import ParallelConfig
 from trainer.estimate import GIB, training_flops, vocab_size
+from trainer.memory import keep_imports
 from trainer.usage import work_of
 
 LEARNING_RATE = 1e-4
@@ -149,6 +150,7 @@ def _ours(world: World, options: PretrainOptions, model: ModelConfig) -> Measure
     spec = trainer_spec(model, world.device, options.micro_rows, options.seed, batch_invariant=False)
     parallel = read_group("parallel", options.parallel, ParallelConfig)
     trainer = Trainer(replace(spec, parallel=parallel, recompute=options.recompute), world)
+    keep_imports()  # as the ranks of a run do
     batch = _batch(options, vocab_size(model), world.rank)
 
     def update(_: int) -> object:

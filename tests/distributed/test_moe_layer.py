@@ -37,6 +37,7 @@ from tests.distributed.ranks import run_ranks
 
 SHAPE = ExpertShape(layers=3, experts=8, hidden=8, expert_hidden=6)
 K, MICRO_BATCHES, STEPS, LR = 3, 2, 2, 1e-2
+STAYING = (0, 2)  # layers
 CASES = 8
 # A large eps: at 1e-8 AdamW divides rounding noise by rounding noise where a gradient is nearly zero.
 ADAMW = AdamWSettings(betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, clip_norm=1.0)
@@ -50,6 +51,7 @@ class Case:
     copies_LED: list[list[np.ndarray[Any, Any]]]  # for each step and layer
     shares: list[list[list[Floats]]]  # for each step, layer and rank: (E, D)
     ranks_per_node: int
+    stays: bool  # every rank has copies of all and serves its own tokens, but for those of layer 1
     calibrated: bool  # the gate of each micro-batch finds the copies and shares of the next step better
     rematerialise: bool
     recompute: bool
@@ -73,10 +75,12 @@ def case(seed: int, size: int) -> Case:
 
     counts = [[tokens() for _ in range(MICRO_BATCHES)] for _ in range(STEPS)]
     owner_LE = random.permutation(np.repeat(np.arange(size), layers * experts // size)).reshape(layers, experts)
-    copies, shares = [], []
+    copies, shares, stays = [], [], seed % 3 == 2
     for _ in range(STEPS):
         copies.append([random_copies(random, owner_E, size, density=seed % 3 / 2) for owner_E in owner_LE])
         shares.append([[random_shares(random, copies_ED) for _ in range(size)] for copies_ED in copies[-1]])
+        for layer in STAYING if stays else ():
+            shares[-1][layer] = [np.eye(size)[[rank] * experts] for rank in range(size)]
     return Case(
         x=[[[torch.randn(t, SHAPE.hidden, generator=torch_random) for t in micro] for micro in step] for step in counts],
         logits=[[[logits(t) for t in micro] for micro in step] for step in counts],
@@ -84,8 +88,9 @@ def case(seed: int, size: int) -> Case:
         copies_LED=copies,
         shares=shares,
         ranks_per_node=int(random.choice([n for n in (1, 2, 4, 8) if size % n == 0])),
-        calibrated=seed % 3 > 0,
-        rematerialise=seed % 2 == 0,
+        stays=stays,
+        calibrated=seed % 3 == 1,
+        rematerialise=seed % 2 == 0 and not stays,
         recompute=seed % 4 > 1,
     )
 
@@ -163,7 +168,8 @@ def spread_case(world: World, told: Case, offload: str, kind: TransportKind, deg
     for step in range(STEPS):
         placements = [Placement(*pair) for pair in zip(told.owner_LE, told.copies_LED[step], strict=True)]
         shares_LED = [by_rank[world.rank] for by_rank in told.shares[step]]
-        shards.arena.place(placements, shares_LED, rematerialise=told.rematerialise)
+        stays_L = [told.stays and layer in STAYING for layer in range(SHAPE.layers)]
+        shards.arena.place(placements, shares_LED, stays_L, rematerialise=told.rematerialise)
         layers = [
             ShardedExperts(layer, shards.arena, calibrating(told, step, shards.arena), degrees[layer % len(degrees)])
             for layer in range(SHAPE.layers)
