@@ -1,4 +1,4 @@
-"""What the server of ranks imports before it forks them: what each of them would spend a second on, or ten where files are slow.
+"""What the server of ranks imports before it forks them: what each would spend a second on, ten where files are slow.
 
 DeepSpeed picks its device when it is imported, so the server forks ranks for one kind only: GPUs, where the machine has any.
 """
