@@ -30,6 +30,7 @@ STATES_ON_DISK = (
 )
 
 
+LONG = ("test_moe_layer.py", "test_router.py", "test_trainer.py")  # a minute or more
 COMPILED = pytest.StashKey[Future[subprocess.CompletedProcess[str]]]()
 
 
@@ -58,9 +59,10 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of whole commands first, because they keep a worker busy for minutes; several ranks last, in small pieces."""
+    """Runs of whole commands first, because they keep a worker busy for minutes; several ranks last, in small pieces, of which
+    those in LONG first."""
     turns = {"end_to_end": 0, "distributed": 2}
-    items.sort(key=lambda item: turns.get(room(item.nodeid), 1))
+    items.sort(key=lambda item: (turns.get(room(item.nodeid), 1), item.path.name not in LONG))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -86,6 +86,19 @@ def test_choices_win_over_experiments_where_they_say_something() -> None:
         assert pretrain(*free, "parallel=ep").parallel.memory == 0
 
 
+@pytest.mark.parametrize("name", ["optimizer.lr", "model.routed_scale", "cluster.collective_timeout_s", "balance.rate"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=name):
+        pretrain(f"{name}={value}")
+
+
+def test_a_bound_may_be_none() -> None:
+    assert pretrain("optimizer.clip_norm=inf").optimizer.clip_norm == float("inf")
+    with pytest.raises(UserError, match="optimizer.clip_norm"):
+        pretrain("optimizer.clip_norm=nan")
+
+
 def test_an_experiment_may_be_written_with_a_plus() -> None:
     assert pretrain("+experiment=smoke") == pretrain("experiment=smoke")
     assert pretrain("experiment=smoke").train.steps < pretrain().train.steps

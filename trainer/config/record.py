@@ -14,8 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Frozen; an unknown key is an error, a wrong type is never silently accepted (`"2"` for an integer is)."""
+    """Frozen; an unknown key is an error, a wrong type is never silently accepted (`"2"` for an integer is).
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Numbers are finite, but where an option is a bound and allows `.inf`, none, itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     BRINGS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # option -> groups whose options come with it

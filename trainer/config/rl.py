@@ -165,8 +165,8 @@ class AlgorithmConfig(Record):
     overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
     overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
-    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - clip_low; of dppo: by how much a probability may fall
-    clip_high: float = Field(gt=0)  # ratios stay below 1 + clip_high; of dppo: by how much a probability may rise
+    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - this; of dppo: how much a probability may fall
+    clip_high: float = Field(gt=0, allow_inf_nan=True)  # ratios stay below 1 + this; of dppo: how much a probability may rise
     dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
     sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
     entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
@@ -175,7 +175,7 @@ class AlgorithmConfig(Record):
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
     off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
-    truncation: float = Field(gt=0)  # cap of the importance weight of decoupled
+    truncation: float = Field(gt=0, allow_inf_nan=True)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
     sequence_band: Band | None  # the same for whole responses, of the geometric mean
     sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely

@@ -70,7 +70,7 @@ class OptimizerConfig(Record):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
-    clip_norm: float = Field(gt=0)  # of the one global gradient norm over dense and expert parameters
+    clip_norm: float = Field(gt=0, allow_inf_nan=True)  # of the one global gradient norm over dense and expert parameters
 
 
 class BalanceConfig(Record):
