@@ -36,7 +36,7 @@ from trainer.config.run import PretrainConfig
 from trainer.estimate import budget_lines
 from trainer.guard import UpdateRefused
 from trainer.memory import keep_imports
-from trainer.run_dir import as_yaml
+from trainer.run_dir import as_yaml, leaves
 from trainer.state import choose_dtype
 from trainer.stopping import REQUEUE, Stopped
 
@@ -249,18 +249,9 @@ def _win(chosen: tuple[tuple[str, str], ...], alone: DictConfig, usual: DictConf
     warmup=none has no steps in any experiment, while rollout=sync, which has as many groups as april, leaves these to it."""
     for group, _ in chosen:
         written_down: Any = OmegaConf.to_container(alone[group])
-        for name, value in _leaves(written_down, f"{group}."):
+        for name, value in leaves(written_down, f"{group}.").items():
             if OmegaConf.select(usual, name) != value:
                 OmegaConf.update(composed, name, value, force_add=True)
-
-
-def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _default_choice(config_name: str, group: str) -> str:

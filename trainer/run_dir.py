@@ -319,8 +319,8 @@ def _writable(path: Path) -> Iterator[None]:
 
 def _require_same(path: Path, config: RunConfig) -> None:
     """UserError unless the run's configuration and this one give the same numbers."""
-    old = _leaves(read_config(path))
-    new = _leaves(config.model_dump(mode="json"))
+    old = leaves(read_config(path))
+    new = leaves(config.model_dump(mode="json"))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) and not _is_harmless(name)]
     if changed:
         lines = [f"  {name}: {json.dumps(old.get(name))} in the run, {json.dumps(new.get(name))} now" for name in changed]
@@ -330,11 +330,12 @@ def _require_same(path: Path, config: RunConfig) -> None:
         )
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names behind `prefix`."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _is_harmless(name: str) -> bool:
