@@ -6,7 +6,7 @@ import gc
 
 import psutil
 
-THRESHOLD = (700, 10, 10)  # Python's own
+from trainer import THRESHOLD
 
 
 def keep_imports() -> None:
