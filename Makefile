@@ -2,9 +2,11 @@
 # make test    sets everything up and passes the tests
 # make setup   prepares .venv only
 
-PYTHON ?= python3
-TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
-BIN    := .venv/bin
+PYTHON  ?= python3
+TORCH   := $(shell sed -n 's/^torch==//p' constraints.txt)
+BIN     := .venv/bin
+# Not compiled: most of these thousands of modules are never imported, and those that are get compiled then.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test check setup clean
 
@@ -26,8 +28,8 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python 3.11 or newer, this is " + sys.version)'
 	@echo "setting up .venv: about two minutes and 2.5 GB, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(INSTALL) torch==$(TORCH)
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:
