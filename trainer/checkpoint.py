@@ -167,7 +167,10 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
         return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
         return f"{name} is missing"
-    found = checksum(path)
+    try:
+        found = checksum(path)
+    except OSError as error:  # of a disk that fails
+        return f"{name} cannot be read: {error.strerror}"
     if found == expected:
         return None
     return (

@@ -67,6 +67,8 @@ class MemoryCheckpoints:
     def __init__(self, every: int, say: Say) -> None:
         self.every, self._say = every, say
         self.newest = -1  # the step of the last one that was begun
+        self.to_disk = -1  # that of the last one that went to the disk instead
+        self.on_disk = -1  # that of the newest one there which is known to be whole
         self._keepers: dict[str, Any] = {}  # of nodes, by the names that Ray gives them
         self._nodes: list[str] = []  # of the ranks
 
