@@ -1,4 +1,4 @@
-"""Checkpoints in the memory of the nodes, as the driver of a run sees them; keeper.py says how they lie there."""
+"""Checkpoints in the memory of the nodes, as the driver of a run sees them; kept_checkpoints.py says how they lie there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.checkpoint import CheckpointMeta, Checksum
+from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_files import Checksum
 from trainer.cluster import Processes, ProcessLost, gather
-from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, following, outlives, whole_ones
+from trainer.keeper import Keeper, Kept
+from trainer.kept_checkpoints import KeeperLost, MemoryShelf, Whole, following, outlives, whole_ones
 from trainer.places import ANSWER_S, Say, python_path
 from trainer.worker import SavedInMemory
 

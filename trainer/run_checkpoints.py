@@ -14,6 +14,7 @@ from typing import Any
 from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_files import folder_name, step_of
 from trainer.checkpoint_writer import bring
 from trainer.cluster import Processes, ProcessLost
 from trainer.config.model import ModelConfig
@@ -41,7 +42,7 @@ class OnDisk:
 
     @property
     def step(self) -> int:
-        return checkpoint.step_of(self.folder)
+        return step_of(self.folder)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -92,7 +93,7 @@ class RunCheckpoints:
         One before it that could not be written is said, and the run goes on.
         """
         files = self._files | {"state.json": json.dumps(progress.state())}
-        folder = self.run.checkpoints / checkpoint.folder_name(progress.step)
+        folder = self.run.checkpoints / folder_name(progress.step)
         self.memory.to_disk = progress.step
         answers = ranks.call("save", folder, self.meta(progress.step, progress.position), files, self.keep)
         _, failure = answers[0]
@@ -122,7 +123,7 @@ class RunCheckpoints:
         for one in self.memory.found():
             if self._disk_has(one.step):
                 return
-            folder = self.run.checkpoints / checkpoint.folder_name(one.step)
+            folder = self.run.checkpoints / folder_name(one.step)
             self.tracker.say(f"bringing the checkpoint of step {one.step} from {one} to the disk")
             try:
                 bring(one.whole.record, folder, one.copy, self._files, self.keep)
@@ -134,7 +135,7 @@ class RunCheckpoints:
     def _disk_has(self, step: int) -> bool:
         """Whether a checkpoint there that is not older is whole."""
         for folder in reversed(checkpoint.available(self.run.checkpoints)):
-            if checkpoint.step_of(folder) < step:
+            if step_of(folder) < step:
                 return False
             try:
                 checkpoint.verify(folder)

@@ -31,8 +31,10 @@ from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_files import Checksum, folder_name
 from trainer.checkpoint_writer import HostCopies, Shelf, Writer
-from trainer.keeper import Keeper, whole_ones
+from trainer.keeper import Keeper
+from trainer.kept_checkpoints import whole_ones
 from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.run_checkpoints import OnDisk, Progress, RunCheckpoints
@@ -49,7 +51,7 @@ def meta(step: int) -> CheckpointMeta:
 
 
 def write(parent: Path, step: int, seed: int = 0) -> Path:
-    folder = parent / checkpoint.folder_name(step)
+    folder = parent / folder_name(step)
     model = LanguageModel.initialize(MODEL, seed)
     checkpoints.write(folder, named_tensors(model), meta(step), {"tokenizer.json": "{}"}, ALONE)
     return folder
@@ -73,7 +75,7 @@ def test_tensors_that_pass_through_memory_are_written_as_they_come(tmp_path: Pat
         for name, tensor in expected.items():
             yield name, room[: len(tensor)].copy_(tensor)
 
-    folder = tmp_path / checkpoint.folder_name(1)
+    folder = tmp_path / folder_name(1)
     checkpoints.write(folder, [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
     files = {str(path.relative_to(folder)) for path in (folder / "state").glob("rank_00000_*.safetensors")}
     assert len(files) > 3 and files < json.loads((folder / "meta.json").read_text())["files"].keys()
@@ -89,10 +91,10 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_noth
         raise UserError("the disk of parallel.nvme_dir lost something")
 
     with pytest.raises(UserError, match="lost something"):
-        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
+        checkpoints.write(tmp_path / folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
     with file_size_limit(20_000), pytest.raises(UserError, match=r"no space to write .*step_000001"):
         big = [("experts.0", torch.ones(10_000))]
-        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
+        checkpoints.write(tmp_path / folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
     assert not list(tmp_path.iterdir())
 
 
@@ -427,7 +429,7 @@ class OneNode(MemoryCheckpoints):
         self.inside = write(keeper.folder(), step, seed)
 
         class There(InMemory):
-            def copy(self, folder: Path) -> dict[str, checkpoint.Checksum]:
+            def copy(self, folder: Path) -> dict[str, Checksum]:
                 return {name: keeper.copy(self.step, name, folder / name) for name in self.whole.keepers}
 
         self.there = There
@@ -523,7 +525,7 @@ def test_what_the_run_has_written_or_read_itself_is_not_read_again_when_it_stops
 def test_a_file_that_a_failing_disk_does_not_give_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path, 1)
 
-    def fails(path: Path) -> checkpoint.Checksum:
+    def fails(path: Path) -> Checksum:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(checkpoint, "checksum", fails)
