@@ -171,8 +171,10 @@ def read_status(path: Path) -> dict[str, Any]:
     file = path / "status.json"
     try:
         return asdict(STATUS.validate_json(file.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise UserError(f"{shown(file)} is damaged: {first_problem(error)}") from None
 

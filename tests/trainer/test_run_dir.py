@@ -68,6 +68,15 @@ def test_a_name_may_be_of_any_language_and_not_too_long(tmp_path: Path) -> None:
             config(tmp_path, f'run_name="{name}"', "resume=auto")
 
 
+def test_a_file_and_a_status_that_is_none_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "strange" / "status.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"file is no run folder: it has no status\.json"):
+        read_status(tmp_path / "file")
+    with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
+        read_status(tmp_path / "strange")
+
+
 def test_resume_continues_the_newest_unfinished_run_of_its_kind(tmp_path: Path) -> None:
     first = finished(tmp_path)
     second = finished(tmp_path)
