@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+BLOCK_D = 2048  # numbers of a row that a program moves at most
 FEW_ROWS = 4096  # with many, what waits takes room from what runs: 3 % of the experts' forward pass of 32768 tokens
 
 
@@ -33,6 +34,11 @@ def cdiv(numerator: int, denominator: int) -> int:
 def next_power_of_2(number: int) -> int:
     """At least `number`, which is 1 or more; as `cdiv`."""
     return 1 << (number - 1).bit_length()
+
+
+def block_width(width: int) -> int:
+    """Of a program's part of a row of so many numbers."""
+    return min(BLOCK_D, next_power_of_2(max(1, width)))
 
 
 def early(device: torch.device, rows: int) -> dict[str, bool]:

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import cdiv, next_power_of_2
+from kernels.launches import block_width, cdiv, next_power_of_2
 from kernels.peers import HEADER, PeerChoices, PeerRows, RowPlan
 
 BLOCK = 128  # tokens of a program that plans
-BLOCK_D = 2048  # numbers of a token that a program lays out
 CHUNK = 512  # counts that a program adds at once
 
 
@@ -28,7 +27,7 @@ def launch_lay_out(
     tokens, hidden = x_TD.shape
     out_RD = rows.of_rank[rank]
     assert out_RD.dtype == x_TD.dtype and out_RD.shape[1] == hidden and x_TD.stride(1) == 1, (out_RD.dtype, x_TD.stride())
-    block_d = min(BLOCK_D, next_power_of_2(hidden))
+    block_d = block_width(hidden)
     _lay_out_kernel[(max(tokens, 1), cdiv(hidden, block_d))](
         choices.of_rank[rank],
         out_RD,

@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import cdiv, next_power_of_2
+from kernels.launches import block_width, cdiv, next_power_of_2
 from kernels.peers import LANE_BYTES, PeerRows
 
-BLOCK_D = 2048  # numbers of a row that a program moves
 POINTED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -31,7 +30,7 @@ def launch_pull(
     for out in (out_RD, out_ND):
         assert out is None or (out.is_contiguous() and out.dtype == rows.dtype), (out.stride(), out.dtype, rows.dtype)
     assert place_RK is None or place_RK.is_contiguous(), "places of a row are adjacent"
-    block_d, ranks = _block_d(rows), len(rows.blocks)
+    block_d, ranks = block_width(rows.width), len(rows.blocks)
     if row_V.shape[0] and rows.width:
         _pull_kernel[(row_V.shape[0], cdiv(rows.width, block_d))](
             rows.pointers_W,
@@ -57,7 +56,7 @@ def launch_sum(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
     """kernels.peer_rows.sum_rows."""
     tokens, top_k = rank_TK.shape
     out_TD = torch.empty(tokens, rows.width, dtype=rows.dtype, device=rank_TK.device)
-    block_d = _block_d(rows)
+    block_d = block_width(rows.width)
     if tokens and rows.width:
         _sum_kernel[(tokens, cdiv(rows.width, block_d))](
             rows.pointers_W,
@@ -97,10 +96,6 @@ def launch_pick(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:
             LANE=LANE_BYTES,
         )
     return out_TK
-
-
-def _block_d(rows: PeerRows) -> int:
-    return min(BLOCK_D, next_power_of_2(max(1, rows.width)))
 
 
 def _unit(rows: PeerRows) -> int:

@@ -16,16 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launches import begin, cdiv, early, next_power_of_2
+from kernels.launches import begin, block_width, cdiv, early, next_power_of_2
 
-BLOCK_D = 2048  # of a program
 SPREAD_NUMBERS = 4096  # of a program; 32 a thread, written K times
 
 
 def launch_spread(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> None:
     """kernels.rows.spread_rows."""
     tokens, hidden = x_TD.shape
-    block_d = _block_d(hidden)
+    block_d = block_width(hidden)
     block_t = max(1, SPREAD_NUMBERS // block_d)
     if not tokens or not hidden:
         return
@@ -64,7 +63,7 @@ def launch_combine(
         assert sums_TK is not None and sums_TK.shape == (tokens, top_k) and sums_TK.is_contiguous(), "sums of partials"
     if not tokens or not hidden:
         return
-    block_d = _block_d(hidden)
+    block_d = block_width(hidden)
     y_stride, y_unit = _stride(y_ND)
     _combine_kernel[(tokens, cdiv(hidden, block_d))](
         y_ND,
@@ -84,10 +83,6 @@ def launch_combine(
         num_warps=min(4, max(1, block_d // 512)),
         **early(y_ND.device, tokens),
     )
-
-
-def _block_d(hidden: int) -> int:
-    return min(BLOCK_D, next_power_of_2(max(1, hidden)))
 
 
 def _stride(rows: Tensor) -> tuple[int, int]:

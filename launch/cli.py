@@ -38,9 +38,10 @@ from trainer.guard import UpdateRefused
 from trainer.memory import keep_imports
 from trainer.run_dir import as_yaml, leaves
 from trainer.state import choose_dtype
-from trainer.stopping import REQUEUE, Stopped
+from trainer.stopping import REQUEUE, Interrupted, Stopped
 
 CONF = Path(__file__).parents[1] / "conf"
+CTRL_C = 130  # exit code, as shells have it
 Root = TypeVar("Root", bound=Record)
 
 
@@ -58,12 +59,15 @@ def guarded(work: Callable[[], object]) -> int:
     except (ProcessLost, UpdateRefused) as error:
         print(error, file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return CTRL_C
     except Stopped as error:
         print(error, file=sys.stderr)
         return REQUEUE
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; resume=auto goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return CTRL_C
     return 0
 
 

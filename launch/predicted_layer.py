@@ -111,9 +111,7 @@ class LayerPrediction:
     degrees: Degrees
 
 
-def predicted_layer(
-    policy: str, loads_SE: Floats, owner_E: Ints, setting: Setting, *, in_place: bool, chunk_s: float
-) -> LayerPrediction:
+def predicted_layer(policy: str, loads_SE: Floats, owner_E: Ints, setting: Setting, *, chunk_s: float) -> LayerPrediction:
     """Plans every step but the first from what is known before it. Loads are those of all devices."""
     topology, tokens = setting.topology, _tokens(loads_SE, setting)
     expected_SE = np.concatenate([predict(loads_SE[max(step - WINDOW, 0) : step, None]) for step in range(1, len(loads_SE))])
@@ -124,7 +122,7 @@ def predicted_layer(
 
     def described(work: ShardedWorkload, copying: CopyTimes[float]) -> Described:
         around = around_copies(copying, setting.costs.attention_s, rematerialise=setting.rematerialise)
-        return Described(*published(setting.costs, work, copying.sums_s, chunk_s), around, tokens, in_place)
+        return Described(*published(setting.costs, work, copying.sums_s, chunk_s), around, tokens, setting.in_place)
 
     typical = described(_mean(works), _mean(times))
     degrees = typical.planned()

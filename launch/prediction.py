@@ -314,10 +314,10 @@ class Cluster:
     def _predicted_layer(self, micro_rows: int, policy: str, rematerialise: bool, memory: int, loads: str) -> LayerPrediction:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
-        two_level = self.transport(micro_rows).kind == "two_level"
-        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, two_level)
+        ways = {"two_level": self.transport(micro_rows).kind == "two_level", "in_place": self.in_place}
+        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, **ways)
         loads_SE, chunk_s = self.loads(micro_rows, loads), self.machine.chunk_s
-        return predicted_layer(policy, loads_SE, self.owner_E, setting, in_place=self.in_place, chunk_s=chunk_s)
+        return predicted_layer(policy, loads_SE, self.owner_E, setting, chunk_s=chunk_s)
 
     def _gradient_slices(self, *told: int | str | bool) -> tuple[Partition, float]:
         return gradient_slices(self._layers(*told), self.model.num_moe_layers, self.dense, self.slice_line)

@@ -85,7 +85,8 @@ def expected_times(extra_LCE: Ints, loads_LE: Floats, owner_LE: Ints, setting: S
     across_LC = fewest_crossing(extra_LCE, loads_LE, topology) / devices
     leaves_LC = mean_L1 - (replicas_LCE * loads_LE[:, None]).sum(axis=2) / devices**2
     within_LC = np.maximum(leaves_LC - across_LC, 0.0)
-    exchange_LC = _exchange_times(within_LC, across_LC, mean_L1, busiest_LC / mean_L1, setting)
+    exchanges_LC = _exchanges(extra_LCE, owner_LE, setting)
+    exchange_LC = _exchange_times(within_LC, across_LC, mean_L1, busiest_LC / mean_L1, setting) * exchanges_LC
     experts_LC = (experts + extra_LCE.sum(axis=2)) / devices
     products_LC = 3 * (busiest_LC * costs.entry_s + experts_LC * costs.expert_s)
     gather_LC, return_LC, sums_LC = _ways(extra_LCE, owner_LE, setting)
@@ -95,7 +96,17 @@ def expected_times(extra_LCE: Ints, loads_LE: Floats, owner_LE: Ints, setting: S
         new_LCE = np.maximum(extra_LCE - present.beside_LED.sum(axis=2)[:, None], 0)
         waited_LC, _, _ = _ways(new_LCE, owner_LE, setting)
     waited_LC = waited_LC + np.maximum(backward_LC - 2 * costs.attention_s, 0.0)
-    return np.asarray(products_LC + 4 * exchange_LC + costs.exchange_s + waited_LC + sums_LC * costs.sum_s)
+    return np.asarray(products_LC + 4 * exchange_LC + costs.exchange_s * exchanges_LC + waited_LC + sums_LC * costs.sum_s)
+
+
+def _exchanges(extra_LCE: Ints, owner_LE: Ints, setting: Setting) -> Bools:
+    """As `layer_cost.exchanges`, (L, C): not where all experts are meant to be everywhere and each device has room for them."""
+    (layers, choices, experts), devices = extra_LCE.shape, setting.topology.devices
+    everywhere_LC = extra_LCE.min(axis=2) == devices - 1 if setting.alone else np.zeros((layers, choices), dtype=np.bool_)
+    if everywhere_LC.any():
+        owned_LCD = _on_owners(np.ones((layers, 1, experts)), owner_LE, devices)
+        everywhere_LC &= experts - owned_LCD.min(axis=2) <= setting.budget.memory
+    return np.logical_not(everywhere_LC)
 
 
 def _on_owners(amount_LCE: Floats | Ints, owner_LE: Ints, devices: int) -> Floats:

@@ -127,6 +127,11 @@ class ExpertArena:
     def two_level(self) -> bool:
         return self._kind == "two_level"
 
+    def alone(self, layer: int) -> bool:
+        """Whether nothing of the layer's tokens is exchanged: every rank serves its own. Not with messages, whose schedule is
+        measured and planned for what travels; nor where backward fetches copies again. The same on all ranks."""
+        return self.layers[layer].stays and self.peer_memory and not self.rematerialise
+
     @property
     def rows(self) -> Parts:
         """gate_up (S, 2F, D) and down (S, D, F) of the slots."""
@@ -206,16 +211,16 @@ class ExpertArena:
     def placements(self) -> list[Placement]:
         return [found.placement for found in self.layers]
 
-    def replace(self, layer: int, placement: Placement, shares_ED: Floats) -> None:
+    def replace(self, layer: int, placement: Placement, shares_ED: Floats, *, stays: bool) -> None:
         """Another placement of one layer whose copies are here, until `place`: copies that stay keep their rows, new ones are
-        fetched at once into rows that are free then."""
+        fetched at once into rows that are free then. `stays`: as of `layout`."""
         before = self.layers[layer]
         others = () if self.rematerialise else (found for found in self.layers if found is not before)
         taken = {row for found in others for row in found.slots.values()}
         kept = {expert: row for expert, row in before.slots.items() if placement.copies_ED[expert, self.world.rank]}
         rows = [row for row in range(self.owned, self.owned + self.copies) if row not in taken and row not in kept.values()]
         slots = self._slots(placement, before.first_own, rows, kept)
-        (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None], [False])
+        (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None], [stays])
         self.layers[layer] = found
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():

@@ -51,6 +51,7 @@ class Flows:
     within_out_D: Floats
     across_in_D: Floats
     across_out_D: Floats
+    stays: Bools  # `Plan.stays`; () or (L,)
 
 
 def shares(plan: Plan, topology: Topology, device: int) -> Floats:
@@ -85,6 +86,9 @@ def flows_of(
     layers, experts, devices = placements.copies_LED.shape
     nodes, per_node = topology.nodes, topology.devices_per_node
     expert_H, device_H = placements.holders
+    stays_L: Bools = np.zeros(layers, dtype=np.bool_)
+    if nearest_first and len(expert_H) >= experts * devices:  # else no layer has all experts everywhere
+        stays_L = np.asarray(placements.copies_LED.reshape(layers, -1).all(axis=1))
     at_H = expert_H // experts * devices + device_H  # of (L, D)
     weight_H = np.ones(len(expert_H)) if weight_LED is None else weight_LED.reshape(-1, devices)[expert_H, device_H]
     part_E, weight_E = loads_LE.ravel() / devices, np.bincount(expert_H, weights=weight_H, minlength=layers * experts)
@@ -107,6 +111,7 @@ def flows_of(
             within_out_D=node_LD - takes_LD,
             across_in_D=takes_LD * (devices - per_node),
             across_out_D=takes_LD.sum(axis=1, keepdims=True) - node_LD,
+            stays=stays_L,
         )
     cell_H = expert_H * nodes + device_H // per_node  # of (E, N), E those of all layers
     weight_EN = np.bincount(cell_H, weights=weight_H, minlength=layers * experts * nodes).reshape(-1, nodes)
@@ -127,6 +132,7 @@ def flows_of(
         within_out_D=part_E.reshape(layers, experts).sum(axis=1, keepdims=True) - own_LD - gives_far_LD,
         across_in_D=far_LD,
         across_out_D=gives_far_LD,
+        stays=stays_L,
     )
 
 

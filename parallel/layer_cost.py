@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from parallel.flows import Flows, Plan, flows
-from parallel.placement import Budget, Floats, Ints, Placement, Placements, Topology, on_owners
+from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
 NUMBERS = 14  # in LayerCosts.numbers
@@ -87,6 +87,12 @@ class Setting:
     rematerialise: bool  # copies are fetched again for the backward pass
     costs: LayerCosts
     two_level: bool = False  # tokens cross to a node once, and go on inside it (two_level_exchange.py)
+    in_place: bool = False  # ranks read each other's memory (peer_exchange.py)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing of a layer is exchanged where each device serves its own tokens (moe_layer.py)."""
+        return self.topology.devices == 1 or (self.in_place and not self.rematerialise)
 
 
 def layer_time(plan: Plan, loads_E: Floats, setting: Setting, present: Placement | None = None) -> LayerTime:
@@ -127,12 +133,18 @@ def pass_times(found: Flows, setting: Setting) -> tuple[Floats, Floats]:
     """(seconds of products, seconds of tokens on their way), forward and backward."""
     costs = setting.costs
     products_s = (found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max(axis=-1)
-    return np.asarray(3 * products_s), np.asarray(4 * exchange_time(found, setting) + costs.exchange_s)
+    tokens_s = 4 * exchange_time(found, setting) + exchanges(found, setting) * costs.exchange_s
+    return np.asarray(3 * products_s), np.asarray(tokens_s)
+
+
+def exchanges(found: Flows, setting: Setting) -> Bools:
+    """Whether tokens are exchanged at all; () or (L,). An exchange in which none travels takes its time, too."""
+    return np.logical_not(found.stays & setting.alone)
 
 
 def least_pass_s(crossing_L: Floats, busiest_L: Floats, entries_L: Floats, setting: Setting) -> Floats:
-    """No plan of layers with so many entries takes less for products and tokens (`pass_times`), if so many of them go to other
-    nodes and one device computes so many, or the mean where that is more; (L,) each."""
+    """No plan of layers with so many entries takes less for products and tokens (`pass_times`), if there is an exchange, so
+    many entries go to other nodes and one device computes so many, or the mean where that is more; (L,) each."""
     topology, costs, per_node = setting.topology, setting.costs, setting.topology.devices_per_node
     mean_L = entries_L / topology.devices
     tokens_L, far = mean_L / setting.top_k, topology.devices - per_node
@@ -171,7 +183,8 @@ class Exchanged:
 
 
 def exchanged(found: Flows, setting: Setting) -> Exchanged:
-    """A token's row goes to a device once, whatever number of its choices that device serves; in two levels to a node once."""
+    """A token's row goes to a device once, whatever number of its choices that device serves; in two levels to a node once.
+    Nothing is laid out where nothing is exchanged (`exchanges`)."""
     topology, top_k, costs = setting.topology, setting.top_k, setting.costs
     near, tokens_1 = topology.devices_per_node - 1, found.entries_D.sum(axis=-1, keepdims=True) / top_k / topology.devices
     far = topology.devices - near - 1
@@ -183,7 +196,8 @@ def exchanged(found: Flows, setting: Setting) -> Exchanged:
     within_bytes, across_bytes = costs.row_bytes * _most(
         rows_KD[:2], kinds_KD[:2], np.array([found.within_out_D, found.across_out_D])
     )
-    return Exchanged(within_bytes, across_bytes, tokens_1[..., 0] + rows_KD.sum(axis=0).max(axis=-1))
+    rows = tokens_1[..., 0] + rows_KD.sum(axis=0).max(axis=-1)
+    return Exchanged(within_bytes, across_bytes, rows * exchanges(found, setting))
 
 
 def _in_two_levels(found: Flows, own_D: Floats, tokens_1: Floats, setting: Setting) -> Exchanged:
@@ -206,7 +220,7 @@ def _in_two_levels(found: Flows, own_D: Floats, tokens_1: Floats, setting: Setti
         np.array([out_D, found.across_out_D]),
     )
     rows = tokens_1[..., 0] + (2 * (relayed_D + stays_D) + within_D + across_D + here_D).max(axis=-1)
-    return Exchanged(within_bytes, across_bytes, rows)
+    return Exchanged(within_bytes, across_bytes, rows * exchanges(found, setting))
 
 
 def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: float | Floats, top_k: int) -> Floats:

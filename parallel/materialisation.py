@@ -165,7 +165,7 @@ class Materialisation:
         if plan is not self.plans[layer]:
             self.plans[layer] = plan
             self._calibrated += 1
-            self.shards.arena.replace(layer, plan.placement, shares(plan, world.topology, world.rank))
+            self.shards.arena.replace(layer, plan.placement, shares(plan, world.topology, world.rank), stays=plan.stays)
 
     def _measure(self) -> None:
         """Measures this machine, and makes room for copies. Collective; all ranks come to the same numbers."""
@@ -175,8 +175,7 @@ class Materialisation:
         memory = copies_that_fit(arena, layers_kept) if settings.memory is None else settings.memory
 
         def planning(costs: LayerCosts) -> Plan:
-            budget = Budget(arena.shape.experts, memory)
-            setting = Setting(world.topology, settings.top_k, budget, False, costs, arena.two_level)
+            setting = replace(self._setting_of(Budget(arena.shape.experts, memory), costs), rematerialise=False)
             return calibrated(Plan(without_copies(self.shards.owner_LE[0], world.size)), self.loads[-1][0], setting)
 
         costs = measure_costs(arena, tokens, settings.top_k, planning)
@@ -186,12 +185,24 @@ class Materialisation:
         self._know(hidden if settings.overlap is None else settings.overlap, memory, costs)
 
     def _know(self, overlap: int, memory: int, costs: LayerCosts) -> None:
-        arena, settings, world = self.shards.arena, self.settings, self.shards.world
+        arena, settings = self.shards.arena, self.settings
         budget = Budget(min(overlap, arena.shape.experts), min(memory, arena.shape.experts))
-        self._setting = Setting(world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.two_level)
+        self._setting = self._setting_of(budget, costs)
         arena.attention = None
         self.shards.make_room(budget.memory * (1 if settings.rematerialise else arena.shape.layers))
         log.info("copies: %s, %s", budget, costs)
+
+    def _setting_of(self, budget: Budget, costs: LayerCosts) -> Setting:
+        arena, settings = self.shards.arena, self.settings
+        return Setting(
+            self.shards.world.topology,
+            settings.top_k,
+            budget,
+            settings.rematerialise,
+            costs,
+            two_level=arena.two_level,
+            in_place=arena.peer_memory,
+        )
 
     def _measured(self, loads_LE: Floats) -> dict[str, float]:
         """Of an update with such loads under the present plans."""

@@ -85,9 +85,7 @@ class ShardedExperts:
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
             return self._alone(x_TD, order, routing.weights_TK, experts)
-        tokens = self.arena.transport.tokens
-        # Not with messages, whose schedule is measured and planned for what travels; nor where backward fetches copies again.
-        if experts.stays and isinstance(tokens, PeerTokens) and not self.arena.rematerialise:
+        if self.arena.alone(self.layer):
             here_TK = experts.index_E[routing.experts_TK]
             if routing.num_entries is not None:
                 here_TK = here_TK.where(routing.experts_TK >= 0, -1)
@@ -99,7 +97,7 @@ class ShardedExperts:
         weights_TK = routing.weights_TK.float()
         gate_up_SCD, down_SDF = self.arena.rows
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
-        first_rows = partial(self._slice, UNDER_LAYER)
+        first_rows, tokens = partial(self._slice, UNDER_LAYER), self.arena.transport.tokens
         if isinstance(tokens, PeerTokens):
             received, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
             sums = partial(self.arena.sums, self.layer)

@@ -78,7 +78,7 @@ class Reinforcement:
         if self.config.algorithm.kl_coefficient > 0:
             ranks.call("keep_reference", self.run.reference)
         pool.load_weights(ranks, start, self.config.sync)
-        with self.stop.deferred(look):
+        with self.stop.deferred("the end of this round and its checkpoint", look):
             self.loop(ranks, pool, buffer, start)
 
     def prepare(self, ranks: Processes) -> None:

@@ -39,10 +39,12 @@ from tests import checkpoints
 from tests.models import tiny_model
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_files import checksum, folder_name
 from trainer.config.rl import RLConfig
 from trainer.config.run import JsonlSource, ParquetSource, PretrainConfig, TextSource, TokenizerConfig
 from trainer.data import open_corpus, prepare
-from trainer.keeper import Kept, whole_ones
+from trainer.keeper import Kept
+from trainer.kept_checkpoints import whole_ones
 from trainer.metrics import LOAD
 from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import LanguageModel
@@ -218,7 +220,7 @@ def test_tokenizers(tokenizer: Tokenizer, data: st.DataObject) -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of ours."""
-    place = tmp_path_factory.mktemp("checkpoints") / checkpoint.folder_name(3)
+    place = tmp_path_factory.mktemp("checkpoints") / folder_name(3)
     meta = CheckpointMeta("pretrain", 3, 3, MODEL.model_dump(mode="json"), "unknown", {"rows": 24, "corpus": "a"})
     alone = World(0, 1, torch.device("cpu"), ranks_per_node=1)
     checkpoints.write(place, named_tensors(LanguageModel.initialize(MODEL, 0)), meta, {"tokenizer.json": "{}"}, alone)
@@ -229,7 +231,7 @@ def with_sums(place: Path) -> None:
     """Gives all files the checksums that they have now, as an author of bad files would."""
     record = json.loads((place / "meta.json").read_text())
     names = [p.relative_to(place) for p in place.rglob("*") if p.is_file() and p.name != "meta.json"]
-    record["files"] = {str(name): checkpoint.checksum(place / name) for name in names}
+    record["files"] = {str(name): checksum(place / name) for name in names}
     (place / "meta.json").write_text(json.dumps(record))
 
 

@@ -14,7 +14,6 @@ Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import shutil
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
+from trainer.checkpoint_files import Checksum, checksum, step_of
 from trainer.config.model import ModelConfig
 from trainer.json_text import first_problem, parsed
 from trainer.model.transformer import require_plausible
@@ -53,7 +53,6 @@ class CheckpointMeta:
     position: dict[str, Any]  # where the data stands; the stage decides
 
 
-Checksum = dict[str, int | str]
 META, SUMS = TypeAdapter(CheckpointMeta), TypeAdapter(dict[str, Checksum])
 
 
@@ -70,22 +69,8 @@ def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
     return model
 
 
-def folder_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
 def fragment_name(name: str, start: int) -> str:
     return f"{name}@{start}"
-
-
-def step_of(folder: Path) -> int:
-    """Of a folder with such a name."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def checksum(path: Path) -> dict[str, int | str]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 # ---------------------------------------------------------------- reading
@@ -167,7 +152,10 @@ def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
         return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
         return f"{name} is missing"
-    found = checksum(path)
+    try:
+        found = checksum(path)
+    except OSError as error:  # of a disk that fails
+        return f"{name} cannot be read: {error.strerror}"
     if found == expected:
         return None
     return (

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
-from trainer.checkpoint import FORMAT, CheckpointMeta, Checksum, Damaged, checksum, parse_record, prune, set_aside
+from trainer.checkpoint import FORMAT, CheckpointMeta, Damaged, parse_record, prune, set_aside
+from trainer.checkpoint_files import Checksum, checksum
 
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 SLAB_BYTES = 256 * 2**20  # of copies in the host's memory

@@ -295,7 +295,8 @@ def run_attempts(
         stop.listen()
         supervise(unless_stopped, began, config.max_restarts, say)
     except Stopped:
-        with stop.deferred():  # a second signal comes too late to change anything
+        # A second signal comes too late to change anything, but for a second Ctrl-C.
+        with stop.deferred("the newest checkpoint in memory, which goes to the disk"):
             bring_to_disk()
         raise
     finally:

@@ -1,65 +1,29 @@
-"""Checkpoints in the memory of nodes: who keeps them there, who sends and reads them, and which are whole after a loss.
+"""The process of a node that keeps checkpoints in its memory, and outlives the ranks.
 
-A keeper is a process of each node that outlives the ranks. Its folder lies in the node's memory (SHARED_MEMORY) and has the
-layout of checkpoint.py, in which the ranks of the node write their files and the record, while the files of other ranks are in
-the folders of their nodes. Each rank also sends its files to the keeper of the next node, so a checkpoint survives the loss of
-any one node, and of all ranks. What is read is checked against the record as on a disk, and is JSON or safetensors.
-
-Source: Wang et al., "GEMINI: Fast Failure Recovery in Distributed Training with In-Memory Checkpoints", SOSP 2023.
+Its folder lies in the node's memory (SHARED_MEMORY) and has the layout of checkpoint.py, in which the ranks of the node write
+their files and the record, while the files of other ranks are in the folders of their nodes. Each rank also sends its files to
+the keeper of the next node; kept_checkpoints.py has what they do with it. A keeper starts in a fraction of a second and takes
+little memory, because it imports no torch.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch.distributed as dist
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from safetensors.torch import load, save
-from torch import Tensor
-
 from kernels.errors import UserError
-from parallel.topology import World
-from trainer.checkpoint import (
-    CheckpointMeta,
-    Checksum,
-    Damaged,
-    LocalFile,
-    TensorFile,
-    checksum,
-    folder_name,
-    parse_record,
-    read_files,
-    require_model,
-    step_of,
-    tensor_files,
-)
-from trainer.config.model import ModelConfig
+from trainer.checkpoint_files import Checksum, checksum, folder_name, step_of
 
 SHARED_MEMORY = Path("/dev/shm")
-CHUNK_BYTES = 4 * 2**20  # of a file on its way to another node
-CHUNKS_UNDER_WAY = 2  # of a rank; they lie in Ray's object store
 RECORD = "meta.json"
-
-
-class KeeperLost(RuntimeError):
-    """A keeper died while a rank was reading."""
-
-
-# ---------------------------------------------------------------- which are whole
 
 
 @dataclass(frozen=True)
@@ -70,55 +34,11 @@ class Kept:
     files: dict[str, Checksum]  # of all others, as they are now
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A checkpoint of which every file is kept somewhere as its record says."""
-
-    step: int
-    record: str
-    keepers: dict[str, tuple[str, ...]]  # file -> who has it
-
-
-def whole_ones(found: Mapping[str, Mapping[int, Kept]]) -> list[Whole]:
-    """Those that can be put together from what each keeper has, by step; the newest first. Pure.
-
-    Several ranks wrote a step, perhaps more than once and on other numbers of ranks; files belong to the record that has their
-    checksums. What is torn or missing here may be whole with another keeper.
-    """
-    whole = []
-    for step in sorted({step for steps in found.values() for step in steps}, reverse=True):
-        kept = {name: steps[step] for name, steps in found.items() if step in steps}
-        for record in sorted({one.record for one in kept.values() if one.record is not None}):
-            try:
-                meta, sums = parse_record(record, Path(folder_name(step), RECORD))
-            except UserError:
-                continue
-            keepers = {file: tuple(k for k, one in kept.items() if one.files.get(file) == sum_) for file, sum_ in sums.items()}
-            if meta.step == step and all(keepers.values()):
-                whole.append(Whole(step, record, keepers))
-    return whole
-
-
-def following(nodes: Sequence[str]) -> dict[str, str]:
-    """Which node also keeps what each of the nodes of these ranks has: the next one; itself where there is no other."""
-    ring = list(dict.fromkeys(nodes))
-    return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
-
-
-def outlives(nodes: Sequence[str], lost: Set[str]) -> bool:
-    """Whether a checkpoint of ranks on these nodes is still whole without the ones that are lost."""
-    return all(node not in lost or other not in lost for node, other in following(nodes).items())
-
-
-# ---------------------------------------------------------------- the process
-
-
 class Keeper:
     """Keeps checkpoints in a folder in the memory of its node, which is gone when this process is. A Ray actor."""
 
     def __init__(self) -> None:
         self._folder: OwnFolder | None = None
-        self._opened: dict[tuple[int, str], LocalFile] = {}
 
     def folder(self) -> Path:
         """Before all others. Raises UserError where there is none to be had."""
@@ -150,7 +70,6 @@ class Keeper:
 
     def keep_only(self, step: int | None) -> None:
         """Removes all other steps, and what was cut off."""
-        self._opened.clear()  # what is open takes its memory with it
         for path in self.folder().iterdir():
             if path.is_dir() and (step is None or path.name != folder_name(step)):
                 shutil.rmtree(path)
@@ -166,18 +85,11 @@ class Keeper:
             os.fsync(copied.fileno())
         return checksum(to)
 
-    def shapes(self, step: int, name: str) -> str:
-        """Of the tensors of a file, as JSON."""
-        return json.dumps(dict(self._open(step, name).shapes))
-
-    def tensor(self, step: int, name: str, tensor: str) -> bytes:
-        """One of them, as a safetensors file."""
-        return save({tensor: self._open(step, name).tensor(tensor)})
-
-    def _open(self, step: int, name: str) -> LocalFile:
-        if (step, name) not in self._opened:
-            self._opened[step, name] = LocalFile(self._file(step, name))
-        return self._opened[step, name]
+    def read(self, step: int, name: str, offset: int, size: int) -> bytes:
+        """A part of a file."""
+        with open(self._file(step, name), "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     def _file(self, step: int, name: str) -> Path:
         path = self.folder() / folder_name(step) / name
@@ -248,93 +160,3 @@ def _locked(file: Path) -> Any:
         lock.close()
         return None
     return lock
-
-
-# ---------------------------------------------------------------- what ranks do with it
-
-
-@dataclass(frozen=True)
-class MemoryShelf:
-    """What a rank is told about where its checkpoints in memory lie."""
-
-    keeper: str  # the name of that of its node
-    folder: Path
-    leads: bool  # it is the first of its node
-    next: Any  # the keeper of the next node; None where all ranks are on one
-
-
-def send(keeper: Any, folder: Path, names: Sequence[str]) -> None:
-    """Sends files of a checkpoint to a keeper on another node. Raises OSError if they cannot be kept there."""
-    step = step_of(folder)
-    under_way: deque[ray.ObjectRef] = deque()
-    try:
-        for name in names:
-            with open(folder / name, "rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    under_way.append(keeper.take.remote(step, name, file.tell() - len(chunk), chunk))
-                    if len(under_way) > CHUNKS_UNDER_WAY:
-                        ray.get(under_way.popleft())
-            while under_way:
-                ray.get(under_way.popleft())
-            ray.get(keeper.close.remote(step, name))
-    except RayTaskError as error:
-        if not isinstance(error.cause, OSError):
-            raise
-        raise OSError(error.cause.errno, f"{error.cause.strerror}, on the node after this one") from error
-    except RayActorError as error:
-        raise OSError("the keeper of the node after this one is gone") from error
-
-
-class RemoteFile:
-    """A safetensors file that a keeper on another node has. Raises KeeperLost once that is gone."""
-
-    def __init__(self, keeper: Any, step: int, name: str) -> None:
-        self._keeper, self._step, self._name = keeper, step, name
-        self.shapes: Mapping[str, Sequence[int]] = json.loads(self._asked(keeper.shapes.remote(step, name)))
-
-    def tensor(self, name: str) -> Tensor:
-        return load(self._asked(self._keeper.tensor.remote(self._step, self._name, name)))[name]
-
-    def _asked(self, answer: ray.ObjectRef) -> Any:
-        try:
-            return ray.get(answer)
-        except RayError as error:
-            raise KeeperLost(f"{self._name} of step {self._step}, which another node had in its memory, is gone") from error
-
-
-def open_whole(
-    one: Whole,
-    shelf: MemoryShelf,
-    keepers: Mapping[str, Any],
-    expected: Mapping[str, Sequence[int]],
-    model: ModelConfig,
-    world: World,
-) -> tuple[CheckpointMeta, Mapping[str, Tensor]]:
-    """What a checkpoint in memory says, and its tensors, each from this node where that has it. `keepers`: all, by name.
-
-    Collective; raises on all ranks or on none.
-
-    Raises:
-        Damaged: a file is gone since, or is not as expected. UserError: another model.
-    """
-    place = shelf.folder / folder_name(one.step)
-    meta, _ = parse_record(one.record, place / RECORD)
-    require_model(place, meta, model)
-    files: dict[str, Callable[[], TensorFile]] = {}
-    for name in tensor_files(one.keepers):
-        having = one.keepers[name]
-        other = having[world.rank % len(having)]  # not all ask the same one
-        here = shelf.keeper in having
-        files[name] = partial(LocalFile, place / name) if here else partial(RemoteFile, keepers[other], one.step, name)
-    tensors: Mapping[str, Tensor] = {}
-    failure: str | None = None
-    try:
-        tensors = read_files(place, files, expected)
-    except (Damaged, KeeperLost) as error:
-        failure = str(error)
-    failures = [failure] * world.size
-    if world.size > 1:
-        dist.all_gather_object(failures, failure)
-    for why in filter(None, failures):
-        raise Damaged(why)
-    return meta, tensors

@@ -55,7 +55,7 @@ class Pretraining:
         ranks = start_ranks(placement, self.spec, self.config.cluster, self.run, self.tracker, self.memory)
         ranks.call("open_corpus", self.corpus.folder, self.config.train.sequence_length, self.config.seed)
         start = self._restore(ranks)
-        with self.stop.deferred(placement.look):
+        with self.stop.deferred("the end of this step and its checkpoint", placement.look):
             self.loop(ranks, start)
 
     @property

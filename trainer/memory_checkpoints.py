@@ -1,4 +1,4 @@
-"""Checkpoints in the memory of the nodes, as the driver of a run sees them; keeper.py says how they lie there."""
+"""Checkpoints in the memory of the nodes, as the driver of a run sees them; kept_checkpoints.py says how they lie there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.checkpoint import CheckpointMeta, Checksum
+from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_files import Checksum
 from trainer.cluster import Processes, ProcessLost, gather
-from trainer.keeper import Keeper, KeeperLost, Kept, MemoryShelf, Whole, following, outlives, whole_ones
+from trainer.keeper import Keeper, Kept
+from trainer.kept_checkpoints import KeeperLost, MemoryShelf, Whole, following, outlives, whole_ones
 from trainer.places import ANSWER_S, Say, python_path
 from trainer.worker import SavedInMemory
 
@@ -67,6 +69,8 @@ class MemoryCheckpoints:
     def __init__(self, every: int, say: Say) -> None:
         self.every, self._say = every, say
         self.newest = -1  # the step of the last one that was begun
+        self.to_disk = -1  # that of the last one that went to the disk instead
+        self.on_disk = -1  # that of the newest one there which is known to be whole
         self._keepers: dict[str, Any] = {}  # of nodes, by the names that Ray gives them
         self._nodes: list[str] = []  # of the ranks
 

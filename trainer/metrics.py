@@ -162,7 +162,11 @@ _DECLARED = (
     Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
     Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
     Metric(
-        "policy/mismatch_abs", "nats", "mismatch", ".4f", "mean absolute gap of the trainer's and the engine's log-probability"
+        "policy/mismatch_abs",
+        "nats",
+        "mismatch",
+        ".4f",
+        "mean absolute gap of the trainer's and the engine's log-probability; top_k, top_p and min_p raise the latter",
     ),
     Metric(
         "policy/kl_reference", "nats", "KL to reference", ".4f", "mean KL per token from the policy at the start of RL, by k3"

@@ -14,6 +14,7 @@ from typing import Any
 from kernels.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_files import folder_name, step_of
 from trainer.checkpoint_writer import bring
 from trainer.cluster import Processes, ProcessLost
 from trainer.config.model import ModelConfig
@@ -41,7 +42,7 @@ class OnDisk:
 
     @property
     def step(self) -> int:
-        return checkpoint.step_of(self.folder)
+        return step_of(self.folder)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -92,7 +93,8 @@ class RunCheckpoints:
         One before it that could not be written is said, and the run goes on.
         """
         files = self._files | {"state.json": json.dumps(progress.state())}
-        folder = self.run.checkpoints / checkpoint.folder_name(progress.step)
+        folder = self.run.checkpoints / folder_name(progress.step)
+        self.memory.to_disk = progress.step
         answers = ranks.call("save", folder, self.meta(progress.step, progress.position), files, self.keep)
         _, failure = answers[0]
         if failure is not None:
@@ -103,6 +105,7 @@ class RunCheckpoints:
         """Waits until the last one on the disk is whole. Raises UserError where it cannot be written."""
         if (failure := ranks.call("settle")[0]) is not None:
             raise UserError(f"{failure}, then go on with resume=auto")
+        self.memory.on_disk = self.memory.to_disk
 
     @property
     def _files(self) -> dict[str, str]:
@@ -111,13 +114,16 @@ class RunCheckpoints:
     def bring_to_disk(self) -> None:
         """Of a run that stops without its ranks: the newest one in memory, if the disk has none so new. It goes with the run.
 
-        One that cannot be brought is said.
+        One that cannot be brought is said, and so are damaged ones on the disk, which count for nothing.
         """
-        on_disk = max(map(checkpoint.step_of, checkpoint.available(self.run.checkpoints)), default=-1)
-        for one in self.memory.found() if self.memory.newest > on_disk else ():
-            if one.step <= on_disk:
+        if (
+            self.memory.newest <= self.memory.on_disk
+        ):  # as after a stop of the loop: what was written just now is not read again
+            return
+        for one in self.memory.found():
+            if self._disk_has(one.step):
                 return
-            folder = self.run.checkpoints / checkpoint.folder_name(one.step)
+            folder = self.run.checkpoints / folder_name(one.step)
             self.tracker.say(f"bringing the checkpoint of step {one.step} from {one} to the disk")
             try:
                 bring(one.whole.record, folder, one.copy, self._files, self.keep)
@@ -125,6 +131,19 @@ class RunCheckpoints:
                 self.tracker.say(f"{folder} cannot be brought there: {error}")
                 continue
             return
+
+    def _disk_has(self, step: int) -> bool:
+        """Whether a checkpoint there that is not older is whole."""
+        for folder in reversed(checkpoint.available(self.run.checkpoints)):
+            if step_of(folder) < step:
+                return False
+            try:
+                checkpoint.verify(folder)
+            except UserError as error:
+                self.tracker.say(str(error))
+                continue
+            return True
+        return False
 
     def _save_to_stop(self, ranks: Processes, progress: Progress) -> dict[str, float]:
         """On the disk, or in memory where the run goes on from there at once, unless a signal comes meanwhile."""
@@ -152,6 +171,7 @@ class RunCheckpoints:
                 self.tracker.say(f"{error}: trying the one before it")
                 continue
             self.memory.settle(meta.step)
+            self.memory.to_disk = self.memory.on_disk = one.step if isinstance(one, OnDisk) else -1
             return one, meta
         if found:
             raise UserError(

@@ -171,8 +171,10 @@ def read_status(path: Path) -> dict[str, Any]:
     file = path / "status.json"
     try:
         return asdict(STATUS.validate_json(file.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise UserError(f"{shown(file)} is damaged: {first_problem(error)}") from None
 
@@ -240,7 +242,7 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
     """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind."""
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
-        path = runs / _plain_name(config.run_name)
+        path = runs / config.run_name
         if path.exists() and not (path / "status.json").exists():
             raise UserError(f"no run has begun in {shown(path)}: it has no status.json. Remove it, or choose another run_name")
         return path if path.exists() else None
@@ -253,7 +255,7 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
 def _new_folder(config: RunConfig, kind: str) -> Path:
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
-        path = runs / _plain_name(config.run_name)
+        path = runs / config.run_name
         if path.exists():
             raise UserError(f"{shown(path)} exists; continue it with resume=auto, or choose another run_name")
         path.mkdir()
@@ -267,12 +269,6 @@ def _new_folder(config: RunConfig, kind: str) -> Path:
             continue
         return path
     raise UserError(f"{shown(candidates[0])} and 98 more of that name exist; give the run a run_name")
-
-
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or name.startswith(("latest-", ".")):
-        raise UserError(f"run_name={name} should be a plain folder name, not a path, a hidden name or latest-...; see runs_dir")
-    return name
 
 
 def _point_to(path: Path, link: Path) -> None:

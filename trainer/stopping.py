@@ -1,4 +1,6 @@
-"""Stopping a run from outside so that it loses nothing: on SIGTERM or SIGUSR1 the step ends, then comes a checkpoint.
+"""Stopping a run from outside so that it loses nothing: on SIGTERM, SIGUSR1 or Ctrl-C the step ends, then comes a checkpoint.
+
+A second Ctrl-C ends it at once.
 
 So does an attempt whose ranks had better be elsewhere, because their cluster changes (places.py); then the run goes on at once,
 unless it is bound to its nodes.
@@ -6,19 +8,25 @@ unless it is bound to its nodes.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
 REQUEUE = 75  # exit code: the same command with resume=auto goes on; EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STDERR = 2  # file descriptor
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of those who run jobs
 
 
 class Stopped(RuntimeError):
     """The run has stopped for a reason outside it and should be started again, with resume=auto."""
+
+
+class Interrupted(Stopped):
+    """Ctrl-C has stopped it: a person, who starts it again when that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,22 @@ class Moved(RuntimeError):
 
 
 class StopRequest:
-    """Listens for SIGNALS in a `with` block. In `deferred` a signal is kept for later, elsewhere it stops the run at once."""
+    """Listens for SIGNALS and Ctrl-C in a `with` block. In `deferred` one is kept for later, elsewhere it ends the run at once.
+
+    A second Ctrl-C raises KeyboardInterrupt anywhere.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None  # the name of the one that came
         self.move: Move | None = None
-        self._deferred = False
+        self._interrupted = False  # by Ctrl-C
+        self._waits_for: str | None = None  # in `deferred`
         self._look: Callable[[], Move | None] = _nothing
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        # A shell has what it starts in the background ignore Ctrl-C, which is meant for others then.
+        heeded = SIGNALS if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else (*SIGNALS, signal.SIGINT)
+        self._before = {number: signal.getsignal(number) for number in heeded}
         self.listen()
         return self
 
@@ -58,22 +72,31 @@ class StopRequest:
 
     def listen(self) -> None:
         """Installs the handlers; again after ray.init, which installs its own for SIGTERM."""
-        for number in SIGNALS:
+        for number in self._before:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> Any:
-        self.signal = signal.Signals(number).name
-        if not self._deferred:
+        by_hand = number == signal.SIGINT
+        if by_hand and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= by_hand
+        self.signal = "Ctrl-C" if by_hand else signal.Signals(number).name
+        if self._waits_for is None:
             self.obey("before a step was made")
+        again = "; Ctrl-C again ends at once" if by_hand else ""
+        _say_at_once(f"{self.signal}: waiting for {self._waits_for}{again}")
 
     @contextmanager
-    def deferred(self, look: Callable[[], Move | None] | None = None) -> Iterator[None]:
-        """The loop, which asks whether to end once a step is done. `look` says why it had better go on elsewhere, if so."""
-        self._deferred, self._look = True, look or _nothing
+    def deferred(self, waits_for: str, look: Callable[[], Move | None] | None = None) -> Iterator[None]:
+        """The loop, which asks whether to end once a step is done. `look` says why it had better go on elsewhere, if so.
+
+        `waits_for`: what somebody who asks it to stop has to wait for, "the end of this step".
+        """
+        self._waits_for, self._look = waits_for, look or _nothing
         try:
             yield
         finally:
-            self._deferred, self._look, self.move = False, _nothing, None
+            self._waits_for, self._look, self.move = None, _nothing, None
 
     def asked(self) -> bool:
         """Whether the loop should write a checkpoint and `obey`; `move` is set where no signal asks for it."""
@@ -90,7 +113,8 @@ class StopRequest:
     def obey(self, where: str) -> None:
         """Raises Stopped if a signal has come, Moved for a move. `where` it stops: "after step 12"."""
         if self.signal is not None:
-            raise Stopped(f"stopped by {self.signal} {where}; resume=auto goes on")
+            kind = Interrupted if self._interrupted else Stopped
+            raise kind(f"stopped by {self.signal} {where}; resume=auto goes on")
         if self.move is not None and not self.move.elsewhere:
             raise Stopped(f"{self.move.why}, and cluster.nodes has all of them take part: stopped {where}; resume=auto goes on")
         if self.move is not None:
@@ -99,3 +123,9 @@ class StopRequest:
 
 def _nothing() -> None:
     return None
+
+
+def _say_at_once(text: str) -> None:
+    """On the console, from a signal handler: in the middle of a `print`, which another one would break."""
+    with suppress(OSError):  # whoever looked at it may be gone, and the run is to stop all the same
+        os.write(STDERR, f"\n{text}\n".encode())

@@ -146,6 +146,8 @@ class Traces:
 
     def before(self, ask: Ask, step: int) -> None:
         """Before each step, numbered from 1."""
+        if self.planned is not None and step > self.planned[0]:
+            self._say_passed(step)
         if self.running is None and (wanted := self._wanted(step)) is not None:
             self.running = step, step + wanted.steps - 1, wanted
             ask("start_trace", wanted)
@@ -158,7 +160,8 @@ class Traces:
 
     def _wanted(self, step: int) -> TraceRequest | None:
         if self.planned is not None and self.planned[0] == step:
-            return self.planned[1]
+            planned, self.planned = self.planned[1], None
+            return planned
         file = self.run.path / REQUEST
         if not file.is_file():
             return None
@@ -174,6 +177,16 @@ class Traces:
                 self.say(f"a trace of {kind}s {list(asked)} was asked for; there are {_numbered(kind, found)}")
                 return None
         return wanted
+
+    def _say_passed(self, step: int) -> None:
+        """Unless an attempt before this one has traced it."""
+        assert self.planned is not None
+        (first, wanted), self.planned = self.planned, None
+        if not any(self.run.traces.glob(f"steps_{first:06d}-*")):
+            self.say(
+                f"trace.range [{first}, {first + wanted.steps - 1}] is not traced: it began before step {step}, where this "
+                f"attempt goes on, or in another trace. `python -m launch.trace {shown(self.run.path)}` asks for the next steps"
+            )
 
     def _finish(self, ask: Ask, first: int, last: int, wanted: TraceRequest) -> None:
         folder = self.run.traces / f"steps_{first:06d}-{last:06d}"

@@ -29,12 +29,13 @@ from parallel.peer_memory import nvlinks
 from parallel.topology import World, join, leave, serve_store, use_interface_to
 from trainer import checkpoint
 from trainer.batch import Objective, TrainBatch, cross_entropy
+from trainer.checkpoint_files import folder_name
 from trainer.checkpoint_writer import Shelf, Writer
 from trainer.config.model import ModelConfig
 from trainer.config.rl import SyncConfig
 from trainer.data import Corpus, TokenStream, open_corpus
 from trainer.hangs import JOINED, SHARE, StackWatch, watched
-from trainer.keeper import MemoryShelf, Whole, open_whole, send
+from trainer.kept_checkpoints import MemoryShelf, Whole, open_whole, send
 from trainer.memory import keep_imports
 from trainer.metrics import Value
 from trainer.model.hf import load_pretrained, save_pretrained
@@ -217,7 +218,7 @@ class TrainWorker(Traceable):
         self, shelf: MemoryShelf, writer: Writer, meta: checkpoint.CheckpointMeta, files: dict[str, str]
     ) -> None:
         meta = replace(meta, updates=self.trainer.updates)
-        folder = shelf.folder / checkpoint.folder_name(meta.step)
+        folder = shelf.folder / folder_name(meta.step)
         writer.start(folder, self.trainer.state_to_save(with_moments=True), meta, files, keep=1)
 
     def load_from_memory(self, one: Whole, keepers: Mapping[str, Any]) -> checkpoint.CheckpointMeta:

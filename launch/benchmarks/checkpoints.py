@@ -28,9 +28,9 @@ from launch.benchmarks.models import ModelOptions, model_config, random_rows, tr
 from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.timing import Ceilings
 from parallel.topology import World
-from trainer import checkpoint
 from trainer.batch import TrainBatch, cross_entropy
 from trainer.checkpoint import CheckpointMeta
+from trainer.checkpoint_files import folder_name
 from trainer.estimate import vocab_size
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def measure(
 
 def _turns(world: World, options: CheckpointsOptions, told: tuple[str, Path, Path]) -> Measured:
     """The first round connects, compiles and asks for memory, and does not count."""
-    from trainer.keeper import MemoryShelf
+    from trainer.kept_checkpoints import MemoryShelf
     from trainer.worker import TrainWorker
 
     name, disk, memory = told
@@ -188,7 +188,7 @@ class _Learner:
         worker, step = self._worker, self._worker.trainer.updates
         meta = CheckpointMeta("pretrain", step, step, self._model, "unknown", {})
         if way == "disk":
-            return worker.save(self._disk / checkpoint.folder_name(step), meta, {}, keep=1)[0]
+            return worker.save(self._disk / folder_name(step), meta, {}, keep=1)[0]
         saved = worker.save_in_memory(meta, {})
         assert saved.paused_s is not None, "the one before is whole"
         return saved.paused_s

@@ -170,7 +170,8 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     unused = arena_of(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
-    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind == "two_level")
+    two_level, in_place = kind == "two_level", kind == "peer_memory"
+    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, two_level=two_level, in_place=in_place)
     plan = of_one_layer(POLICIES[options.policy], loads_E, owner_E, setting)
     plans = {OURS: plan, "no_copies": bare}
     arenas = {name: _placed(told.shape, world, parts, one, kind) for name, one in plans.items()}
@@ -280,7 +281,7 @@ def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpor
         return gate_up, down
 
     arena = arena_of(shape, world, parts, int(plan.placement.extra_D.max()), add, kind, sums_of)
-    arena.place([plan.placement], [shares(plan, world.topology, world.rank)])
+    arena.place([plan.placement], [shares(plan, world.topology, world.rank)], [plan.stays])
     arena.attention = None
     return arena
 

@@ -58,12 +58,16 @@ def measured_parts(arena: ExpertArena, inputs: Inputs, repeats: int | None) -> d
         return destinations(experts_TK, split, found.ends_ED, found.phase_E)
 
     here = found.index_E, found.slots_E.shape[0]
+    if arena.alone(0):  # nothing travels, but choices are put in order all the same
+        exchange: Callable[[], object] = partial(expert_order, experts_TK, arena.shape.experts)
+    else:
+        exchange = exchange_call(arena, x_TD, weights_TK.float(), experts_TK, destination, here)
     gradients = arena.shape.matrices(found.slots_E.shape[0], arena.dtype, arena.world.device)
     for part in gradients:
         part.zero_()
     calls: dict[str, Call] = {
         "products_s": _products(arena, found, experts_TK, destination()),
-        "tokens_s": _tokens(exchange_call(arena, x_TD, weights_TK.float(), experts_TK, destination, here)),
+        "tokens_s": _tokens(exchange),
         "weights_s": partial(_weights, arena, gradients),
         "sums_s": _sums(arena, found, gradients),
     }

@@ -168,7 +168,8 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     topology = Topology(devices, options.per_node if devices % options.per_node == 0 else 1)
     costs = costs_of(machine, shape, tokens)
     budget = Budget(hidden_copies(costs, topology.nodes), options.memory)
-    setting = Setting(topology, shape.top_k, budget, False, costs, has_two_levels(topology))
+    two_level, in_place = has_two_levels(topology), topology.nodes == 1  # as parallel.transport=auto has it at first
+    setting = Setting(topology, shape.top_k, budget, False, costs, two_level=two_level, in_place=in_place)
     setting = replace(setting, costs=replace(costs, planning_s=_planning_s(next(iter(traces.values()))[-1, 0], setting)))
     replayed = {
         policy: {name: replay(policy, loads_SLE, setting, options.reshard_every) for name, loads_SLE in traces.items()}

@@ -17,7 +17,7 @@ def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: 
 
     Every chunk reads the weights of all experts anew and fills as many last tiles. Rows are laid out, put in place and summed
     where their message sets out and arrives. Straight to the ranks, both kinds of links carry at the same time, and the layer
-    waits for the one that takes longer; a message without rows takes its start all the same.
+    waits for the one that takes longer; a message without rows takes its start all the same, but where nothing is exchanged.
 
     Args:
         sums_s: of gradients of weights.
@@ -30,16 +30,16 @@ def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: 
         legs = [(across, work.across_bytes), (within, work.within_bytes)]
         first, first_bytes = max(legs, key=lambda leg: leg[0].seconds(leg[1]))
         inside, inside_bytes = NOTHING, 0.0
-    first_bytes = first_bytes or 1.0
+    first_bytes = first_bytes or work.exchanged
     rows = Line(work.weights_s, work.product_s)
     lines = ExecutionCosts(
-        exchange=first,
-        copy=Line(0.0, work.rows_s / first_bytes),
+        exchange=Line(work.exchanged * first.alpha_s, first.beta_s),
+        copy=Line(0.0, work.rows_s / (first_bytes or 1.0)),
         forward=rows,
         backward=rows,
         weights=Line(work.weights_s + sums_s, work.product_s),
         attention=NOTHING,
-        announce_s=(2 if work.two_level else 1) * costs.exchange_s,  # on each level
+        announce_s=work.exchanged * (2 if work.two_level else 1) * costs.exchange_s,  # on each level
         inside=inside,
         chunk_s=chunk_s,
     )

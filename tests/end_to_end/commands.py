@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +24,30 @@ REPOSITORY = Path(__file__).parents[2]
 WAIT_S = 250  # other tests run at the same time
 
 
-def start(module: str, *arguments: str, stdout: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """`python -m launch.<module> arguments`, with the threads of this machine and not the one of the test session."""
+def start(
+    module: str, *arguments: str, stdout: IO[str] | int = subprocess.PIPE, at_a_terminal: bool = False
+) -> subprocess.Popen[str]:
+    """`python -m launch.<module> arguments`, with the threads of this machine and not the one of the test session.
+
+    `at_a_terminal`: `press_ctrl_c` reaches it, also where this session was started in the background.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", f"launch.{module}", *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=stdout, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        process_group=0 if at_a_terminal else None,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if at_a_terminal else None,
+    )
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> None:
+    """As a terminal does: all processes of the command's group get it."""
+    os.killpg(process.pid, signal.SIGINT)
 
 
 def run(module: str, *arguments: str) -> str:

@@ -11,7 +11,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.commands import WAIT_S, run, series, start, wait_for_memory, wait_for_step, wait_for_text
+from launch.cli import CTRL_C
+from tests.end_to_end.commands import (
+    WAIT_S,
+    press_ctrl_c,
+    run,
+    series,
+    start,
+    wait_for_memory,
+    wait_for_step,
+    wait_for_text,
+)
 from tests.end_to_end.kills import APART, SEED, kill_at_random, shuffled
 from tests.end_to_end.ray_cluster import RayCluster
 from tests.listening import beyond_loopback
@@ -73,7 +83,7 @@ def test_processes_killed_at_random_moments_change_nothing(workplace: Path, unin
 def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_started_again(
     workplace: Path, uninterrupted: dict[int, float]
 ) -> None:
-    """So does one that comes while ranks begin anew; then the checkpoint is the newest of those that are in memory."""
+    """So does Ctrl-C, and while ranks begin anew; then the checkpoint is the newest of those that are in memory."""
     options = ["train.checkpoint_every=100", "train.memory_checkpoint_every=1"]
     process = start("pretrain", *arguments(workplace, "asked"), *options)
     wait_for_step(workplace / "runs" / "asked", 3, process)
@@ -85,16 +95,16 @@ def test_a_request_to_stop_ends_the_step_writes_a_checkpoint_and_asks_to_be_star
     assert f"stopped by SIGUSR1 after step {last}; resume=auto goes on" in output
     assert [p.name for p in checkpoint.available(workplace / "runs" / "asked" / "checkpoints")] == [f"step_{last:06d}"]
     assert read_status(workplace / "runs" / "asked")["state"] == "stopped"
-    process = start("pretrain", *arguments(workplace, "asked"), *options, "resume=auto")
+    process = start("pretrain", *arguments(workplace, "asked"), *options, "resume=auto", at_a_terminal=True)
     wait_for_memory(workplace / "runs" / "asked", process, after=last)
     lost = process_of("trainer/1", process.pid)
     assert lost is not None
     lost.kill()
     driver_log = workplace / "runs" / "asked" / "logs" / "attempt_2" / "driver.log"
     wait_for_text(driver_log, "restart 1 of", process)
-    process.send_signal(signal.SIGUSR1)  # no ranks are there, and what they had learned is in memory
+    press_ctrl_c(process)  # no ranks are there, and what they had learned is in memory
     output, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode == REQUEUE, output
+    assert process.returncode == CTRL_C and "stopped by Ctrl-C" in output, output
     brought = re.search(r"bringing the checkpoint of step (\d+) from the memory of 1 node to the disk", output)
     assert brought is not None and int(brought[1]) > last, output
     output = run("pretrain", *arguments(workplace, "asked"), "resume=auto")

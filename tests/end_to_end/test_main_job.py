@@ -15,8 +15,9 @@ import pytest
 import torch
 import transformers
 
+from launch.cli import CTRL_C
 from launch.convert import convert
-from tests.end_to_end.commands import WAIT_S, finish, records, run, series, start, wait_for_step
+from tests.end_to_end.commands import WAIT_S, finish, press_ctrl_c, records, run, series, start, wait_for_step
 from tests.listening import beyond_loopback
 from tests.rl.completion_server import CompletionServer
 from trainer import checkpoint
@@ -24,7 +25,6 @@ from trainer.metrics import LENGTHS, LOAD, Stage, metrics_of
 from trainer.model.attention import PackedAttention, positions_of
 from trainer.model.hf import load_pretrained
 from trainer.ports import free_port
-from trainer.stopping import REQUEUE
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
@@ -161,12 +161,13 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, exported: Pat
     assert traced_roles(runs / "rl-whole") == {"rank 0", "rank 1", "engine 0"}
     common += ["sync=delta", "sync.anchor_every=3", "sync.check=true"]  # the same weights, of which only the changes travel
     common.append(f"rollout.metrics_port={free_port('127.0.0.1')}")
-    process = start("rl", *common, "run_name=rl-killed")
+    process = start("rl", *common, "run_name=rl-killed", at_a_terminal=True)
     wait_for_step(runs / "rl-killed", 1, process)
     assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
-    process.send_signal(signal.SIGUSR1)
+    press_ctrl_c(process)
     output, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode == REQUEUE and "stopped by SIGUSR1 after round" in output, output
+    assert process.returncode == CTRL_C and "stopped by Ctrl-C after round" in output, output
+    assert "Ctrl-C: waiting for the end of this round and its checkpoint; Ctrl-C again ends at once" in output
     process = start("rl", *common, "run_name=rl-killed", "resume=auto")
     wait_for_step(runs / "rl-killed", 5, process)
     process.send_signal(signal.SIGKILL)

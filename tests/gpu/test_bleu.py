@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rl.rewards.bleu import bleu
+from tests.gpu.needs import gpus
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, gpus(1)]
 
 
 def test_bleu_is_the_same_on_both_devices() -> None:

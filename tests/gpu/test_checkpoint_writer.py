@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
+from tests.gpu.needs import gpus
 from trainer.checkpoint_writer import HostCopies
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, gpus(1)]
 
 
 def test_copies_of_a_gpu_are_pinned_and_whole_when_training_goes_on() -> None:

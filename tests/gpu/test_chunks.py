@@ -21,8 +21,9 @@ from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
+from tests.gpu.needs import gpus, hopper, linked
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, gpus(2), hopper()]
 SHAPE = ExpertShape(layers=1, experts=8, hidden=256, expert_hidden=96)
 K = 3
 TOKENS = (1000, 37, 0, 611)  # of each rank
@@ -94,12 +95,10 @@ def one_call(experts: ShardedExperts, x_TD: Tensor, experts_TK: Tensor, weights_
     [
         (2, "messages", "auto"),
         (2, "two_level", "auto"),
-        (2, "peer_memory", "auto"),
+        pytest.param(2, "peer_memory", "auto", marks=linked(2)),
         (2, "messages", "float8"),
         (2, "two_level", "float8"),
-        pytest.param(
-            4, "two_level", "auto", marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
-        ),
+        pytest.param(4, "two_level", "auto", marks=gpus(4)),
     ],
 )
 def test_no_number_depends_on_the_degrees_and_all_are_those_of_one_device(
@@ -129,6 +128,7 @@ def test_no_number_depends_on_the_degrees_and_all_are_those_of_one_device(
             assert (found - wanted).norm() <= near * wanted.norm()
 
 
+@linked(2)
 def test_what_is_read_in_place_has_the_bits_of_messages() -> None:
     """Own gradients and those of copies are added in another order; all else is alike."""
     of_kind = [run_ranks(layer, 2, kind, "auto", kind="cuda") for kind in ("peer_memory", "messages")]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.end_to_end.commands import finish, run, series, start, wait_for_step
 from tests.end_to_end.kills import wait_for_process
+from tests.gpu.needs import gpus, hopper
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device"),
+    gpus(1),
+    hopper(),
 ]
 
 

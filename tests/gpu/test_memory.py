@@ -13,6 +13,7 @@ import torch
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_memory import layout
+from tests.gpu.needs import gpus, hopper, linked
 from tests.models import random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
 from trainer.config.model import ModelConfig
@@ -20,7 +21,7 @@ from trainer.config.run import ParallelConfig
 from trainer.estimate import GIB, memory_per_rank, vocab_size
 from trainer.step import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, gpus(2), hopper()]
 
 RANKS, LENGTH = 2, 2048
 MODEL = tiny_model(  # experts as those of Qwen3-30B-A3B, half as many, in four layers: 1.2 billion parameters
@@ -68,7 +69,7 @@ def peaks(world: World, layouts: dict[str, ParallelConfig]) -> dict[str, tuple[i
     return found
 
 
-@pytest.mark.parametrize("transport", ["messages", "peer_memory"])
+@pytest.mark.parametrize("transport", ["messages", pytest.param("peer_memory", marks=linked(2))])
 def test_what_copies_take_is_what_was_estimated(transport: str) -> None:
     layouts = {name: told.model_copy(update={"transport": transport}) for name, told in LAYOUTS.items()}
     by_rank = run_ranks(peaks, RANKS, layouts, kind="cuda")

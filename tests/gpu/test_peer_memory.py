@@ -19,8 +19,9 @@ from parallel.topology import World, join, leave
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_moe_layer import CASES, close, equal, one_device, spread
+from tests.gpu.needs import RANKS, gpus, linked
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, gpus(2)]
 
 
 def read_the_next(world: World) -> tuple[bool, list[list[int]]]:
@@ -35,11 +36,11 @@ def read_the_next(world: World) -> tuple[bool, list[list[int]]]:
     return within_reach(world), found
 
 
+@linked(RANKS)
 def test_ranks_see_what_others_wrote_before_a_barrier() -> None:
-    size = torch.cuda.device_count()
-    for rank, (reachable, found) in enumerate(run_ranks(read_the_next, size, kind="cuda")):
+    for rank, (reachable, found) in enumerate(run_ranks(read_the_next, RANKS, kind="cuda")):
         assert reachable, "the GPUs of this machine are not linked"
-        assert found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
+        assert found == [[1000 * ((rank + 1) % RANKS) + turn] for turn in range(20)]
 
 
 def isolated(rank: int, size: int, folder: str) -> None:
@@ -50,12 +51,12 @@ def isolated(rank: int, size: int, folder: str) -> None:
     leave(world)
 
 
+@linked(RANKS)
 def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
-    size = torch.cuda.device_count()
-    mp.start_processes(isolated, (size, str(tmp_path)), nprocs=size, start_method="spawn")
-    for rank in range(size):
+    mp.start_processes(isolated, (RANKS, str(tmp_path)), nprocs=RANKS, start_method="spawn")
+    for rank in range(RANKS):
         reachable, found = pickle.loads((tmp_path / str(rank)).read_bytes())
-        assert reachable and found == [[1000 * ((rank + 1) % size) + turn] for turn in range(20)]
+        assert reachable and found == [[1000 * ((rank + 1) % RANKS) + turn] for turn in range(20)]
 
 
 def never_met(rank: int, size: int, folder: str) -> None:
@@ -73,6 +74,7 @@ def never_met(rank: int, size: int, folder: str) -> None:
     os._exit(0)  # nothing can be done with this GPU any more, nor with the group
 
 
+@linked(2)
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     mp.start_processes(never_met, (2, str(tmp_path)), nprocs=2, start_method="spawn")
@@ -82,10 +84,10 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, capfd: pytest.Captur
 
 def test_two_levels_equal_experts_on_one_device() -> None:
     """Of one node of two ranks, or two of one: each hop in turn has something to carry; four GPUs have both."""
-    check_against_one_device(torch.cuda.device_count(), "two_level")
+    check_against_one_device(min(RANKS, 8), "two_level")
 
 
-@pytest.mark.parametrize("kind", ["peer_memory", "messages"])
+@pytest.mark.parametrize("kind", [pytest.param("peer_memory", marks=linked(2)), "messages"])
 def test_sharded_experts_equal_experts_on_one_device(kind: TransportKind) -> None:
     check_against_one_device(2, kind)
 

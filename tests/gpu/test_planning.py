@@ -15,11 +15,12 @@ from parallel.materialisation import MEASURED_AFTER, Ahead
 from parallel.placement import Floats
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
+from tests.gpu.needs import gpus, hopper
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
 from trainer.step import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, gpus(2), hopper()]
 
 MODEL = tiny_model(hidden_size=64, expert_hidden_size=32, num_layers=49, num_experts=64, top_k=4, max_positions=512)
 CYCLES = 4 * 10**9  # of the GPU, about two seconds

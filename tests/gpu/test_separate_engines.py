@@ -6,15 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.end_to_end.commands import WAIT_S, finish, run, series, start
 from tests.end_to_end.kills import wait_for_process
+from tests.gpu.needs import gpus, hopper
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    gpus(2),
+    hopper(),
 ]
 
 
@@ -31,7 +32,7 @@ def test_a_rank_and_an_engine_that_have_a_gpu_each(tmp_path: Path) -> None:
     assert max(series(tmp_path / "async", "rollout/stale_token_share").values()) > 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+@gpus(3)
 def test_an_engine_joins_and_is_lost_and_joins_again(tmp_path: Path) -> None:
     """The run begins without it, and gives it the weights of every round bit for bit."""
     run("pretrain", "experiment=smoke", f"runs_dir={tmp_path}", "run_name=start", "cluster.ranks=1", "logger.wandb=off")

@@ -16,11 +16,12 @@ from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_gradient_slices import PLACES, Case, check_means, objective, planned, reduce_all, told
 from tests.distributed.test_trainer import LR, own_state
+from tests.gpu.needs import gpus, hopper, linked
 from tests.models import random_batch
 from trainer.state import MACHINE
 from trainer.step import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, gpus(2)]
 LARGE = {"model": {"hidden_size": 64, "expert_hidden_size": 32}, "micro_rows": 2}
 SIZES = (1_000_003, 7, 300_000, 64, 2_000_000, 1)
 WHEN = (0, 0, 1, 2, 2, PLACES)  # of the last parameter first
@@ -63,8 +64,11 @@ def both(world: World, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return first_update(world, dict(changes), "off"), first_update(world, dict(changes), schedule)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 2, "transport": "peer_memory"}])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=hopper())])
+@pytest.mark.parametrize(
+    "settings",
+    [{"zero_stage": 1}, {"zero_stage": 2}, pytest.param({"zero_stage": 2, "transport": "peer_memory"}, marks=linked(2))],
+)
 def test_two_gpus_update_as_where_zero_reduces(dtype: str, settings: dict[str, Any]) -> None:
     """Two means of two numbers have the same bits; attention's backward pass on a GPU may not have."""
     near, far = (1e-5, 1e-3) if dtype == "float32" else (1e-3, 3e-2)

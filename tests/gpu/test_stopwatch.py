@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from parallel.stopwatch import Stopwatch
+from tests.gpu.needs import gpus
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, gpus(1)]
 SHORT, LONG = 10**7, 10**9  # cycles of the GPU itself: about 5 ms and half a second
 
 

@@ -12,11 +12,12 @@ from rl.engine.actor import EngineActor
 from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
 from rl.trajectory import Sample
+from tests.gpu.needs import gpus, hopper
 from tests.models import tiny_model
 from trainer.model.transformer import LanguageModel
 from trainer.tracing import Traced, TraceRequest, Tracing
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, gpus(1)]
 
 
 def test_kernels_and_memory_are_traced(tmp_path: Path) -> None:
@@ -30,6 +31,7 @@ def test_kernels_and_memory_are_traced(tmp_path: Path) -> None:
     assert written.memory and (tmp_path / "rank_0.memory.pickle").stat().st_size > 0
 
 
+@hopper()
 def test_an_engine_traces_its_first_tokens_with_kernels_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rl.engine.actor.log_to", lambda file: file.open("a"))  # the test keeps its own output
     config = tiny_model(hidden_size=64, expert_hidden_size=32, max_positions=64, vocab_size=20)

@@ -26,17 +26,15 @@ from tests.distributed.test_trainer import (
     whole,
 )
 from tests.distributed.test_value_head import go_on, told, train_and_save
+from tests.gpu.needs import gpus, hopper
 from tests.models import parallel, spec, tiny_model
 from trainer.config.model import ModelConfig
 from trainer.state import TrainerSpec
 from trainer.step import Trainer
 
-GPUS = torch.cuda.device_count()
 SMALLEST = tiny_model(hidden_size=64, expert_hidden_size=32)  # that the kernels take in bfloat16
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")]
-sizes = pytest.mark.parametrize(
-    "size", [1, pytest.param(2, marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"))]
-)
+pytestmark = [pytest.mark.gpu, gpus(1)]
+sizes = pytest.mark.parametrize("size", [1, pytest.param(2, marks=gpus(2))])
 
 
 @sizes
@@ -76,6 +74,7 @@ def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float((squared / sum(float(exact[name].double().square().sum()) for name in names)) ** 0.5)
 
 
+@hopper()
 @sizes
 @pytest.mark.parametrize("changes", [{}, *({"router": m.router} for m in (NOISY, COSINE))], ids=["top_k", "noisy", "cosine"])
 def test_bfloat16_updates_on_gpus_are_as_exact_as_those_of_a_cpu(size: int, changes: dict[str, Any]) -> None:
@@ -97,6 +96,7 @@ def first_update_and_more(world: World, told: TrainerSpec) -> tuple[list[dict[st
     return history + learn(trainer, world, 1, STEPS), state
 
 
+@hopper()
 @sizes
 def test_bfloat16_updates_with_offload_are_those_without(size: int) -> None:
     def run(offload: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -112,6 +112,7 @@ def test_bfloat16_updates_with_offload_are_those_without(size: int) -> None:
         assert history[step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=2e-2 if step else 1e-5)
 
 
+@hopper()
 @sizes
 @pytest.mark.parametrize(("offload", "loading"), [("none", "none"), ("none", "cpu"), ("cpu", "none"), ("cpu", "cpu")])
 def test_a_checkpoint_of_gpus_loads_bit_for_bit_on_gpus_and_on_cpus(
@@ -125,7 +126,7 @@ def test_a_checkpoint_of_gpus_loads_bit_for_bit_on_gpus_and_on_cpus(
 
 
 @sizes
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=hopper())])
 def test_a_value_head_and_a_reference_go_on_bit_for_bit(size: int, dtype: str, tmp_path: Path) -> None:
     spec = told(model={"hidden_size": 64, "expert_hidden_size": 32}, dtype=dtype, batch_invariant=True)
     written = run_ranks(train_and_save, size, spec, str(tmp_path), kind="cuda")

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
+from tests.gpu.needs import gpus
 from trainer.usage import SAMPLE_S, IdleWatch, published_peak
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, gpus(1)]
 
 
 def test_the_watch_tells_work_from_rest() -> None:

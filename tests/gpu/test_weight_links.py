@@ -13,18 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from parallel.peer_memory import nvlinks
 from parallel.topology import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_weight_links import pieces_and_whole
+from tests.gpu.needs import gpus, linked
 from tests.models import spec, tiny_model
 from trainer.model.transformer import LanguageModel
 from trainer.weight_links import Receiver, Sender, gpu_of, open_group, span_digests
 from trainer.weight_pieces import Piece, Span, put, shared_pieces
 
-GPUS = torch.cuda.device_count()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")]
-two = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+pytestmark = [pytest.mark.gpu, gpus(1)]
+two = gpus(2)
 CONFIG = tiny_model(hidden_size=128, expert_hidden_size=64)
 ENGINE = "engine/0"
 
@@ -55,7 +54,11 @@ def changed(model: LanguageModel) -> None:
         tensor += 0.5
 
 
-WAYS = [pytest.param(0, True, id="weights"), pytest.param(0, False, id="copy"), pytest.param(1, True, id="nvlink", marks=two)]
+WAYS = [
+    pytest.param(0, True, id="weights"),
+    pytest.param(0, False, id="copy"),
+    pytest.param(1, True, id="nvlink", marks=linked(2)),
+]
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["sees all GPUs", "sees its own"])
@@ -64,8 +67,6 @@ def test_an_engine_copies_what_it_is_shown(target: int, shareable: bool, alone: 
     """On the same GPU and over NVLink; as under Ray, which shows a process its own GPU alone, and otherwise."""
     device, other = torch.device("cuda", 0), torch.device("cuda", target)
     name = gpu_of(other)
-    if target and not nvlinks(str(gpu_of(device)), [str(name)])[str(name)]:
-        pytest.skip("NVLink does not join these GPUs")
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
     with monkeypatch.context() as patched:

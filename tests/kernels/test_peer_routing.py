@@ -55,9 +55,9 @@ def laid_out(laid: list[Laid], capacity: int, top_k: int, device: str = "cpu") -
 def test_the_kernel_lays_out_what_the_reference_does_and_nothing_else(
     kernel_device: str, tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kernels import triton_peer_routing
+    from kernels import launches, triton_peer_routing
 
-    monkeypatch.setattr(triton_peer_routing, "BLOCK_D", 16)  # so that a token takes two programs
+    monkeypatch.setattr(launches, "BLOCK_D", 16)  # so that a token takes two programs
     (laid,) = drawn(1, [tokens], top_k, 6, 1)
     choices, rows = room_for(1, 9, top_k)
     there = choices.blocks[0].to(kernel_device, copy=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
@@ -338,6 +339,21 @@ def test_the_command_exits_with_2_and_no_trace_from_any_folder(tmp_path: Path) -
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["config: 1 problem", "  model.top_kk = 3   unknown option; did you mean model.top_k?"]
+
+
+def test_a_trace_that_no_step_reaches_is_a_message() -> None:
+    (line,) = problems("train.steps=20", "optimizer.warmup_steps=2", "trace.range=[21,22]")
+    assert "trace.range [21, 22] begins behind the last step (train.steps = 20)" in line
+    (line,) = problems("checkpoint=x", "loop.rounds=4", "trace.range=[5,5]", rl=True)
+    assert "trace.range [5, 5] begins behind the last step (loop.rounds = 4)" in line
+    assert pretrain("train.steps=20", "optimizer.warmup_steps=2", "trace.range=[20,22]").trace.range == (20, 22)
+
+
+def test_an_empty_name_of_a_run_is_a_message_before_anything_is_read() -> None:
+    (line,) = problems("run_name=")
+    assert line.startswith("run_name ('') should be a plain folder name, not empty")
+    with pytest.raises(ValidationError, match="plain folder name"):
+        PretrainConfig(**{**pretrain().model_dump(), "run_name": "two\nlines"})
 
 
 def test_changes_of_weights_go_through_the_store() -> None:

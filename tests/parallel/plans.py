@@ -40,6 +40,5 @@ def settings(seed: int, topology: Topology, memory: int) -> Setting:
     """From machines on which weights cost nothing to those on which tokens do not."""
     random = np.random.default_rng(seed)
     costs = LayerCosts.from_numbers((random.random(NUMBERS) * 10.0 ** random.integers(-3, 3, NUMBERS)).tolist())
-    return Setting(
-        topology, 1 + seed % 4, Budget(int(random.integers(0, 20)), memory), seed % 2 == 0, costs, two_level=seed % 3 == 0
-    )
+    budget, ways = Budget(int(random.integers(0, 20)), memory), {"two_level": seed % 3 == 0, "in_place": seed % 3 == 1}
+    return Setting(topology, 1 + seed % 4, budget, seed % 2 == 0, costs, **ways)

@@ -154,7 +154,8 @@ def drawn(random: np.random.Generator) -> tuple[Floats, Ints, Setting]:
     attention = float(random.choice([0, 1, 3])) * tokens * (8 * hidden**2 + 2 * 4096 * hidden)
     costs = layer_costs(read_machine(str(random.choice(["h200", "a100"]))), hidden, expert_hidden, attention)
     budget = Budget(min(hidden_copies(costs, topology.nodes), experts), min(int(random.choice([1, 2, 4, 8, 32])), experts))
-    setting = Setting(topology, top_k, budget, bool(random.random() < 0.3), costs, has_two_levels(topology))
+    ways = {"two_level": has_two_levels(topology), "in_place": topology.nodes == 1}
+    setting = Setting(topology, top_k, budget, bool(random.random() < 0.3), costs, **ways)
     return loads_E, random.permutation(np.arange(experts) * devices // experts), setting
 
 
@@ -184,7 +185,7 @@ def test_choices_have_room_and_what_is_expected_of_them_is_near(
         everywhere_E = np.full(experts, topology.devices - 1)
         placement = Placement(owner_E, np.ones((experts, topology.devices), dtype=np.bool_))
         costs = replace(setting.costs, sum_s=0.0, expert_bytes=0.0, sum_bytes=0.0, attention_s=1e9)
-        free = replace(setting, costs=costs)
+        free = replace(setting, costs=costs, budget=Budget(0, experts))
         expected = expected_times(everywhere_E[None, None], loads_E[None], owner_E[None], free, None)
         assert float(expected.item()) == pytest.approx(layer_time(Plan(placement), loads_E, free).total_s)
 
@@ -241,6 +242,8 @@ def test_copies_go_where_least_is_one_by_one(topology: Topology, experts: int, m
 @given(topologies(), st.integers(1, 16), st.integers(0, 9999))
 def test_no_plan_takes_less_than_the_least(topology: Topology, experts: int, seed: int) -> None:
     plan, loads_E, setting = plans(seed, topology, experts), loads(seed, experts), settings(seed, topology, 0)
+    if setting.alone and plan.stays:
+        plan = replace(plan, nearest_first=False)  # tokens are exchanged
     found, entries = flows(plan, topology, loads_E), float(loads_E.sum())
     crossing_L, busiest_L, entries_L = np.array([[found.across_in_D.sum()], [found.entries_D.max()], [entries]])
     least_s = float(least_pass_s(crossing_L, busiest_L, entries_L, setting).item())

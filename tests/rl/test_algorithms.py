@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl.algorithms import PolicyObjective
+from rl.engine.sampler import Sampling, kept
 from rl.off_policy import bypass, decoupled, recompute
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import Predictions, TrainBatch
@@ -48,6 +49,30 @@ def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
             assert result.metrics["policy/clip_share"][row, place] == float(clipped > free)
             assert result.metrics["policy/ratio_mean"][row, place].item() == pytest.approx(ratio, rel=1e-5)
             assert result.metrics["policy/importance_weight_mean"][row, place] == 1
+
+
+def test_fresh_tokens_of_a_cut_distribution_differ_by_the_share_that_was_kept() -> None:
+    """As docs/april.md says: all tokens that may be drawn stand in a row, and count as often as they are drawn."""
+    logits_V = torch.tensor([1.2, 0.9, 0.7, 0.5, 0.1, -0.2, -0.4], requires_grad=True)
+    logprobs_V = logits_V.log_softmax(-1)
+    inside = kept(logits_V.detach()[None], Sampling(1.0, seed=0, top_p=0.6))[0]
+    drawn = inside.isfinite().nonzero().flatten()
+    behaviour = inside.log_softmax(-1)[drawn]
+    share = logprobs_V.detach().exp()[drawn].sum()
+    assert 0.6 <= share < 0.8 == 1 - algorithm_config().clip_low
+    for advantage in (1.0, -1.0):
+        advantages = torch.full_like(behaviour, advantage)
+        expected = torch.autograd.grad(-(logprobs_V.exp()[drawn] * advantages).sum(), logits_V, retain_graph=True)[0]
+        for mode in ("decoupled", "bypass"):
+            objective = PolicyObjective(algorithm_config(off_policy=mode))
+            batch = batch_of(advantages[None], behaviour[None])
+            result = objective(Predictions(logprobs_V[drawn][None], torch.zeros(1, len(drawn))), batch)
+            torch.testing.assert_close(result.metrics["policy/mismatch_abs"][0], -share.log().expand(len(drawn)))
+            loss = (behaviour.exp() * result.loss_BS[0]).sum()
+            found = torch.autograd.grad(loss, logits_V, retain_graph=True)[0]
+            passed_over = mode == "bypass" and advantage < 0
+            assert result.metrics["policy/clip_share"].mean() == float(passed_over)
+            torch.testing.assert_close(found, torch.zeros_like(found) if passed_over else expected)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

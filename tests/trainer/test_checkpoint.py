@@ -31,8 +31,10 @@ from tests.distributed.ranks import run_ranks
 from tests.models import tiny_model
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import CheckpointMeta, Damaged
+from trainer.checkpoint_files import Checksum, folder_name
 from trainer.checkpoint_writer import HostCopies, Shelf, Writer
-from trainer.keeper import Keeper, whole_ones
+from trainer.keeper import Keeper
+from trainer.kept_checkpoints import whole_ones
 from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.run_checkpoints import OnDisk, Progress, RunCheckpoints
@@ -49,7 +51,7 @@ def meta(step: int) -> CheckpointMeta:
 
 
 def write(parent: Path, step: int, seed: int = 0) -> Path:
-    folder = parent / checkpoint.folder_name(step)
+    folder = parent / folder_name(step)
     model = LanguageModel.initialize(MODEL, seed)
     checkpoints.write(folder, named_tensors(model), meta(step), {"tokenizer.json": "{}"}, ALONE)
     return folder
@@ -73,7 +75,7 @@ def test_tensors_that_pass_through_memory_are_written_as_they_come(tmp_path: Pat
         for name, tensor in expected.items():
             yield name, room[: len(tensor)].copy_(tensor)
 
-    folder = tmp_path / checkpoint.folder_name(1)
+    folder = tmp_path / folder_name(1)
     checkpoints.write(folder, [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
     files = {str(path.relative_to(folder)) for path in (folder / "state").glob("rank_00000_*.safetensors")}
     assert len(files) > 3 and files < json.loads((folder / "meta.json").read_text())["files"].keys()
@@ -89,10 +91,10 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_is_told_and_leaves_noth
         raise UserError("the disk of parallel.nvme_dir lost something")
 
     with pytest.raises(UserError, match="lost something"):
-        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
+        checkpoints.write(tmp_path / folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, own())
     with file_size_limit(20_000), pytest.raises(UserError, match=r"no space to write .*step_000001"):
         big = [("experts.0", torch.ones(10_000))]
-        checkpoints.write(tmp_path / checkpoint.folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
+        checkpoints.write(tmp_path / folder_name(1), [("bias", torch.ones(3))], meta(1), {}, ALONE, big)
     assert not list(tmp_path.iterdir())
 
 
@@ -418,23 +420,46 @@ def test_what_is_due_after_a_step(
     assert ("time/checkpoint_s" in metrics) == ("save" in asked)
 
 
+class OneNode(MemoryCheckpoints):
+    """Whose keeper is in this process; it has a checkpoint of `step`."""
+
+    def __init__(self, step: int, seed: int = 0) -> None:
+        super().__init__(2, print)
+        self.keeper, self.newest = keeper, _ = Keeper(), step
+        self.inside = write(keeper.folder(), step, seed)
+
+        class There(InMemory):
+            def copy(self, folder: Path) -> dict[str, Checksum]:
+                return {name: keeper.copy(self.step, name, folder / name) for name in self.whole.keepers}
+
+        self.there = There
+
+    def found(self) -> list[InMemory]:
+        return [self.there(one, {}) for one in whole_ones({"here": self.keeper.kept()})]
+
+    def settle(self, step: int | None) -> None:
+        self.keeper.keep_only(step)
+
+
+def with_memory(folder: Path, memory: MemoryCheckpoints) -> tuple[Run, RunCheckpoints]:
+    run, tokenizer = Run(folder), folder / "tokenizer.json"
+    run.config_text = "seed: 0"
+    tokenizer.write_text("{}")
+    parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None, "memory": memory}
+    return run, RunCheckpoints("pretrain", MODEL, tokenizer, every=100, keep=2, **parts)
+
+
+def tear(folder: Path) -> None:
+    file = folder / "state" / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
 def test_one_in_memory_is_brought_to_the_disk_where_the_run_stops_without_its_ranks(tmp_path: Path) -> None:
     """Whole, beside those that were there before, or not at all."""
-    run, keeper, memory = Run(tmp_path), Keeper(), MemoryCheckpoints(2, print)
-    run.config_text, tokenizer = "seed: 0", tmp_path / "tokenizer.json"
-    tokenizer.write_text("{}")
+    memory = OneNode(3, seed=5)
+    run, checkpoints = with_memory(tmp_path, memory)
     write(tmp_path, 2, seed=1)
-    inside = write(keeper.folder(), 3, seed=5)
-
-    class There(InMemory):
-        def copy(self, folder: Path) -> dict[str, checkpoint.Checksum]:
-            return {name: keeper.copy(self.step, name, folder / name) for name in self.whole.keepers}
-
-    memory.newest = 3
-    memory.found = lambda: [There(one, {}) for one in whole_ones({"here": keeper.kept()})]  # type: ignore[method-assign]
-    parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None, "memory": memory}
-    checkpoints = RunCheckpoints("pretrain", MODEL, tokenizer, every=100, keep=2, **parts)
-    found = memory.found()
+    inside, found = memory.inside, memory.found()
     state = next((inside / "state").iterdir())
     content = state.read_bytes()
     state.write_bytes(content[:-1])
@@ -454,6 +479,58 @@ def test_one_in_memory_is_brought_to_the_disk_where_the_run_stops_without_its_ra
     said = len(run.said)
     checkpoints.bring_to_disk()
     assert len(run.said) == said, "the disk has it"
+
+
+@pytest.mark.parametrize("newer", [3, 5])
+def test_a_damaged_one_on_the_disk_does_not_keep_one_in_memory_from_being_brought_there(tmp_path: Path, newer: int) -> None:
+    memory = OneNode(3, seed=5)
+    run, checkpoints = with_memory(tmp_path, memory)
+    write(tmp_path, 2)
+    tear(write(tmp_path, newer))
+    checkpoints.bring_to_disk()
+    assert f"step_00000{newer} is damaged" in run.said[0] and "bringing the checkpoint of step 3" in run.said[1]
+    checkpoint.verify(tmp_path / "step_000003")
+    checkpoints.bring_to_disk()
+    assert len(run.said) == (3 if newer == 5 else 2), "one that is whole and as new is there now"
+    assert checkpoints.load_newest(Ranks()) == (OnDisk(tmp_path / "step_000003"), meta(3))  # type: ignore[arg-type]
+
+
+def test_what_the_run_has_written_or_read_itself_is_not_read_again_when_it_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = OneNode(3)
+    run, checkpoints = with_memory(tmp_path, memory)
+    looked_at: list[Path] = []
+    monkeypatch.setattr(checkpoint, "verify", looked_at.append)
+    run.git = "unknown"
+
+    class Saves(Ranks):
+        def call(self, method: str, *arguments: Any) -> list[Any]:
+            return [(0.5, None)] if method == "save" else [None] if method == "settle" else super().call(method, *arguments)
+
+    ranks: Any = Saves()
+    checkpoints.save(ranks, Progress(4, {}, dict))
+    checkpoints.bring_to_disk()
+    assert [folder.name for folder in checkpoint.available(tmp_path)] == ["step_000003"], "nobody knows that step 4 is whole"
+    shutil.rmtree(tmp_path / "step_000003")
+    checkpoints.settle(ranks)
+    checkpoints.bring_to_disk()
+    assert not looked_at and not checkpoint.available(tmp_path)
+    write(tmp_path, 4)
+    assert checkpoints.load_newest(ranks) is not None and looked_at == [tmp_path / "step_000004"]
+    checkpoints.bring_to_disk()
+    assert len(looked_at) == 1
+
+
+def test_a_file_that_a_failing_disk_does_not_give_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, 1)
+
+    def fails(path: Path) -> Checksum:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "checksum", fails)
+    with pytest.raises(Damaged, match=r"state/rank_00000\.safetensors cannot be read: Input/output error"):
+        checkpoint.verify(folder)
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:

@@ -10,15 +10,21 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from kernels.errors import UserError
 from trainer import keeper
-from trainer.checkpoint import FORMAT, CheckpointMeta, Checksum, checksum
-from trainer.keeper import Keeper, Kept, OwnFolder, following, outlives, whole_ones
+from trainer.checkpoint import FORMAT, CheckpointMeta
+from trainer.checkpoint_files import Checksum, checksum
+from trainer.keeper import Keeper, Kept, OwnFolder
+from trainer.kept_checkpoints import RemoteFile, following, outlives, whole_ones
 
 
 def sum_of(content: object) -> Checksum:
@@ -119,6 +125,33 @@ def test_a_keeper_has_what_was_sent_whole_and_what_ranks_wrote(tmp_path: Path, m
     (folder / "step_000002").mkdir()
     mine.keep_only(3)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"step_000003"}
+
+
+def test_a_keeper_starts_without_torch() -> None:
+    """One runs on every node, beside ranks and engines: importing torch takes seconds of a core and 200 MiB."""
+    script = "import sys, trainer.keeper; print(*{'torch', 'pydantic', 'safetensors'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_what_a_keeper_elsewhere_has_is_read_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    there = Keeper()
+    (there.folder() / "step_000003").mkdir()
+    tensors = {
+        "dense": torch.randn(5, 3),
+        "moments": torch.randn(7).to(torch.bfloat16),
+        "bias": torch.tensor(2.5, dtype=torch.float64),
+        "counts": torch.arange(4),
+        "none": torch.empty(0, 6),
+    }
+    save_file(tensors, there.folder() / "step_000003" / "rank.safetensors", {"who": "wrote it"})
+    file = RemoteFile(SimpleNamespace(read=SimpleNamespace(remote=there.read)), 3, "rank.safetensors")
+    assert {name: tuple(shape) for name, shape in file.shapes.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    for name, tensor in tensors.items():
+        found = file.tensor(name)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
 
 
 def test_what_a_killed_keeper_had_is_removed_at_once_or_by_the_next(tmp_path: Path) -> None:

@@ -55,10 +55,26 @@ def test_a_named_run_is_not_overwritten(tmp_path: Path) -> None:
         RunDir.open(config(tmp_path, "run_name=mine"), "pretrain")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "latest-rl"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "latest-rl", "", ".", "/", "a/"])
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="should be a plain folder name"):
         RunDir.open(config(tmp_path, f"run_name={name}"), "pretrain")
+
+
+def test_a_name_may_be_of_any_language_and_not_too_long(tmp_path: Path) -> None:
+    assert finished(tmp_path, 'run_name="опыт-1"').path == tmp_path / "опыт-1"
+    for name in ("ж" * 101, "a" * 201):
+        with pytest.raises(UserError, match=r"20[12] bytes, and 200 are the most"):
+            config(tmp_path, f'run_name="{name}"', "resume=auto")
+
+
+def test_a_file_and_a_status_that_is_none_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "strange" / "status.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"file is no run folder: it has no status\.json"):
+        read_status(tmp_path / "file")
+    with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
+        read_status(tmp_path / "strange")
 
 
 def test_resume_continues_the_newest_unfinished_run_of_its_kind(tmp_path: Path) -> None:

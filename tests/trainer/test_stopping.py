@@ -6,13 +6,15 @@ import signal
 
 import pytest
 
-from launch.cli import guarded
-from trainer.stopping import REQUEUE, SIGNALS, Move, Moved, Stopped, StopRequest
+from launch.cli import CTRL_C, guarded
+from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest
+
+STEP = "the end of this step"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_the_loop_is_kept_until_the_loop_asks(number: signal.Signals) -> None:
-    with StopRequest() as stop, stop.deferred():
+    with StopRequest() as stop, stop.deferred(STEP):
         stop.obey("after step 1")
         signal.raise_signal(number)
         assert stop.signal == number.name
@@ -28,14 +30,14 @@ def test_a_signal_outside_the_loop_stops_at_once() -> None:
 def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_first() -> None:
     moves = iter([None, move := Move("a is to go", frozenset("a")), move])
     with StopRequest() as stop:
-        with stop.deferred(lambda: next(moves)):
+        with stop.deferred(STEP, lambda: next(moves)):
             assert not stop.asked()
             stop.obey("after step 1")
             assert stop.asked() and stop.move == move
             with pytest.raises(Moved, match="a is to go: the ranks begin anew after step 2") as caught:
                 stop.obey("after step 2")
             assert caught.value.move == move
-        with stop.deferred(lambda: move):
+        with stop.deferred(STEP, lambda: move):
             signal.raise_signal(signal.SIGUSR1)
             assert stop.asked() and stop.move is None
             with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 3"):
@@ -44,14 +46,14 @@ def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_fi
 
 def test_a_run_that_is_bound_to_its_nodes_stops_when_one_is_to_go() -> None:
     move = Move("a is to go, with ranks", frozenset("a"), elsewhere=False)
-    with StopRequest() as stop, stop.deferred(lambda: move):
+    with StopRequest() as stop, stop.deferred(STEP, lambda: move):
         assert stop.asked() and stop.leaving is None
         with pytest.raises(Stopped, match=r"a is to go, with ranks, and cluster\.nodes .*: stopped after step 2; resume=auto"):
             stop.obey("after step 2")
 
 
 def test_a_signal_that_comes_while_the_run_prepares_to_move_ends_it() -> None:
-    with StopRequest() as stop, stop.deferred(lambda: Move("a is to go", frozenset("a"))):
+    with StopRequest() as stop, stop.deferred(STEP, lambda: Move("a is to go", frozenset("a"))):
         assert stop.asked() and stop.leaving == frozenset("a")
         signal.raise_signal(signal.SIGTERM)
         assert stop.leaving is None, "what is in memory goes with the run"
@@ -69,6 +71,46 @@ def test_who_listened_before_listens_again() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert heard == [signal.SIGUSR1]
+
+
+def test_ctrl_c_is_kept_too_and_says_what_it_waits_for_and_once_more_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop, stop.deferred(STEP):
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == "Ctrl-C: waiting for the end of this step; Ctrl-C again ends at once"
+        assert stop.asked()
+        with pytest.raises(Interrupted, match="stopped by Ctrl-C after step 2; resume=auto goes on"):
+            stop.obey("after step 2")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_outside_the_loop_is_an_orderly_stop_until_it_comes_again() -> None:
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted, match="stopped by Ctrl-C before a step was made"):
+            signal.raise_signal(signal.SIGINT)
+        with stop.deferred("a checkpoint"), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_heeded_where_the_shell_has_had_it_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.asked()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_that_was_interrupted_says_so_and_does_not_ask_to_be_started_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work() -> None:
+        raise Interrupted("stopped by Ctrl-C after step 3; resume=auto goes on")
+
+    assert guarded(work) == CTRL_C == 130
+    assert "after step 3" in capsys.readouterr().err
 
 
 def test_a_command_that_was_stopped_asks_to_be_started_again(capsys: pytest.CaptureFixture[str]) -> None:

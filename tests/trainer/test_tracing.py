@@ -132,6 +132,21 @@ def test_a_request_is_obeyed_once(run: RunDir) -> None:
     assert "work of rank 0" not in {event["name"] for event in events(folder / "node_host0.json.gz")}
 
 
+def test_planned_steps_that_have_passed_are_said_once_unless_they_were_traced(run: RunDir) -> None:
+    config, said = TraceConfig(range=(2, 3), ranks="all", memory=False), list[str]()
+    ranks = Ranks()
+    steps(Traces(config, run, 3, said.append), ranks, 3, 5)
+    assert ranks.asked == [] and len(said) == 1
+    assert "trace.range [2, 3] is not traced: it began before step 3" in said[0] and "launch.trace" in said[0]
+    (run.path / REQUEST).write_text(request(2, ranks="all").model_dump_json())
+    steps(Traces(config, run, 3, said.append), ranks, 1, 4)
+    assert ["traced steps 1 to 2" in said[1], "[2, 3] is not traced" in said[2]] == [True, True] and len(said) == 3
+    steps(Traces(config, run, 3, said.append), ranks, 2, 4)
+    assert "traced steps 2 to 3" in said[3]
+    steps(Traces(config, run, 3, said.append), ranks, 3, 5)
+    assert len(said) == 4, "an attempt before has traced it"
+
+
 def test_a_trace_ends_with_the_run(run: RunDir) -> None:
     traces = Traces(TraceConfig(range=(4, 9), ranks="all", memory=False), run, 3, lambda text: None)
     steps(traces, Ranks(), 1, 5, end=5)

@@ -247,6 +247,7 @@ class RLConfig(RunConfig):
                 f"loop.sequence_length ({self.loop.sequence_length}) tokens; lower the one or raise the other"
             )
         self.check_memory_checkpoints("loop.memory_checkpoint_every", self.loop.memory_checkpoint_every)
+        self.check_trace("loop.rounds", self.loop.rounds)
         if self.rollout.min_engines is not None and (self.cluster.nodes is not None or self.cluster.slurm is not None):
             raise ValueError(
                 f"rollout.min_engines ({self.rollout.min_engines}) lets engines join when the cluster gets room, and "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from parallel.schedule.pipeline import MOST_CHUNKS
 from trainer.config.model import ModelConfig
@@ -233,6 +233,17 @@ class TraceConfig(Record):
         return self
 
 
+LONGEST_NAME = 200  # bytes; file systems have 255, and the names of links and temporary files are longer
+
+
+def _folder_name(name: str) -> str:
+    if not name or Path(name).name != name or name.startswith(("latest-", ".")) or not name.isprintable():
+        raise ValueError(f"({name!r}) should be a plain folder name, not empty, a path, hidden or latest-...; see runs_dir")
+    if (size := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(f"is a folder name of {size} bytes, and {LONGEST_NAME} are the most; shorten it")
+    return name
+
+
 class RunConfig(Record):
     """What the two roots share."""
 
@@ -240,13 +251,20 @@ class RunConfig(Record):
     dry_run: bool  # print the resolved configuration and the estimates, then stop
     resume: Literal["never", "auto"]  # auto: continue `run_name`, or the newest unfinished run of this kind
     runs_dir: Path
-    run_name: str | None  # null: kind, date and time
+    run_name: Annotated[str, AfterValidator(_folder_name)] | None  # null: kind, date and time
     optimizer: OptimizerConfig
     balance: BalanceConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     logger: LoggerConfig
     trace: TraceConfig
+
+    def check_trace(self, option: str, last: int) -> None:
+        if self.trace.range is not None and self.trace.range[0] > last:
+            raise ValueError(
+                f"trace.range {list(self.trace.range)} begins behind the last step ({option} = {last}), so nothing would be "
+                f"traced; lower it, or set trace.range=null"
+            )
 
     def check_memory_checkpoints(self, option: str, every: int) -> None:
         if every and self.parallel.offload == "nvme":
@@ -270,6 +288,7 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="after")
     def consistent(self) -> PretrainConfig:
         self.check_memory_checkpoints("train.memory_checkpoint_every", self.train.memory_checkpoint_every)
+        self.check_trace("train.steps", self.train.steps)
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds train.steps ({self.train.steps})")
         if self.checkpoint is None:
