@@ -116,9 +116,7 @@ class RunCheckpoints:
 
         One that cannot be brought is said, and so are damaged ones on the disk, which count for nothing.
         """
-        if (
-            self.memory.newest <= self.memory.on_disk
-        ):  # as after a stop of the loop: what was written just now is not read again
+        if self.memory.newest <= self.memory.on_disk:  # as after a stop of the loop: what was just written is not read again
             return
         for one in self.memory.found():
             if self._disk_has(one.step):

@@ -28,7 +28,7 @@ from trainer.ports import free_port
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
-STEPS, ROUNDS = 200, 16
+STEPS, ROUNDS, WARMUP_STEPS = 140, 12, 60
 SEEDS = (0, 1, 2)
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
@@ -81,7 +81,7 @@ def test_pretraining_learns_and_balances(pretrained: Path) -> None:
 @pytest.fixture(scope="module")
 def tuned(runs: Path, pretrained: Path) -> None:
     """RL with three seeds side by side, a rank and an engine each: much of a run is waiting for processes to start."""
-    common = [f"checkpoint={pretrained}", f"runs_dir={runs}", f"loop.rounds={ROUNDS}", "cluster.ranks=1"]
+    common = [f"checkpoint={pretrained}", f"runs_dir={runs}", f"loop.rounds={ROUNDS}", f"warmup.steps={WARMUP_STEPS}", "cluster.ranks=1"]
     started = [start("rl", *common, f"run_name=rl-{seed}", f"seed={seed}", "cluster.threads_per_rank=1") for seed in SEEDS]
     for process in started:
         finish(process, timeout_s=800)
