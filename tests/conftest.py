@@ -25,30 +25,37 @@ os.environ.setdefault("WANDB_SILENT", "true")
 settings.register_profile("tessera", deadline=None)  # a machine may be busy; timings decide no test
 settings.load_profile("tessera")
 
-STATES_ON_DISK = (
-    "import tempfile, pathlib, parallel.nvme as n; n.StatesOnDisk(1, ((8, 8),), pathlib.Path(tempfile.gettempdir()))"
-)
-
-
+# DeepSpeed compiles its operators when they are first asked for; by the mark of the tests that use one, what asks for it.
+OPERATORS = {"cpu_adam": "cpu", "aio": "nvme"}
+ASK = "import sys, pathlib, tempfile, parallel.offload as o; o.check_offload(sys.argv[1], pathlib.Path(tempfile.gettempdir()))"
 LONG = ("test_moe_layer.py", "test_router.py", "test_trainer.py")  # a minute or more
-COMPILED = pytest.StashKey[Future[subprocess.CompletedProcess[str]]]()
+COMPILED = pytest.StashKey[dict[str, Future[subprocess.CompletedProcess[str]]]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile DeepSpeed's asynchronous I/O, in one process, beside the tests that do without it."""
+    """Begins to compile DeepSpeed's operators, one after the other, beside the tests that do without them."""
     keep_imports()
-    if any(item.get_closest_marker("aio") for item in session.items) and not session.config.option.collectonly:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        command = partial(subprocess.run, [sys.executable, "-c", STATES_ON_DISK], env=environment)
-        session.stash[COMPILED] = ThreadPoolExecutor(1).submit(command, capture_output=True, text=True)
+    if session.config.option.collectonly:
+        return
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    compiling = partial(subprocess.run, env=environment, capture_output=True, text=True)
+    turns = ThreadPoolExecutor(1)
+    session.stash[COMPILED] = {
+        mark: turns.submit(compiling, [sys.executable, "-c", ASK, offload])
+        for mark, offload in OPERATORS.items()
+        if any(item.get_closest_marker(mark) for item in session.items)
+    }
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test that needs it waits for it, outside of its own time limit."""
-    if item.get_closest_marker("aio"):
-        done = item.session.stash[COMPILED].result()
-        if done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":  # with it the tests fail and say why
+    """A test waits for the operators that it uses, outside of its own time limit."""
+    for mark, compiled in item.session.stash[COMPILED].items():
+        if not item.get_closest_marker(mark):
+            continue
+        done = compiled.result()
+        # Without libaio they skip, unless they must not; all else fails and says why.
+        if mark == "aio" and done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":
             item.add_marker(pytest.mark.skip(reason=done.stderr.strip().rpartition("\n")[2]))
     return (yield)
 

@@ -35,6 +35,8 @@ from parallel.topology import World
 from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.cpu_adam
+
 SHAPE = ExpertShape(layers=3, experts=8, hidden=8, expert_hidden=6)
 K, MICRO_BATCHES, STEPS, LR = 3, 2, 2, 1e-2
 STAYING = (0, 2)  # layers

@@ -40,6 +40,8 @@ from trainer.state import MACHINE, OWNERS, TrainerSpec, fixed_degrees, hooks_of
 from trainer.step import Trainer
 from trainer.worker import named_tensors
 
+pytestmark = pytest.mark.cpu_adam
+
 STEPS = 3
 LR = 1e-2
 DISK = Path(tempfile.gettempdir())

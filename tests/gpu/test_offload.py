@@ -15,7 +15,7 @@ from parallel.expert_states import ExpertState
 from parallel.offload import HostGradients, expert_optimizer
 from tests.gpu.needs import gpus
 
-pytestmark = [pytest.mark.gpu, gpus(1)]
+pytestmark = [pytest.mark.gpu, pytest.mark.cpu_adam, gpus(1)]
 PARTS = ((1024, 512), (512, 512))
 SHAPES = tuple((6, *part) for part in PARTS)
 LAYERS = [(3, 6), (1, 3), (0, 1)]  # rows of each layer, as backward comes by

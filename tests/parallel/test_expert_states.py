@@ -20,6 +20,8 @@ from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
 from parallel.nvme import IN_FLIGHT, StatesOnDisk, expert_bytes
 from parallel.sparse_collectives import Shapes
 
+pytestmark = pytest.mark.cpu_adam
+
 DISK = Path(tempfile.gettempdir())
 PARTS = ((6, 5), (5, 3))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))

@@ -19,6 +19,8 @@ from parallel.expert_optimizer import ExpertOptimizer
 from parallel.expert_states import ExpertState
 from parallel.offload import expert_optimizer
 
+pytestmark = pytest.mark.cpu_adam
+
 CPU = torch.device("cpu")
 ROWS = 3
 PARTS = ((37, 53), (29, 37))  # not multiples of what a vector unit takes at once

@@ -23,6 +23,8 @@ from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_f
 from trainer.state import TrainerSpec
 from trainer.step import Trainer
 
+pytestmark = pytest.mark.cpu_adam
+
 STOP = Guard(skip_nonfinite=0, spike_zscore=None, spike_window=4, on_spike="stop")
 LR = 1e-2
 BAD = 1  # the update whose batch is poisoned
