@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -29,11 +30,13 @@ settings.load_profile("tessera")
 OPERATORS = {"cpu_adam": "cpu", "aio": "nvme"}
 ASK = "import sys, pathlib, tempfile, parallel.offload as o; o.check_offload(sys.argv[1], pathlib.Path(tempfile.gettempdir()))"
 LONG = ("test_moe_layer.py", "test_router.py", "test_trainer.py")  # a minute or more
+BEGUN = time.monotonic()
+MINUTES = float(os.environ.get("TESSERA_TEST_MINUTES", "inf"))  # after which no test begins, where a run of all would be ended
 COMPILED = pytest.StashKey[dict[str, Future[subprocess.CompletedProcess[str]]]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile DeepSpeed's operators, one after the other, beside the tests that do without them."""
+    """Begins to compile DeepSpeed's operators, one after the other, beside the tests that do without them and behind them."""
     keep_imports()
     if session.config.option.collectonly:
         return
@@ -41,7 +44,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     compiling = partial(subprocess.run, env=environment, capture_output=True, text=True)
     turns = ThreadPoolExecutor(1)
     session.stash[COMPILED] = {
-        mark: turns.submit(compiling, [sys.executable, "-c", ASK, offload])
+        mark: turns.submit(compiling, ["nice", sys.executable, "-c", ASK, offload])
         for mark, offload in OPERATORS.items()
         if any(item.get_closest_marker(mark) for item in session.items)
     }
@@ -49,7 +52,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test waits for the operators that it uses, outside of its own time limit."""
+    """A test waits for the operators that it uses, outside of its own time limit. When time is over it says so and skips."""
+    if time.monotonic() - BEGUN > 60 * MINUTES:
+        item.add_marker(pytest.mark.skip(reason=f"TESSERA_TEST_MINUTES={MINUTES:g} are over"))
+        return (yield)
     for mark, compiled in item.session.stash[COMPILED].items():
         if not item.get_closest_marker(mark):
             continue
@@ -66,10 +72,14 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of whole commands first, because they keep a worker busy for minutes; several ranks last, in small pieces, of which
-    those in LONG first."""
-    turns = {"end_to_end": 0, "distributed": 2}
-    items.sort(key=lambda item: (turns.get(room(item.nodeid), 1), item.path.name not in LONG))
+    """What is quick first, then what waits for a compiler, then several ranks, then whole commands; of each LONG first."""
+    turns = {"distributed": 2, "end_to_end": 3}
+
+    def turn(item: pytest.Item) -> tuple[int, bool]:
+        waits = item.get_closest_marker("cpu_adam") is not None
+        return turns.get(room(item.nodeid), int(waits)), item.path.name not in LONG
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,7 +31,7 @@ from trainer.ports import free_port
 from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
-STEPS, ROUNDS = 140, 16
+STEPS, ROUNDS = 200, 16
 SEEDS = range(int(os.environ.get("TESSERA_SEEDS", "1")))
 EXACT = ("reward/mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/stale_token_share")
 PPO = ("policy/kl_reference", "value/loss", "value/explained_variance")
