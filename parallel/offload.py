@@ -128,7 +128,8 @@ class HostGradients:
     Every contribution is added on the device: on a stream of its own the sum so far comes from the host and the new one goes
     back, while backward goes on below. So the thread that launches backward waits for nothing, and the host's memory is read
     and written once; adding there would take room for arrivals, a thread that waits for them, and reading them besides. The
-    first contribution to a row in a step only goes out. Sums have the bits that they have without offload.
+    first contribution to a row in a step only goes out. Sums are in float32 and have the bits that the same contributions have
+    without offload; but a layer's own experts', which a product there adds before they are rounded, come in the experts' dtype.
     """
 
     def __init__(self, rows: int, parts: Shapes, device: torch.device) -> None:

@@ -52,7 +52,7 @@ class CheckpointsOptions(ModelOptions):
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
-        "model": "moe_2b", "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "rows": 16, "length": 4096, "every": 20,
+        "model": "moe_2b", "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "rows": 8, "length": 4096, "every": 20,
     },
     "cpu": {
         "model": "tiny", "hidden": 256, "expert_hidden": 512, "vocabulary": 8192, "layers": 4, "heads": 4, "kv_heads": 2,

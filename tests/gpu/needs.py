@@ -1,4 +1,8 @@
-"""What tests on GPUs need of the machine: marks that skip where it is missing, and say what."""
+"""What tests on GPUs need of the machine: marks that skip where it is missing, and say what.
+
+Ranks that a test spawns import this too, some before they say which GPU they see, so the driver is asked and not CUDA, which
+would then have chosen. It counts GPUs as the machine does, whatever CUDA_VISIBLE_DEVICES says; those of one machine are alike.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from parallel.peer_memory import gpu_name, nvlinks
+from parallel.peer_memory import nvlinks
 
 GPUS = torch.cuda.device_count()
 RANKS = 1 << max(GPUS.bit_length() - 1, 0)  # the most whose number is a power of two: experts and rows divide by it
@@ -20,7 +24,7 @@ def gpus(count: int) -> pytest.MarkDecorator:
 
 def hopper() -> pytest.MarkDecorator:
     """Of tests that compute in bfloat16, as runs on GPUs do if nothing else is asked for."""
-    capability = torch.cuda.get_device_capability(0) if GPUS else None
+    capability = _capability() if GPUS else None
     return pytest.mark.skipif(capability != HOPPER, reason=f"needs a Hopper GPU, compute capability 9.0, not {capability}")
 
 
@@ -31,6 +35,20 @@ def linked(count: int) -> pytest.MarkDecorator:
 
 
 @cache
+def _capability() -> tuple[int, int]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
+    pynvml.nvmlShutdown()
+    return major, minor
+
+
+@cache
 def _linked(count: int) -> bool:
-    names = [gpu_name(torch.device("cuda", index)) for index in range(count)]
+    import pynvml
+
+    pynvml.nvmlInit()
+    names = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+    pynvml.nvmlShutdown()
     return all(found for own in names for name, found in nvlinks(own, names).items() if name != own)

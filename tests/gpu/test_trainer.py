@@ -97,19 +97,28 @@ def first_update_and_more(world: World, told: TrainerSpec) -> tuple[list[dict[st
 
 
 @hopper()
-@sizes
-def test_bfloat16_updates_with_offload_are_those_without(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "sent"), [(1, "auto"), pytest.param(2, "auto", marks=gpus(2)), pytest.param(2, "messages", marks=gpus(2))]
+)
+def test_bfloat16_updates_with_offload_are_those_without(size: int, sent: str) -> None:
     def run(offload: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        told = spec(SMALLEST, micro_rows=2, dtype="bfloat16", parallel=parallel(offload=offload, reshard_every=1))
-        results = run_ranks(first_update_and_more, size, told, kind="cuda")
+        changes = parallel(offload=offload, reshard_every=1, transport=sent)
+        results = run_ranks(
+            first_update_and_more, size, spec(SMALLEST, micro_rows=2, dtype="bfloat16", parallel=changes), kind="cuda"
+        )
         return results[0][0], whole([state for _, state in results])
 
     (expected_history, expected), (history, found) = run("none"), run("cpu")
-    for name, wanted in expected.items():  # later updates start from weights of which a few have been rounded differently
-        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+    # Later updates start from weights of which a few have been rounded differently, so the first is what is compared. Messages
+    # take gradients of own experts in bfloat16 in any case; else products add them in float32, and offload rounds each.
+    if sent == "messages":
+        for name, wanted in expected.items():
+            torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+    assert distance(found, {name: wanted.cpu() for name, wanted in expected.items()}) < 2**-8
     for step, wanted in enumerate(expected_history):
         assert history[step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=5e-3)
-        assert history[step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=2e-2 if step else 1e-5)
+        first = 1e-5 if sent == "messages" else 2**-8
+        assert history[step]["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=2e-2 if step else first)
 
 
 @hopper()

@@ -1,4 +1,7 @@
-"""On a GPU an update tells its MFU and how long the GPU had nothing to do."""
+"""On a GPU an update tells its MFU and how long the GPU had nothing to do.
+
+Needs its GPU alone: what else is at work there shows.
+"""
 
 from __future__ import annotations
 
