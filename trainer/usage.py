@@ -61,7 +61,8 @@ class IdleWatch:
         self._ask, self._error = pynvml.nvmlDeviceGetUtilizationRates, pynvml.NVMLError
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         self._ask(self._handle)  # raises where the driver does not tell, as for a part of a GPU
-        self._idle_s, self._lock = 0.0, threading.Lock()
+        self._idle_s, self._seen_s, self._share = 0.0, 0.0, math.nan  # of the looks since the last call of `take`, and before it
+        self._taken, self._lock = time.perf_counter(), threading.Lock()
         threading.Thread(target=self._watch, name="idle watch", daemon=True).start()
 
     @classmethod
@@ -87,12 +88,17 @@ class IdleWatch:
                 idle_s = math.nan
             with self._lock:
                 self._idle_s += idle_s
+                self._seen_s += now - looked
             looked = now
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Seconds since the last call; where that was too short to look, the share of the looks before it counts. NaN before
+        the first look."""
+        now = time.perf_counter()
         with self._lock:
-            idle_s, self._idle_s = self._idle_s, 0.0
+            if self._seen_s:
+                self._share, self._idle_s, self._seen_s = self._idle_s / self._seen_s, 0.0, 0.0
+            idle_s, self._taken = self._share * (now - self._taken), now
         return idle_s
 
 

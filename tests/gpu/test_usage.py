@@ -31,6 +31,11 @@ def test_the_watch_tells_work_from_rest() -> None:
     idle = watch.take()
     print(f"idle of 4 s at work: {busy:.2f}, at rest: {idle:.2f}; samples every {SAMPLE_S} s")
     assert busy < idle
+    short = []
+    for _ in range(50):
+        time.sleep(SAMPLE_S / 10)
+        short.append(watch.take())
+    assert min(short) > SAMPLE_S / 20, "what is too short to look at is as idle as the time before it"
 
 
 def test_the_peak_of_this_gpu_is_known() -> None:
