@@ -61,7 +61,7 @@ class IdleWatch:
         self._ask, self._error = pynvml.nvmlDeviceGetUtilizationRates, pynvml.NVMLError
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         self._ask(self._handle)  # raises where the driver does not tell, as for a part of a GPU
-        self._idle_s, self._seen_s, self._share = 0.0, 0.0, math.nan  # of the looks since the last call of `take`, and before it
+        self._idle_s, self._seen_s, self._share = 0.0, 0.0, math.nan  # of looks since the last call of `take`, and before it
         self._taken, self._lock = time.perf_counter(), threading.Lock()
         threading.Thread(target=self._watch, name="idle watch", daemon=True).start()
 
