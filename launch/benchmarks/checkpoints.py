@@ -44,7 +44,8 @@ WAYS = ("none", "disk", "memory")
 
 class CheckpointsOptions(ModelOptions):
     ranks: PositiveInt = Field(2, description="one on each GPU, or processes on a CPU")
-    rows: PositiveInt = Field(description="of an update, each rank; micro-batches of one row")
+    rows: PositiveInt = Field(description="of an update, each rank")
+    micro_rows: PositiveInt = Field(description="rows that a rank takes through the model at once")
     length: PositiveInt = Field(description="tokens of a row")
     every: PositiveInt = Field(description="updates from one checkpoint to the next")
     folder: Path = Field(Path(), description="on the disk that checkpoints go to")
@@ -52,11 +53,12 @@ class CheckpointsOptions(ModelOptions):
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
-        "model": "moe_2b", "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "rows": 8, "length": 4096, "every": 20,
+        "model": "moe_2b", "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "rows": 16, "micro_rows": 4, "length": 4096,
+        "every": 20,
     },
     "cpu": {
         "model": "tiny", "hidden": 256, "expert_hidden": 512, "vocabulary": 8192, "layers": 4, "heads": 4, "kv_heads": 2,
-        "head_dim": 64, "rows": 4, "length": 256, "every": 5,
+        "head_dim": 64, "rows": 4, "micro_rows": 1, "length": 256, "every": 5,
     },
 }  # fmt: skip
 
@@ -147,7 +149,7 @@ def _turns(world: World, options: CheckpointsOptions, told: tuple[str, Path, Pat
     model = model_config(options, name, options.length)
     worker = TrainWorker(world.rank)
     worker.world = world
-    worker.build(trainer_spec(model, world.device, 1, options.seed, batch_invariant=False))
+    worker.build(trainer_spec(model, world.device, options.micro_rows, options.seed, batch_invariant=False))
     worker.open_memory([MemoryShelf("here", memory, leads=rank == 0, next=None) for rank in range(world.size)])
     batch = random_rows(options.rows * world.size, options.length, vocab_size(model), options.seed)
     learner = _Learner(worker, batch, disk, model.model_dump(mode="json"))
