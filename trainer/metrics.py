@@ -160,13 +160,19 @@ _DECLARED = (
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the one it is held to"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
     Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
-    Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
+    Metric(
+        "policy/importance_weight_mean",
+        "",
+        "importance",
+        ".3f",
+        "mean weight of the loss: of old tokens (decoupled), and the share of probability that top_k, top_p and min_p kept",
+    ),
     Metric(
         "policy/mismatch_abs",
         "nats",
         "mismatch",
         ".4f",
-        "mean absolute gap of the trainer's and the engine's log-probability; top_k, top_p and min_p raise the latter",
+        "mean absolute gap of trainer's and engine's log-probability; at a server top_k, top_p and min_p raise the latter",
     ),
     Metric(
         "policy/kl_reference", "nats", "KL to reference", ".4f", "mean KL per token from the policy at the start of RL, by k3"

@@ -427,6 +427,7 @@ def test_a_key_of_the_environment_is_sent(model: LanguageModel, monkeypatch: pyt
     [
         (["algorithm.off_policy=recompute"], r"algorithm.off_policy=recompute takes .* choose algorithm.off_policy=decoupled"),
         (["algorithm.off_policy=mask"], r"algorithm.off_policy=mask takes"),
+        (["rollout.top_p=0.9"], r"bypass clips .* a completion server tells .* choose algorithm.off_policy=decoupled, or set"),
         (["sync=delta"], r"set sync=full"),
         (["rollout.over_provision=1.5"], r"long samples would never end; set rollout=sync, or name rollout.server_reload"),
         (["rollout.overlap=true"], r"set rollout=sync, or name rollout.server_reload"),
