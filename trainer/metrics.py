@@ -124,7 +124,15 @@ _DECLARED = (
         "rollout/recycled_samples", "samples", "recycled", ".0f", "samples interrupted at the end, continued in a later round"
     ),
     Metric("rollout/resumed_samples", "samples", "resumed", ".0f", "interrupted samples that this round continued"),
+    Metric(
+        "rollout/resumed_tokens",
+        "tokens",
+        "prefilled again",
+        ",.0f",
+        "tokens that these had, prompts too, and that are prefilled anew",
+    ),
     Metric("rollout/stale_token_share", "share", "stale", ".0%", "learned tokens that older weights generated"),
+    Metric("rollout/staleness_mean", "rounds", "mean staleness", ".2f", "rounds that a learned token is behind, on average"),
     Metric("rollout/staleness_max", "rounds", "staleness", ".0f", "rounds that the oldest learned token is behind"),
     Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
     Metric(

@@ -143,7 +143,7 @@ def test_a_server_that_falls_silent_is_asked_again_for_the_rest(model: LanguageM
     def silent(number: int, events: Events) -> Events:
         return [*events[:3], HOLD, *events[3:]] if number == 0 else events
 
-    with CompletionServer(model, EOS, mutate=silent) as server, pool_at(server, timeout_s=0.5) as pool:
+    with CompletionServer(model, EOS, mutate=silent) as server, pool_at(server, timeout_s=2.0) as pool:
         done = complete(pool, requests(1), 1)
         assert [len(body["prompt"]) - len(done[0].prompt_ids) for body in server.bodies] == [0, 3]
         server.go_on()
