@@ -77,12 +77,12 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
                     Document(
                         sample.prompt_ids,
                         sample.response_ids,
-                        sample.logprobs,
-                        weight * advantage,
-                        learned,
-                        sample.whole_logprobs,
-                        proximal,
-                        sample.experts,
+                        behaviour_logprobs=sample.logprobs,
+                        advantage=weight * advantage,
+                        learned=learned,
+                        whole_logprobs=sample.whole_logprobs,
+                        proximal_logprobs=proximal,
+                        experts=sample.experts,
                     )
                 )
     if not documents:
