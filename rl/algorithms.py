@@ -26,6 +26,8 @@ class PolicyObjective:
     is the one being trained: its log-probabilities are those of this very forward pass, detached. A ratio to it is 1 then, and
     no clip acts on it. Under staged PROXIMAL is, token by token, the policy of the version that wrote it. k1 is not in the loss
     but in the reward (rl/returns.py). The last term moves the trunk below a value head, which itself is fitted to RETURNS.
+    Where there is WHOLE, clips and masks compare with it and not with BEHAVIOUR, which the importance then holds
+    (rl/off_policy.py).
     """
 
     config: AlgorithmConfig
