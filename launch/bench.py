@@ -38,7 +38,7 @@ from launch.benchmarks import (
 )
 from launch.benchmarks.contest import Work
 from launch.benchmarks.options import SHAPES, FileOptions, Options, read_options
-from launch.benchmarks.peers import PACKAGES
+from launch.benchmarks.peers import GENERATION_PEERS, PACKAGES
 from launch.benchmarks.timing import measure_ceilings
 
 TABLE_WIDTH = 200  # columns where the output is no terminal
@@ -48,7 +48,7 @@ TABLE_WIDTH = 200  # columns where the output is no terminal
 class Benchmark:
     options: type[FileOptions]
     defaults: Mapping[str, Mapping[str, Any]]  # of each type of device
-    peers: Mapping[str, Callable[[], Work] | None]  # how to load each; None where the measurement makes it itself
+    peers: Mapping[str, Callable[[], Any] | None]  # how to load each; None where the measurement makes it itself
     measure: Callable[..., Iterator[Any]]  # of cases, each with failures and notes beside what its table shows
     table: Callable[[Any], Table] = record.table
 
@@ -62,8 +62,8 @@ BENCHMARKS = {
     "placement": Benchmark(placement.PlacementOptions, placement.DEFAULTS, {}, placement.measure, placement.table),
     "schedule": Benchmark(schedule.ScheduleOptions, schedule.DEFAULTS, {}, schedule.measure, schedule.table),
     "pretrain": Benchmark(pretrain.PretrainOptions, pretrain.DEFAULTS, pretrain.PEERS, pretrain.measure, pretrain.table),
-    "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, {}, rollout.measure, rollout.table),
-    "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, rl.PEERS, rl.measure, rl.table),
+    "rollout": Benchmark(rollout.RolloutOptions, rollout.DEFAULTS, GENERATION_PEERS, rollout.measure, rollout.table),
+    "rl": Benchmark(rl.IterationOptions, rl.DEFAULTS, GENERATION_PEERS, rl.measure, rl.table),
     "learning": Benchmark(learning.LearningOptions, learning.DEFAULTS, {}, learning.measure, learning.table),
     "old_tokens": Benchmark(old_tokens.OldTokensOptions, old_tokens.DEFAULTS, {}, old_tokens.measure, old_tokens.table),
     "weights": Benchmark(weights.WeightsOptions, weights.DEFAULTS, {}, weights.measure, weights.table),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rl import kl
-from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, REFERENCE, RETURNS, VALUES
+from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, REFERENCE, RETURNS, VALUES, WHOLE
 from rl.losses import cispo, dppo, gspo, ppo, sapo
 from rl.off_policy import Ratios, bounded_exp, bypass, decoupled, in_band, not_unlikely, recompute, sequence_mean
 from rl.returns import clipped_value_loss
@@ -26,23 +26,25 @@ class PolicyObjective:
     is the one being trained: its log-probabilities are those of this very forward pass, detached. A ratio to it is 1 then, and
     no clip acts on it. Under staged PROXIMAL is, token by token, the policy of the version that wrote it. k1 is not in the loss
     but in the reward (rl/returns.py). The last term moves the trunk below a value head, which itself is fitted to RETURNS.
+    Where there is WHOLE, clips and masks compare with it and not with BEHAVIOUR, which the importance then holds
+    (rl/off_policy.py).
     """
 
     config: AlgorithmConfig
 
     def __call__(self, predicted: Predictions, batch: TrainBatch) -> TokenLoss:
-        logprobs_BS, behaviour_BS = predicted.logprobs_BS, batch.extras[BEHAVIOUR]
+        logprobs_BS, whole_BS = predicted.logprobs_BS, batch.extras.get(WHOLE, batch.extras[BEHAVIOUR])
         proximal_BS = batch.extras.get(PROXIMAL, logprobs_BS.detach())
-        ratios = self._ratios(logprobs_BS, proximal_BS, behaviour_BS)
+        ratios = self._ratios(logprobs_BS, proximal_BS, whole_BS, batch.extras[BEHAVIOUR])
         loss_BS, clipped_BS = self._loss(ratios.log_ratio, logprobs_BS, batch)
-        kept_BS = self._kept(logprobs_BS.detach(), proximal_BS, batch)
+        kept_BS = self._kept(logprobs_BS.detach(), proximal_BS, whole_BS, batch)
         importance_BS = ratios.importance * kept_BS
         metrics = {
             "policy/ratio_mean": bounded_exp(ratios.log_ratio.detach()),
             "policy/clip_share": clipped_BS.float(),
             "policy/masked_share": (~kept_BS).float(),
             "policy/importance_weight_mean": importance_BS,
-            "policy/mismatch_abs": (proximal_BS - behaviour_BS).abs(),
+            "policy/mismatch_abs": (proximal_BS - whole_BS).abs(),
         }
         loss_BS = importance_BS * loss_BS
         if self.config.entropy_bonus > 0:
@@ -59,12 +61,12 @@ class PolicyObjective:
                 loss_BS = loss_BS + self.config.value_coefficient * value_loss_BS
         return TokenLoss(loss_BS=loss_BS, metrics=metrics, returns_BS=batch.extras.get(RETURNS))
 
-    def _ratios(self, logprobs_BS: Tensor, proximal_BS: Tensor, behaviour_BS: Tensor) -> Ratios:
+    def _ratios(self, logprobs_BS: Tensor, proximal_BS: Tensor, whole_BS: Tensor, behaviour_BS: Tensor) -> Ratios:
         match self.config.off_policy:
             case "recompute" | "mask" | "staged":
                 return recompute(logprobs_BS, proximal_BS)
             case "bypass":
-                return bypass(logprobs_BS, behaviour_BS)
+                return bypass(logprobs_BS, whole_BS, behaviour_BS)
             case "decoupled":
                 return decoupled(logprobs_BS, proximal_BS, behaviour_BS, self.config.truncation)
 
@@ -96,16 +98,16 @@ class PolicyObjective:
             case "dppo":
                 return dppo(log_ratio_BS, logprobs_BS, advantages_BS, low, high)
 
-    def _kept(self, policy_BS: Tensor, proximal_BS: Tensor, batch: TrainBatch) -> Tensor:
+    def _kept(self, policy_BS: Tensor, proximal_BS: Tensor, whole_BS: Tensor, batch: TrainBatch) -> Tensor:
         """What no mask drops; the log-probabilities carry no gradient."""
-        config, behaviour_BS = self.config, batch.extras[BEHAVIOUR]
+        config = self.config
         kept_BS = torch.ones_like(policy_BS, dtype=torch.bool)
         if config.token_band is not None:
-            kept_BS = kept_BS & in_band(proximal_BS - behaviour_BS, config.token_band)
+            kept_BS = kept_BS & in_band(proximal_BS - whole_BS, config.token_band)
         if config.sequence_band is not None:
-            kept_BS = kept_BS & in_band(_mean_of_response(proximal_BS - behaviour_BS, batch), config.sequence_band)
+            kept_BS = kept_BS & in_band(_mean_of_response(proximal_BS - whole_BS, batch), config.sequence_band)
         if config.sequence_delta is not None:
-            gap_BS = _mean_of_response(behaviour_BS - policy_BS, batch)
+            gap_BS = _mean_of_response(whole_BS - policy_BS, batch)
             kept_BS = kept_BS & not_unlikely(gap_BS, batch.extras[ADVANTAGES], config.sequence_delta)
         return kept_BS
 

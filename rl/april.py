@@ -136,6 +136,12 @@ def _settle(progress: _Progress, buffer: RolloutBuffer, groups: Sequence[Group],
         "rollout/replaced_groups": len(replaced),
         "rollout/recycled_samples": _count_partial(unfinished),
         "rollout/resumed_samples": _count_partial(progress.taken),
+        "rollout/resumed_tokens": sum(
+            len(sample.prompt_ids) + sample.length
+            for group in progress.taken
+            for sample in group.samples
+            if sample.status == "partial"
+        ),
         "rollout/new_tokens": _tokens(finished) + _tokens(unfinished) - _tokens(progress.taken),
         "rollout/length_bias": buffer.lengths.bias(lengths_of((*buffer.recycled, *buffer.surplus))),
     }
@@ -238,7 +244,7 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
 
     rollout/length_mean, length_max   response tokens of a sample, replies of the environment included
     rollout/stale_token_share         the model's tokens sampled under older weights than `weight_version`
-    rollout/staleness_max             rounds that the oldest token is behind
+    rollout/staleness_mean, _max      rounds that the model's tokens are behind, and the oldest of them
     rollout/truncated_share           samples that ran into max_new_tokens
     reward/mean, reward/std           over all judged samples of the round
     reward/zero_std_share             groups whose judged samples all have the same reward, so nothing can be learned from them
@@ -257,6 +263,7 @@ def _metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/stale_token_share": float((ages > 0).mean()),
+        "rollout/staleness_mean": float(ages.mean()),
         "rollout/staleness_max": float(ages.max()),
         "rollout/truncated_share": float(np.mean([sample.status == "truncated" for sample in samples])),
         "reward/mean": float(np.mean(rewards)),

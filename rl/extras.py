@@ -4,6 +4,7 @@
 RESPONSES = "responses"  # bool: the target is a token of a response
 ADVANTAGES = "advantages"  # of the response, at each of its tokens; rl/returns.py replaces them by those of the tokens
 BEHAVIOUR = "behaviour_logprobs"  # as sampled
+WHOLE = "whole_logprobs"  # of the same policy, before tokens were left out of what it sampled from; only where they were
 
 # predictions before the first update of a round, at every position
 PROXIMAL = "proximal_logprobs"  # under off_policy=staged from rl/packing.py too

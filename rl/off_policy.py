@@ -1,18 +1,20 @@
 """How tokens from older weights, and from an engine that rounds differently than the trainer, enter the policy update.
 
 Two policies besides the one being trained are in play: `behaviour`, which sampled a token (whatever its weight version; its
-log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts. Pure functions of
-log-probabilities at the rollout temperature, (B, S) or any shape where nothing is said about sequences.
+log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts. Where top-k, top-p or
+min-p left tokens out, `behaviour` is what was drawn from and `whole` the policy that they were left out of, else they are one;
+whole / behaviour is the share of probability that was kept. Pure functions of log-probabilities at the rollout temperature,
+(B, S) or any shape where nothing is said about sequences.
 
 A loss is made of two numbers a token, see `Ratios`; what `algorithm.off_policy` chooses is
 
     recompute   ratio policy / proximal, importance 1: as if the proximal policy had sampled everything (APRIL, slime)
     staged      ratio policy / trainer's policy of the version that generated the token, importance 1 (CoPRIS; rl/staged.py)
     mask        the same as recompute, and only tokens of the newest weights are learned; rl/packing.py leaves the others out
-    bypass      ratio policy / behaviour, importance 1: old tokens are held back by the clip alone
+    bypass      ratio policy / whole, importance whole / behaviour: old tokens are held back by the clip alone
     decoupled   ratio policy / proximal, importance min(proximal / behaviour, truncation) (AReaL, 2505.24298)
 
-and the masks set the importance of whole tokens or sequences to 0. What is masked stays in the denominator of the mean loss.
+and the masks set the importance of tokens or of sequences to 0. What is masked stays in the denominator of the mean loss.
 
 With one update a round the proximal policy is the one being trained, so a ratio to it is 1 and never clipped: what an old token
 teaches is then learned again in full, however far the updates since have moved it already. The clip of bypass ends where
@@ -48,9 +50,12 @@ def recompute(logprobs: Tensor, proximal: Tensor) -> Ratios:
     return Ratios(log_ratio=logprobs - proximal, importance=torch.ones_like(proximal))
 
 
-def bypass(logprobs: Tensor, behaviour: Tensor) -> Ratios:
-    """PPO's ratio straight to the behaviour policy."""
-    return Ratios(log_ratio=logprobs - behaviour, importance=torch.ones_like(behaviour))
+def bypass(logprobs: Tensor, whole: Tensor, behaviour: Tensor) -> Ratios:
+    """PPO's ratio straight to the policy that sampled, and the share that was kept of its distribution, else 1.
+
+    Their product is policy / behaviour. But a clip of that would be about the share as well, and pass over fresh tokens.
+    """
+    return Ratios(log_ratio=logprobs - whole, importance=bounded_exp(whole - behaviour))
 
 
 def decoupled(logprobs: Tensor, proximal: Tensor, behaviour: Tensor, truncation: float) -> Ratios:
@@ -64,14 +69,14 @@ def decoupled(logprobs: Tensor, proximal: Tensor, behaviour: Tensor, truncation:
 def in_band(log_ratio: Tensor, band: tuple[float, float]) -> Tensor:
     """low <= exp(log_ratio) <= high.
 
-    Of proximal / behaviour of a token, IcePop's mask; of its mean over a sequence, the geometric sequence mask.
+    Of proximal / whole of a token, IcePop's mask; of its mean over a sequence, the geometric sequence mask.
     """
     ratio = bounded_exp(log_ratio)
     return (ratio >= band[0]) & (ratio <= band[1])
 
 
 def not_unlikely(mean_gap: Tensor, advantages: Tensor, delta: float) -> Tensor:
-    """DeepSeek-V3.2's off-policy sequence mask: drops where A < 0 and mean(behaviour - policy) > delta.
+    """DeepSeek-V3.2's off-policy sequence mask: drops where A < 0 and mean(whole - policy) > delta.
 
     To push down what the policy would hardly say any more teaches little and disturbs much.
     """

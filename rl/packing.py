@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from kernels.replay import unrecorded
 from rl.advantages import advantages, overlong_penalty, uncertainty_weight
-from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, RESPONSES
+from rl.extras import ADVANTAGES, BEHAVIOUR, PROXIMAL, RESPONSES, WHOLE
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Group, Sample
 from trainer.batch import TrainBatch
@@ -31,7 +31,8 @@ class Rows(TypedDict):
 class Document:
     """A prompt and a response. `behaviour_logprobs` and `learned` have an entry for each token of the response.
 
-    So have `proximal_logprobs`, which all documents of a batch have or none: those of the trainer, known before the update.
+    So have `whole_logprobs`, where they differ: those of the same policy before tokens were left out of what it sampled from;
+    and `proximal_logprobs`, which all documents of a batch have or none: those of the trainer, known before the update.
     `experts` are to be replayed, of its first tokens or of all but the last.
     """
 
@@ -40,6 +41,7 @@ class Document:
     behaviour_logprobs: tuple[float, ...]
     advantage: float
     learned: tuple[bool, ...]
+    whole_logprobs: tuple[float, ...] | None = None
     proximal_logprobs: tuple[float, ...] | None = None
     experts: RoutedExperts | None = None
 
@@ -70,10 +72,19 @@ def documents_of(groups: Sequence[Group], config: AlgorithmConfig, weight_versio
             newest = (config.off_policy != "mask" or version == weight_version for version in sample.versions)
             learned = tuple(fresh and sampled for fresh, sampled in zip(newest, sample.sampled, strict=True))
             if advantage is not None and any(learned):
-                ids, proximal = (sample.prompt_ids, sample.response_ids), None
-                if config.off_policy == "staged":
-                    proximal = sample.trainer_logprobs
-                documents.append(Document(*ids, sample.logprobs, weight * advantage, learned, proximal, sample.experts))
+                proximal = sample.trainer_logprobs if config.off_policy == "staged" else None
+                documents.append(
+                    Document(
+                        sample.prompt_ids,
+                        sample.response_ids,
+                        behaviour_logprobs=sample.logprobs,
+                        advantage=weight * advantage,
+                        learned=learned,
+                        whole_logprobs=sample.whole_logprobs,
+                        proximal_logprobs=proximal,
+                        experts=sample.experts,
+                    )
+                )
     if not documents:
         raise UserError(
             f"none of the samples of {len(groups)} groups can be learned from: algorithm.off_policy=mask takes tokens of the "
@@ -124,7 +135,7 @@ def pack(
     targets_BS = torch.full(shape, rows["pad_id"], dtype=torch.int64)
     documents_BS = torch.full(shape, -1, dtype=torch.int32)
     responses_BS = torch.zeros(shape, dtype=torch.bool)
-    weights_BS, advantages_BS, behaviour_BS, proximal_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(4))
+    weights_BS, advantages_BS, behaviour_BS, whole_BS, proximal_BS = (torch.zeros(shape, dtype=torch.float32) for _ in range(5))
     for document, place in zip(documents, places, strict=True):
         ids = torch.tensor(document.prompt_ids + document.response_ids)
         document_at, response_at = place.document, place.response
@@ -136,9 +147,12 @@ def pack(
         responses_BS[response_at] = True
         advantages_BS[response_at] = document.advantage
         behaviour_BS[response_at] = torch.tensor(document.behaviour_logprobs)
+        whole_BS[response_at] = torch.tensor(document.whole_logprobs or document.behaviour_logprobs)
         if document.proximal_logprobs is not None:
             proximal_BS[response_at] = torch.tensor(document.proximal_logprobs)
     extras = {RESPONSES: responses_BS, ADVANTAGES: advantages_BS, BEHAVIOUR: behaviour_BS}
+    if any(document.whole_logprobs for document in documents):
+        extras[WHOLE] = whole_BS
     if documents[0].proximal_logprobs is not None:
         extras[PROXIMAL] = proximal_BS
     return TrainBatch(

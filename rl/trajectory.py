@@ -31,23 +31,26 @@ UIDS_PER_GROUP = 1 << 16
 class Segment:
     """Tokens sampled under one weight version; `logprobs` has one number a token, at the rollout temperature.
 
-    Those of the environment were not `sampled`: they have no log-probability and are never learned. `trainer_logprobs` are
-    those that the trainer gives all of them under the same weights, where somebody asked it (rl/staged.py). `experts`, where
-    they were recorded, are those of the tokens that no earlier segment has them of, prompt and replies included, up to the last
-    token but one: the last one is not computed before the next segment. So a token keeps the experts that chose what follows
-    it, however often newer weights go over it again.
+    Where top-k, top-p or min-p left tokens out of the distribution sampled from, `whole_logprobs` are those of the whole one;
+    None where both are the same, and of servers, which do not tell. Tokens of the environment were not `sampled`: they have no
+    log-probability and are never learned. `trainer_logprobs` are those that the trainer gives all of them under the same
+    weights, where somebody asked it (rl/staged.py). `experts`, where they were recorded, are those of the tokens that no
+    earlier segment has them of, prompt and replies included, up to the last token but one: the last one is not computed before
+    the next segment. So a token keeps the experts that chose what follows it, however often newer weights go over it again.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: int  # of a reply: that of the turn before it
     sampled: bool = True
+    whole_logprobs: tuple[float, ...] | None = None
     trainer_logprobs: tuple[float, ...] | None = None
     experts: RoutedExperts | None = None
 
     def __post_init__(self) -> None:
         expected = len(self.token_ids) if self.sampled else 0
         assert len(self.logprobs) == expected, (len(self.logprobs), expected)
+        assert self.whole_logprobs is None or len(self.whole_logprobs) == expected
         assert self.trainer_logprobs is None or len(self.trainer_logprobs) == len(self.token_ids)
 
 
@@ -78,6 +81,14 @@ class Sample:
     def logprobs(self) -> tuple[float, ...]:
         """One behaviour log-probability a response token; 0 for the environment's, which nobody may learn from."""
         return tuple(v for s in self.segments for v in (s.logprobs if s.sampled else (0.0,) * len(s.token_ids)))
+
+    @property
+    def whole_logprobs(self) -> tuple[float, ...] | None:
+        """`logprobs` of the distributions that nothing is left out of; None where no segment has others."""
+        if all(segment.whole_logprobs is None for segment in self.segments):
+            return None
+        said = (s.whole_logprobs or s.logprobs if s.sampled else (0.0,) * len(s.token_ids) for s in self.segments)
+        return tuple(value for values in said for value in values)
 
     @property
     def sampled(self) -> tuple[bool, ...]:
@@ -320,6 +331,8 @@ def _segment_state(segment: Segment) -> dict[str, Any]:
         "weight_version": segment.weight_version,
         "sampled": segment.sampled,
     }
+    if segment.whole_logprobs is not None:
+        state["whole_logprobs"] = list(segment.whole_logprobs)
     if segment.trainer_logprobs is not None:
         state["trainer_logprobs"] = list(segment.trainer_logprobs)
     if segment.experts is not None:
@@ -328,10 +341,11 @@ def _segment_state(segment: Segment) -> dict[str, Any]:
 
 
 def _segment_from(state: dict[str, Any]) -> Segment:
+    whole = tuple(state["whole_logprobs"]) if "whole_logprobs" in state else None
     asked = tuple(state["trainer_logprobs"]) if "trainer_logprobs" in state else None
     experts = RoutedExperts.from_state(state["experts"]) if "experts" in state else None
     tokens, logprobs = tuple(state["token_ids"]), tuple(state["logprobs"])
-    return Segment(tokens, logprobs, state["weight_version"], state["sampled"], asked, experts)
+    return Segment(tokens, logprobs, state["weight_version"], state["sampled"], whole, asked, experts)
 
 
 def _sample_from(group: int, state: dict[str, Any]) -> Sample:

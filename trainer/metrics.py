@@ -124,7 +124,15 @@ _DECLARED = (
         "rollout/recycled_samples", "samples", "recycled", ".0f", "samples interrupted at the end, continued in a later round"
     ),
     Metric("rollout/resumed_samples", "samples", "resumed", ".0f", "interrupted samples that this round continued"),
+    Metric(
+        "rollout/resumed_tokens",
+        "tokens",
+        "prefilled again",
+        ",.0f",
+        "tokens that these had, prompts too, and that are prefilled anew",
+    ),
     Metric("rollout/stale_token_share", "share", "stale", ".0%", "learned tokens that older weights generated"),
+    Metric("rollout/staleness_mean", "rounds", "mean staleness", ".2f", "rounds that a learned token is behind, on average"),
     Metric("rollout/staleness_max", "rounds", "staleness", ".0f", "rounds that the oldest learned token is behind"),
     Metric("rollout/truncated_share", "share", "truncated", ".1%", "samples cut off at max_new_tokens"),
     Metric(
@@ -160,13 +168,19 @@ _DECLARED = (
     Metric("policy/ratio_mean", "", "ratio", ".4f", "mean probability ratio of the policy to the one it is held to"),
     Metric("policy/clip_share", "share", "clipped", ".1%", "learned tokens whose ratio is clipped"),
     Metric("policy/masked_share", "share", "masked", ".1%", "learned tokens that a mask gives the weight 0"),
-    Metric("policy/importance_weight_mean", "", "importance", ".3f", "mean truncated weight of proximal over sampling policy"),
+    Metric(
+        "policy/importance_weight_mean",
+        "",
+        "importance",
+        ".3f",
+        "mean weight of the loss: of old tokens (decoupled), and the share of probability that top_k, top_p and min_p kept",
+    ),
     Metric(
         "policy/mismatch_abs",
         "nats",
         "mismatch",
         ".4f",
-        "mean absolute gap of the trainer's and the engine's log-probability; top_k, top_p and min_p raise the latter",
+        "mean absolute gap of trainer's and engine's log-probability; at a server top_k, top_p and min_p raise the latter",
     ),
     Metric(
         "policy/kl_reference", "nats", "KL to reference", ".4f", "mean KL per token from the policy at the start of RL, by k3"

@@ -6,6 +6,7 @@ rows), V vocabulary.
     experts     (x_TD, experts_TK, weights_TK, gate_up_ECD, down_EDF) -> y_TD; from routing to output, sorting included
     vocab_loss  (hidden_TD, head_VD, targets_T) -> negative log-likelihood of every target, (T,)
     router      (logits_TE, bias_E, top_k) -> weights_TK
+    generation  (model, Generation, device) -> tokens a second
 
 Each is given what Tessera's functions are given (int64 expert numbers, float32 combine weights) and converts what it must
 itself. The packages were read at the versions named beside them.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.model import ModelConfig
+from trainer.estimate import vocab_size
 
 CHUNK_TOKENS = 1024
 
@@ -230,3 +234,62 @@ def transformers_model(model: ModelConfig, device: torch.device, dtype: torch.dt
     }
     with device:
         return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=dtype, experts_implementation="grouped_mm")
+
+
+# ---------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sequences that all get `response` tokens behind `prompt` random ones."""
+
+    sequences: int
+    prompt: int
+    response: int
+    seed: int
+
+
+GenerationPeer = Callable[[ModelConfig, Generation, torch.device], float]
+
+
+def transformers_generation() -> GenerationPeer:
+    """transformers' generate over grouped products, in bfloat16."""
+
+    def work(model: ModelConfig, asked: Generation, device: torch.device) -> float:
+        peer = transformers_model(model, device, torch.bfloat16).eval()
+        generator = torch.Generator().manual_seed(asked.seed)
+        ids = torch.randint(vocab_size(model), (asked.sequences, asked.prompt), generator=generator)
+        ids, times = ids.to(device), []
+        for _ in range(3):
+            started = time.perf_counter()
+            peer.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=asked.response,
+                max_new_tokens=asked.response,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=0,
+            ).cpu()
+            times.append(time.perf_counter() - started)
+        return asked.sequences * asked.response / median(times[1:])
+
+    return work
+
+
+GENERATION_PEERS: Mapping[str, Callable[[], GenerationPeer]] = {"transformers": transformers_generation}
+
+
+def generation_rates(
+    contenders: Mapping[str, Callable[[], GenerationPeer]], model: ModelConfig, asked: Generation, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Of each peer its tokens a second, or why there are none. What it took of a GPU's memory is free again."""
+    rates, failures = {}, {}
+    for peer, load in contenders.items():
+        try:
+            rates[peer] = load()(model, asked, device)
+        except Exception as error:  # a peer that cannot do it is a result
+            failures[peer] = f"{type(error).__name__}: {error}"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rates, failures

@@ -10,23 +10,19 @@ bytes that generation and transfer cannot avoid; of a matrix product, for the FL
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from launch.benchmarks.models import model_config
-from launch.benchmarks.peers import transformers_model
+from launch.benchmarks.peers import Generation, generation_rates
 from launch.benchmarks.stages import IterationOptions, Stage
 from launch.benchmarks.timing import Ceilings
 from launch.machines import read_group
-from trainer.config.model import ModelConfig
 from trainer.config.run import ClusterConfig
-from trainer.estimate import vocab_size
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {
@@ -64,18 +60,13 @@ def measure(
     for name in options.model:
         model = model_config(options, name, options.prompt + options.longest + 1)
         check_division(model, options.ranks, options.ranks)
-        notes, failures = [], {}
-        for peer, load in contenders.items():
-            try:
-                rate = load()(model, options, device)
-                notes.append(
-                    f"{peer}: {rate:,.0f} tokens/s for {options.groups * options.samples} sequences of {options.peer_response} "
-                    "tokens each, so without a tail to wait for"
-                )
-            except Exception as error:  # a peer that cannot do it is a result
-                failures[peer] = f"{type(error).__name__}: {error}"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # other processes need it
+        asked = Generation(options.groups * options.samples, options.prompt, options.peer_response, options.seed)
+        rates, failures = generation_rates(contenders, model, asked, device)
+        notes = [
+            f"{peer}: {rate:,.0f} tokens/s for {asked.sequences} sequences of {asked.response} tokens each, so without a tail "
+            "to wait for"
+            for peer, rate in rates.items()
+        ]
         plural = "s" * (options.engines > 1)
         engines = f"{options.engines} engine{plural} apart" if options.engines else "an engine beside each"
         overlap = ", which go on while the ranks learn" if options.overlap else ""
@@ -98,34 +89,6 @@ def measure(
             failures,
             (*notes, *profiled),
         )
-
-
-def transformers_generation() -> Callable[[ModelConfig, IterationOptions, torch.device], float]:
-    """transformers' generate over grouped products, all sequences equally long: tokens a second."""
-
-    def work(model: ModelConfig, options: IterationOptions, device: torch.device) -> float:
-        peer = transformers_model(model, device, torch.bfloat16).eval()
-        generator = torch.Generator().manual_seed(options.seed)
-        ids = torch.randint(vocab_size(model), (options.groups * options.samples, options.prompt), generator=generator)
-        ids, times = ids.to(device), []
-        for _ in range(3):
-            started = time.perf_counter()
-            peer.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=options.peer_response,
-                max_new_tokens=options.peer_response,
-                do_sample=True,
-                top_k=0,
-                pad_token_id=0,
-            ).cpu()
-            times.append(time.perf_counter() - started)
-        return len(ids) * options.peer_response / median(times[1:])
-
-    return work
-
-
-PEERS: Mapping[str, Callable[[], Any]] = {"transformers": transformers_generation}
 
 
 def table(case: Iteration) -> Table:

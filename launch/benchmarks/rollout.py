@@ -1,9 +1,9 @@
 """`python -m launch.bench rollout`: tokens that the engine generates in a second, and how near that is to reading memory.
 
-A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens. The floor is
-the bytes that one decoding step cannot avoid, weights of the experts that some row chose, the dense weights, and the keys and
-values of every row so far, at the rate of a copy on this device. Then whole rounds, where responses differ in length
-(launch/benchmarks/april.py).
+A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens, and so do those
+of the peers, in the same run. The floor is the bytes that one decoding step cannot avoid, weights of the experts that some row
+chose, the dense weights, and the keys and values of every row so far, at the rate of a copy on this device. Then whole rounds,
+where responses differ in length (launch/benchmarks/april.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from launch.benchmarks import april
 from launch.benchmarks.april import NO_TOKEN, Rounds, SweepOptions
 from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import Listed
+from launch.benchmarks.peers import Generation, generation_rates
 from launch.benchmarks.record import one_row
 from launch.benchmarks.timing import Ceilings
 from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
@@ -36,6 +37,7 @@ LOOK_EVERY = 32  # tokens between two looks at who has finished
 class RolloutOptions(SweepOptions):
     batch: Listed[PositiveInt] = Field(description="sequences decoded at once; none: only rounds")
     response: PositiveInt = Field(128, description="tokens that each sequence gets where all get as many")
+    peers: Listed[str] | None = Field(None, description="that generate as many; not given: those that are installed, on a GPU")
 
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -62,6 +64,7 @@ class Rollout:
     step_ms: float  # median over pieces of LOOK_EVERY tokens, the host's work between them included
     prefill_ms: float  # until the first token of the last prompt
     floor_ms: float  # of a step in the middle of the response
+    peers_tokens_per_s: Mapping[str, float] = field(default_factory=dict)  # prefill included
     failures: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -79,6 +82,8 @@ def measure(
         config = model_config(options, name, options.prompt + max(options.response, options.longest) + 1)
         weights = random_weights(config, device, dtype, options.seed)
         for batch in options.batch:
+            asked = Generation(batch, options.prompt, options.response, options.seed)
+            rates, failures = generation_rates(contenders, config, asked, device)
             step_ms, prefill_ms = _generate(config, weights, batch, options, device, dtype)
             counts = parameter_counts(config)
             yield Rollout(
@@ -92,6 +97,8 @@ def measure(
                 floor_ms=floor_bytes(config, batch, batch * (options.prompt + options.response // 2), dtype.itemsize)
                 / ceilings.copy_tbytes
                 / 1e9,
+                peers_tokens_per_s=rates,
+                failures=failures,
             )
         for slots in options.slots if options.over_provision else ():
             yield from april.sweep(options, name, weights, slots, device, dtype, ceilings.copy_tbytes)
@@ -139,5 +146,6 @@ def table(case: Rollout | Rounds) -> Table:
         "tokens/s": f"{case.tokens_per_s:,.0f}",
         "floor ms": f"{case.floor_ms:.3f}",
         "of floor": f"{case.floor_ms / case.step_ms:.0%}",
+        **{f"{peer} tokens/s": f"{rate:,.0f}" for peer, rate in case.peers_tokens_per_s.items()},
     }
     return one_row(case.work, row)

@@ -20,7 +20,7 @@ from kernels.race import race
 from kernels.ragged import Ragged, tile_queries
 from kernels.vocab_loss import token_logprobs
 from rl.engine.kv_cache import PagedAttention, PagedCache
-from rl.engine.sampler import Sampling, sample
+from rl.engine.sampler import Drawn, Sampling, sample
 from trainer.model.transformer import LanguageModel
 
 
@@ -37,22 +37,21 @@ class RowState:
 class Step:
     """What a step sampled, perhaps still on its way from the device."""
 
-    def __init__(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
-        self._ready = None
-        if tokens_B.is_cuda:
-            self._tokens, self._logprobs = (
-                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in (tokens_B, logprobs_B)
+    def __init__(self, drawn: Drawn) -> None:
+        self._ready, self._drawn = None, drawn
+        if drawn.tokens_B.is_cuda:
+            self._drawn = drawn.map(
+                lambda x_B: torch.empty(x_B.shape, dtype=x_B.dtype, pin_memory=True).copy_(x_B, non_blocking=True)
             )
             self._ready = torch.cuda.Event()
             self._ready.record()
-        else:
-            self._tokens, self._logprobs = tokens_B, logprobs_B
 
-    def result(self) -> tuple[list[int], list[float]]:
-        """(tokens, log-probabilities) of the rows, waiting for them if need be."""
+    def result(self) -> tuple[list[int], list[float], list[float] | None]:
+        """What `Drawn` has, of the rows, waiting for it if need be."""
         if self._ready is not None:
             self._ready.synchronize()
-        return self._tokens.tolist(), self._logprobs.tolist()
+        tokens_B, logprobs_B, whole_B = self._drawn
+        return tokens_B.tolist(), logprobs_B.tolist(), None if whole_B is None else whole_B.tolist()
 
 
 class Decoder:
@@ -64,8 +63,9 @@ class Decoder:
         self._state = torch.zeros(4, slots, dtype=torch.int64, device=self._device)  # the fields of RowState
         self._host_table = torch.zeros(slots, max_pages, dtype=torch.int32)
         self._table = self._host_table.to(self._device, copy=True)
-        self._tokens_B = torch.zeros(slots, dtype=torch.int64, device=self._device)
-        self._logprobs_B = torch.zeros(slots, dtype=torch.float32, device=self._device)
+        logprobs_B = torch.zeros(slots, dtype=torch.float32, device=self._device)
+        whole_B = None if sampling.whole else logprobs_B.clone()
+        self._drawn = Drawn(torch.zeros(slots, dtype=torch.int64, device=self._device), logprobs_B, whole_B)
         self._slots, self._max_pages = slots, max_pages
         # The references, which float32 takes, ask the device how many rows each expert has; a graph cannot.
         self._replays = takes_kernels(model.experts.gate_up_LECD)
@@ -106,7 +106,7 @@ class Decoder:
                 self._graphs[size] = graph
             graph.replay()
         self._longest += 1
-        return Step(self._tokens_B[:count].clone(), self._logprobs_B[:count].clone())
+        return Step(self._drawn.map(lambda x_B: x_B[:count].clone()))
 
     def _decode(self, count: int) -> None:
         last_B, uids_B, lengths_B, generated_B = self._state[:, :count]
@@ -135,20 +135,26 @@ class Decoder:
         if self._cache.experts_PLK is not None:
             # What stands beyond the last page goes to page 0: a row that is done still has its record to give.
             self._cache.record(places_B.where(lengths_B < self._max_pages * page, 0), output.experts_LTK)
-        tokens_B, logprobs_B = self._sample(output.hidden_BSD[0], uids_B, generated_B)
-        self._tokens_B[:count], self._logprobs_B[:count] = tokens_B, logprobs_B
-        last_B.copy_(tokens_B)
+        drawn = self._sample(output.hidden_BSD[0], uids_B, generated_B)
+        for place_B, x_B in zip(self._drawn, drawn, strict=True):
+            if place_B is not None and x_B is not None:
+                place_B[:count] = x_B
+        last_B.copy_(drawn.tokens_B)
         lengths_B += 1
         generated_B += 1
 
-    def _sample(self, hidden_BD: Tensor, uids_B: Tensor, generated_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, hidden_BD: Tensor, uids_B: Tensor, generated_B: Tensor) -> Drawn:
         head_VD, sampling = self._model.dense.head_VD, self._sampling
         logits_BV = product(hidden_BD, head_VD, torch.float32)
-        if not (hidden_BD.is_cuda and sampling.whole):
+        if not hidden_BD.is_cuda:
             return sample(logits_BV, uids_B, generated_B, sampling)
-        tokens_B = race(logits_BV, uids_B, generated_B, sampling.seed, sampling.temperature)
-        # By the trainer's kernel, whose sum over the vocabulary has an order of its own.
-        return tokens_B, token_logprobs(hidden_BD, head_VD, tokens_B, temperature=sampling.temperature)[0]
+        # What the trainer says too is by its kernel, whose sum over the vocabulary has an order of its own.
+        if sampling.whole:
+            tokens_B = race(logits_BV, uids_B, generated_B, sampling.seed, sampling.temperature)
+            return Drawn(tokens_B, token_logprobs(hidden_BD, head_VD, tokens_B, temperature=sampling.temperature)[0], None)
+        drawn = sample(logits_BV, uids_B, generated_B, sampling)
+        whole_B, _ = token_logprobs(hidden_BD, head_VD, drawn.tokens_B, temperature=sampling.temperature)
+        return drawn._replace(whole_logprobs_B=whole_B)
 
 
 def padded(count: int) -> int:

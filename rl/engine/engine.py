@@ -5,7 +5,8 @@ interruption, enters the cache in chunks (prefill), less what pages of other sam
 one token of all rows together. When the pages run out, the youngest rows go back to the queue.
 
 The forward pass is the trainer's, batch-invariant, so log-probabilities are the trainer's bit for bit, whatever else was in the
-batch and however often a sample was interrupted. They are those of the distribution sampled from, float32.
+batch and however often a sample was interrupted. They are those of the distribution sampled from, float32; where top-k, top-p
+or min-p leave tokens out of it, those of the whole one, the trainer's, stand beside them.
 """
 
 from __future__ import annotations
@@ -258,7 +259,13 @@ class Engine:
         if not row.tokens:
             return row.sample
         assert self._version is not None
-        segment = Segment(tuple(row.tokens), tuple(row.logprobs), self._version, experts=self._recorded(row))
+        segment = Segment(
+            tuple(row.tokens),
+            tuple(row.logprobs),
+            self._version,
+            whole_logprobs=tuple(row.whole_logprobs) or None,
+            experts=self._recorded(row),
+        )
         return row.sample.extended(segment, row.status)
 
     def _recorded(self, row: Row) -> RoutedExperts | None:
@@ -279,13 +286,15 @@ class Engine:
         for step in looked:
             if step is None:
                 continue
-            tokens, logprobs = step.result()
-            for row, token, logprob in zip(self._rows, tokens, logprobs, strict=True):
+            tokens, logprobs, whole_logprobs = step.result()
+            for place, row in enumerate(self._rows):
                 if row.status != "partial":
                     continue
-                row.ids.append(token)
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
+                row.ids.append(tokens[place])
+                row.tokens.append(tokens[place])
+                row.logprobs.append(logprobs[place])
+                if whole_logprobs is not None:
+                    row.whole_logprobs.append(whole_logprobs[place])
                 self._generated += 1
                 row.status = self._status(row)
 

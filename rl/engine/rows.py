@@ -24,6 +24,7 @@ class Row:
     tail: bytes  # of the turn's text, where a stop string may have begun
     tokens: list[int] = field(default_factory=list)  # generated since it was submitted
     logprobs: list[float] = field(default_factory=list)
+    whole_logprobs: list[float] = field(default_factory=list)  # none where nothing is left out of the distribution
     status: Status = "partial"
 
     @property

@@ -7,7 +7,9 @@ There is no generator state to save. Shape letters: B samples, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +33,26 @@ class Sampling:
         return self.top_k is None and self.top_p == 1 and self.min_p == 0
 
 
-def sample(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draws one token each: (tokens int64, their log-probabilities float32 in the distribution drawn from), both (B,).
+class Drawn(NamedTuple):
+    """A token for each of B rows, and its log-probabilities."""
 
-    `logits_BV` is float32, `uids_B` and `positions_B` int64.
-    """
-    scaled_BV = kept(logits_BV / sampling.temperature, sampling)
-    tokens_B = race(scaled_BV, uids_B, positions_B, sampling.seed)
+    tokens_B: Tensor  # int64
+    logprobs_B: Tensor  # float32; in the distribution drawn from
+    whole_logprobs_B: Tensor | None  # float32; in the one before tokens were left out of it, None where none are
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Drawn:
+        whole_B = self.whole_logprobs_B
+        return Drawn(change(self.tokens_B), change(self.logprobs_B), None if whole_B is None else change(whole_B))
+
+
+def sample(logits_BV: Tensor, uids_B: Tensor, positions_B: Tensor, sampling: Sampling) -> Drawn:
+    """Draws one token each. `logits_BV` is float32, `uids_B` and `positions_B` int64."""
+    scaled_BV = logits_BV / sampling.temperature
+    kept_BV = kept(scaled_BV, sampling)
+    tokens_B = race(kept_BV, uids_B, positions_B, sampling.seed)
     chosen_B = scaled_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    return tokens_B, chosen_B - scaled_BV.logsumexp(dim=-1)
+    whole_B = None if sampling.whole else chosen_B - scaled_BV.logsumexp(dim=-1)
+    return Drawn(tokens_B, chosen_B - kept_BV.logsumexp(dim=-1), whole_B)
 
 
 def kept(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from launch.benchmarks.iteration import STAGES, IterationOptions
 from launch.benchmarks.kernel_times import kernel_times
 from launch.benchmarks.models import model_config
 from launch.benchmarks.options import read_options
-from launch.benchmarks.rl import DEFAULTS, measure, transformers_generation
+from launch.benchmarks.peers import GENERATION_PEERS, Generation, generation_rates
+from launch.benchmarks.rl import DEFAULTS, measure
 from launch.benchmarks.timing import Ceilings
 
 SMALL = ["groups=2", "samples=2", "slots=4", "median=3", "longest=12", "prompt=4", "advance=2", "warm_rounds=1", "rounds=2"]
@@ -82,9 +84,16 @@ def test_ranks_and_engines_are_counted_before_anything_starts(monkeypatch: pytes
 
 def test_the_peer_generates_with_the_same_sizes() -> None:
     pytest.importorskip("transformers")
-    options = read_options(IterationOptions, {**DEFAULTS["cpu"], "out": "x.json"}, [*SMALL, "peer_response=3"])
+    options = read_options(IterationOptions, {**DEFAULTS["cpu"], "out": "x.json"}, SMALL)
     model = model_config(options, "tiny", 17)
-    assert transformers_generation()(model, options, torch.device("cpu")) > 0
+
+    def broken() -> Callable[..., float]:
+        raise RuntimeError("no kernels here")
+
+    asked, cpu = Generation(sequences=2, prompt=4, response=3, seed=0), torch.device("cpu")
+    rates, failures = generation_rates({**GENERATION_PEERS, "other": broken}, model, asked, cpu)
+    assert rates.keys() == {"transformers"} and rates["transformers"] > 0
+    assert failures == {"other": "RuntimeError: no kernels here"}
 
 
 def test_the_engine_has_room_for_the_longest() -> None:

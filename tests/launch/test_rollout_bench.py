@@ -14,7 +14,9 @@ from launch.bench import bench, main
 from launch.benchmarks.april import response_length, sweep
 from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import read_options
-from launch.benchmarks.rollout import DEFAULTS, RolloutOptions
+from launch.benchmarks.peers import Generation, GenerationPeer
+from launch.benchmarks.rollout import DEFAULTS, Rollout, RolloutOptions, measure, table
+from launch.benchmarks.timing import Ceilings
 
 
 def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +28,21 @@ def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.Capt
     for case in cases:
         assert case["step_ms"] > 0 and case["prefill_ms"] > 0 and f"{case['step_ms']:.3f}" in printed
         assert f"{case['batch'] / case['step_ms'] * 1000:,.0f}" in printed
+
+
+def test_peers_generate_as_many_tokens_in_the_same_run_and_stand_in_the_table() -> None:
+    arguments = ["batch=2,3", "response=5", "over_provision="]
+    options = read_options(RolloutOptions, {**DEFAULTS["cpu"], "out": "x.json"}, arguments)
+    asked: list[Generation] = []
+
+    def quick() -> GenerationPeer:
+        return lambda model, generation, device: asked.append(generation) or 1234.0  # type: ignore[func-returns-value]
+
+    cases = list(measure(options, {"quick": quick}, torch.device("cpu"), Ceilings("", 1.0, "", 1.0)))
+    assert [(one.sequences, one.prompt, one.response) for one in asked] == [(2, 16, 5), (3, 16, 5)]
+    for case in cases:
+        assert isinstance(case, Rollout) and case.peers_tokens_per_s == {"quick": 1234.0}
+        assert str(table(case).columns[-1].header) == "quick tokens/s" and list(table(case).columns[-1].cells) == ["1,234"]
 
 
 def test_the_floor_is_every_weight_once_and_every_key_and_value() -> None:

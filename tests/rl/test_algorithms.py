@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rl.algorithms import PolicyObjective
 from rl.engine.sampler import Sampling, kept
+from rl.extras import WHOLE
 from rl.off_policy import bypass, decoupled, recompute
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import Predictions, TrainBatch
@@ -51,7 +53,8 @@ def test_bypass_loss_and_its_clip_equal_a_loop(seed: int) -> None:
             assert result.metrics["policy/importance_weight_mean"][row, place] == 1
 
 
-def test_fresh_tokens_of_a_cut_distribution_differ_by_the_share_that_was_kept() -> None:
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "sapo", "dppo"])
+def test_fresh_tokens_of_a_cut_distribution_weigh_the_share_that_was_kept_and_nothing_is_clipped(loss: str) -> None:
     """As docs/april.md says: all tokens that may be drawn stand in a row, and count as often as they are drawn."""
     logits_V = torch.tensor([1.2, 0.9, 0.7, 0.5, 0.1, -0.2, -0.4], requires_grad=True)
     logprobs_V = logits_V.log_softmax(-1)
@@ -63,16 +66,20 @@ def test_fresh_tokens_of_a_cut_distribution_differ_by_the_share_that_was_kept() 
     for advantage in (1.0, -1.0):
         advantages = torch.full_like(behaviour, advantage)
         expected = torch.autograd.grad(-(logprobs_V.exp()[drawn] * advantages).sum(), logits_V, retain_graph=True)[0]
-        for mode in ("decoupled", "bypass"):
-            objective = PolicyObjective(algorithm_config(off_policy=mode))
+        for mode, told in (("decoupled", True), ("decoupled", False), ("bypass", True)):  # a server does not tell
+            bands = {"token_band": (0.9, 1.1), "sequence_band": (0.9, 1.1), "sequence_delta": 0.1} if told else {}
+            objective = PolicyObjective(algorithm_config(off_policy=mode, loss=loss, **bands))
             batch = batch_of(advantages[None], behaviour[None])
+            if told:
+                batch = replace(batch, extras={**batch.extras, WHOLE: logprobs_V.detach()[drawn][None]})
             result = objective(Predictions(logprobs_V[drawn][None], torch.zeros(1, len(drawn))), batch)
-            torch.testing.assert_close(result.metrics["policy/mismatch_abs"][0], -share.log().expand(len(drawn)))
-            loss = (behaviour.exp() * result.loss_BS[0]).sum()
-            found = torch.autograd.grad(loss, logits_V, retain_graph=True)[0]
-            passed_over = mode == "bypass" and advantage < 0
-            assert result.metrics["policy/clip_share"].mean() == float(passed_over)
-            torch.testing.assert_close(found, torch.zeros_like(found) if passed_over else expected)
+            gap = torch.zeros(()) if told else -share.log()
+            torch.testing.assert_close(result.metrics["policy/mismatch_abs"][0], gap.expand(len(drawn)))
+            torch.testing.assert_close(result.metrics["policy/importance_weight_mean"][0], share.expand(len(drawn)))
+            assert not result.metrics["policy/clip_share"].any() and not result.metrics["policy/masked_share"].any()
+            total = (behaviour.exp() * result.loss_BS[0]).sum()
+            found = torch.autograd.grad(total, logits_V, retain_graph=True)[0]
+            torch.testing.assert_close(found, expected)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -118,7 +125,11 @@ def test_absurd_mismatch_gives_finite_losses_and_gradients(advantage: float, gap
 def test_importance_weights_carry_no_gradient() -> None:
     logprobs, behaviour, _ = random_inputs(1)
     proximal = logprobs.detach()
-    for ratios in (decoupled(logprobs, proximal, behaviour, 2.0), bypass(logprobs, behaviour), recompute(logprobs, proximal)):
+    for ratios in (
+        decoupled(logprobs, proximal, behaviour, 2.0),
+        bypass(logprobs, behaviour - 0.1, behaviour),
+        recompute(logprobs, proximal),
+    ):
         assert ratios.log_ratio.requires_grad and not ratios.importance.requires_grad
     assert decoupled(logprobs, proximal, behaviour, 2.0).log_ratio.detach().eq(0).all()
 

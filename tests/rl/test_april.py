@@ -179,6 +179,7 @@ def test_no_token_is_older_than_max_staleness(config: RolloutConfig) -> None:
         ages = [version - v for group in result.groups for sample in group.samples for v in sample.versions]
         assert max(ages) <= config.max_staleness
         assert result.metrics["rollout/staleness_max"] == max(ages)
+        assert result.metrics["rollout/staleness_mean"] == pytest.approx(sum(ages) / len(ages))
         assert result.metrics["rollout/stale_token_share"] == pytest.approx(sum(age > 0 for age in ages) / len(ages))
 
 
@@ -274,6 +275,8 @@ def test_work_that_waits_goes_first() -> None:
     assert [sample.uid for sample in pool.submitted][: len(waiting)] == waiting
     resumed = sum(sample.status == "partial" for sample in pool.submitted)
     assert result.metrics["rollout/resumed_samples"] == resumed > 0
+    had = [len(sample.prompt_ids) + sample.length for sample in pool.submitted if sample.status == "partial"]
+    assert result.metrics["rollout/resumed_tokens"] == sum(had)
 
 
 def test_without_over_provision_nothing_waits_and_nothing_is_stale() -> None:
@@ -319,8 +322,8 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     assert result.metrics["reward/missing"] == 3
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
-    names = "length_mean length_max finished_groups recycled_samples resumed_samples stale_token_share staleness_max"
-    names += " truncated_share new_tokens decode_steps dropped_groups replaced_groups length_bias"
+    names = "length_mean length_max finished_groups recycled_samples resumed_samples resumed_tokens stale_token_share"
+    names += " staleness_mean staleness_max truncated_share new_tokens decode_steps dropped_groups replaced_groups length_bias"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }

@@ -68,7 +68,9 @@ def uninterrupted(model: LanguageModel) -> list[Sample]:
 
 
 @torch.no_grad()
-def trainer_logprobs(model: LanguageModel, samples: list[Sample], length: int = 128) -> list[list[float]]:
+def trainer_logprobs(
+    model: LanguageModel, samples: list[Sample], length: int = 128, temperature: float = TEMPERATURE
+) -> list[list[float]]:
     """What the trainer computes for the response tokens, from packed rows."""
     result = []
     for item in samples:  # a second document in front makes positions and mask do some work
@@ -86,7 +88,7 @@ def trainer_logprobs(model: LanguageModel, samples: list[Sample], length: int = 
             BatchInvariantAttention(documents_BS, model.config, documents_BS.device),
         )
         targets_S = batch.targets_BS[0].to(device)
-        logprobs, _ = token_logprobs(output.hidden_BSD[0], model.dense.head_VD, targets_S, temperature=TEMPERATURE)
+        logprobs, _ = token_logprobs(output.hidden_BSD[0], model.dense.head_VD, targets_S, temperature=temperature)
         result.append(logprobs[batch.extras["advantages"][0] == 1].tolist())
     return result
 
@@ -336,22 +338,25 @@ def test_dealt_samples_are_spread_evenly() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("heads", "router"),
+    ("heads", "router", "sampling"),
     [
-        ((4, 2, 32), CONFIG.router),
-        ((8, 1, 64), CONFIG.router),
-        ((3, 3, 128), CONFIG.router),
-        ((4, 2, 32), CosineRouter(kind="cosine", size=6, temperature=0.07)),
+        ((4, 2, 32), CONFIG.router, SAMPLING),
+        ((8, 1, 64), CONFIG.router, SAMPLING),
+        ((3, 3, 128), CONFIG.router, SAMPLING),
+        ((4, 2, 32), CosineRouter(kind="cosine", size=6, temperature=0.07), SAMPLING),
+        ((4, 2, 32), CONFIG.router, Sampling(TEMPERATURE, seed=5, top_k=12, top_p=0.9, min_p=0.02)),
     ],
-    ids=["4-heads", "8-heads", "3-heads", "cosine"],
+    ids=["4-heads", "8-heads", "3-heads", "cosine", "cut"],
 )
-def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[int, int, int], router: RouterConfig) -> None:
+def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(
+    heads: tuple[int, int, int], router: RouterConfig, sampling: Sampling
+) -> None:
     cuda = torch.device("cuda")
     sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
     changes = {"hidden_size": 192, "expert_hidden_size": 96, "max_positions": 512, "router": router, **sizes}
     config = CONFIG.model_copy(update=changes)
     model = LanguageModel.initialize(config, seed=0, batch_invariant=True).to(cuda, torch.bfloat16)
-    engine = Engine(config, settings(slots=24, max_length=300, max_new_tokens=200), cuda, torch.bfloat16)
+    engine = Engine(config, settings(slots=24, max_length=300, max_new_tokens=200, sampling=sampling), cuda, torch.bfloat16)
     engine.load_weights(model.state(), 0)
     prompts = [tuple(2 + (index * 7 + place) % 18 for place in range(1 + 9 * index)) for index in range(10)]
     waiting = [Sample(uid=index, group=index // 4, prompt_ids=prompts[index // 4]) for index in range(40)]
@@ -362,7 +367,8 @@ def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(heads: tuple[in
         waiting = engine.drain()
     assert len(done) == 40 and max(len(item.segments) for item in done) > 1
     for item, expected in zip(done, trainer_logprobs(model, done, 600), strict=True):
-        assert list(item.logprobs) == expected, "bit for bit"
+        assert list(item.whole_logprobs or item.logprobs) == expected, "bit for bit"
+        assert (item.whole_logprobs is None) == sampling.whole
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -108,9 +108,15 @@ CASES: dict[str, tuple[Callable[..., tuple[float, float]], dict[str, Any]]] = {
 }
 
 
-def check(config: AlgorithmConfig, seed: int, token: Callable[[Response, int], tuple[float, float]]) -> tuple[float, float]:
-    """Asserts loss and gradient at every learned token; returns the shares that are clipped and masked."""
+def check(
+    config: AlgorithmConfig,
+    seed: int,
+    token: Callable[[Response, int], tuple[float, float]],
+    change: Callable[[TrainBatch], TrainBatch] = lambda batch: batch,
+) -> None:
+    """Asserts loss and gradient at every learned token."""
     batch, policy, responses = rows_of_responses(seed, spread=0.5)
+    batch = change(batch)
     result = PolicyObjective(config)(Predictions(policy, torch.zeros_like(policy)), batch)
     (gradient,) = torch.autograd.grad((result.loss_BS * batch.weights_BS).sum(), policy)
     wanted, slopes = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -119,8 +125,6 @@ def check(config: AlgorithmConfig, seed: int, token: Callable[[Response, int], t
             wanted[place], slopes[place] = token(response, index)
     torch.testing.assert_close(result.loss_BS * batch.weights_BS, wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, slopes, rtol=1e-6, atol=1e-6)
-    learned = batch.weights_BS > 0
-    return tuple(result.metrics[f"policy/{n}_share"][learned].mean().item() for n in ("clip", "masked"))  # type: ignore[return-value]
 
 
 def mean_gap(response: Response) -> float:
@@ -140,6 +144,30 @@ def test_losses_equal_a_loop(case: str, seed: int) -> None:
         return of_token(ratio, math.exp(mean_gap(response)), response.advantage, response.policy[index], config)
 
     check(config, seed, token)
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6))
+def test_of_a_cut_distribution_bypass_clips_the_ratio_to_the_whole_one_and_weighs_the_share_kept(case: str, seed: int) -> None:
+    """As the loop above with the whole distribution in the place of the behaviour's, times the share, any number below 1."""
+    of_token, changes = CASES[case]
+    config = algorithm_config(off_policy="bypass", **changes)
+
+    def share(whole: float) -> float:
+        return 0.65 + 0.3 * math.sin(1000 * whole)
+
+    def cut(batch: TrainBatch) -> TrainBatch:
+        whole = batch.extras["behaviour_logprobs"]
+        behaviour = whole - whole.clone().apply_(share).log()
+        return replace(batch, extras={**batch.extras, "whole_logprobs": whole, "behaviour_logprobs": behaviour})
+
+    def token(response: Response, index: int) -> tuple[float, float]:
+        ratio = math.exp(response.policy[index] - response.behaviour[index])
+        loss, slope = of_token(ratio, math.exp(mean_gap(response)), response.advantage, response.policy[index], config)
+        return loss * share(response.behaviour[index]), slope * share(response.behaviour[index])
+
+    check(config, seed, token, cut)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "sapo"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
+from rl.extras import BEHAVIOUR, WHOLE
 from rl.packing import Document, documents_of, pack, pack_demonstrations
 from rl.trajectory import Group, Sample, Segment
 from tests.rl.algorithm import algorithm_config
@@ -121,6 +122,23 @@ def test_samples_become_documents_with_the_advantages_of_their_group() -> None:
     assert [document.learned for document in masked] == [(False, True, True)] * 2, "the first token has version 0"
     with pytest.raises(UserError, match=r"none of the samples of 1 groups .*off_policy=mask .*over_provision"):
         documents_of([group], algorithm_config(off_policy="mask"), weight_version=2, max_new_tokens=8)
+
+
+def test_logprobs_of_the_whole_distribution_stand_beside_those_sampled_at_where_a_document_has_others() -> None:
+    def sample(uid: int, whole: tuple[float, ...] | None) -> Sample:
+        segment = Segment((uid + 10, uid + 20), (-0.5, -0.25), 0, whole_logprobs=whole)
+        return Sample(uid, 0, (7, 8), (segment,), "finished", float(uid))
+
+    for wholes in ([None, (-0.75, -0.5)], [None, None]):
+        group = Group(0, tuple(sample(uid, whole) for uid, whole in enumerate(wholes)))
+        batch = packed(documents_of([group], algorithm_config(), weight_version=0, max_new_tokens=8), length=6)
+        assert (WHOLE in batch.extras) == any(wholes)
+        for token, column in ((10, 0), (11, 0), (20, 1), (21, 1)):
+            place = batch.targets_BS == token
+            assert batch.extras[BEHAVIOUR][place].tolist() == [(-0.5, -0.25)[column]]
+            if any(wholes):
+                whole = wholes[token % 10]
+                assert batch.extras[WHOLE][place].tolist() == [(whole or (-0.5, -0.25))[column]]
 
 
 def test_long_answers_and_certain_groups_weigh_less_and_the_weight_sees_the_reward_of_the_task() -> None:

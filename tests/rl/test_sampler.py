@@ -16,7 +16,7 @@ from launch.cli import load
 from rl.april import complete
 from rl.engine.sampler import Sampling, kept, sample
 from rl.trajectory import Sample
-from tests.rl.test_engine import CONFIG, engine_for, requests
+from tests.rl.test_engine import CONFIG, engine_for, requests, trainer_logprobs
 from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
@@ -61,12 +61,18 @@ def test_what_stays_is_that_of_the_definition_and_logprobs_are_of_what_stays(
     logits = torch.tensor(weights, dtype=torch.float64).log().float()
     found = kept(logits[None] / temperature, sampling)[0]
     assert set(found.isfinite().nonzero().flatten().tolist()) == stay
-    tokens, logprobs = sample(logits.expand(draws, -1), torch.arange(draws), torch.zeros(draws, dtype=torch.int64), sampling)
+    positions = torch.zeros(draws, dtype=torch.int64)
+    tokens, logprobs, whole_logprobs = sample(logits.expand(draws, -1), torch.arange(draws), positions, sampling)
     assert set(tokens.tolist()) <= stay
-    total = sum(powers[token] for token in stay)
-    wanted = torch.tensor([math.log(powers[token] / total) for token in tokens.tolist()])
-    torch.testing.assert_close(logprobs, wanted, rtol=1e-5, atol=1e-6)
+
+    def among(total: float) -> torch.Tensor:
+        return torch.tensor([math.log(powers[token] / total) for token in tokens.tolist()])
+
+    torch.testing.assert_close(logprobs, among(sum(powers[token] for token in stay)), rtol=1e-5, atol=1e-6)
     assert sampling.whole == (top_k is None and top_p == 1 and min_p == 0)
+    assert (whole_logprobs is None) == sampling.whole
+    if whole_logprobs is not None:
+        torch.testing.assert_close(whole_logprobs, among(sum(powers)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}])
@@ -74,7 +80,7 @@ def test_the_lowest_temperature_takes_the_likeliest_token_and_its_logprob_is_fin
     logits = torch.tensor([[-100.0, 60.0, 20.0, 59.5], [3.0, 3.0, -3.0, 0.0]])
     for uid in range(20):
         uids = torch.full((2,), uid)
-        tokens, logprobs = sample(logits, uids, uids, Sampling(1e-3, 5, **changes))
+        tokens, logprobs, _ = sample(logits, uids, uids, Sampling(1e-3, 5, **changes))
         assert tokens[0] == 1 and logprobs[0] == pytest.approx(0.0, abs=1e-6)
         assert tokens[1] in (0, 1), "two are alike"
         assert logprobs[1] == pytest.approx(-math.log(2), abs=3000 * 2**-23), "and share it; a step of float32 is that"
@@ -100,7 +106,7 @@ def test_frequencies_are_those_of_what_stays(case: str) -> None:
     draws, sampling = 20000, CASES[case]
     logits_V = torch.linspace(-3, 2, 12)
     uids = torch.arange(draws) % 100
-    tokens, logprobs = sample(logits_V.expand(draws, 12), uids, torch.arange(draws) // 100, sampling)
+    tokens, logprobs, _ = sample(logits_V.expand(draws, 12), uids, torch.arange(draws) // 100, sampling)
     expected_V = kept(logits_V[None] / sampling.temperature, sampling)[0].softmax(-1)
     stay = int((expected_V > 0).sum())
     assert 1 < stay < 12
@@ -140,8 +146,10 @@ def distribution(model: LanguageModel, item: Sample, sampling: Sampling) -> torc
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_engines_logprobs_are_of_the_distribution_that_it_draws_from(model: LanguageModel, case: str) -> None:
-    """With interruptions, and alike in any number of slots."""
+def test_an_engines_logprobs_are_of_the_distribution_that_it_draws_from_and_beside_them_the_trainers(
+    model: LanguageModel, case: str
+) -> None:
+    """With interruptions, and alike in any number of slots; the trainer's, of the whole distribution, bit for bit."""
     sampling = CASES[case]
     engine, waiting, done = engine_for(model, slots=6, sampling=sampling), requests(20), list[Sample]()
     while waiting:
@@ -150,7 +158,8 @@ def test_an_engines_logprobs_are_of_the_distribution_that_it_draws_from(model: L
         waiting = engine.drain()
     done.sort(key=lambda item: item.uid)
     smallest = 1.0
-    for item in done:
+    for item, expected in zip(done, trainer_logprobs(model, done, temperature=sampling.temperature), strict=True):
+        assert item.whole_logprobs == tuple(expected), "bit for bit"
         shares = distribution(model, item, sampling)
         found = shares.gather(1, torch.tensor(item.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(item.logprobs), found, rtol=1e-6, atol=1e-6)
@@ -164,10 +173,10 @@ def test_sampled_frequencies_follow_the_distribution_and_logprobs_name_it() -> N
     draws, vocab, temperature = 20000, 12, 0.7
     logits_V = torch.linspace(-3, 2, vocab)
     uids = torch.arange(draws) % 100
-    tokens, logprobs = sample(logits_V.expand(draws, vocab), uids, torch.arange(draws) // 100, Sampling(temperature, seed=3))
+    drawn = sample(logits_V.expand(draws, vocab), uids, torch.arange(draws) // 100, Sampling(temperature, seed=3))
     expected_V = (logits_V / temperature).softmax(-1)
-    torch.testing.assert_close(logprobs, expected_V.log()[tokens])
-    counts_V = torch.bincount(tokens, minlength=vocab).double()
+    torch.testing.assert_close(drawn.logprobs_B, expected_V.log()[drawn.tokens_B])
+    counts_V = torch.bincount(drawn.tokens_B, minlength=vocab).double()
     chi_square = ((counts_V - draws * expected_V) ** 2 / (draws * expected_V)).sum().item()
     assert chi_square < 31.3  # the 0.1 % point for 11 degrees of freedom
 
@@ -185,7 +194,8 @@ def test_what_is_left_out_is_never_drawn_and_the_rest_keeps_its_odds() -> None:
     for sampling, count in cases:
         left = kept(shares.log()[None], sampling)[0]
         assert left.isfinite().sum() == count and left[:count].isfinite().all()
-        tokens, logprobs = sample(shares.log().expand(500, 5), torch.arange(500), torch.zeros(500, dtype=torch.int64), sampling)
+        positions = torch.zeros(500, dtype=torch.int64)
+        tokens, logprobs, _ = sample(shares.log().expand(500, 5), torch.arange(500), positions, sampling)
         assert tokens.max() == count - 1
         torch.testing.assert_close(logprobs, (shares / shares[:count].sum()).log()[tokens])
     assert Sampling(0.7, 1).whole and not any(sampling.whole for sampling, _ in cases)

@@ -143,7 +143,7 @@ def test_a_server_that_falls_silent_is_asked_again_for_the_rest(model: LanguageM
     def silent(number: int, events: Events) -> Events:
         return [*events[:3], HOLD, *events[3:]] if number == 0 else events
 
-    with CompletionServer(model, EOS, mutate=silent) as server, pool_at(server, timeout_s=0.5) as pool:
+    with CompletionServer(model, EOS, mutate=silent) as server, pool_at(server, timeout_s=2.0) as pool:
         done = complete(pool, requests(1), 1)
         assert [len(body["prompt"]) - len(done[0].prompt_ids) for body in server.bodies] == [0, 3]
         server.go_on()
@@ -427,6 +427,7 @@ def test_a_key_of_the_environment_is_sent(model: LanguageModel, monkeypatch: pyt
     [
         (["algorithm.off_policy=recompute"], r"algorithm.off_policy=recompute takes .* choose algorithm.off_policy=decoupled"),
         (["algorithm.off_policy=mask"], r"algorithm.off_policy=mask takes"),
+        (["rollout.top_p=0.9"], r"bypass clips .* a completion server tells .* choose algorithm.off_policy=decoupled, or set"),
         (["sync=delta"], r"set sync=full"),
         (["rollout.over_provision=1.5"], r"long samples would never end; set rollout=sync, or name rollout.server_reload"),
         (["rollout.overlap=true"], r"set rollout=sync, or name rollout.server_reload"),

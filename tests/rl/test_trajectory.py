@@ -19,8 +19,9 @@ def segments(draw: st.DrawFn) -> Segment:
     tokens = draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4))
     sampled = draw(st.booleans())
     logprobs = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens))) if sampled else []
-    asked = draw(st.one_of(st.none(), st.lists(finite, min_size=len(tokens), max_size=len(tokens)).map(tuple)))
-    return Segment(tuple(tokens), tuple(logprobs), draw(st.integers(0, 9)), sampled, asked)
+    others = st.one_of(st.none(), st.lists(finite, min_size=len(tokens), max_size=len(tokens)).map(tuple))
+    whole, asked = draw(others) if sampled else None, draw(others)
+    return Segment(tuple(tokens), tuple(logprobs), draw(st.integers(0, 9)), sampled, whole, asked)
 
 
 @st.composite
@@ -51,6 +52,16 @@ def test_sample_properties_join_the_segments_in_order() -> None:
     assert sample.logprobs == (-0.5, -0.25, -1.0)
     assert sample.versions == (2, 2, 4)
     assert (sample.length, sample.oldest_version, sample.done) == (3, 2, True)
+
+
+def test_whole_logprobs_are_those_of_the_segments_that_have_others_and_a_reply_has_none() -> None:
+    """Of a run that went on with top_p after a segment without it, and of a conversation."""
+    sample = Sample(uid=3, group=0, prompt_ids=(9,)).extended(Segment((4, 5), (-0.5, -0.25), 2), "finished").replied((8,))
+    assert sample.whole_logprobs is None
+    sample = sample.extended(Segment((6,), (-0.5,), 4, whole_logprobs=(-0.75,)), "finished")
+    assert sample.logprobs == (-0.5, -0.25, 0.0, -0.5) and sample.whole_logprobs == (-0.5, -0.25, 0.0, -0.75)
+    with pytest.raises(AssertionError):
+        Segment((1, 2), (-0.5, -0.5), 0, whole_logprobs=(-0.75,))
 
 
 def test_a_done_sample_cannot_be_extended_and_lengths_of_a_segment_must_agree() -> None:

@@ -115,6 +115,11 @@ class RolloutConfig(Record):
         return self
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is left out of the distribution that is sampled from."""
+        return self.top_k is None and self.top_p == 1 and self.min_p == 0
+
+    @property
     def engines_apart(self) -> int:
         """Engines that have GPUs of their own."""
         return self.engines if self.placement == "separate" else 0
@@ -269,8 +274,7 @@ class RLConfig(RunConfig):
                 "algorithm.off_policy=staged asks the trainer about all samples before it learns, and with rollout.overlap the "
                 "engines have some of them; choose algorithm.off_policy=decoupled, or rollout=april"
             )
-        whole = self.rollout.top_k is None and self.rollout.top_p == 1 and self.rollout.min_p == 0
-        if not whole and self.algorithm.off_policy in ("recompute", "mask", "staged"):
+        if not self.rollout.whole and self.algorithm.off_policy in ("recompute", "mask", "staged"):
             raise ValueError(
                 f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
                 "and rollout.top_k, top_p and min_p leave tokens out that the trainer does not; choose "
@@ -315,6 +319,12 @@ class RLConfig(RunConfig):
                 f"algorithm.off_policy={self.algorithm.off_policy} takes the trainer's log-probabilities for those sampled at, "
                 "which holds for our engines only, and rollout.server is another one; choose algorithm.off_policy=decoupled "
                 "or bypass"
+            )
+        if self.algorithm.off_policy == "bypass" and not self.rollout.whole:
+            raise ValueError(
+                "algorithm.off_policy=bypass clips the ratio to the policy that sampled, before rollout.top_k, top_p and min_p "
+                "leave tokens out, and a completion server tells the log-probability behind them only; choose "
+                "algorithm.off_policy=decoupled, or set them to null, 1.0 and 0.0"
             )
         if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":
             raise ValueError(
