@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -19,7 +20,16 @@ class AdamWSettings:
     clip_norm: float  # of the one gradient norm over dense and expert parameters
 
 
-def adamw(parameters: list[Tensor], settings: AdamWSettings, frozen: Collection[Tensor] = ()) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, without the wrappers that hide it from torch.compile: when they are first called they import all of
+    torch.compile, which nothing here uses, and that took a third of what a rank computes before its first update."""
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+def adamw(parameters: list[Tensor], settings: AdamWSettings, frozen: Collection[Tensor] = ()) -> AdamW:
     """AdamW with decay on matrices that are not `frozen`. The learning rate is given at every step; it starts at zero.
 
     On GPUs it is one kernel that reads and writes each number once. Written as operations on whole tensors, torch's choice
@@ -30,7 +40,7 @@ def adamw(parameters: list[Tensor], settings: AdamWSettings, frozen: Collection[
     others = [p for p in parameters if p.ndim <= 1 or id(p) in still]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = True if all(p.is_cuda for p in parameters) else None
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
+    return AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

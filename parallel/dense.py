@@ -16,10 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.adamw import MOMENTS, AdamWSettings, adamw, set_lr, zero_state
+from parallel.adamw import MOMENTS, AdamW, AdamWSettings, adamw, set_lr, zero_state
 from parallel.expert_shards import ExpertShards
 from parallel.gradient_slices import GradientSlices
 from parallel.topology import World
+
+
+def import_deepspeed() -> Any:
+    """The package, without what training here does not use. After RANK and WORLD_SIZE are set; it also takes a second."""
+    import deepspeed
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero import utils
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The shared-memory all-reduce of the CPU backend serves inference only, and would be compiled on first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO imports Muon whatever the optimizer is, and Muon imports all of torch.compile by decorating functions with it.
+    compiler.compile = lambda: lambda function: function
+    utils.ZERO_SUPPORTED_OPTIMIZERS = [AdamW]  # it looks for the class itself, not for what is derived from it
+    return deepspeed
 
 
 class DenseZeRO:
@@ -41,11 +56,7 @@ class DenseZeRO:
         ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without. `places`: of the
         backward pass where slices of gradients may set out; with none, ZeRO reduces behind it.
         """
-        import deepspeed  # after RANK and WORLD_SIZE are set; it also takes a second
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # The shared-memory all-reduce of the CPU backend serves inference only, and would be compiled on first use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
         for parameter in frozen:
             parameter.register_hook(torch.zeros_like)  # before ZeRO sees the gradient
@@ -59,7 +70,6 @@ class DenseZeRO:
                 "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; rows are counted by the trainer
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": settings.clip_norm,
-                "zero_allow_untested_optimizer": True,
                 # Slices and a single rank need no bucket to reduce in, which ZeRO makes in every backward pass, nor its hooks
                 # on every gradient, which ask whether the bucket is full.
                 "zero_optimization": {"stage": stage, "contiguous_gradients": not (places or world.size == 1)},

@@ -11,12 +11,16 @@ from importlib import import_module
 
 import torch
 
+from parallel.dense import import_deepspeed
+
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else a look at whether there are GPUs opens CUDA, and forks cannot use it
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 os.environ["DS_ACCELERATOR"] = KIND
 
+import_deepspeed()
 for module in (
-    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo.trace_rules", "torch._inductor.compile_fx"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "torch.fx.experimental.symbolic_shapes"),  # with the first update
+    "torch._dynamo.trace_rules",  # with the optimizer of parallel.offload
     *("rl.engine.engine", "trainer.worker"),
     *("hypothesis", "pytest"),  # of the files whose functions the ranks run
 ):
