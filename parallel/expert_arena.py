@@ -23,12 +23,12 @@ from torch import Tensor
 from kernels.accumulate import Sum
 from kernels.host_device import to_device
 from parallel.hooks import NONE, Hooks
-from parallel.placement import Floats, Ints, Placement, missing
+from parallel.placement import Floats, Ints, Placement, TransportKind, missing
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
-from parallel.transport import Gathering, Movement, Returning, TransportKind, transport
+from parallel.transport import Gathering, Movement, Returning, transport
 
 AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
 SumsOfRows = Callable[[int, int], tuple[Sum, Sum] | None]  # of (first own row, how many)
@@ -105,7 +105,7 @@ class ExpertArena:
         add gradients of own experts by themselves.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self._kind, self.hooks = kind, hooks
+        self.kind, self.hooks = kind, hooks
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind, hooks)
         self._add_gradients, self._sums = add_gradients, sums
@@ -117,15 +117,11 @@ class ExpertArena:
     def travel(self, kind: TransportKind) -> None:
         """From here on tokens travel so: as messages, in one way or the other. Collective."""
         self.transport.travel(kind)
-        self._kind = kind
+        self.kind = kind
 
     @property
     def peer_memory(self) -> bool:
-        return self._kind == "peer_memory"
-
-    @property
-    def two_level(self) -> bool:
-        return self._kind == "two_level"
+        return self.kind == "peer_memory"
 
     def alone(self, layer: int) -> bool:
         """Whether nothing of the layer's tokens is exchanged: every rank serves its own. Not with messages, whose schedule is

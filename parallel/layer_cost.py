@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from parallel.flows import Flows, Plan, flows
-from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, on_owners
+from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
 NUMBERS = 14  # in LayerCosts.numbers
@@ -86,8 +86,17 @@ class Setting:
     budget: Budget
     rematerialise: bool  # copies are fetched again for the backward pass
     costs: LayerCosts
-    two_level: bool = False  # tokens cross to a node once, and go on inside it (two_level_exchange.py)
-    in_place: bool = False  # ranks read each other's memory (peer_exchange.py)
+    kind: TransportKind = "messages"  # by which tokens travel
+
+    @property
+    def two_level(self) -> bool:
+        """Whether tokens cross to a node once, and go on inside it (two_level_exchange.py)."""
+        return self.kind == "two_level"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether ranks read each other's memory (peer_exchange.py)."""
+        return self.kind == "peer_memory"
 
     @property
     def alone(self) -> bool:

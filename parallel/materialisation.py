@@ -85,7 +85,7 @@ class Materialisation:
     @property
     def setting(self) -> Setting | None:
         """As tokens travel now; nothing is copied before it is known."""
-        return self._setting and replace(self._setting, two_level=self.shards.arena.two_level)
+        return self._setting and replace(self._setting, kind=self.shards.arena.kind)
 
     def ahead(self, loads_LE: Floats, updates: int) -> Ahead:
         """Plans the next update. Changes nothing, is not collective, and waits for nothing that the device still has to do.
@@ -194,15 +194,7 @@ class Materialisation:
 
     def _setting_of(self, budget: Budget, costs: LayerCosts) -> Setting:
         arena, settings = self.shards.arena, self.settings
-        return Setting(
-            self.shards.world.topology,
-            settings.top_k,
-            budget,
-            settings.rematerialise,
-            costs,
-            two_level=arena.two_level,
-            in_place=arena.peer_memory,
-        )
+        return Setting(self.shards.world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.kind)
 
     def _measured(self, loads_LE: Floats) -> dict[str, float]:
         """Of an update with such loads under the present plans."""

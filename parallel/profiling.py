@@ -102,7 +102,7 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
     seconds = _in_turns([products[0], products[1], *exchanges, _sums(arena)], world)
 
     beside_s, entry_s = line(products[0].entries, seconds[0], products[1].entries, seconds[1])
-    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.two_level)
+    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.kind)
 
     def left(size: int, both_s: float) -> tuple[float, float]:
         """(rows in one direction, seconds forth and back, forward and backward, that the model's time on links leaves)"""

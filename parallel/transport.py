@@ -19,7 +19,7 @@ from parallel.hooks import Hooks
 from parallel.peer_exchange import PeerTokens
 from parallel.peer_experts import PeerExperts, WayHome, way_home
 from parallel.peer_memory import PeerMemory, within_reach
-from parallel.placement import Ints, Placement
+from parallel.placement import Ints, Placement, Topology, TransportKind
 from parallel.sparse_collectives import (
     GatherPlan,
     Parts,
@@ -33,8 +33,6 @@ from parallel.sparse_collectives import (
 from parallel.token_exchange import Levels, one_level
 from parallel.topology import World
 from parallel.two_level_exchange import check_two_levels, has_two_levels, two_levels
-
-TransportKind = Literal["messages", "two_level", "peer_memory"]
 
 
 class Gathering(Protocol):
@@ -104,14 +102,20 @@ def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> Tra
     if wanted == "two_level":
         check_two_levels(world.topology)
         return "two_level"
-    if within_reach(world):
-        return "peer_memory"
-    if wanted == "peer_memory":
+    in_reach = within_reach(world)
+    if wanted == "peer_memory" and not in_reach:
         raise UserError(
             f"parallel.transport=peer_memory, but the {world.size} ranks cannot read each other's memory: they have to be on "
             "one node, GPUs linked by NVLink; set parallel.transport=auto"
         )
-    return "two_level" if has_two_levels(world.topology) else "messages"
+    return auto_kind(world.topology, in_reach=in_reach)
+
+
+def auto_kind(topology: Topology, *, in_reach: bool) -> TransportKind:
+    """What auto means at first. `in_reach`: whether ranks can read each other's memory."""
+    if in_reach:
+        return "peer_memory"
+    return "two_level" if has_two_levels(topology) else "messages"
 
 
 def alternatives(wanted: Literal["auto"] | TransportKind, kind: TransportKind) -> tuple[TransportKind, ...]:

@@ -31,10 +31,10 @@ from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import ExpertShape
 from parallel.hooks import NONE
 from parallel.peer_memory import within_reach
-from parallel.placement import Placement, even_owners, without_copies
+from parallel.placement import Placement, TransportKind, even_owners, without_copies
 from parallel.sparse_collectives import Pending
 from parallel.topology import World
-from parallel.transport import TransportKind, transport
+from parallel.transport import transport
 
 
 class CollectivesOptions(Options):

@@ -29,10 +29,9 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.offload import expert_optimizer
-from parallel.placement import Floats, Ints, Placement
+from parallel.placement import Floats, Ints, Placement, TransportKind
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
-from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.cpu_adam
