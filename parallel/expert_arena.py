@@ -81,6 +81,7 @@ class Layout:
     layers: list[LayerExperts]
     row_LE: Ints  # in which row of its owner's arena each expert lies
     most_copies: int  # that any rank keeps
+    most_in_layer: int  # copies of one layer that any rank has
     rematerialise: bool
 
 
@@ -182,14 +183,15 @@ class ExpertArena:
             copy += 0 if rematerialise else here
         row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
         layers = self._layers(placements, shares_LED, slots_L, row_LE, stays_L or [False] * len(placements))
-        return Layout(layers, row_LE, int(kept_D.max()), rematerialise)
+        return Layout(layers, row_LE, int(kept_D.max()), int(extra_LD.max()), rematerialise)
 
     def take(self, layout: Layout) -> None:
-        """From here on experts lie so. Nothing moves yet. Raises ValueError where a rank has no room for its copies."""
+        """From here on experts lie so. No weights move yet. Raises ValueError where a rank has no room for its copies."""
         if layout.most_copies > self.copies:
             raise ValueError(f"a rank would keep {layout.most_copies} copies and has room for {self.copies}")
         self.layers, self.rematerialise = list(layout.layers), layout.rematerialise
         self.most_copies, self._row_LE = layout.most_copies, layout.row_LE
+        self.transport.expect_gradients(layout.most_in_layer)
         self.outdated()
 
     def place(
@@ -218,6 +220,7 @@ class ExpertArena:
         slots = self._slots(placement, before.first_own, rows, kept)
         (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None], [stays])
         self.layers[layer] = found
+        self.transport.expect_gradients(int(placement.extra_D.max()))
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():
             new.gather(found.slots).finish()

@@ -122,7 +122,7 @@ class Materialisation:
         return metrics | self._costs()
 
     def place(self) -> None:
-        """Places copies by the loads seen so far; without any there are no copies. Not collective."""
+        """Places copies by the loads seen so far; without any there are no copies. Collective."""
         self._become(self._next(self.loads, reshards=False))
 
     def _become(self, planned: Next) -> None:
@@ -239,7 +239,7 @@ class Materialisation:
         return torch.tensor([budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
 
     def load_state(self, loads: Tensor, machine: Tensor) -> None:
-        """Restores what `state` and `machine` gave and places copies as then. Not collective."""
+        """Restores what `state` and `machine` gave and places copies as then. Collective."""
         self.loads = deque((step for step in loads.cpu().numpy() if (step >= 0).all()), maxlen=WINDOW)
         overlap, memory, *costs = machine.tolist()
         if memory != UNKNOWN:

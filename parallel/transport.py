@@ -79,6 +79,11 @@ class Transport(Protocol):
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         """`row_E`: in which row of its owner's arena each expert lies."""
 
+    def expect_gradients(self, copies: int) -> None:
+        """Of so many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
+        where memory for them has to grow, which must not happen later: hosts would wait for each other, and each for all that
+        its GPU has been given, while slices of dense gradients wait there for peers."""
+
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
@@ -179,6 +184,9 @@ class MessageTransport:
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         return MessageMovement(self, gather_plan(placement, self._world.topology, self._world.rank))
 
+    def expect_gradients(self, copies: int) -> None:
+        """Messages need no memory that peers know."""
+
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
@@ -236,6 +244,9 @@ class PeerTransport:
 
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         return PeerMovement(self._experts, placement, row_E, way_home(placement, self._world.rank))
+
+    def expect_gradients(self, copies: int) -> None:
+        self._experts.expect_gradients(copies)
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         memory = PeerMemory(self._world, nbytes)

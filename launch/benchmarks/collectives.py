@@ -136,6 +136,7 @@ def _gather_and_reduce(
     slot = {expert: row for row, expert in enumerate(own + [expert for expert in present if expert not in own])}
     there = transport(world, shape.hidden, len(present), shape.parts, dtype, kind, NONE)
     movement = there.movement(placement, np.arange(shape.experts) % owned)
+    there.expect_gradients(int(placement.extra_D.max()))
     gradients, sums = (shape.matrices(len(present), one, world.device) for one in (dtype, torch.float32))
     for part in (*there.rows, *gradients, *sums):
         part.zero_()
