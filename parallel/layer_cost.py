@@ -129,9 +129,10 @@ def weights_times(placements: Placements, setting: Setting, present: Placements 
     times = copy_times_of(placements, setting.topology, setting.costs)
     hidden_s = setting.costs.attention_s
     backward_L = times.return_s + times.gather_s if setting.rematerialise else times.return_s
+    waited_L = times.gather_s
     if present is None:
-        waited_L = np.maximum(times.gather_s - hidden_s, 0.0)
-    else:
+        waited_L = np.maximum(waited_L - hidden_s, 0.0)
+    elif len(present.holders[0]) > present.owner_LE.size:  # else all copies are new
         owner_LE, copies_LED = placements.owner_LE, placements.copies_LED
         new_LED = copies_LED & ~present.copies_LED | on_owners(owner_LE, copies_LED.shape[2])
         waited_L = copy_times_of(Placements(owner_LE, new_LED), setting.topology, setting.costs).gather_s
@@ -308,6 +309,8 @@ def copy_times_of(placements: Placements, topology: Topology, costs: LayerCosts)
 def _longest(found: Routes, layer_M: Ints, amount_LHD: Floats) -> Floats:
     """How many experts of a layer one after the other go between nodes until all are there, (L,)."""
     layers, _, devices = amount_LHD.shape
+    if not found.across:
+        return np.zeros(layers)
     ready_D, first = np.zeros(layers * devices), 0
     order_M = np.argsort(found.hop_M, kind="stable")
     source_M, target_M = ((layer_M * devices + side_M)[order_M] for side_M in (found.source_M, found.target_M))
