@@ -22,7 +22,7 @@ from parallel.flows import Flows, Plan, flows
 from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
-NUMBERS = 14  # in LayerCosts.numbers
+NUMBERS = 15  # in LayerCosts.numbers
 TINY = 1e-300  # divides nothing by something
 
 
@@ -48,7 +48,8 @@ class LayerCosts:
     attention_s: float  # forward, of what lies before the layer
     planning_s: float  # on the host, for one layer behind its gate
     row_s: float  # a row beside its way, on either end and in one direction: laid out, put in place, summed; part of its plan
-    exchange_s: float  # what the exchanges of a layer cost beside their rows, forward and backward: the sizes, the plan's start
+    exchange_s: float  # of a layer's exchanges beside their rows, forward and backward: sizes, order, the plan's start
+    order_s: float  # of its tokens' choices, which a device puts in order where nothing is exchanged, too
     sum_s: float  # one expert's gradient, added in float32
 
     @property
@@ -140,16 +141,21 @@ def weights_times(placements: Placements, setting: Setting, present: Placements 
 
 
 def pass_times(found: Flows, setting: Setting) -> tuple[Floats, Floats]:
-    """(seconds of products, seconds of tokens on their way), forward and backward."""
+    """(seconds of products, seconds of tokens on their way and in order), forward and backward."""
     costs = setting.costs
     products_s = (found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max(axis=-1)
-    tokens_s = 4 * exchange_time(found, setting) + exchanges(found, setting) * costs.exchange_s
+    tokens_s = 4 * exchange_time(found, setting) + beside_rows_s(exchanges(found, setting), costs)
     return np.asarray(3 * products_s), np.asarray(tokens_s)
 
 
 def exchanges(found: Flows, setting: Setting) -> Bools:
     """Whether tokens are exchanged at all; () or (L,). An exchange in which none travels takes its time, too."""
     return np.logical_not(found.stays & setting.alone)
+
+
+def beside_rows_s(exchanged: Bools, costs: LayerCosts) -> Floats:
+    """What tokens cost beside their rows and their way, in layers that exchange them and in others."""
+    return np.where(exchanged, costs.exchange_s, costs.order_s)
 
 
 def least_pass_s(crossing_L: Floats, busiest_L: Floats, entries_L: Floats, setting: Setting) -> Floats:

@@ -146,7 +146,8 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
 def _in_words(costs: LayerCosts) -> str:
     return (
         f"an entry {1e9 * costs.entry_s:.3g} ns, an expert {1e6 * costs.expert_s:.3g} us and its sum "
-        f"{1e6 * costs.sum_s:.3g}, a row {1e9 * costs.row_s:.3g} ns, exchanges {1e6 * costs.exchange_s:.3g} us, the link "
+        f"{1e6 * costs.sum_s:.3g}, a row {1e9 * costs.row_s:.3g} ns, exchanges {1e6 * costs.exchange_s:.3g} us, "
+        f"order alone {1e6 * costs.order_s:.3g}, the link "
         f"{1e6 * costs.within.latency_s:.3g} us + {1e-9 / costs.within.byte_s:.3g} GB/s"
     )
 

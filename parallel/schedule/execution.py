@@ -74,7 +74,7 @@ def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_
     found = flows(plan, topology, loads_E)
     entries = float(found.entries_D.max())
     nothing = Link(0.0, 0.0)
-    costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(5)))
+    costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(6)))
     sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, kind))
     if kind == "two_level":
         return LayerWork(float(sent.across_bytes), entries, float(sent.within_bytes))

@@ -45,6 +45,7 @@ def test_costs_are_work_over_rates() -> None:
     assert costs.expert_bytes == 6 * 1024 * 512 and costs.sum_bytes == 2 * costs.expert_bytes
     assert costs.expert_s == pytest.approx(costs.expert_bytes / 4.2e12) and costs.row_bytes == 2048
     assert costs.row_s == pytest.approx(4096 / 4.2e12) and costs.exchange_s == machine.exchange_s
+    assert machine.exchange_s > costs.order_s == machine.order_s > 0
     assert costs.sum_s == pytest.approx(10 * 3 * 1024 * 512 / 4.2e12)
     assert costs.across == link(machine.across) and costs.across.byte_s == pytest.approx(1 / 50e9)
 

@@ -47,6 +47,7 @@ H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
     planning_s=1e-3,
     row_s=2e-9,
     exchange_s=2e-4,
+    order_s=7e-5,
     sum_s=1.1e-5,
 )
 
@@ -266,7 +267,7 @@ def test_times_by_hand() -> None:
     np.testing.assert_allclose(found.within_in_D, [10, 0, 10, 10])
     np.testing.assert_allclose(found.across_in_D, [0, 0, 0, 20])
     links = Link(1.0, 0.1), Link(2.0, 0.5)
-    rest = {"attention_s": 30.0, "planning_s": 0.0, "row_s": 3.0, "exchange_s": 7.0, "sum_s": 9.0}
+    rest = {"attention_s": 30.0, "planning_s": 0.0, "row_s": 3.0, "exchange_s": 7.0, "order_s": 4.0, "sum_s": 9.0}
     costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, *links, **rest)
     setting = Setting(topology, 1, Budget(8, 8), False, costs)
     # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides. It
