@@ -35,6 +35,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from rich.table import Table
 
+from launch.benchmarks import two_gpus
 from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import DRAWN, draw, recorded
@@ -178,7 +179,7 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     where = f"{devices:,} x {machine} in {topology.nodes} node{'s' if topology.nodes > 1 else ''}"
     work = f"MoE layer of {model}, {tokens:,} tokens a device, {where}, room for {options.memory} copies: predicted"
     sizes = {"model": model, **vars(shape), "tokens": tokens, "machine": machine, "devices": devices, "memory": options.memory}
-    return PlacementCase(work, sizes, replayed, {}, [])
+    return PlacementCase(work, sizes, replayed, {}, [two_gpus.told()])
 
 
 def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:
