@@ -131,5 +131,6 @@ def layer_costs(machine: MachineConfig, hidden: int, expert_hidden: int, attenti
         planning_s=0.0,
         row_s=2 * BYTES * hidden / memory,
         exchange_s=machine.exchange_s,
+        order_s=machine.order_s,
         sum_s=(BYTES + 2 * FLOAT32) * expert / memory,
     )

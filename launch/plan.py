@@ -158,7 +158,7 @@ def _against(other: Prediction, best: Prediction, unit: str, scale: float) -> st
 
 
 def _transport(cluster: Cluster, best: Prediction) -> str:
-    if cluster.in_place:
+    if cluster.kind == "peer_memory":
         return "read in the memory of other ranks: a layer is whole, and its tokens hide under nothing"
     choice = cluster.transport(best.layout.micro_rows)
     if len(choice.seconds) == 1:

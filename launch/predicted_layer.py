@@ -20,7 +20,7 @@ import numpy as np
 from parallel.flows import Plan, device_loads, imbalance
 from parallel.layer_cost import CopyTimes, Setting, copy_times
 from parallel.materialisation import WINDOW
-from parallel.placement import Floats, Ints, without_copies
+from parallel.placement import Floats, Ints, TransportKind, without_copies
 from parallel.planning import predict
 from parallel.policies import POLICIES
 from parallel.schedule.cost import Line, ShardedWorkload, sharded_workload
@@ -46,7 +46,6 @@ from parallel.schedule.pipeline import COMPUTE, WHOLE, Degrees, best
 from parallel.schedule.published import published
 from parallel.schedule.timeline import Task, Timeline, simulate
 from parallel.schedule.transports import Choice, Way, choose_transport
-from parallel.transport import TransportKind
 
 Numbers = TypeVar("Numbers", ShardedWorkload, CopyTimes[float])
 

@@ -30,15 +30,14 @@ from launch.predicted_layer import (
     typical_slices,
 )
 from parallel.layer_cost import LayerCosts, Setting, hidden_copies
-from parallel.placement import Budget, Floats, Topology
+from parallel.placement import Budget, Floats, Topology, TransportKind
 from parallel.profiling import SHARE_FOR_COPIES
 from parallel.schedule.cost import Line
 from parallel.schedule.gradients import Partition
 from parallel.schedule.pipeline import OFF, Degrees
 from parallel.schedule.timeline import Timeline
 from parallel.schedule.transports import Choice
-from parallel.transport import TransportKind
-from parallel.two_level_exchange import has_two_levels
+from parallel.transport import alternatives, auto_kind
 from trainer.config.model import ModelConfig
 from trainer.config.plan import PlanConfig
 from trainer.config.run import ParallelConfig
@@ -147,7 +146,7 @@ class Cluster:
         self.owned = (self.counts.total - self.counts.dense) / config.gpus  # parameters of experts that a rank owns
         self.flops_per_s = config.machine.product_tflops * 1e12
         self.room_gib = config.machine.memory_gib - LIBRARIES_GIB
-        self.in_place = self.topology.nodes == 1  # ranks read each other's memory, as parallel.transport=auto has it
+        self.kind = auto_kind(self.topology, in_reach=self.topology.nodes == 1)
         self._layers = cache(self._predicted_layer)
         self._sliced = cache(self._gradient_slices)
         self.transport = cache(self._transport)
@@ -314,8 +313,7 @@ class Cluster:
     def _predicted_layer(self, micro_rows: int, policy: str, rematerialise: bool, memory: int, loads: str) -> LayerPrediction:
         costs = self.costs(micro_rows)
         budget = Budget(hidden_copies(costs, self.topology.nodes), memory)
-        ways = {"two_level": self.transport(micro_rows).kind == "two_level", "in_place": self.in_place}
-        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, **ways)
+        setting = Setting(self.topology, self.model.top_k, budget, rematerialise, costs, self.transport(micro_rows).kind)
         loads_SE, chunk_s = self.loads(micro_rows, loads), self.machine.chunk_s
         return predicted_layer(policy, loads_SE, self.owner_E, setting, chunk_s=chunk_s)
 
@@ -323,15 +321,9 @@ class Cluster:
         return gradient_slices(self._layers(*told), self.model.num_moe_layers, self.dense, self.slice_line)
 
     def _transport(self, micro_rows: int) -> Choice[TransportKind]:
-        kinds: tuple[TransportKind, ...] = ("messages",)
-        if self.in_place:
-            kinds = ("peer_memory",)
-        elif has_two_levels(self.topology):
-            kinds = ("messages", "two_level")
         costs, model = self.costs(micro_rows), self.model
-        settings = {
-            kind: Setting(self.topology, model.top_k, Budget(0, 0), False, costs, kind == "two_level") for kind in kinds
-        }
+        kinds = alternatives("auto", self.kind)
+        settings = {kind: Setting(self.topology, model.top_k, Budget(0, 0), False, costs, kind) for kind in kinds}
         even_E = self.loads(micro_rows, "even")[0]
         return chosen_transport(settings, even_E, self.owner_E, self.machine.chunk_s)
 

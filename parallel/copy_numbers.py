@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parallel.layer_cost import LayerCosts, Setting, rows_of
+from parallel.layer_cost import LayerCosts, Setting, beside_rows_s, rows_of
 from parallel.packing import even_replicas
 from parallel.placement import Bools, Floats, Ints, Placements, Topology
 
@@ -96,7 +96,7 @@ def expected_times(extra_LCE: Ints, loads_LE: Floats, owner_LE: Ints, setting: S
         new_LCE = np.maximum(extra_LCE - present.beside_LED.sum(axis=2)[:, None], 0)
         waited_LC, _, _ = _ways(new_LCE, owner_LE, setting)
     waited_LC = waited_LC + np.maximum(backward_LC - 2 * costs.attention_s, 0.0)
-    return np.asarray(products_LC + 4 * exchange_LC + costs.exchange_s * exchanges_LC + waited_LC + sums_LC * costs.sum_s)
+    return np.asarray(products_LC + 4 * exchange_LC + beside_rows_s(exchanges_LC, costs) + waited_LC + sums_LC * costs.sum_s)
 
 
 def _exchanges(extra_LCE: Ints, owner_LE: Ints, setting: Setting) -> Bools:

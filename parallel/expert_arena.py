@@ -23,12 +23,12 @@ from torch import Tensor
 from kernels.accumulate import Sum
 from kernels.host_device import to_device
 from parallel.hooks import NONE, Hooks
-from parallel.placement import Floats, Ints, Placement, missing
+from parallel.placement import Floats, Ints, Placement, TransportKind, missing
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.stopwatch import Stopwatch
 from parallel.token_exchange import boundaries
 from parallel.topology import World
-from parallel.transport import Gathering, Movement, Returning, TransportKind, transport
+from parallel.transport import Gathering, Movement, Returning, transport
 
 AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
 SumsOfRows = Callable[[int, int], tuple[Sum, Sum] | None]  # of (first own row, how many)
@@ -81,6 +81,7 @@ class Layout:
     layers: list[LayerExperts]
     row_LE: Ints  # in which row of its owner's arena each expert lies
     most_copies: int  # that any rank keeps
+    most_in_layer: int  # copies of one layer that any rank has
     rematerialise: bool
 
 
@@ -105,7 +106,7 @@ class ExpertArena:
         add gradients of own experts by themselves.
         """
         self.shape, self.owned, self.copies, self.world, self.dtype = shape, owned, copies, world, dtype
-        self._kind, self.hooks = kind, hooks
+        self.kind, self.hooks = kind, hooks
         self.attention: Stopwatch | None = Stopwatch(world.device)  # of what lies before each layer; None: nobody asks
         self.transport = transport(world, shape.hidden, owned + copies, shape.parts, dtype, kind, hooks)
         self._add_gradients, self._sums = add_gradients, sums
@@ -117,15 +118,11 @@ class ExpertArena:
     def travel(self, kind: TransportKind) -> None:
         """From here on tokens travel so: as messages, in one way or the other. Collective."""
         self.transport.travel(kind)
-        self._kind = kind
+        self.kind = kind
 
     @property
     def peer_memory(self) -> bool:
-        return self._kind == "peer_memory"
-
-    @property
-    def two_level(self) -> bool:
-        return self._kind == "two_level"
+        return self.kind == "peer_memory"
 
     def alone(self, layer: int) -> bool:
         """Whether nothing of the layer's tokens is exchanged: every rank serves its own. Not with messages, whose schedule is
@@ -186,14 +183,15 @@ class ExpertArena:
             copy += 0 if rematerialise else here
         row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
         layers = self._layers(placements, shares_LED, slots_L, row_LE, stays_L or [False] * len(placements))
-        return Layout(layers, row_LE, int(kept_D.max()), rematerialise)
+        return Layout(layers, row_LE, int(kept_D.max()), int(extra_LD.max()), rematerialise)
 
     def take(self, layout: Layout) -> None:
-        """From here on experts lie so. Nothing moves yet. Raises ValueError where a rank has no room for its copies."""
+        """From here on experts lie so. No weights move yet. Raises ValueError where a rank has no room for its copies."""
         if layout.most_copies > self.copies:
             raise ValueError(f"a rank would keep {layout.most_copies} copies and has room for {self.copies}")
         self.layers, self.rematerialise = list(layout.layers), layout.rematerialise
         self.most_copies, self._row_LE = layout.most_copies, layout.row_LE
+        self.transport.expect_gradients(layout.most_in_layer)
         self.outdated()
 
     def place(
@@ -222,6 +220,7 @@ class ExpertArena:
         slots = self._slots(placement, before.first_own, rows, kept)
         (found,) = self._layers([placement], [shares_ED], [slots], self._row_LE[layer, None], [stays])
         self.layers[layer] = found
+        self.transport.expect_gradients(int(placement.extra_D.max()))
         new = self.transport.movement(missing(placement, before.placement), self._row_LE[layer])
         with self._waiting():
             new.gather(found.slots).finish()

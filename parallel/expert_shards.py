@@ -28,10 +28,9 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_optimizer import ExpertOptimizer
 from parallel.expert_states import ExpertState
 from parallel.hooks import NONE, Hooks
-from parallel.placement import Ints, without_copies
+from parallel.placement import Ints, TransportKind, without_copies
 from parallel.sparse_collectives import Parts, Pending
 from parallel.topology import World
-from parallel.transport import TransportKind
 
 PARTS = ("gate_up", "down")
 

@@ -101,18 +101,9 @@ def flows_of(
     def on_nodes(amount_LN: Floats) -> Floats:
         return amount_LN.repeat(per_node, axis=1)
 
-    if not nearest_first:  # from every device alike
+    if not nearest_first:
         takes_LD = on_devices((part_E / weight_E)[expert_H] * weight_H)
-        node_LD = on_nodes(takes_LD.reshape(layers, nodes, per_node).sum(axis=2))
-        return Flows(
-            entries_D=takes_LD * devices,
-            experts_D=on_devices((weight_H > 0) & (part_H > 0)),
-            within_in_D=takes_LD * (per_node - 1),
-            within_out_D=node_LD - takes_LD,
-            across_in_D=takes_LD * (devices - per_node),
-            across_out_D=takes_LD.sum(axis=1, keepdims=True) - node_LD,
-            stays=stays_L,
-        )
+        return _from_all(takes_LD, on_devices((weight_H > 0) & (part_H > 0)), stays_L, topology)
     cell_H = expert_H * nodes + device_H // per_node  # of (E, N), E those of all layers
     weight_EN = np.bincount(cell_H, weights=weight_H, minlength=layers * experts * nodes).reshape(-1, nodes)
     without_EN = per_node - np.bincount(cell_H, minlength=layers * experts * nodes).reshape(-1, nodes)
@@ -132,6 +123,21 @@ def flows_of(
         within_out_D=part_E.reshape(layers, experts).sum(axis=1, keepdims=True) - own_LD - gives_far_LD,
         across_in_D=far_LD,
         across_out_D=gives_far_LD,
+        stays=stays_L,
+    )
+
+
+def _from_all(takes_LD: Floats, experts_LD: Floats, stays_L: Bools, topology: Topology) -> Flows:
+    """Of layers whose devices take so many entries from every device alike."""
+    devices, per_node = topology.devices, topology.devices_per_node
+    node_LD = takes_LD.reshape(len(takes_LD), topology.nodes, per_node).sum(axis=2).repeat(per_node, axis=1)
+    return Flows(
+        entries_D=takes_LD * devices,
+        experts_D=experts_LD,
+        within_in_D=takes_LD * (per_node - 1),
+        within_out_D=node_LD - takes_LD,
+        across_in_D=takes_LD * (devices - per_node),
+        across_out_D=takes_LD.sum(axis=1, keepdims=True) - node_LD,
         stays=stays_L,
     )
 

@@ -19,10 +19,10 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from parallel.flows import Flows, Plan, flows
-from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, on_owners
+from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
-NUMBERS = 14  # in LayerCosts.numbers
+NUMBERS = 15  # in LayerCosts.numbers
 TINY = 1e-300  # divides nothing by something
 
 
@@ -48,7 +48,8 @@ class LayerCosts:
     attention_s: float  # forward, of what lies before the layer
     planning_s: float  # on the host, for one layer behind its gate
     row_s: float  # a row beside its way, on either end and in one direction: laid out, put in place, summed; part of its plan
-    exchange_s: float  # what the exchanges of a layer cost beside their rows, forward and backward: the sizes, the plan's start
+    exchange_s: float  # of a layer's exchanges beside their rows, forward and backward: sizes, order, the plan's start
+    order_s: float  # of its tokens' choices, which a device puts in order where nothing is exchanged, too
     sum_s: float  # one expert's gradient, added in float32
 
     @property
@@ -86,8 +87,17 @@ class Setting:
     budget: Budget
     rematerialise: bool  # copies are fetched again for the backward pass
     costs: LayerCosts
-    two_level: bool = False  # tokens cross to a node once, and go on inside it (two_level_exchange.py)
-    in_place: bool = False  # ranks read each other's memory (peer_exchange.py)
+    kind: TransportKind = "messages"  # by which tokens travel
+
+    @property
+    def two_level(self) -> bool:
+        """Whether tokens cross to a node once, and go on inside it (two_level_exchange.py)."""
+        return self.kind == "two_level"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether ranks read each other's memory (peer_exchange.py)."""
+        return self.kind == "peer_memory"
 
     @property
     def alone(self) -> bool:
@@ -120,9 +130,10 @@ def weights_times(placements: Placements, setting: Setting, present: Placements 
     times = copy_times_of(placements, setting.topology, setting.costs)
     hidden_s = setting.costs.attention_s
     backward_L = times.return_s + times.gather_s if setting.rematerialise else times.return_s
+    waited_L = times.gather_s
     if present is None:
-        waited_L = np.maximum(times.gather_s - hidden_s, 0.0)
-    else:
+        waited_L = np.maximum(waited_L - hidden_s, 0.0)
+    elif len(present.holders[0]) > present.owner_LE.size:  # else all copies are new
         owner_LE, copies_LED = placements.owner_LE, placements.copies_LED
         new_LED = copies_LED & ~present.copies_LED | on_owners(owner_LE, copies_LED.shape[2])
         waited_L = copy_times_of(Placements(owner_LE, new_LED), setting.topology, setting.costs).gather_s
@@ -130,16 +141,21 @@ def weights_times(placements: Placements, setting: Setting, present: Placements 
 
 
 def pass_times(found: Flows, setting: Setting) -> tuple[Floats, Floats]:
-    """(seconds of products, seconds of tokens on their way), forward and backward."""
+    """(seconds of products, seconds of tokens on their way and in order), forward and backward."""
     costs = setting.costs
     products_s = (found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).max(axis=-1)
-    tokens_s = 4 * exchange_time(found, setting) + exchanges(found, setting) * costs.exchange_s
+    tokens_s = 4 * exchange_time(found, setting) + beside_rows_s(exchanges(found, setting), costs)
     return np.asarray(3 * products_s), np.asarray(tokens_s)
 
 
 def exchanges(found: Flows, setting: Setting) -> Bools:
     """Whether tokens are exchanged at all; () or (L,). An exchange in which none travels takes its time, too."""
     return np.logical_not(found.stays & setting.alone)
+
+
+def beside_rows_s(exchanged: Bools, costs: LayerCosts) -> Floats:
+    """What tokens cost beside their rows and their way, in layers that exchange them and in others."""
+    return np.where(exchanged, costs.exchange_s, costs.order_s)
 
 
 def least_pass_s(crossing_L: Floats, busiest_L: Floats, entries_L: Floats, setting: Setting) -> Floats:
@@ -299,6 +315,8 @@ def copy_times_of(placements: Placements, topology: Topology, costs: LayerCosts)
 def _longest(found: Routes, layer_M: Ints, amount_LHD: Floats) -> Floats:
     """How many experts of a layer one after the other go between nodes until all are there, (L,)."""
     layers, _, devices = amount_LHD.shape
+    if not found.across:
+        return np.zeros(layers)
     ready_D, first = np.zeros(layers * devices), 0
     order_M = np.argsort(found.hop_M, kind="stable")
     source_M, target_M = ((layer_M * devices + side_M)[order_M] for side_M in (found.source_M, found.target_M))

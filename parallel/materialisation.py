@@ -85,7 +85,7 @@ class Materialisation:
     @property
     def setting(self) -> Setting | None:
         """As tokens travel now; nothing is copied before it is known."""
-        return self._setting and replace(self._setting, two_level=self.shards.arena.two_level)
+        return self._setting and replace(self._setting, kind=self.shards.arena.kind)
 
     def ahead(self, loads_LE: Floats, updates: int) -> Ahead:
         """Plans the next update. Changes nothing, is not collective, and waits for nothing that the device still has to do.
@@ -122,7 +122,7 @@ class Materialisation:
         return metrics | self._costs()
 
     def place(self) -> None:
-        """Places copies by the loads seen so far; without any there are no copies. Not collective."""
+        """Places copies by the loads seen so far; without any there are no copies. Collective."""
         self._become(self._next(self.loads, reshards=False))
 
     def _become(self, planned: Next) -> None:
@@ -194,15 +194,7 @@ class Materialisation:
 
     def _setting_of(self, budget: Budget, costs: LayerCosts) -> Setting:
         arena, settings = self.shards.arena, self.settings
-        return Setting(
-            self.shards.world.topology,
-            settings.top_k,
-            budget,
-            settings.rematerialise,
-            costs,
-            two_level=arena.two_level,
-            in_place=arena.peer_memory,
-        )
+        return Setting(self.shards.world.topology, settings.top_k, budget, settings.rematerialise, costs, arena.kind)
 
     def _measured(self, loads_LE: Floats) -> dict[str, float]:
         """Of an update with such loads under the present plans."""
@@ -247,7 +239,7 @@ class Materialisation:
         return torch.tensor([budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
 
     def load_state(self, loads: Tensor, machine: Tensor) -> None:
-        """Restores what `state` and `machine` gave and places copies as then. Not collective."""
+        """Restores what `state` and `machine` gave and places copies as then. Collective."""
         self.loads = deque((step for step in loads.cpu().numpy() if (step >= 0).all()), maxlen=WINDOW)
         overlap, memory, *costs = machine.tolist()
         if memory != UNKNOWN:

@@ -140,7 +140,8 @@ class _Room:
 
         One of each node but the owner's, then a second, and one of that node, and so on, the least loaded first.
         """
-        lines, first, home = self.lines, self.first, owner // self.per_node
+        lines, first, left, per_node = self.lines, self.first, self.left, self.per_node
+        home = owner // per_node
         if copies > len(first) - bool(lines[home]):
             return self._take_everywhere(copies, owner, load)
         taken = first[:copies]
@@ -152,22 +153,24 @@ class _Room:
         else:
             del first[:copies]
         for before, device in taken:
-            line = lines[device // self.per_node]
-            del line[0]
-            self._charge(line, device, before + load)
+            line = lines[device // per_node]
+            left[device] -= 1
+            if not left[device]:
+                del line[0]
+            elif len(line) > 1 and line[1] < (before + load, device):
+                del line[0]
+                insort(line, (before + load, device))
+            else:  # it stays the least loaded
+                line[0] = before + load, device
             if line:
                 insort(first, line[0])
         return [device for _, device in taken]
 
-    def _charge(self, line: list[tuple[float, int]], device: int, load: float) -> None:
-        """A copy lies on a device, which has so much load then; `line` is that of its node, without it."""
-        self.left[device] -= 1
-        if self.left[device]:
-            insort(line, (load, device))
-
     def _take_everywhere(self, copies: int, owner: int, load: float) -> list[int]:
         """More copies than nodes beside the owner's."""
         lines, home = self.lines, owner // self.per_node
+        if len(lines) == 1:
+            return self._charge([entry for entry in lines[0][: copies + 1] if entry[1] != owner][:copies], load)
         taken = [line[0] for node, line in enumerate(lines) if line and node != home]
         others = [(0.0, owner), *(entry for entry in lines[home][: copies + 1] if entry[1] != owner)]
         seen = [*lines[:home], others, *lines[home + 1 :]]
@@ -175,9 +178,16 @@ class _Room:
             taken += sorted(line[place] for line in seen if len(line) > place)[: copies - len(taken)]
             if len(taken) == copies:
                 break
+        return self._charge(taken, load)
+
+    def _charge(self, taken: list[tuple[float, int]], load: float) -> list[int]:
+        """These devices get a copy each, wherever in their lines they stand."""
+        lines = self.lines
         for before, device in taken:
             line = lines[device // self.per_node]
             line.remove((before, device))
-            self._charge(line, device, before + load)
+            self.left[device] -= 1
+            if self.left[device]:
+                insort(line, (before + load, device))
         self.first = sorted(line[0] for line in lines if line)
         return [device for _, device in taken]

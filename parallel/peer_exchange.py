@@ -77,7 +77,8 @@ class PeerTokens:
         self._entries = 0  # N at most, so far
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
-        """Of the same size on all ranks, for either way."""
+        """Of the same size on all ranks, for either way. Grows forward only: no backward pass has more rows than its forward
+        pass had, and activations that are computed again have the same."""
         tokens, row_bytes, number = capacity_for(tokens), self.hidden * self.dtype.itemsize, torch.float32
         behind_choices = _padded(PeerChoices((), torch.empty(0), tokens, top_k).nbytes)
         behind_rows = _padded(rows * row_bytes)

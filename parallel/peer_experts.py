@@ -157,13 +157,17 @@ class PeerExperts:
             return Copied(_nothing)
         return Copied(self._background.copy(copies, self._barrier if news else _nothing, _nothing))
 
+    def expect_gradients(self, copies: int) -> None:
+        """See transport.Transport."""
+        if copies > (self._staging.experts if self._staging else 0):
+            self._staging = PeerRoom(self.world, copies, self._shapes, self._dtype)
+
     def reduce(self, way_home: WayHome, gradients: Parts) -> Returned:
         """Returns the gradients of copies, which are the last ones, to the owners. The call before must be finished."""
         if way_home.most == 0:
-            return Returned(lambda: None, [])
-        if self._staging is None or self._staging.experts < way_home.most:
-            self._staging = PeerRoom(self.world, way_home.most, self._shapes, self._dtype)
+            return Returned(_nothing, [])
         staging = self._staging
+        assert staging and staging.experts >= way_home.most, "gradients of so many copies have been expected"
         if way_home.shown:
             for target, part in zip(staging.of_rank[self.world.rank], gradients, strict=True):
                 target[: way_home.shown].copy_(part[-way_home.shown :])

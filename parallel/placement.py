@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+# How tokens get from rank to rank (transport.py): straight, to a node once and on inside it, or read where they lie.
+TransportKind = Literal["messages", "two_level", "peer_memory"]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
         planning_s=0.0,
         row_s=0.0,
         exchange_s=0.0,
+        order_s=0.0,
         sum_s=0.0,
     )
     measured = _with_parts(measured, arena, tokens, top_k)
@@ -95,14 +96,14 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
     world, topology, experts = arena.world, arena.world.topology, arena.shape.experts
     entries = min(max(tokens * top_k, 256), MOST_ENTRIES[world.device.type])
     products = [_Products(arena, entries // 4, top_k), _Products(arena, entries, top_k)]
-    tokens = min(max(tokens, 64), MOST_TOKENS)
+    asked, tokens = tokens, min(max(tokens, 64), MOST_TOKENS)
     owners = Plan(without_copies(np.arange(experts) % topology.devices, topology.devices))
     sizes = tokens // 2, tokens  # with much fewer a GPU would wait for its host
     exchanges = [_exchange(arena, owners, size, top_k) for size in sizes]
-    seconds = _in_turns([products[0], products[1], *exchanges, _sums(arena)], world)
+    seconds = _in_turns([*products, *exchanges, _sums(arena), _order(arena, tokens, top_k)], world)
 
     beside_s, entry_s = line(products[0].entries, seconds[0], products[1].entries, seconds[1])
-    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.two_level)
+    setting = Setting(topology, top_k, Budget(0, 0), False, costs, arena.kind)
 
     def left(size: int, both_s: float) -> tuple[float, float]:
         """(rows in one direction, seconds forth and back, forward and backward, that the model's time on links leaves)"""
@@ -116,6 +117,7 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
         expert_s=beside_s / 3 / products[1].experts,
         row_s=row_s / 4,
         exchange_s=exchange_s,
+        order_s=seconds[5] * max(asked / tokens, 1.0),
         sum_s=seconds[4] / min(arena.owned, MOST_EXPERTS),
     )
 
@@ -148,16 +150,28 @@ class _Products:
 
 def _exchange(arena: ExpertArena, plan: Plan, tokens: int, top_k: int) -> Callable[[], object]:
     """Tokens with random choices to the ranks of their experts and back, and their gradients. Collective."""
-    world, experts = arena.world, arena.shape.experts
+    world = arena.world
     generator = torch.Generator(world.device).manual_seed(world.rank)
     x_TD = torch.randn(tokens, arena.shape.hidden, device=world.device, generator=generator).to(arena.dtype)
     weights_TK = torch.full((tokens, top_k), 1 / top_k, device=world.device)
-    experts_TK = torch.rand(tokens, experts, device=world.device, generator=generator).topk(top_k).indices
+    experts_TK = _choices(arena, tokens, top_k)
     ends_ED, phase_E = (torch.from_numpy(part).to(world.device) for part in boundaries(plan.weights_ED, world.rank))
     here_E = torch.from_numpy(plan.placement.owner_E == world.rank)
     here = torch.where(here_E, here_E.cumsum(0) - 1, -1).int().to(world.device), int(here_E.sum())
     destination = partial(destinations, experts_TK, None, ends_ED, phase_E)
     return exchange_call(arena, x_TD, weights_TK, experts_TK, destination, here)
+
+
+def _choices(arena: ExpertArena, tokens: int, top_k: int) -> Tensor:
+    """Random ones, (T, K), others on each rank."""
+    world = arena.world
+    generator = torch.Generator(world.device).manual_seed(world.rank)
+    return torch.rand(tokens, arena.shape.experts, device=world.device, generator=generator).topk(top_k).indices
+
+
+def _order(arena: ExpertArena, tokens: int, top_k: int) -> Callable[[], object]:
+    """What is left of an exchange where all experts are here, and all tokens stay."""
+    return partial(expert_order, _choices(arena, tokens, top_k), arena.shape.experts)
 
 
 def exchange_call(

@@ -44,6 +44,11 @@ def routes_of(placements: Placements, topology: Topology) -> Routes:
     """`routes` of several layers at once; experts are counted through all of them, and `across` is the most of a layer."""
     (expert_H, device_H), owner_E = placements.holders, placements.owner_LE.ravel()
     experts, devices = placements.owner_LE.shape[1], topology.devices
+    if topology.nodes == 1:  # owners lead
+        led_H = owner_E[expert_H] != device_H
+        expert_M = expert_H[led_H]
+        hop_M, half_M = np.zeros_like(expert_M), np.full_like(expert_M, WHOLE)
+        return Routes(0, hop_M, expert_M, half_M, owner_E[expert_M], device_H[led_H])
     cell_H = expert_H * topology.nodes + device_H // topology.devices_per_node
     first_H = np.ones(len(cell_H), dtype=np.bool_)  # where a C begins
     first_H[1:] = cell_H[1:] != cell_H[:-1]

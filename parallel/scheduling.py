@@ -28,7 +28,7 @@ from parallel.flows import Plan
 from parallel.gradient_slices import ARRIVES, SETS_OUT, GradientSlices
 from parallel.layer_cost import LayerCosts, copy_times
 from parallel.moe_layer import PREPARES
-from parallel.placement import Floats, without_copies
+from parallel.placement import Floats, TransportKind, without_copies
 from parallel.schedule.cost import Fit, Line
 from parallel.schedule.execution import LayerPlan, LayerWork, layer_work
 from parallel.schedule.generalised import Around, around_copies
@@ -37,7 +37,6 @@ from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, WHOLE, Degree
 from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.schedule.transports import Way, choose_transport
 from parallel.stopwatch import Mark, Marks
-from parallel.transport import TransportKind
 
 DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where it is planned again
 WINDOW = 5  # updates whose mean load counts
@@ -186,9 +185,8 @@ class Scheduling:
 
     def _work(self, plan: Plan, loads_E: Floats, kind: TransportKind | None = None) -> LayerWork:
         """`kind`: by which tokens travel; None: as now."""
-        two_level = self._arena.two_level if kind is None else kind == "two_level"
         topology, row_bytes = self._arena.world.topology, self._arena.row_bytes
-        return layer_work(plan, loads_E, topology, self._top_k, row_bytes, levels=1 + two_level)
+        return layer_work(plan, loads_E, topology, self._top_k, row_bytes, kind or self._arena.kind)
 
     def _planned(self, works: list[LayerWork], arounds: list[Around], tokens: int) -> Planned:
         assert self._profile is not None, "planning follows measuring"

@@ -19,7 +19,7 @@ from parallel.hooks import Hooks
 from parallel.peer_exchange import PeerTokens
 from parallel.peer_experts import PeerExperts, WayHome, way_home
 from parallel.peer_memory import PeerMemory, within_reach
-from parallel.placement import Ints, Placement
+from parallel.placement import Ints, Placement, Topology, TransportKind
 from parallel.sparse_collectives import (
     GatherPlan,
     Parts,
@@ -33,8 +33,6 @@ from parallel.sparse_collectives import (
 from parallel.token_exchange import Levels, one_level
 from parallel.topology import World
 from parallel.two_level_exchange import check_two_levels, has_two_levels, two_levels
-
-TransportKind = Literal["messages", "two_level", "peer_memory"]
 
 
 class Gathering(Protocol):
@@ -81,6 +79,11 @@ class Transport(Protocol):
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         """`row_E`: in which row of its owner's arena each expert lies."""
 
+    def expect_gradients(self, copies: int) -> None:
+        """Of so many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
+        where memory for them has to grow, which must not happen later: hosts would wait for each other, and each for all that
+        its GPU has been given, while slices of dense gradients wait there for peers."""
+
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
@@ -104,14 +107,20 @@ def transport_kind(wanted: Literal["auto"] | TransportKind, world: World) -> Tra
     if wanted == "two_level":
         check_two_levels(world.topology)
         return "two_level"
-    if within_reach(world):
-        return "peer_memory"
-    if wanted == "peer_memory":
+    in_reach = within_reach(world)
+    if wanted == "peer_memory" and not in_reach:
         raise UserError(
             f"parallel.transport=peer_memory, but the {world.size} ranks cannot read each other's memory: they have to be on "
             "one node, GPUs linked by NVLink; set parallel.transport=auto"
         )
-    return "two_level" if has_two_levels(world.topology) else "messages"
+    return auto_kind(world.topology, in_reach=in_reach)
+
+
+def auto_kind(topology: Topology, *, in_reach: bool) -> TransportKind:
+    """What auto means at first. `in_reach`: whether ranks can read each other's memory."""
+    if in_reach:
+        return "peer_memory"
+    return "two_level" if has_two_levels(topology) else "messages"
 
 
 def alternatives(wanted: Literal["auto"] | TransportKind, kind: TransportKind) -> tuple[TransportKind, ...]:
@@ -175,6 +184,9 @@ class MessageTransport:
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         return MessageMovement(self, gather_plan(placement, self._world.topology, self._world.rank))
 
+    def expect_gradients(self, copies: int) -> None:
+        """Messages need no memory that peers know."""
+
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._world.device) for _ in range(2))
         return lambda: Pending([dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]).wait()
@@ -232,6 +244,9 @@ class PeerTransport:
 
     def movement(self, placement: Placement, row_E: Ints) -> Movement:
         return PeerMovement(self._experts, placement, row_E, way_home(placement, self._world.rank))
+
+    def expect_gradients(self, copies: int) -> None:
+        self._experts.expect_gradients(copies)
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
         memory = PeerMemory(self._world, nbytes)

@@ -20,13 +20,13 @@ from parallel.expert_shards import PARTS, ExpertShards
 from parallel.hooks import Hooks, message_hooks
 from parallel.materialisation import UNKNOWN, Materialisation, MaterialisationSettings
 from parallel.offload import expert_optimizer
-from parallel.placement import even_owners
+from parallel.placement import TransportKind, even_owners
 from parallel.policies import POLICIES
 from parallel.schedule.pipeline import OFF, Degrees
 from parallel.schedule.slices import PLACES_OF_LAYER
 from parallel.scheduling import Scheduling
 from parallel.topology import World
-from parallel.transport import TransportKind, alternatives, transport_kind
+from parallel.transport import alternatives, transport_kind
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointMeta
 from trainer.config.model import ModelConfig, NoisyTopKRouter

@@ -41,8 +41,7 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan
 from parallel.gradient_slices import GradientSlices
 from parallel.moe_layer import ShardedExperts
-from parallel.peer_exchange import PeerTokens
-from parallel.placement import even_owners, without_copies
+from parallel.placement import TransportKind, even_owners, without_copies
 from parallel.schedule.execution import layer_work
 from parallel.schedule.generalised import Around
 from parallel.schedule.layers import DenseGradients, passes_s, plan_layers, with_slices
@@ -50,7 +49,7 @@ from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.schedule.slices import PLACES_OF_LAYER
 from parallel.schedule.transports import Way, choose_transport, degrees_of_all
 from parallel.topology import World
-from parallel.transport import TransportKind, transport_kind
+from parallel.transport import transport_kind
 from parallel.two_level_exchange import has_two_levels
 
 HEAD = 64  # numbers of an attention head
@@ -201,14 +200,13 @@ class Side:
         self._arena = stacked_arena(told, world, experts, kind)
         if kind == "peer_memory":
             return
-        shape, levels = told.shape, self._arena.transport.tokens
-        assert not isinstance(levels, PeerTokens), f"{kind} sends no messages"
+        shape = told.shape
         self.profile = measure(self._arena, told.tokens, shape.top_k, stack.attend)
         counts_E = torch.bincount(stack.experts_TK.flatten(), minlength=shape.experts)
         loads_E = world.sum(counts_E).double().cpu().numpy()
         row_bytes = shape.hidden * experts[0].itemsize
         plan = Plan(self._arena.placements[0])
-        work = layer_work(plan, loads_E, world.topology, shape.top_k, row_bytes, levels=len(levels))
+        work = layer_work(plan, loads_E, world.topology, shape.top_k, row_bytes, kind)
         self.way = Way(self.profile.costs, [work] * told.layers)
         self._parts = LayerParts(self._arena, told.tokens, shape.top_k)
 

@@ -31,10 +31,10 @@ from launch.benchmarks.timing import Call, Ceilings, Timing
 from parallel.expert_arena import ExpertShape
 from parallel.hooks import NONE
 from parallel.peer_memory import within_reach
-from parallel.placement import Placement, even_owners, without_copies
+from parallel.placement import Placement, TransportKind, even_owners, without_copies
 from parallel.sparse_collectives import Pending
 from parallel.topology import World
-from parallel.transport import TransportKind, transport
+from parallel.transport import transport
 
 
 class CollectivesOptions(Options):
@@ -136,6 +136,7 @@ def _gather_and_reduce(
     slot = {expert: row for row, expert in enumerate(own + [expert for expert in present if expert not in own])}
     there = transport(world, shape.hidden, len(present), shape.parts, dtype, kind, NONE)
     movement = there.movement(placement, np.arange(shape.experts) % owned)
+    there.expect_gradients(int(placement.extra_D.max()))
     gradients, sums = (shape.matrices(len(present), one, world.device) for one in (dtype, torch.float32))
     for part in (*there.rows, *gradients, *sums):
         part.zero_()

@@ -37,12 +37,12 @@ from parallel.expert_arena import AddGradients, ExpertArena, ExpertShape, SumsOf
 from parallel.flows import Plan, shares
 from parallel.layer_cost import LayerCosts, Setting
 from parallel.moe_layer import LocalExperts, ShardedExperts
-from parallel.placement import Budget, Ints, Topology, even_owners, without_copies
+from parallel.placement import Budget, Ints, Topology, TransportKind, even_owners, without_copies
 from parallel.policies import POLICIES, of_one_layer
 from parallel.profiling import measure_costs
 from parallel.sparse_collectives import Parts
 from parallel.topology import World
-from parallel.transport import TransportKind, transport_kind
+from parallel.transport import transport_kind
 from parallel.two_level_exchange import check_two_levels, rows_across
 
 Routing = Literal["even", "zipf", "hot"]
@@ -146,7 +146,8 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
 def _in_words(costs: LayerCosts) -> str:
     return (
         f"an entry {1e9 * costs.entry_s:.3g} ns, an expert {1e6 * costs.expert_s:.3g} us and its sum "
-        f"{1e6 * costs.sum_s:.3g}, a row {1e9 * costs.row_s:.3g} ns, exchanges {1e6 * costs.exchange_s:.3g} us, the link "
+        f"{1e6 * costs.sum_s:.3g}, a row {1e9 * costs.row_s:.3g} ns, exchanges {1e6 * costs.exchange_s:.3g} us, "
+        f"order alone {1e6 * costs.order_s:.3g}, the link "
         f"{1e6 * costs.within.latency_s:.3g} us + {1e-9 / costs.within.byte_s:.3g} GB/s"
     )
 
@@ -170,8 +171,7 @@ def _measured(told: Told, options: FssdpOptions, world: World) -> Measured:
     unused = arena_of(told.shape, world, parts, 0, lambda row, gradients: None, kind)
     costs_of = partial(measure_costs, unused, told.tokens, told.shape.top_k, planning=lambda costs: None)
     budget, costs = Budget(told.shape.experts, options.memory), costs_of()
-    two_level, in_place = kind == "two_level", kind == "peer_memory"
-    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, two_level=two_level, in_place=in_place)
+    setting = Setting(world.topology, told.shape.top_k, budget, False, costs, kind)
     plan = of_one_layer(POLICIES[options.policy], loads_E, owner_E, setting)
     plans = {OURS: plan, "no_copies": bare}
     arenas = {name: _placed(told.shape, world, parts, one, kind) for name, one in plans.items()}

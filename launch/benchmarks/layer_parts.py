@@ -26,7 +26,7 @@ from launch.benchmarks.ranks import slowest
 from launch.benchmarks.timing import Call, Timing
 from parallel.expert_arena import ExpertArena, LayerExperts
 from parallel.flows import Plan, flows
-from parallel.layer_cost import LayerTime, Setting, exchanged, layer_time
+from parallel.layer_cost import LayerTime, Setting, beside_rows_s, exchanged, exchanges, layer_time
 from parallel.placement import Floats
 from parallel.profiling import exchange_call
 from parallel.sparse_collectives import Parts
@@ -38,12 +38,13 @@ class Predicted:
 
     parts: LayerTime
     rows_s: float  # of the tokens' time: laid out, put in place, summed
-    beside_s: float  # and what exchanges cost beside rows and links
+    beside_s: float  # and what they cost beside rows and links
 
 
 def predicted(plan: Plan, loads_E: Floats, setting: Setting) -> Predicted:
-    sent = exchanged(flows(plan, setting.topology, loads_E), setting)
-    return Predicted(layer_time(plan, loads_E, setting), 4 * float(sent.rows) * setting.costs.row_s, setting.costs.exchange_s)
+    found, costs = flows(plan, setting.topology, loads_E), setting.costs
+    rows_s = 4 * float(exchanged(found, setting).rows) * costs.row_s
+    return Predicted(layer_time(plan, loads_E, setting), rows_s, float(beside_rows_s(exchanges(found, setting), costs)))
 
 
 @torch.no_grad()

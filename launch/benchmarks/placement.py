@@ -35,6 +35,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from rich.table import Table
 
+from launch.benchmarks import two_gpus
 from launch.benchmarks.options import Listed, OneOrMore, Shape, TokenOptions
 from launch.benchmarks.timing import Ceilings
 from launch.benchmarks.traces import DRAWN, draw, recorded
@@ -46,7 +47,7 @@ from parallel.materialisation import WINDOW
 from parallel.placement import Budget, Floats, Ints, Placement, Topology, even_owners, without_copies
 from parallel.planning import predict, reshard
 from parallel.policies import POLICIES, calibrated
-from parallel.two_level_exchange import has_two_levels
+from parallel.transport import auto_kind
 
 SEQUENCE = 4096  # tokens of a row, for the attention's time
 STATES = 3  # masters and moments, each as large as a gradient in float32
@@ -168,8 +169,8 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     topology = Topology(devices, options.per_node if devices % options.per_node == 0 else 1)
     costs = costs_of(machine, shape, tokens)
     budget = Budget(hidden_copies(costs, topology.nodes), options.memory)
-    two_level, in_place = has_two_levels(topology), topology.nodes == 1  # as parallel.transport=auto has it at first
-    setting = Setting(topology, shape.top_k, budget, False, costs, two_level=two_level, in_place=in_place)
+    kind = auto_kind(topology, in_reach=topology.nodes == 1)
+    setting = Setting(topology, shape.top_k, budget, False, costs, kind)
     setting = replace(setting, costs=replace(costs, planning_s=_planning_s(next(iter(traces.values()))[-1, 0], setting)))
     replayed = {
         policy: {name: replay(policy, loads_SLE, setting, options.reshard_every) for name, loads_SLE in traces.items()}
@@ -178,7 +179,7 @@ def _case(options: PlacementOptions, model: str, shape: Shape, machine: str, tok
     where = f"{devices:,} x {machine} in {topology.nodes} node{'s' if topology.nodes > 1 else ''}"
     work = f"MoE layer of {model}, {tokens:,} tokens a device, {where}, room for {options.memory} copies: predicted"
     sizes = {"model": model, **vars(shape), "tokens": tokens, "machine": machine, "devices": devices, "memory": options.memory}
-    return PlacementCase(work, sizes, replayed, {}, [])
+    return PlacementCase(work, sizes, replayed, {}, [two_gpus.told()])
 
 
 def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.flows import Plan, flows
-from parallel.layer_cost import LayerCosts, Link, Setting, exchanged, exchanges
+from parallel.layer_cost import LayerCosts, Link, Setting, beside_rows_s, exchanged, exchanges
 from parallel.placement import Floats
 
 BACKWARD_PRODUCTS = 2  # products of a backward pass for each of the forward pass: gradients of the rows and of the weights
@@ -126,6 +126,7 @@ class ShardedWorkload:
     within_bytes: float  # tokens in one direction, to other devices of the node
     across_bytes: float  # and to other nodes
     rows_s: float  # on the device, of one exchange in one direction
+    beside_rows_s: float  # layer_cost.beside_rows_s
     product_s: float  # of all entries, forward
     weights_s: float  # of all experts that have entries, beside them, forward
     two_level: bool  # tokens go to other nodes first, then on inside
@@ -141,6 +142,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
         within_bytes=float(sent.within_bytes),
         across_bytes=float(sent.across_bytes),
         rows_s=float(sent.rows) * costs.row_s,
+        beside_rows_s=float(beside_rows_s(exchanges(found, setting), costs)),
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
         two_level=setting.two_level,
@@ -150,7 +152,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
 
 def sharded_chunk(costs: LayerCosts, work: ShardedWorkload, degree: int, *, backward: bool) -> Chunk:
     """Every chunk reads the weights of all experts anew, fills as many last tiles, and plans an exchange of its own."""
-    products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, work.exchanged * costs.exchange_s)
+    products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, work.beside_rows_s)
     device_s = products * (work.product_s / degree + work.weights_s)
     expert_s = device_s + 2 * work.rows_s / degree + planned_s
     across_s = _line(costs.across).seconds(work.across_bytes / degree)

@@ -20,7 +20,7 @@ import numpy as np
 
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
-from parallel.placement import Budget, Floats, Topology
+from parallel.placement import Budget, Floats, Topology, TransportKind
 from parallel.schedule.cost import Line
 from parallel.schedule.generalised import ALONE, LINK, Around, backward_around, forward_around
 from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
@@ -69,14 +69,14 @@ class LayerWork:
         return any(abs(one - two) > share * two for one, two in pairs)
 
 
-def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: float, *, levels: int = 1) -> LayerWork:
+def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_bytes: float, kind: TransportKind) -> LayerWork:
     """Of a layer under a plan and the entries of each expert on all ranks. `row_bytes`: of one token's row."""
     found = flows(plan, topology, loads_E)
     entries = float(found.entries_D.max())
     nothing = Link(0.0, 0.0)
-    costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(5)))
-    sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, two_level=levels > 1))
-    if levels > 1:
+    costs = LayerCosts(0.0, 0.0, row_bytes, 0.0, 0.0, nothing, nothing, *(0.0 for _ in range(6)))
+    sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, kind))
+    if kind == "two_level":
         return LayerWork(float(sent.across_bytes), entries, float(sent.within_bytes))
     return LayerWork(float(sent.within_bytes + sent.across_bytes), entries)
 

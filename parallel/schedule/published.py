@@ -39,7 +39,7 @@ def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: 
         backward=rows,
         weights=Line(work.weights_s + sums_s, work.product_s),
         attention=NOTHING,
-        announce_s=work.exchanged * (2 if work.two_level else 1) * costs.exchange_s,  # on each level
+        announce_s=(1 + work.two_level * work.exchanged) * work.beside_rows_s,  # each level tells its sizes
         inside=inside,
         chunk_s=chunk_s,
     )

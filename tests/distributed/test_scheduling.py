@@ -20,12 +20,11 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan
 from parallel.hooks import NONE, Change, Hooks
 from parallel.moe_layer import ShardedExperts
-from parallel.placement import even_owners, without_copies
+from parallel.placement import TransportKind, even_owners, without_copies
 from parallel.schedule.cost import Line
 from parallel.schedule.pipeline import WHOLE, Degrees
 from parallel.scheduling import FILE, WATCHED, Scheduling
 from parallel.topology import World
-from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 
 SHAPE = ExpertShape(layers=2, experts=4, hidden=8, expert_hidden=8)
@@ -78,7 +77,7 @@ def choose(arena: ExpertArena, folder: Path, slow: TransportKind) -> tuple[bool,
 
     def slowed(arena: ExpertArena, *arguments: Any, among: int) -> Profile:
         profile = measured(arena, *arguments, among=among)
-        late_s = 1.0 if arena.two_level == (slow == "two_level") else 0.0
+        late_s = 1.0 if arena.kind == slow else 0.0
         exchange = replace(profile.exchange, line=Line(profile.exchange.line.alpha_s + late_s, profile.exchange.line.beta_s))
         return replace(profile, exchange=exchange)
 
@@ -88,8 +87,8 @@ def choose(arena: ExpertArena, folder: Path, slow: TransportKind) -> tuple[bool,
         schedule = Scheduling(arena, None, K, folder, BOTH)
         for _ in range(WATCHED + 1):
             update(schedule, arena, hot=False)
-        found.append(arena.two_level)
-        assert schedule._profile == schedule._profiles["two_level" if arena.two_level else "messages"]
+        found.append(arena.kind == "two_level")
+        assert schedule._profile == schedule._profiles[arena.kind]
     scheduling.measure = measured
     kept = json.loads((folder / FILE).read_text(encoding="utf-8")) if arena.world.rank == 0 else {"transports": {}}
     return *found, kept["transports"]

@@ -22,9 +22,9 @@ from kernels.vocab_loss import token_logprobs
 from parallel.adamw import adamw, set_lr
 from parallel.balance import updated_bias
 from parallel.hooks import NONE
+from parallel.placement import TransportKind
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
-from parallel.transport import TransportKind
 from tests import checkpoints
 from tests.checkpoints import file_size_limit
 from tests.distributed.ranks import run_ranks

@@ -16,10 +16,9 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan, shares
 from parallel.hooks import MessageDtype, message_hooks
 from parallel.moe_layer import LocalExperts, ShardedExperts
-from parallel.placement import Placement, even_owners
+from parallel.placement import Placement, TransportKind, even_owners
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
-from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 from tests.gpu.needs import gpus, hopper, linked
 

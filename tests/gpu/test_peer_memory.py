@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from parallel.peer_memory import PeerMemory, view, within_reach
+from parallel.placement import TransportKind
 from parallel.schedule.pipeline import Degrees
 from parallel.topology import World, join, leave
-from parallel.transport import TransportKind
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_moe_layer import CASES, close, equal, one_device, spread
 from tests.gpu.needs import RANKS, gpus, linked

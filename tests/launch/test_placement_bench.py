@@ -41,6 +41,7 @@ def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.Capt
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
     assert [case["sizes"]["devices"] for case in cases] == [4, 12] and len(lines) == 2 * len(SYSTEMS)
+    assert all("over what two H200 took" in case["notes"][0] for case in cases) and "hot" in printed
     wanted = [(case["replayed"][policy], policy, case["replayed"]["plain"]) for case in cases for policy in SYSTEMS]
     for (by_trace, policy, plain), line in zip(wanted, lines, strict=True):
         assert set(by_trace) == set(DRAWN)

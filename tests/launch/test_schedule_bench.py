@@ -19,11 +19,11 @@ from launch.benchmarks.options import SHAPES
 from launch.benchmarks.planned import FIXED, MODELS, TESTBEDS, ScheduleCase, grid, one_link_tasks
 from launch.benchmarks.ranks import on_ranks
 from launch.benchmarks.schedule import against_bound, table
+from parallel.placement import TransportKind
 from parallel.schedule.cost import Chunk, Line
 from parallel.schedule.pipeline import ACROSS, COMPUTE, OFF, WHOLE, Degrees, layer_tasks
 from parallel.schedule.timeline import simulate
 from parallel.topology import World
-from parallel.transport import TransportKind
 from tests.parallel.schedule.chunks import esp_chunks
 
 SMALL = [

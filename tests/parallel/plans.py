@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 from hypothesis import strategies as st
 
 from parallel.flows import Plan
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting
-from parallel.placement import Budget, Floats, Ints, Placement, Topology
+from parallel.placement import Budget, Floats, Ints, Placement, Topology, TransportKind
 
 
 def topologies() -> st.SearchStrategy[Topology]:
@@ -40,5 +42,5 @@ def settings(seed: int, topology: Topology, memory: int) -> Setting:
     """From machines on which weights cost nothing to those on which tokens do not."""
     random = np.random.default_rng(seed)
     costs = LayerCosts.from_numbers((random.random(NUMBERS) * 10.0 ** random.integers(-3, 3, NUMBERS)).tolist())
-    budget, ways = Budget(int(random.integers(0, 20)), memory), {"two_level": seed % 3 == 0, "in_place": seed % 3 == 1}
-    return Setting(topology, 1 + seed % 4, budget, seed % 2 == 0, costs, **ways)
+    budget, kinds = Budget(int(random.integers(0, 20)), memory), get_args(TransportKind)
+    return Setting(topology, 1 + seed % 4, budget, seed % 2 == 0, costs, kinds[seed % len(kinds)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from parallel.copy_numbers import expected_times
 from parallel.flows import Plan, flows, flows_of, shares
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged, exchanges, layer_time, pass_times
-from parallel.placement import Budget, Floats, Ints, Placement, Placements, Topology, without_copies
+from parallel.placement import Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, without_copies
 from parallel.policies import by_cost, calibrated, of_one_layer
 from parallel.schedule.cost import sharded_workload
 from tests.parallel.plans import loads, owners, plans, settings, topologies
@@ -30,6 +30,7 @@ SMALL = LayerCosts(  # experts of 100 kB, whose copies and gradients cost next t
     planning_s=1e-5,
     row_s=2e-9,
     exchange_s=3e-4,
+    order_s=5e-5,
     sum_s=1e-7,
 )
 
@@ -60,7 +61,7 @@ def counted(plan: Plan, loads_E: Floats, setting: Setting) -> tuple[float, float
     everything_everywhere = plan.nearest_first and bool(plan.placement.copies_ED.all())
     assert served_at_home or not everything_everywhere
     if everything_everywhere and (topology.devices == 1 or (setting.in_place and not setting.rematerialise)):
-        return 3 * products_s, 0.0
+        return 3 * products_s, costs.order_s
     tokens = of_all / top_k / topology.devices
     rows, ways = np.full(topology.devices, tokens), []
     for near, link in ((True, costs.within), (False, costs.across)):
@@ -86,10 +87,11 @@ def counted(plan: Plan, loads_E: Floats, setting: Setting) -> tuple[float, float
 @given(topologies(), st.integers(1, 12), st.integers(0, 9999))
 def test_times_are_those_of_counting_device_by_device(topology: Topology, experts: int, seed: int) -> None:
     plan, loads_E = some_plan(seed, topology, experts), loads(seed, experts)
-    setting = replace(settings(seed, topology, 0), two_level=False)
-    for in_place in (False, True):
+    setting = settings(seed, topology, 0)
+    one_level: tuple[TransportKind, ...] = ("messages", "peer_memory")
+    for kind in one_level:
         for rematerialise in (False, True):
-            one = replace(setting, in_place=in_place, rematerialise=rematerialise)
+            one = replace(setting, kind=kind, rematerialise=rematerialise)
             found = pass_times(flows(plan, topology, loads_E), one)
             assert [float(part) for part in found] == pytest.approx(counted(plan, loads_E, one), rel=1e-9)
 
@@ -102,11 +104,11 @@ def test_tokens_that_stay_exchange_nothing_in_place_and_pay_for_it_otherwise(
     out rows and has its start all the same; so does one of tokens that go to all holders alike."""
     owner_E, loads_E = owners(seed, topology, experts), loads(seed, experts) + 1.0
     plan, setting = everywhere(owner_E, topology.devices), settings(seed, topology, experts)
-    alone = replace(setting, in_place=True, rematerialise=False)
+    alone = replace(setting, kind="peer_memory", rematerialise=False)
     time, found = layer_time(plan, loads_E, alone), flows(plan, topology, loads_E)
-    assert time.tokens_s == 0 and exchanged(found, alone).rows == 0 and not exchanges(found, alone)
+    assert time.tokens_s == alone.costs.order_s and exchanged(found, alone).rows == 0 and not exchanges(found, alone)
     assert time.products_s > 0 and sharded_workload(plan, loads_E, alone).rows_s == 0
-    others = [replace(setting, in_place=False), replace(setting, rematerialise=True)] if topology.devices > 1 else []
+    others = [replace(setting, kind="messages"), replace(setting, rematerialise=True)] if topology.devices > 1 else []
     for one in others:
         slower = layer_time(plan, loads_E, one)
         assert slower.tokens_s >= one.costs.exchange_s > 0 and exchanged(found, one).rows > 0
@@ -122,7 +124,7 @@ def test_tokens_that_stay_exchange_nothing_in_place_and_pay_for_it_otherwise(
 @given(topologies(), st.integers(1, 9), st.lists(st.integers(0, 9999), min_size=1, max_size=6))
 def test_layers_that_stay_among_others_are_timed_as_one_by_one(topology: Topology, experts: int, seeds: list[int]) -> None:
     """The same bits."""
-    setting = replace(settings(seeds[0], topology, 0), in_place=True, rematerialise=False)
+    setting = replace(settings(seeds[0], topology, 0), kind="peer_memory", rematerialise=False)
     placements = [some_plan(seed, topology, experts).placement for seed in seeds]
     loads_LE = np.stack([loads(seed, experts) for seed in seeds])
     together = pass_times(flows_of(Placements.of(*placements), topology, loads_LE), setting)
@@ -135,9 +137,9 @@ def test_layers_that_stay_among_others_are_timed_as_one_by_one(topology: Topolog
 def test_small_experts_are_copied_everywhere_where_that_saves_the_exchange(devices: int, experts: int, seed: int) -> None:
     """With room for one copy less on a rank, the plan is that of ranks which always exchange."""
     topology, loads_E, owner_E = Topology(devices, devices), 100 * loads(seed, experts) + 1.0, np.arange(experts) % devices
-    setting = Setting(topology, 1, Budget(experts, experts), rematerialise=False, costs=SMALL, in_place=True)
+    setting = Setting(topology, 1, Budget(experts, experts), rematerialise=False, costs=SMALL, kind="peer_memory")
     plan = of_one_layer(by_cost, loads_E, owner_E, setting)
-    assert plan.stays and layer_time(plan, loads_E, setting).tokens_s == 0
+    assert plan.stays and layer_time(plan, loads_E, setting).tokens_s == SMALL.order_s
     bare = Plan(without_copies(owner_E, devices))
     assert layer_time(plan, loads_E, setting).total_s < layer_time(bare, loads_E, setting).total_s
     behind = calibrated(bare, loads_E, setting)
@@ -146,7 +148,7 @@ def test_small_experts_are_copied_everywhere_where_that_saves_the_exchange(devic
     full = replace(setting, budget=Budget(experts, most_missing - 1))
     crowded = of_one_layer(by_cost, loads_E, owner_E, full)
     assert not crowded.stays
-    messages = of_one_layer(by_cost, loads_E, owner_E, replace(full, in_place=False))
+    messages = of_one_layer(by_cost, loads_E, owner_E, replace(full, kind="messages"))
     assert (crowded.placement.copies_ED == messages.placement.copies_ED).all()
 
 
@@ -158,9 +160,9 @@ def test_all_experts_everywhere_are_expected_to_exchange_nothing_if_they_fit(
     costs = replace(settings(seed, topology, 0).costs, sum_s=0.0, expert_bytes=0.0, sum_bytes=0.0, attention_s=1e9)
     missing = experts - int(np.bincount(owner_E, minlength=topology.devices).min())
     for memory in (missing, missing - 1):
-        setting = Setting(topology, 1, Budget(0, memory), rematerialise=False, costs=costs, in_place=True)
+        setting = Setting(topology, 1, Budget(0, memory), rematerialise=False, costs=costs, kind="peer_memory")
         extra_LCE = np.full((1, 1, experts), topology.devices - 1)
         expected = float(expected_times(extra_LCE, loads_E[None], owner_E[None], setting, None).item())
         plan = everywhere(owner_E, topology.devices)
-        time = layer_time(plan, loads_E, replace(setting, in_place=memory == missing))
+        time = layer_time(plan, loads_E, replace(setting, kind="peer_memory" if memory == missing else "messages"))
         assert expected == pytest.approx(time.total_s)

@@ -29,9 +29,10 @@ from parallel.layer_cost import (
     pass_times,
 )
 from parallel.packing import MANY_LAYERS, even_replicas, pack
-from parallel.placement import Budget, Floats, Ints, Placement, Topology, without_copies
+from parallel.placement import Budget, Floats, Ints, Placement, Topology, TransportKind, without_copies
 from parallel.policies import POLICIES, by_cost, of_one_layer, plain
-from parallel.two_level_exchange import has_two_levels, rows_across
+from parallel.transport import auto_kind
+from parallel.two_level_exchange import rows_across
 from tests.parallel.plans import loads, owners, plans, settings, topologies
 
 H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
@@ -46,6 +47,7 @@ H200 = LayerCosts(  # Qwen3-30B-A3B, one layer
     planning_s=1e-3,
     row_s=2e-9,
     exchange_s=2e-4,
+    order_s=7e-5,
     sum_s=1.1e-5,
 )
 
@@ -154,8 +156,8 @@ def drawn(random: np.random.Generator) -> tuple[Floats, Ints, Setting]:
     attention = float(random.choice([0, 1, 3])) * tokens * (8 * hidden**2 + 2 * 4096 * hidden)
     costs = layer_costs(read_machine(str(random.choice(["h200", "a100"]))), hidden, expert_hidden, attention)
     budget = Budget(min(hidden_copies(costs, topology.nodes), experts), min(int(random.choice([1, 2, 4, 8, 32])), experts))
-    ways = {"two_level": has_two_levels(topology), "in_place": topology.nodes == 1}
-    setting = Setting(topology, top_k, budget, bool(random.random() < 0.3), costs, **ways)
+    kind = auto_kind(topology, in_reach=topology.nodes == 1)
+    setting = Setting(topology, top_k, budget, bool(random.random() < 0.3), costs, kind)
     return loads_E, random.permutation(np.arange(experts) * devices // experts), setting
 
 
@@ -265,7 +267,7 @@ def test_times_by_hand() -> None:
     np.testing.assert_allclose(found.within_in_D, [10, 0, 10, 10])
     np.testing.assert_allclose(found.across_in_D, [0, 0, 0, 20])
     links = Link(1.0, 0.1), Link(2.0, 0.5)
-    rest = {"attention_s": 30.0, "planning_s": 0.0, "row_s": 3.0, "exchange_s": 7.0, "sum_s": 9.0}
+    rest = {"attention_s": 30.0, "planning_s": 0.0, "row_s": 3.0, "exchange_s": 7.0, "order_s": 4.0, "sum_s": 9.0}
     costs = LayerCosts(1.0, 5.0, 2.0, 100.0, 200.0, *links, **rest)
     setting = Setting(topology, 1, Budget(8, 8), False, costs)
     # Device 3 computes 40 entries of one expert; it takes 20 rows of 2 bytes across and 10 within: the slower link decides. It
@@ -273,7 +275,7 @@ def test_times_by_hand() -> None:
     assert exchange_time(found, setting) == pytest.approx((2 + 20 * 2 * 0.5) + (20 + 40) * 3)
     # In two levels devices 2 and 3 take 10 of the 20 each. Device 3 takes 10 of its neighbour's own and 10 that came to it. It
     # lays out its own 20, passes these and the 10 that came on (in place, and laid out again), and serves 40.
-    two_level = replace(setting, two_level=True)
+    two_level = replace(setting, kind="two_level")
     assert exchange_time(found, two_level) == pytest.approx((2 + 10 * 2 * 0.5) + (1 + 20 * 2 * 0.1) + (20 + 2 * 30 + 40) * 3)
     times = copy_times(plan.placement, topology, costs)  # one expert, once across, and one gradient added
     assert (times.gather_s, times.return_s) == (pytest.approx(2 + 100 * 0.5), pytest.approx(2 + 200 * 0.5))
@@ -298,8 +300,9 @@ def test_in_two_levels_a_token_crosses_to_a_node_once(nodes_of: tuple[int, int],
     bare = Plan(without_copies(np.arange(topology.devices), topology.devices))
     loads_E = np.full(topology.devices, float(tokens * top_k))
     setting = replace(settings(seed, topology, 0), top_k=top_k, costs=replace(H200, row_bytes=1.0))
-    for two_level, rows in ((False, by_rank), (True, by_node)):
-        sent = exchanged(flows(bare, topology, loads_E), replace(setting, two_level=two_level))
+    rows_of_kind: dict[TransportKind, int] = {"messages": by_rank, "two_level": by_node}
+    for kind, rows in rows_of_kind.items():
+        sent = exchanged(flows(bare, topology, loads_E), replace(setting, kind=kind))
         assert sent.across_bytes == pytest.approx(rows, rel=0.1)
 
 

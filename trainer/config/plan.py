@@ -25,7 +25,8 @@ class MachineConfig(Record):
     memory_tbytes: float = Field(gt=0)  # TB/s read
     within: LinkConfig  # to the other GPUs of the node
     across: LinkConfig  # to other nodes
-    exchange_s: float = Field(ge=0)  # that tokens of an MoE layer take beside their way: sizes, plan, the host's part
+    exchange_s: float = Field(ge=0)  # that tokens of an MoE layer take beside their way: sizes, order, plan, the host's part
+    order_s: float = Field(ge=0)  # that the order of its choices takes where no tokens travel
     chunk_s: float = Field(ge=0)  # that each chunk of a layer's pass but the first takes beside its parts, until it is started
     host_gbytes: float = Field(gt=0)  # GB/s of the host's memory that the optimizer of one rank reaches
     host_link_gbytes: float = Field(gt=0)  # GB/s each way between a GPU and its host

@@ -12,7 +12,7 @@ from parallel.layer_cost import LayerCosts, Link, Setting, pass_times
 from parallel.placement import Budget, Topology, even_owners, without_copies
 from parallel.schedule.cost import EspCosts, Line, esp_chunk, esp_workload, fit, sharded_chunk, sharded_workload
 
-COSTS = LayerCosts(1e-8, 1e-6, 4096.0, 1e7, 2e7, Link(1e-5, 1e-11), Link(2e-5, 1e-10), 1e-3, 0.0, 1e-9, 1e-5, 0.0)
+COSTS = LayerCosts(1e-8, 1e-6, 4096.0, 1e7, 2e7, Link(1e-5, 1e-11), Link(2e-5, 1e-10), 1e-3, 0.0, 1e-9, 1e-5, 2e-6, 0.0)
 
 
 @given(st.floats(0, 1e-2), st.floats(1e-12, 1e-6), st.integers(2, 24))
@@ -80,7 +80,7 @@ def test_our_workload_is_what_the_model_of_placements_counts(nodes_of: tuple[int
     topology = Topology(nodes * per_node, per_node)
     loads_E = np.random.default_rng(seed).integers(0, 1000, 16).astype(float)
     plan = Plan(without_copies(even_owners(16, topology.devices), topology.devices))
-    setting = Setting(topology, top_k, Budget(0, 0), False, COSTS, two_level=seed % 2 == 0)
+    setting = Setting(topology, top_k, Budget(0, 0), False, COSTS, "messages" if seed % 2 else "two_level")
     work = sharded_workload(plan, loads_E, setting)
     forward, backward = (sharded_chunk(COSTS, work, 1, backward=way) for way in (False, True))
     products_s, tokens_s = pass_times(flows(plan, setting.topology, loads_E), setting)

@@ -126,7 +126,7 @@ def test_what_costs_nothing_in_chunks_stays_whole() -> None:
 def test_the_work_of_a_layer_is_that_of_its_busiest_rank() -> None:
     """Two ranks, two experts, top-1: of 30 tokens a rank gives, on average, so many as the other's expert has."""
     plan = Plan(without_copies(even_owners(2, 2), 2))
-    work = layer_work(plan, np.array([40.0, 20.0]), Topology(2, 1), top_k=1, row_bytes=8)
+    work = layer_work(plan, np.array([40.0, 20.0]), Topology(2, 1), 1, 8, "messages")
     assert work.entries == 40.0 and work.row_bytes == pytest.approx(20 * 8)
     assert work.differs(LayerWork(work.row_bytes, 30.0), 0.2) and not work.differs(LayerWork(work.row_bytes, 39.0), 0.2)
 
@@ -138,14 +138,14 @@ def test_over_two_levels_a_row_goes_to_a_node_once() -> None:
     random = np.random.default_rng(0)
     rank_WTK = random.random((6, tokens, experts)).argsort(axis=2)[:, :, :top_k] // 8
     loads_E = np.full(experts, 6 * tokens * top_k / experts)
-    work = layer_work(plan, loads_E, topology, top_k, row_bytes=1, levels=2)
+    work = layer_work(plan, loads_E, topology, top_k, 1, "two_level")
     served = [[{int(rank) for rank in row} for row in rank_TK] for rank_TK in rank_WTK]
     crossing = [sum(any(rank // 3 != me // 3 for rank in row) for row in rows) for me, rows in enumerate(served)]
     inside = [sum(rank // 3 == 0 and rank != me % 3 for row in rows for rank in row) for me, rows in enumerate(served)]
     assert work.row_bytes == pytest.approx(np.mean(crossing), rel=0.1)  # choices do not know of each other in what is expected
     relayed = [inside[place] + inside[place + 3] for place in range(3)]  # by the first node's ranks, to others there
     assert work.inside_bytes == pytest.approx(np.mean(relayed), rel=0.1)
-    assert layer_work(plan, loads_E, topology, top_k, row_bytes=1).row_bytes > work.row_bytes
+    assert layer_work(plan, loads_E, topology, top_k, 1, "messages").row_bytes > work.row_bytes
 
 
 def test_every_degree_divides_the_finest_parts() -> None:

@@ -76,10 +76,10 @@ def test_a_layer_from_published_speeds_takes_what_the_model_of_placements_says(s
     products_s, tokens_s = pass_times(flows(plan, setting.topology, loads_E), setting)
     idle = not (work.within_bytes or work.across_bytes)
     empty_s = 4 * lines.exchange.seconds(amount.row_bytes) if idle or (work.two_level and not work.across_bytes) else 0.0
-    announced_s = work.exchanged * setting.costs.exchange_s
+    announced_s = setting.costs.exchange_s if work.exchanged else setting.costs.order_s
     expected_s = products_s + tokens_s - announced_s + 0.25 + work.exchanged * empty_s
     assert in_sequence_s(lines, amount) == pytest.approx(expected_s)
-    assert lines.announce_s == (1 + work.two_level) * announced_s
+    assert lines.announce_s == (1 + bool(work.two_level and work.exchanged)) * announced_s
     assert work.exchanged == (not (setting.alone and plan.stays))
-    empty = ShardedWorkload(0.0, 0.0, 0.0, 1.0, 0.0, two_level=False, exchanged=1.0)
+    empty = ShardedWorkload(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, two_level=False, exchanged=1.0)
     assert np.isfinite(in_sequence_s(*published(setting.costs, empty, 0.0, 0.0)))
