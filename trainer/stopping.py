@@ -49,7 +49,7 @@ class Moved(RuntimeError):
 class StopRequest:
     """Listens for SIGNALS and Ctrl-C in a `with` block. In `deferred` one is kept for later, elsewhere it ends the run at once.
 
-    A second Ctrl-C raises KeyboardInterrupt anywhere.
+    Each is said at once. Further ones leave alone what ends already, but a second Ctrl-C raises KeyboardInterrupt anywhere.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,12 @@ class StopRequest:
         if by_hand and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= by_hand
+        first = self.signal is None
         self.signal = "Ctrl-C" if by_hand else signal.Signals(number).name
-        if self._waits_for is None:
-            self.obey("before a step was made")
         again = "; Ctrl-C again ends at once" if by_hand else ""
-        _say_at_once(f"{self.signal}: waiting for {self._waits_for}{again}")
+        _say_at_once(f"{self.signal}: waiting for {self._waits_for or 'what has been started to end'}{again}")
+        if self._waits_for is None and first:
+            self.obey("before a step was made")
 
     @contextmanager
     def deferred(self, waits_for: str, look: Callable[[], Move | None] | None = None) -> Iterator[None]:

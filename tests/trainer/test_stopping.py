@@ -6,7 +6,9 @@ import signal
 
 import pytest
 
-from launch.cli import CTRL_C, guarded
+from launch.cli import CTRL_C, guarded, load
+from trainer.cluster import run_attempts
+from trainer.config.run import PretrainConfig
 from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest
 
 STEP = "the end of this step"
@@ -119,3 +121,34 @@ def test_a_command_that_was_stopped_asks_to_be_started_again(capsys: pytest.Capt
 
     assert guarded(work) == REQUEUE == 75
     assert "after step 3" in capsys.readouterr().err
+
+
+def test_what_ends_already_is_left_alone_but_for_a_second_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
+    """As by a job's manager that sends one signal after the other, while Ray is shut down."""
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        said = capfd.readouterr().err.strip()
+        assert said == "Ctrl-C: waiting for what has been started to end; Ctrl-C again ends at once"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_behind_a_move_brings_to_the_disk_what_the_ranks_moved_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had kept it in memory only, and no other attempt begins."""
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: None)
+    brought: list[str] = []
+    attempts = iter([Moved(Move("a is to go", frozenset("a")), "after step 2")])
+
+    def attempt() -> None:
+        moved = next(attempts)
+        with stop.deferred(STEP):
+            signal.raise_signal(signal.SIGTERM)
+        raise moved
+
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Stopped, match="stopped by SIGTERM instead of another attempt"):
+        run_attempts(config, 1, attempt, lambda: -1, stop, lambda: brought.append("step 2"), lambda text: None)
+    assert brought == ["step 2"]
