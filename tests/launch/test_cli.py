@@ -394,6 +394,18 @@ def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     assert of("checkpoint=runs/a") == Path("runs/a")
 
 
+def test_a_folder_that_was_copied_in_part_is_a_message_before_anything_starts(tmp_path: Path) -> None:
+    folder = untrained(tmp_path)
+    (folder / "model.safetensors").unlink()
+    given = [f"checkpoint={folder}", f"runs_dir={tmp_path}/runs"]
+    wrong = r"has neither model\.safetensors nor model\.safetensors\.index\.json"
+    with pytest.raises(UserError, match=wrong):
+        pretrain_a_model(load(PretrainConfig, "pretrain", given))
+    with pytest.raises(UserError, match=wrong):
+        reinforce(load(RLConfig, "rl", given))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_message_before_anything_starts(
     tmp_path: Path,
 ) -> None:
