@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.errors import UserError
@@ -32,6 +31,7 @@ from trainer.model.families import (
     unused_layers,
 )
 from trainer.model.transformer import LanguageModel, require_plausible
+from trainer.tensor_files import save_tensors
 from trainer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 4 << 30
@@ -135,7 +135,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, folder: P
             name: their_features(name, tensor.cpu(), config).clone(memory_format=torch.contiguous_format)
             for name, tensor in shard.items()
         }
-        save_file(copies, folder / file, metadata={"format": "pt"})
+        save_tensors(copies, folder / file, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
