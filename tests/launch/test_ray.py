@@ -54,4 +54,4 @@ def test_the_job_of_the_page_is_a_run_that_can_be_composed() -> None:
     python, module, *options = entrypoint[3:4] + entrypoint[5:]
     assert (python, module) == (".venv/bin/python", "launch.pretrain")
     config = load(PretrainConfig, "pretrain", options)
-    assert config.cluster.address == "auto" and config.cluster.ranks == 16 and config.resume == "auto"
+    assert config.cluster.address == "auto" and config.cluster.ranks == 8 and config.resume == "auto"
