@@ -15,7 +15,7 @@ from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
 from rl.token_task import TokenTask
-from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, rank_choices, require_port, run_attempts
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
@@ -37,6 +37,9 @@ def reinforce(config: RLConfig) -> Path | None:
         print_plan(config, model, ranks)
         return None
     check_cluster(config.cluster, ranks, apart)
+    if config.rollout.metrics_port and config.cluster.address is None:  # engines elsewhere say it in their logs
+        for port in range(config.rollout.metrics_port, config.rollout.metrics_port + config.rollout.engines):
+            require_port(config.cluster.host, port, "rollout.metrics_port", "rollout.metrics_port=0")
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
     for name in config.rollout.stop_tokens:

@@ -123,14 +123,16 @@ def check_cluster(config: ClusterConfig, ranks: int, apart: int = 0) -> None:
     gpus = torch.cuda.device_count()
     if config.address is None and 0 < gpus < ranks + apart:
         raise UserError(f"{_asked(ranks, apart)}, and this machine has {gpus}; {_way_out(apart)}")
-    if not config.dashboard or config.address is not None:
-        return
-    taken = why_taken(config.host, config.dashboard_port)
+    if config.dashboard and config.address is None:
+        require_port(config.host, config.dashboard_port, "cluster.dashboard_port", "cluster.dashboard=false")
+
+
+def require_port(host: str, port: int, option: str, without: str) -> None:
+    """Raises UserError unless this process could listen at `port` of this machine, where `option` has something listen;
+    `without` is what a person sets to do without it."""
+    taken = why_taken(host, port)
     if taken is not None:
-        raise UserError(
-            f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({taken}); choose another, or go "
-            "without: cluster.dashboard=false"
-        )
+        raise UserError(f"port {port} of {option} on {host} cannot be had ({taken}); choose another, or go without: {without}")
 
 
 def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -403,6 +404,16 @@ def test_a_folder_that_was_copied_in_part_is_a_message_before_anything_starts(tm
         pretrain_a_model(load(PretrainConfig, "pretrain", given))
     with pytest.raises(UserError, match=wrong):
         reinforce(load(RLConfig, "rl", given))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_for_prometheus_that_is_taken_is_a_message_before_anything_starts(tmp_path: Path) -> None:
+    folder = untrained(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        given = [f"checkpoint={folder}", f"runs_dir={tmp_path}/runs", "rollout.engines=2", f"rollout.metrics_port={port - 1}"]
+        with pytest.raises(UserError, match=rf"port {port} of rollout\.metrics_port on 127\.0\.0\.1 cannot be had \(Address"):
+            reinforce(load(RLConfig, "rl", given))
     assert not (tmp_path / "runs").exists()
 
 

@@ -117,7 +117,9 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
+        with pytest.raises(
+            UserError, match=rf"port {port} of cluster\.dashboard_port on 127\.0\.0\.1 cannot be had .* choose another"
+        ):
             check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
         check_cluster(cluster(dashboard=False, dashboard_port=port), 1)
 
