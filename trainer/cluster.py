@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -289,13 +289,17 @@ def run_attempts(
     """
 
     def unless_stopped() -> None:
-        stop.obey("instead of another attempt")
+        stop.obey("before another attempt")
         attempt()
 
+    # Ray prints what a handler raises while it starts here, and starts all the same.
+    starting = stop.deferred("Ray, which is being started") if config.address is None else nullcontext()
     try:
-        start_ray(config, places, say)
-        stop.listen()
-        supervise(unless_stopped, began, config.max_restarts, say)
+        with stop.plainly():
+            with starting:
+                start_ray(config, places, say)
+            stop.listen()
+            supervise(unless_stopped, began, config.max_restarts, say)
     except Stopped:
         # A second signal comes too late to change anything, but for a second Ctrl-C.
         with stop.deferred("the newest checkpoint in memory, which goes to the disk"):

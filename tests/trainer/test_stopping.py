@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -149,6 +153,46 @@ def test_a_signal_behind_a_move_brings_to_the_disk_what_the_ranks_moved_with(mon
         raise moved
 
     config = load(PretrainConfig, "pretrain", []).cluster
-    with StopRequest() as stop, pytest.raises(Stopped, match="stopped by SIGTERM instead of another attempt"):
+    with StopRequest() as stop, pytest.raises(Stopped, match="stopped by SIGTERM before another attempt"):
         run_attempts(config, 1, attempt, lambda: -1, stop, lambda: brought.append("step 2"), lambda text: None)
     assert brought == ["step 2"]
+
+
+@pytest.mark.parametrize("disguise", [SystemError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ray_makes_of_a_signal_is_an_orderly_stop_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, disguise: type[BaseException], number: signal.Signals
+) -> None:
+    """Its core drops what a handler raises while it waits for the ranks."""
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: None)
+    brought: list[str] = []
+
+    def attempt() -> None:
+        try:
+            signal.raise_signal(number)
+        except Stopped:
+            raise disguise from None
+
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Stopped, match="before a step was made; resume=auto goes on") as caught:
+        run_attempts(config, 1, attempt, lambda: -1, stop, lambda: brought.append("all"), lambda text: None)
+    assert isinstance(caught.value, Interrupted) == (number == signal.SIGINT) and brought == ["all"]
+
+
+def test_ctrl_c_while_ray_starts_is_kept_until_it_has(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: signal.raise_signal(signal.SIGINT))
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Interrupted, match="stopped by Ctrl-C before another attempt"):
+        run_attempts(config, 1, pytest.fail, lambda: -1, stop, lambda: None, lambda text: None)
+    assert "Ctrl-C: waiting for Ray, which is being started; Ctrl-C again" in capfd.readouterr().err
+
+
+def test_ctrl_c_while_a_command_is_still_being_imported_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.pretrain"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -signal.SIGINT and ended.stderr.strip() == "stopped by Ctrl-C before anything was started"
