@@ -21,6 +21,7 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from kernels.errors import UserError
@@ -100,6 +101,8 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
+    if not is_token_auth_enabled():
+        say("this cluster asks for no token: who reaches Ray's ports can run programs there; RAY_AUTH_MODE=token asks for one")
     wanted = set(config.nodes or ())
     while missing := sorted(wanted - nodes_alive().keys()):
         there = f"{len(wanted) - len(missing)} of {len(wanted)} nodes are there"
