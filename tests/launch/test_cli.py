@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
+from launch.demo import main as run_demo
 from launch.generate import generate
 from launch.pretrain import pretrain as pretrain_a_model
 from launch.rl import reinforce
@@ -433,3 +434,20 @@ def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_messag
     with pytest.raises(UserError, match=wrong):
         generate(folder, ["a"], 1, 4, Sampling(1.0, seed=0))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("train.steps=99", "train.steps = 99"),
+        ("run_name=mine", "run_name=mine names one"),
+        ("runs_dri=a", "did you mean runs_dir?"),
+    ],
+)
+def test_a_mistake_for_either_stage_of_the_demo_is_a_message_before_the_first(
+    argument: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo([argument]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "pretraining" not in out
+    assert run_demo(["--help"]) == 0 and "usage: python -m launch.demo" in capsys.readouterr().out
