@@ -439,7 +439,7 @@ def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_messag
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("train.steps=99", "train.steps = 99"),
+        ("train.steps=99", 'train = {"steps": 99}   is a group of another command'),
         ("run_name=mine", "run_name=mine names one"),
         ("runs_dri=a", "did you mean runs_dir?"),
     ],
