@@ -362,7 +362,9 @@ def _unknown_option(name: str, value: str, location: tuple[str | int, ...], know
         *group, kind = location[:-1]  # data, stdlib; or model, router, cosine
         chosen = f"{group[0]}={kind}" if len(group) == 1 else f"{'.'.join(map(str, group))}.kind={kind}"
         return Problem(name, value, f"is not an option of {chosen}", name)
-    if (CONF / name.partition(".")[0]).is_dir() and name.partition(".")[0] not in known:
+    top = name.partition(".")[0]
+    elsewhere = (CONF / top).is_dir() or top in {*PretrainConfig.model_fields, *RLConfig.model_fields}
+    if elsewhere and top not in known:
         return Problem(name, value, "is a group of another command, see --help")
     return unknown_option(name, value, known)
 

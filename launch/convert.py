@@ -26,7 +26,8 @@ def convert(source: Path, out: Path) -> None:
     try:
         save_pretrained(model, out, folder / "tokenizer.json")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} cannot be written: {error}; make room, or name a folder elsewhere") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{out} cannot be written: {reason}; make room, or name a folder elsewhere") from error
     print(f"{folder} is in {out} in the Hugging Face layout")
 
 

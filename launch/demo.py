@@ -1,17 +1,19 @@
 """The main job, end to end: pretrain a small sparse MoE on Python's own source, then fine-tune it by RL. `make demo` runs this.
 
-Arguments are options of both stages, for example `python -m launch.demo seed=1`.
+Arguments are options that both stages have, for example `python -m launch.demo seed=1`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from kernels.errors import UserError
 from launch.cli import guarded, load
 from launch.pretrain import pretrain
 from launch.report import write_report
@@ -48,8 +50,14 @@ Records = list[dict[str, Value]]
 def demo(options: list[str]) -> None:
     started = time.monotonic()
     console = Console()
+    config = load(PretrainConfig, "pretrain", options)
+    load(RLConfig, "rl", ["checkpoint=none.yet", *options])  # a mistake for the second stage is one before the first
+    if config.run_name is not None:
+        raise UserError(
+            f"launch.demo makes two runs, and run_name={config.run_name} names one; leave it out, or give runs_dir=..."
+        )
     console.rule("1 of 2: pretraining")
-    pretrained = pretrain(load(PretrainConfig, "pretrain", options))
+    pretrained = pretrain(config)
     if pretrained is None:  # a dry run has nothing to fine-tune
         return
     console.rule("2 of 2: reinforcement learning with partial rollouts")
@@ -97,5 +105,12 @@ def total(values: list[float], how: str) -> float:
     }[how]
 
 
+def main(argv: Sequence[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print("usage: python -m launch.demo [name=value ...]\n\nOptions are those that launch.pretrain and launch.rl share.")
+        return 0
+    return guarded(lambda: demo(list(argv)))
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: demo(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=_count, default=64, help="of a completion, at most")
     parser.add_argument("--temperature", type=_positive, default=1.0)
     parser.add_argument("--top-k", type=_count, help="only the k likeliest tokens")
-    parser.add_argument("--top-p", type=_positive, default=1.0, help="only the likeliest tokens that make up this share")
+    parser.add_argument("--top-p", type=_share, default=1.0, help="only the likeliest tokens that make up this share")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     asked = parser.parse_args(argv)
     sampling = Sampling(asked.temperature, asked.seed, asked.top_k, asked.top_p)
@@ -100,6 +100,12 @@ def _count(text: str) -> int:
 def _positive(text: str) -> float:
     if not 0 < (number := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{number} should be larger than 0")
+    return number
+
+
+def _share(text: str) -> float:
+    if (number := _positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{number} should be at most 1")
     return number
 
 

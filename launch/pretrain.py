@@ -28,9 +28,8 @@ from trainer.worker import check_division
 
 def pretrain(config: PretrainConfig) -> Path | None:
     """Runs a whole pretraining and returns its run folder; None after a dry run."""
-    config, start_from = with_checkpoint(config)
-    ranks = choose_ranks(config.cluster)
-    choices = rank_choices(config.cluster, ranks, partial(check_division, config.model, config.train.batch_rows))
+    config, start_from, choices = settle(config)
+    ranks = choices[0]
     if config.dry_run:
         print_plan(config, config.model, ranks)
         return None
@@ -52,6 +51,13 @@ def pretrain(config: PretrainConfig) -> Path | None:
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
+
+
+def settle(config: PretrainConfig) -> tuple[PretrainConfig, Path | None, tuple[int, ...]]:
+    """`with_checkpoint`, and how many ranks there may be, the number that is wanted first. UserError where they do not fit."""
+    config, start_from = with_checkpoint(config)
+    check = partial(check_division, config.model, config.train.batch_rows)
+    return config, start_from, rank_choices(config.cluster, choose_ranks(config.cluster), check)
 
 
 def with_checkpoint(config: PretrainConfig) -> tuple[PretrainConfig, Path | None]:

@@ -15,7 +15,8 @@ from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
 from rl.token_task import TokenTask
-from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
+from trainer.cluster import check_cluster, choose_ranks, rank_choices, require_port, run_attempts
+from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.memory_checkpoints import MemoryCheckpoints
@@ -23,23 +24,22 @@ from trainer.run_dir import RunDir
 from trainer.starting_point import settled, starting_point, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
+from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 from trainer.worker import check_division
 
 
 def reinforce(config: RLConfig) -> Path | None:
     """Runs a whole RL fine-tuning and returns its run folder; None after a dry run."""
-    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
-    start_from, model = starting_point(config.checkpoint)
-    check_generates(model)
-    tokenizer = tokenizer_of(start_from, model, config.chat.eos)
-    apart = config.rollout.engines_apart
-    ranks = choose_ranks(config.cluster, apart)
-    choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
+    config, start_from, model, tokenizer, choices = settle(config)
+    ranks, apart = choices[0], config.rollout.engines_apart
     if config.dry_run:
         print_plan(config, model, ranks)
         return None
     check_cluster(config.cluster, ranks, apart)
+    if config.rollout.metrics_port and config.cluster.address is None:  # engines elsewhere say it in their logs
+        for port in range(config.rollout.metrics_port, config.rollout.metrics_port + config.rollout.engines):
+            require_port(config.cluster.host, port, "rollout.metrics_port", "rollout.metrics_port=0")
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
     for name in config.rollout.stop_tokens:
@@ -59,6 +59,18 @@ def reinforce(config: RLConfig) -> Path | None:
     write_report([run.path], run.path / "report.html")
     draw_schedule(run.path)
     return run.path
+
+
+def settle(config: RLConfig) -> tuple[RLConfig, Path, ModelConfig, Tokenizer, tuple[int, ...]]:
+    """With the folder that its checkpoint is now; that of the weights, their model and tokenizer, and how many ranks there may
+    be, the number that is wanted first. UserError where they do not fit."""
+    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
+    start_from, model = starting_point(config.checkpoint)
+    check_generates(model)
+    tokenizer = tokenizer_of(start_from, model, config.chat.eos)
+    ranks = choose_ranks(config.cluster, config.rollout.engines_apart)
+    choices = rank_choices(config.cluster, ranks, lambda count: check_division(model, count, count))
+    return config, start_from, model, tokenizer, choices
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from pathlib import Path
 from string import Template
 
 from kernels.errors import UserError
+from launch import pretrain, rl
 from launch.cli import guarded, load, usage
 from trainer.cluster import choose_ranks
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, RunConfig
-from trainer.run_dir import shown, write_atomically
+from trainer.run_dir import continued, shown, write_atomically
 
 TEMPLATES = Path(__file__).parent / "slurm"
 COMMANDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "rl": RLConfig}
@@ -32,6 +33,7 @@ def submit(command: str, options: Sequence[str]) -> str | None:
     # Fixed here, so that every attempt of the job finds the same folder.
     name = config.run_name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     script = job_script(command, name, config, options)
+    check_run(config.model_copy(update={"run_name": name, "resume": "auto"}))
     if config.dry_run:
         print(script)
         print("dry run: nothing was submitted")
@@ -52,6 +54,20 @@ def submit(command: str, options: Sequence[str]) -> str | None:
     return job
 
 
+def check_run(config: RunConfig) -> None:
+    """Raises UserError for what the job would end at as soon as it begins, after its time in the queue.
+
+    A checkpoint that is not there yet may be what another job makes: that is said, and nothing that depends on it is checked.
+    """
+    assert isinstance(config, PretrainConfig | RLConfig)
+    if config.checkpoint is not None and not config.checkpoint.exists():
+        print(f"checkpoint={config.checkpoint} is not there; the job ends at once unless it is when the job begins")
+    elif isinstance(config, PretrainConfig):
+        continued(pretrain.settle(config)[0], "pretrain")
+    else:
+        continued(rl.settle(config)[0], "rl")
+
+
 def job_script(command: str, name: str, config: RunConfig, options: Sequence[str]) -> str:
     """The script of the job.
 
@@ -63,6 +79,11 @@ def job_script(command: str, name: str, config: RunConfig, options: Sequence[str
         raise UserError("launch.submit is for cluster=slurm; other clusters need no job, start launch.pretrain or launch.rl")
     choose_ranks(config.cluster, config.rollout.engines_apart if isinstance(config, RLConfig) else 0)
     runs = config.runs_dir.absolute()
+    log = str(runs / "slurm" / f"{name}.log")
+    if strange := sorted({sign for sign in log if sign in '"\\%' or not sign.isprintable()}):
+        raise UserError(
+            f"SLURM takes {' and '.join(map(repr, strange))} in {log!r} for its own; choose another runs_dir or run_name"
+        )
     asked = {"--gpus-per-node": slurm.gpus_per_node, "--partition": slurm.partition, "--account": slurm.account}
     lines = [f"{option}={value}" for option, value in asked.items() if value] + list(slurm.sbatch)
     own = [option for option in options if not option.startswith("dry_run=")]
@@ -70,7 +91,7 @@ def job_script(command: str, name: str, config: RunConfig, options: Sequence[str
         "name": name,
         "nodes": slurm.nodes,
         "time_limit": slurm.time_limit,
-        "log": runs / "slurm" / f"{name}.log",
+        "log": log,
         "stop_before_s": slurm.stop_before_s,
         "sbatch": "\n".join(f"#SBATCH {line}" for line in lines),
         "folder": shlex.quote(str(Path.cwd())),

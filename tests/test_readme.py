@@ -19,11 +19,13 @@ from launch.submit import job_script
 from rl.rewards.task import Prompt, Task
 from rl.rewards.tasks import make_task
 from tests.test_architecture import ROOMS
+from trainer.cluster import choose_ranks
 from trainer.config.plan import PlanConfig
 from trainer.config.record import Record
 from trainer.config.rl import RLConfig, TaskConfig
 from trainer.config.run import PretrainConfig
 from trainer.metrics import METRICS, markdown_table
+from trainer.worker import check_division
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -83,6 +85,18 @@ def test_there_are_commands_of_every_kind_in_the_pages() -> None:
     assert {name for module, arguments in COMMANDS if module == "bench" for name in arguments[:1]} <= BENCHMARKS.keys()
 
 
+def require_fit(config: Record) -> None:
+    """Experts and rows of the model that it is about, the demo's unless it says otherwise, divide over its ranks."""
+    if isinstance(config, PretrainConfig):
+        rows, model = config.train.batch_rows, config.model
+    elif isinstance(config, RLConfig):
+        model, rows = load(PretrainConfig, "pretrain", []).model, 0
+    else:
+        return
+    apart = config.rollout.engines_apart if isinstance(config, RLConfig) else 0
+    check_division(model, rows, choose_ranks(config.cluster, apart))
+
+
 @pytest.mark.parametrize(("module", "arguments"), COMMANDS, ids=lambda part: part if isinstance(part, str) else " ".join(part))
 def test_a_command_in_the_pages_is_one_that_its_module_takes(
     module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -90,10 +104,11 @@ def test_a_command_in_the_pages_is_one_that_its_module_takes(
     """Its options are read as the command reads them; nothing is started."""
     roots = {**ROOTS, "doctor": PretrainConfig}
     if module in roots:
-        load(roots[module], "pretrain" if module == "doctor" else module, arguments)
+        require_fit(load(roots[module], "pretrain" if module == "doctor" else module, arguments))
     elif module == "submit":
         name, *options = arguments
         config = load(submit.COMMANDS[name], name, options)
+        require_fit(config)
         assert f"launch.slurm.job --max-requeues={config.cluster.slurm.max_requeues}" in job_script(
             name, "job", config, options
         )

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.errors import UserError
 from parallel.topology import World
 from trainer.checkpoint import FORMAT, CheckpointMeta, Damaged, parse_record, prune, set_aside
 from trainer.checkpoint_files import Checksum, checksum
+from trainer.tensor_files import save_tensors
 
 FILE_BYTES = 256 * 2**20  # of tensors that come from a disk; twice as much is in memory while one file is written
 SLAB_BYTES = 256 * 2**20  # of copies in the host's memory
@@ -123,7 +123,7 @@ class Writer:
         """Why it failed, if it did; the thread tells it to the other ranks."""
         try:
             for index, tensors in enumerate(_batches(passing)):
-                save_file(tensors, self._state_file(staging, f"_{index:05d}"))
+                save_tensors(tensors, self._state_file(staging, f"_{index:05d}"))
         except (OSError, SafetensorError) as error:
             return self._why_not_written(folder, error)
         except UserError as error:  # where the tensors come from
@@ -181,7 +181,7 @@ class Writer:
         """(checksums of this rank's files, why it failed)."""
         try:
             whole = self._state_file(staging)
-            save_file(state, whole)
+            save_tensors(state, whole)
             sums = {}
             for file in whole.parent.glob(f"{whole.stem}*"):
                 with open(file, "rb") as written:

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from kernels.errors import UserError
@@ -100,6 +101,8 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
+    if not is_token_auth_enabled():
+        say("this cluster asks for no token: who reaches Ray's ports can run programs there; RAY_AUTH_MODE=token asks for one")
     wanted = set(config.nodes or ())
     while missing := sorted(wanted - nodes_alive().keys()):
         there = f"{len(wanted) - len(missing)} of {len(wanted)} nodes are there"
@@ -123,14 +126,16 @@ def check_cluster(config: ClusterConfig, ranks: int, apart: int = 0) -> None:
     gpus = torch.cuda.device_count()
     if config.address is None and 0 < gpus < ranks + apart:
         raise UserError(f"{_asked(ranks, apart)}, and this machine has {gpus}; {_way_out(apart)}")
-    if not config.dashboard or config.address is not None:
-        return
-    taken = why_taken(config.host, config.dashboard_port)
+    if config.dashboard and config.address is None:
+        require_port(config.host, config.dashboard_port, "cluster.dashboard_port", "cluster.dashboard=false")
+
+
+def require_port(host: str, port: int, option: str, without: str) -> None:
+    """Raises UserError unless this process could listen at `port` of this machine, where `option` has something listen;
+    `without` is what a person sets to do without it."""
+    taken = why_taken(host, port)
     if taken is not None:
-        raise UserError(
-            f"cluster.dashboard_port={config.dashboard_port} on {config.host} is in use ({taken}); choose another, or go "
-            "without: cluster.dashboard=false"
-        )
+        raise UserError(f"port {port} of {option} on {host} cannot be had ({taken}); choose another, or go without: {without}")
 
 
 def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:
@@ -287,13 +292,17 @@ def run_attempts(
     """
 
     def unless_stopped() -> None:
-        stop.obey("instead of another attempt")
+        stop.obey("before another attempt")
         attempt()
 
+    # Ray prints what a handler raises while it starts here, and starts all the same.
+    starting = stop.deferred("Ray, which is being started") if config.address is None else nullcontext()
     try:
-        start_ray(config, places, say)
-        stop.listen()
-        supervise(unless_stopped, began, config.max_restarts, say)
+        with stop.plainly():
+            with starting:
+                start_ray(config, places, say)
+            stop.listen()
+            supervise(unless_stopped, began, config.max_restarts, say)
     except Stopped:
         # A second signal comes too late to change anything, but for a second Ctrl-C.
         with stop.deferred("the newest checkpoint in memory, which goes to the disk"):

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.topology import World
 from trainer.batch import TrainBatch
+from trainer.tensor_files import save_tensors
 
 
 class UpdateRefused(RuntimeError):
@@ -135,7 +135,7 @@ def keep_batch(batch: TrainBatch, folder: Path, name: str, rank: int) -> str:
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(whole, folder / f"{name}_rank_{rank}.safetensors")
+        save_tensors(whole, folder / f"{name}_rank_{rank}.safetensors")
     except (OSError, SafetensorError) as error:
         return f"the batch could not be kept: {error}"
     return f"the batch is in {folder}/{name}_rank_*.safetensors"

@@ -24,6 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kernels.errors import UserError
+from parallel.addresses import require_reachable
 from trainer.config.run import ClusterConfig
 from trainer.run_dir import REPOSITORY
 from trainer.stopping import Move, Moved, Stopped
@@ -156,17 +157,22 @@ class Placement:
         self._seat()
 
     def _seat(self) -> None:
-        """Says which of the places that the groups hold are those of ranks, and which of engines."""
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        """Says which of the places that the groups hold are those of ranks, and which of engines.
+
+        Raises:
+            UserError: their nodes do not reach each other.
+        """
+        known = {node["NodeID"]: (node["NodeName"], node["NodeManagerAddress"]) for node in ray.nodes()}
         self.places, nodes = list[PlacementGroupSchedulingStrategy](), list[str]()
         for group in self.groups:
             node_of = placement_group_table(group)["bundles_to_node_id"]
             self.places += [PlacementGroupSchedulingStrategy(group, index) for index in range(len(node_of))]
             nodes += [node_of[index] for index in range(len(node_of))]
+        require_reachable(dict(known[node] for node in nodes))
         self.bundles, left = seats(nodes, self.ranks)  # of ranks
         self.engine_bundles = left if self.separate else self.bundles
         self.node_ids = [nodes[bundle] for bundle in self.bundles]  # of ranks
-        self.hosts = [addresses[node] for node in self.node_ids]  # of ranks
+        self.hosts = [known[node][1] for node in self.node_ids]  # of ranks
 
     def _places(self, ranks: int) -> int:
         return ranks + self.first_engines * self.separate

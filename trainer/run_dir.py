@@ -86,10 +86,8 @@ class RunDir:
         Raises:
             UserError: the folder cannot be written, is in use, or belongs to a run with another configuration.
         """
-        path = _resumable(config, kind) if config.resume == "auto" else None
-        if path is not None:
-            return cls._reopen(path, config, kind)
-        return cls._create(config, kind)
+        path = continued(config, kind)
+        return cls._create(config, kind) if path is None else cls._reopen(path, config, kind)
 
     @classmethod
     def _create(cls, config: RunConfig, kind: str) -> RunDir:
@@ -108,9 +106,6 @@ class RunDir:
     @classmethod
     def _reopen(cls, path: Path, config: RunConfig, kind: str) -> RunDir:
         status = read_status(path)
-        if status["kind"] != kind:
-            raise UserError(f"{shown(path)} is a {status['kind']} run; choose another run_name for this {kind} run")
-        _require_same(path, config)
         status |= {"state": "running", "attempt": status["attempt"] + 1}
         return cls._start(path, config, status, f"continuing {shown(path)}, attempt {status['attempt']}")
 
@@ -181,13 +176,15 @@ def read_status(path: Path) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.yaml of a run folder, of whatever version. UserError if there is none, or it is no mapping."""
-    file = path / "config.yaml"
+    file, way_out = path / "config.yaml", "its checkpoints have copies of it, checkpoints/*/config.yaml"
     try:
         config = parsed_yaml(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown(file)} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read: {error.strerror}; {way_out}") from None
+    except ValueError as error:
+        raise UserError(f"{shown(file)} is damaged: {error}; {way_out}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{shown(file)} is damaged: it holds no options")
+        raise UserError(f"{shown(file)} is damaged: it holds no options; {way_out}")
     return config
 
 
@@ -232,8 +229,23 @@ def _git(*arguments: str) -> str:
 # ---------------------------------------------------------------- finding and making folders
 
 
+def continued(config: RunConfig, kind: str) -> Path | None:
+    """The run that this command goes on with; None where it begins one.
+
+    Raises:
+        UserError: it is of another kind, has other options, or cannot be read.
+    """
+    path = _resumable(config, kind) if config.resume == "auto" else None
+    if path is None:
+        return None
+    if (found := read_status(path)["kind"]) != kind:
+        raise UserError(f"{shown(path)} is of launch.{found}; choose another run_name for this run of launch.{kind}")
+    _require_same(path, config)
+    return path
+
+
 def continued_config(config: RunConfig, kind: str) -> dict[str, Any] | None:
-    """config.yaml of the run that this command goes on with; None where it begins one."""
+    """config.yaml of that run; None where this command begins one."""
     path = _resumable(config, kind) if config.resume == "auto" else None
     return None if path is None else read_config(path)
 
@@ -247,7 +259,10 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
             raise UserError(f"no run has begun in {shown(path)}: it has no status.json. Remove it, or choose another run_name")
         return path if path.exists() else None
     folders = [file.parent for file in runs.glob("*/status.json") if not file.parent.is_symlink()]
-    found = [(read_status(folder), folder) for folder in folders]
+    try:
+        found = [(read_status(folder), folder) for folder in folders]
+    except UserError as error:
+        raise UserError(f"{error}. Which run is to go on? Say it with run_name=..., or move that folder away") from None
     unfinished = [(s["created"], folder) for s, folder in found if s["kind"] == kind and s["state"] != "finished"]
     return max(unfinished)[1] if unfinished else None
 
@@ -256,9 +271,10 @@ def _new_folder(config: RunConfig, kind: str) -> Path:
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
         path = runs / config.run_name
-        if path.exists():
-            raise UserError(f"{shown(path)} exists; continue it with resume=auto, or choose another run_name")
-        path.mkdir()
+        try:
+            path.mkdir()
+        except FileExistsError:  # also where another command is faster
+            raise UserError(f"{shown(path)} exists; continue it with resume=auto, or choose another run_name") from None
         return path
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [runs / name, *(runs / f"{name}-{number}" for number in range(2, 100))]
@@ -292,11 +308,15 @@ def _locked(path: Path) -> IO[str]:
 def write_atomically(file: Path, text: str) -> None:
     """A reader sees the old file or the new one, never half of one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from trainer.cluster import Processes
 from trainer.config.model import ModelConfig
 from trainer.config.run import RunConfig
 from trainer.estimate import vocab_size
-from trainer.model.hf import read_config
+from trainer.model.hf import read_config, tensor_files
 from trainer.run_dir import continued_config, shown
 from trainer.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ def starting_point(path: Path) -> tuple[Path, ModelConfig]:
     if (path / "config.json").is_file():
         if not (path / "tokenizer.json").is_file():
             raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
+        tensor_files(path)  # of what was copied in part this is known before anything starts
         return path, read_config(path)
     found = checkpoint.resolve(path)
     return found, checkpoint.model_of(found, checkpoint.read_meta(found))

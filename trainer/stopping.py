@@ -49,13 +49,14 @@ class Moved(RuntimeError):
 class StopRequest:
     """Listens for SIGNALS and Ctrl-C in a `with` block. In `deferred` one is kept for later, elsewhere it ends the run at once.
 
-    A second Ctrl-C raises KeyboardInterrupt anywhere.
+    Each is said at once. Further ones leave alone what ends already, but a second Ctrl-C raises KeyboardInterrupt anywhere.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None  # the name of the one that came
         self.move: Move | None = None
         self._interrupted = False  # by Ctrl-C
+        self._raised: BaseException | None = None  # by the handler, in whatever the run was doing
         self._waits_for: str | None = None  # in `deferred`
         self._look: Callable[[], Move | None] = _nothing
 
@@ -78,13 +79,30 @@ class StopRequest:
     def _on_signal(self, number: int, _frame: FrameType | None) -> Any:
         by_hand = number == signal.SIGINT
         if by_hand and self._interrupted:
-            raise KeyboardInterrupt
+            self._raised = KeyboardInterrupt()
+            raise self._raised
         self._interrupted |= by_hand
+        first = self.signal is None
         self.signal = "Ctrl-C" if by_hand else signal.Signals(number).name
-        if self._waits_for is None:
-            self.obey("before a step was made")
-        again = "; Ctrl-C again ends at once" if by_hand else ""
-        _say_at_once(f"{self.signal}: waiting for {self._waits_for}{again}")
+        if first or by_hand:
+            again = "; Ctrl-C again ends at once" if by_hand else ""
+            _say_at_once(f"{self.signal}: waiting for {self._waits_for or 'what has been started to end'}{again}")
+        if self._waits_for is None and first:
+            self._raised = self._kind()(f"stopped by {self.signal} before a step was made; resume=auto goes on")
+            raise self._raised
+
+    def _kind(self) -> type[Stopped]:
+        return Interrupted if self._interrupted else Stopped
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """For calls of Ray, out of which what the handler raises comes as another exception: here it is as it was raised."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemError) as error:
+            if self._raised is None or error is self._raised:
+                raise
+            raise self._raised from error
 
     @contextmanager
     def deferred(self, waits_for: str, look: Callable[[], Move | None] | None = None) -> Iterator[None]:
@@ -113,8 +131,7 @@ class StopRequest:
     def obey(self, where: str) -> None:
         """Raises Stopped if a signal has come, Moved for a move. `where` it stops: "after step 12"."""
         if self.signal is not None:
-            kind = Interrupted if self._interrupted else Stopped
-            raise kind(f"stopped by {self.signal} {where}; resume=auto goes on")
+            raise self._kind()(f"stopped by {self.signal} {where}; resume=auto goes on")
         if self.move is not None and not self.move.elsewhere:
             raise Stopped(f"{self.move.why}, and cluster.nodes has all of them take part: stopped {where}; resume=auto goes on")
         if self.move is not None:

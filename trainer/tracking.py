@@ -23,7 +23,7 @@ from trainer.hangs import tail
 from trainer.memory import resident_gib
 from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, console_line, emit, seconds_left
 from trainer.records import Change, read_records, summary
-from trainer.run_dir import RunDir, shown
+from trainer.run_dir import RunDir, State, shown
 from trainer.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -63,14 +63,20 @@ class Tracker:
         self.wandb: wandb.Run | None = None
 
     def __enter__(self) -> Self:
-        self.run.log_file("driver").parent.mkdir(parents=True, exist_ok=True)
-        self.say(self.run.note)
-        self.wandb = self._start_wandb()
+        try:
+            self.run.log_file("driver").parent.mkdir(parents=True, exist_ok=True)
+            self.say(self.run.note)
+            self.wandb = self._start_wandb()
+        except BaseException as error:  # Ctrl-C while W&B is waited for, a full disk
+            self.run.close(_end_of(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
-        self.run.close("finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed")
+        try:
+            self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
+        finally:  # a second Ctrl-C does not wait for W&B, and the folder says how the run ended all the same
+            self.run.close(_end_of(error))
         if error is None:
             changes = summary(self.stage, read_records(self.run.metrics_file))
             if changes:
@@ -182,6 +188,8 @@ class Tracker:
             from trainer.workspace import ensure_workspace  # here, because only runs that are online need it
 
             self.say(f"W&B workspace: {ensure_workspace(run.entity, run.project, self.stage)}")
+        except Stopped:
+            raise
         except Exception as error:  # of many libraries and of a server: all of it is said
             command = f"python -m launch.report {shown(self.run.path)} --wandb"
             self.say(f"no W&B workspace ({_first_line(error)}); `{command}` tries again")
@@ -190,11 +198,14 @@ class Tracker:
         """A W&B that fails is told nothing more, and the run goes on."""
         if self.wandb is None:
             return
+        files = shown(self.run.path / "wandb")
         try:
             call(self.wandb)
+        except Stopped:  # while it gets the rest at the end, which nothing else waits for
+            self.wandb = None
+            self.say(f"W&B is not waited for any longer; `wandb sync {files}/run-*` sends the rest")
         except Exception as error:  # of W&B's own process, which may have died in many ways
             self.wandb = None
-            files = shown(self.run.path / "wandb")
             self.say(
                 f"W&B has failed ({_first_line(error)}); the run goes on without it. `wandb sync {files}/run-*` sends the rest"
             )
@@ -223,6 +234,11 @@ class Tracker:
                 finish_timeout_raises=True,
             ),
         )
+
+
+def _end_of(error: BaseException | None) -> State:
+    """What status.json says of a run that ended with it."""
+    return "finished" if error is None else "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
 
 
 def _append(file: Path, line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from kernels.errors import UserError
 from launch.cli import group_choices, load, main, option_names, print_plan, usage
+from launch.demo import main as run_demo
 from launch.generate import generate
 from launch.pretrain import pretrain as pretrain_a_model
 from launch.rl import reinforce
@@ -394,6 +396,28 @@ def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     assert of("checkpoint=runs/a") == Path("runs/a")
 
 
+def test_a_folder_that_was_copied_in_part_is_a_message_before_anything_starts(tmp_path: Path) -> None:
+    folder = untrained(tmp_path)
+    (folder / "model.safetensors").unlink()
+    given = [f"checkpoint={folder}", f"runs_dir={tmp_path}/runs"]
+    wrong = r"has neither model\.safetensors nor model\.safetensors\.index\.json"
+    with pytest.raises(UserError, match=wrong):
+        pretrain_a_model(load(PretrainConfig, "pretrain", given))
+    with pytest.raises(UserError, match=wrong):
+        reinforce(load(RLConfig, "rl", given))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_for_prometheus_that_is_taken_is_a_message_before_anything_starts(tmp_path: Path) -> None:
+    folder = untrained(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        given = [f"checkpoint={folder}", f"runs_dir={tmp_path}/runs", "rollout.engines=2", f"rollout.metrics_port={port - 1}"]
+        with pytest.raises(UserError, match=rf"port {port} of rollout\.metrics_port on 127\.0\.0\.1 cannot be had \(Address"):
+            reinforce(load(RLConfig, "rl", given))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_message_before_anything_starts(
     tmp_path: Path,
 ) -> None:
@@ -410,3 +434,20 @@ def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_a_messag
     with pytest.raises(UserError, match=wrong):
         generate(folder, ["a"], 1, 4, Sampling(1.0, seed=0))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("train.steps=99", 'train = {"steps": 99}   is a group of another command'),
+        ("run_name=mine", "run_name=mine names one"),
+        ("runs_dri=a", "did you mean runs_dir?"),
+    ],
+)
+def test_a_mistake_for_either_stage_of_the_demo_is_a_message_before_the_first(
+    argument: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo([argument]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "pretraining" not in out
+    assert run_demo(["--help"]) == 0 and "usage: python -m launch.demo" in capsys.readouterr().out

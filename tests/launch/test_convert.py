@@ -30,5 +30,7 @@ def test_a_checkpoint_goes_out_or_the_folder_is_named(tmp_path: Path, capsys: py
     with file_size_limit(20_000):
         assert main([str(folder), str(out)]) == 2
     assert f"{out} cannot be written: " in capsys.readouterr().err and not list(out.parent.iterdir())
+    assert main([str(folder), "/proc/out"]) == 2
+    assert "/proc/out cannot be written: No such file or directory; make room, or" in capsys.readouterr().err
     assert main([str(folder), str(out)]) == 0
     torch.testing.assert_close(load_pretrained(out, torch.float32).state(), model.state(), rtol=0, atol=0)

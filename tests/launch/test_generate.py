@@ -58,6 +58,8 @@ def test_what_is_printed_repeats_and_mistakes_are_named(tmp_path: Path, capsys: 
     assert sum(line.startswith("prompt 1: ") for line in printed[0]) == 3
     assert main([folder, "def", "--tokens", "1000"]) == 2
     assert "and --tokens 1000 make 100" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([folder, "def", "--temperature", "0"])
-    assert "0.0 should be larger than 0" in capsys.readouterr().err
+    wrong = [("--temperature", "0", "0.0 should be larger than 0"), ("--top-p", "2", "2.0 should be at most 1")]
+    for option, value, said in wrong:
+        with pytest.raises(SystemExit):
+            main([folder, "def", option, value])
+        assert said in capsys.readouterr().err

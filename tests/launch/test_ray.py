@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.dashboard.modules.job.cli import submit
+from ray.dashboard.modules.job.cli import job_cli_group, submit
 from ray.scripts import scripts
 
 from launch.cli import load
@@ -41,9 +41,12 @@ def test_the_commands_that_start_ray_have_options_that_it_knows() -> None:
 
 
 def test_the_commands_of_the_page_are_rays() -> None:
-    assert {command[0] for command in COMMANDS} == {"get-auth-token", "up", "dashboard", "job"}
+    assert {command[0] for command in COMMANDS} == {"get-auth-token", "up", "dashboard", "job", "down"}
+    assert {command[1] for command in COMMANDS if command[0] == "job"} == {"submit", "list", "logs", "stop"}
     for name, *arguments in COMMANDS:
-        if name != "job":
+        if name == "job":
+            job_cli_group.commands[arguments[0]].make_context(name, list(arguments[1:]))
+        else:
             scripts.cli.commands[name].make_context(name, list(arguments))
         assert all((REPOSITORY / word).is_file() for word in arguments if word.endswith(".yaml"))
 
@@ -54,4 +57,4 @@ def test_the_job_of_the_page_is_a_run_that_can_be_composed() -> None:
     python, module, *options = entrypoint[3:4] + entrypoint[5:]
     assert (python, module) == (".venv/bin/python", "launch.pretrain")
     config = load(PretrainConfig, "pretrain", options)
-    assert config.cluster.address == "auto" and config.cluster.ranks == 16 and config.resume == "auto"
+    assert config.cluster.address == "auto" and config.cluster.ranks == 8 and config.resume == "auto"

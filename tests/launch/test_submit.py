@@ -11,6 +11,7 @@ from kernels.errors import UserError
 from launch.cli import load
 from launch.slurm.node import ray_command
 from launch.submit import COMMANDS, TEMPLATES, job_script, render, submit
+from trainer.run_dir import RunDir
 
 SLURM = ["cluster=slurm", "cluster.slurm.nodes=4", "cluster.slurm.gpus_per_node=2"]
 
@@ -54,6 +55,36 @@ def test_what_cannot_be_submitted_is_a_message(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"there is no sbatch on the PATH"):
         submit("pretrain", [*SLURM, f"runs_dir={tmp_path}/runs"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_job_would_end_at_is_a_message_before_it_waits_in_the_queue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [f"runs_dir={tmp_path}/runs", "dry_run=true"]
+    with pytest.raises(UserError, match=r"model\.num_experts \(8\) is not divisible by the number of ranks \(12\)"):
+        submit("pretrain", [*SLURM, "cluster.slurm.nodes=6", *runs])
+    (tmp_path / "empty").mkdir()
+    for command in COMMANDS:
+        with pytest.raises(UserError, match=r"empty holds no checkpoint"):
+            submit(command, [*SLURM, f"checkpoint={tmp_path}/empty", *runs])
+        assert submit(command, [*SLURM, f"checkpoint={tmp_path}/later", *runs]) is None, "another job may make it"
+        assert "later is not there; the job ends at once unless it is" in capsys.readouterr().out
+    RunDir.open(load(COMMANDS["pretrain"], "pretrain", [*runs[:1], "run_name=mine"]), "pretrain").close("stopped")
+    with pytest.raises(UserError, match=r"train\.steps: 240 in the run, 99 now"):
+        submit("pretrain", [*SLURM, *runs, "run_name=mine", "train.steps=99"])
+    assert submit("pretrain", [*SLURM, *runs, "run_name=mine"]) is None
+
+
+@pytest.mark.parametrize("options", [["runs_dir='a\"b'"], ["runs_dir=a%b"], ["run_name='a\\b'"]])
+def test_names_that_slurm_reads_as_something_else_are_refused(options: list[str]) -> None:
+    with pytest.raises(UserError, match=r"SLURM takes .* for its own; choose another runs_dir or run_name"):
+        submit("pretrain", [*SLURM, *options, "dry_run=true"])
+
+
+def test_an_option_of_sbatch_is_one_line() -> None:
+    for name in ("partition", "account"):
+        with pytest.raises(UserError, match=rf"cluster\.slurm\.{name} = gpu"):
+            submit("pretrain", [*SLURM, f"cluster.slurm.{name}='gpu\nrm x'", "dry_run=true"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import socket
 import psutil
 import pytest
 
-from parallel.addresses import reached_from
+from kernels.errors import UserError
+from parallel.addresses import reached_from, require_reachable
 from parallel.topology import use_interface_to
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -45,6 +46,13 @@ def test_other_machines_are_not_told_the_address_that_debian_gives_a_machine_in_
     for address in outside:
         if not address.startswith("127."):
             assert reached_from(address, own="127.0.1.1") == address
+
+
+def test_a_node_that_ray_knows_by_an_address_of_each_machine_itself_is_named() -> None:
+    require_reachable({"a": "127.0.0.2", "b": "127.0.0.3"})  # one machine
+    require_reachable({"a": "10.0.0.1", "b": "10.0.0.2"})
+    with pytest.raises(UserError, match=r"Ray knows head at 127\.0\.1\.1, which leads every other .* --node-ip-address="):
+        require_reachable({"head": "127.0.1.1", "b": "10.0.0.2"})
 
 
 def test_what_a_person_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:

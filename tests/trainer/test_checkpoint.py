@@ -39,6 +39,7 @@ from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.model.transformer import LanguageModel
 from trainer.run_checkpoints import OnDisk, Progress, RunCheckpoints
 from trainer.stopping import Move, StopRequest
+from trainer.tensor_files import save_tensors
 from trainer.worker import SavedInMemory, named_tensors, read_model
 
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
@@ -143,6 +144,15 @@ def test_copies_of_tensors_are_their_own_and_use_the_same_memory_again(shapes: l
         tensors = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         copies.take(tensors.items())
         assert [slab.data_ptr() for slab in copies._slabs] == slabs
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_who_may_use_a_folder_may_read_the_tensors_in_it(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(mode)
+    save_tensors({"a": torch.ones(2)}, folder / "a.safetensors")
+    assert (folder / "a.safetensors").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:

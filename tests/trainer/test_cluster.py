@@ -14,7 +14,17 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from kernels.errors import UserError
 from launch.cli import load
-from trainer.cluster import GONE, ProcessLost, _say_of_ray, check_cluster, choose_ranks, rank_choices, reason_of, supervise
+from trainer.cluster import (
+    GONE,
+    ProcessLost,
+    _say_of_ray,
+    check_cluster,
+    choose_ranks,
+    rank_choices,
+    reason_of,
+    start_ray,
+    supervise,
+)
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.places import seats
 from trainer.stopping import Move, Moved
@@ -117,9 +127,22 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"cluster.dashboard_port={port} on 127.0.0.1 is in use .* choose another"):
+        with pytest.raises(
+            UserError, match=rf"port {port} of cluster\.dashboard_port on 127\.0\.0\.1 cannot be had .* choose another"
+        ):
             check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
         check_cluster(cluster(dashboard=False, dashboard_port=port), 1)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_cluster_that_lets_everybody_in_is_said(monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("trainer.cluster.nodes_alive", dict)
+    monkeypatch.setattr("trainer.cluster.is_token_auth_enabled", lambda: asks)
+    said: list[str] = []
+    start_ray(cluster(address="10.0.0.1:6379"), 1, said.append)
+    assert said[0] == "joining the Ray cluster at 10.0.0.1:6379"
+    assert [line.partition(":")[0] for line in said[1:]] == ([] if asks else ["this cluster asks for no token"])
 
 
 def test_ranks_are_as_asked() -> None:

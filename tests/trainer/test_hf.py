@@ -190,7 +190,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pyt
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.model.hf.save_file", full)
+    monkeypatch.setattr("trainer.model.hf.save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(some_model(CONFIGS["qwen"]), tmp_path / "out", None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -154,7 +154,7 @@ def test_resume_allows_what_leaves_the_numbers_alone(tmp_path: Path) -> None:
 def test_a_run_of_another_kind_is_not_continued(tmp_path: Path) -> None:
     finished(tmp_path, "run_name=mine")
     rl = load(RLConfig, "rl", [f"runs_dir={tmp_path}", "checkpoint=a", "run_name=mine", "resume=auto"])
-    with pytest.raises(UserError, match="mine is a pretrain run; choose another run_name for this rl run"):
+    with pytest.raises(UserError, match=r"mine is of launch\.pretrain; choose another run_name for this run of launch\.rl"):
         RunDir.open(rl, "rl")
 
 
@@ -165,6 +165,37 @@ def test_two_commands_never_write_one_run(tmp_path: Path) -> None:
     assert read_status(run.path)["attempt"] == 1
     run.close("failed")
     RunDir.open(config(tmp_path, "run_name=mine", "resume=auto"), "pretrain").close("failed")
+
+
+def test_two_commands_that_begin_one_run_at_the_same_time_do_not_share_it(tmp_path: Path) -> None:
+    RunDir.open(config(tmp_path, "run_name=mine"), "pretrain").close("failed")
+    with pytest.raises(UserError, match=r"mine exists; continue it with resume=auto, or choose another run_name"):
+        RunDir.open(config(tmp_path, "run_name=mine"), "pretrain")
+
+
+@pytest.mark.parametrize("text", [None, "train: [1,2", "", b"\x81"])
+def test_a_configuration_that_cannot_be_read_is_a_message_that_says_where_a_copy_is(
+    tmp_path: Path, text: str | bytes | None
+) -> None:
+    file = finished(tmp_path, "run_name=mine").path / "config.yaml"
+    file.unlink()
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        UserError, match=r"mine/config\.yaml (is damaged|cannot be read): .*; its checkpoints have copies of it"
+    ):
+        RunDir.open(config(tmp_path, "run_name=mine", "resume=auto"), "pretrain")
+    assert read_status(tmp_path / "mine")["attempt"] == 1
+
+
+def test_of_runs_with_a_damaged_one_among_them_the_one_to_go_on_is_asked_for(tmp_path: Path) -> None:
+    run = finished(tmp_path, "run_name=mine")
+    finished(tmp_path, "run_name=torn").path.joinpath("status.json").write_text("")
+    with pytest.raises(
+        UserError, match=r"torn/status\.json is damaged: .* Which run is to go on\? Say it with run_name=\.\.\."
+    ):
+        RunDir.open(config(tmp_path, "resume=auto"), "pretrain")
+    assert RunDir.open(config(tmp_path, "resume=auto", "run_name=mine"), "pretrain").path == run.path
 
 
 def test_rewind_drops_what_the_run_will_do_again(tmp_path: Path) -> None:
@@ -194,6 +225,7 @@ def test_a_full_disk_is_a_message_and_leaves_the_old_status(tmp_path: Path, monk
     with pytest.raises(UserError, match="No space left on device"):
         run.close("finished")
     assert read_status(run.path)["state"] == "running"
+    assert not list(run.path.glob(".status*")), "half a file is left"
 
 
 def test_a_run_whose_disk_was_full_when_it_began_says_how_to_begin_anew(

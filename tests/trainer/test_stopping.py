@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from launch.cli import CTRL_C, guarded
+from launch.cli import CTRL_C, guarded, load
+from trainer.cluster import run_attempts
+from trainer.config.run import PretrainConfig
 from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest
 
 STEP = "the end of this step"
@@ -119,3 +125,74 @@ def test_a_command_that_was_stopped_asks_to_be_started_again(capsys: pytest.Capt
 
     assert guarded(work) == REQUEUE == 75
     assert "after step 3" in capsys.readouterr().err
+
+
+def test_what_ends_already_is_left_alone_but_for_a_second_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
+    """As by a job's manager that sends one signal after the other, while Ray is shut down."""
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        said = capfd.readouterr().err.strip()
+        assert said == "Ctrl-C: waiting for what has been started to end; Ctrl-C again ends at once"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_behind_a_move_brings_to_the_disk_what_the_ranks_moved_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had kept it in memory only, and no other attempt begins."""
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: None)
+    brought: list[str] = []
+    attempts = iter([Moved(Move("a is to go", frozenset("a")), "after step 2")])
+
+    def attempt() -> None:
+        moved = next(attempts)
+        with stop.deferred(STEP):
+            signal.raise_signal(signal.SIGTERM)
+        raise moved
+
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Stopped, match="stopped by SIGTERM before another attempt"):
+        run_attempts(config, 1, attempt, lambda: -1, stop, lambda: brought.append("step 2"), lambda text: None)
+    assert brought == ["step 2"]
+
+
+@pytest.mark.parametrize("disguise", [SystemError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ray_makes_of_a_signal_is_an_orderly_stop_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, disguise: type[BaseException], number: signal.Signals
+) -> None:
+    """Its core drops what a handler raises while it waits for the ranks."""
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: None)
+    brought: list[str] = []
+
+    def attempt() -> None:
+        try:
+            signal.raise_signal(number)
+        except Stopped:
+            raise disguise from None
+
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Stopped, match="before a step was made; resume=auto goes on") as caught:
+        run_attempts(config, 1, attempt, lambda: -1, stop, lambda: brought.append("all"), lambda text: None)
+    assert isinstance(caught.value, Interrupted) == (number == signal.SIGINT) and brought == ["all"]
+
+
+def test_ctrl_c_while_ray_starts_is_kept_until_it_has(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: signal.raise_signal(signal.SIGINT))
+    config = load(PretrainConfig, "pretrain", []).cluster
+    with StopRequest() as stop, pytest.raises(Interrupted, match="stopped by Ctrl-C before another attempt"):
+        run_attempts(config, 1, pytest.fail, lambda: -1, stop, lambda: None, lambda text: None)
+    assert "Ctrl-C: waiting for Ray, which is being started; Ctrl-C again" in capfd.readouterr().err
+
+
+def test_ctrl_c_while_a_command_is_still_being_imported_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.pretrain"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -signal.SIGINT and ended.stderr.strip() == "stopped by Ctrl-C before anything was started"

@@ -21,6 +21,7 @@ from trainer.config.run import LoggerConfig, PretrainConfig
 from trainer.metrics import UNKNOWN, USE
 from trainer.records import Change, read_records
 from trainer.run_dir import RunDir, read_status
+from trainer.stopping import Interrupted
 from trainer.tracking import Tracker, summary_table
 
 OFF = LoggerConfig(wandb="off", project="tessera", entity=None)
@@ -118,6 +119,41 @@ def test_a_failure_is_written_down_and_passed_on(run: RunDir, capsys: pytest.Cap
         raise RuntimeError("boom")
     assert read_status(run.path)["state"] == "failed"
     assert "stopped" in capsys.readouterr().out
+
+
+class Slow:
+    """W&B's run while its last records travel, when somebody loses patience."""
+
+    def __init__(self, impatience: BaseException) -> None:
+        self.impatience = impatience
+
+    def finish(self, exit_code: int) -> None:
+        raise self.impatience
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped by Ctrl-C"), ValueError("ours")])
+def test_the_folder_says_how_the_run_ended_even_if_ctrl_c_comes_again_while_wandb_is_waited_for(
+    run: RunDir, error: BaseException
+) -> None:
+    with pytest.raises(KeyboardInterrupt), Tracker(run, "pretrain", OFF, total_steps=2, devices=1) as tracker:
+        tracker.wandb = Slow(KeyboardInterrupt())  # type: ignore[assignment]
+        raise error
+    assert read_status(run.path)["state"] == ("failed" if isinstance(error, ValueError) else "stopped")
+    assert run.lock.closed
+
+
+def test_ctrl_c_at_the_end_of_a_run_does_without_what_wandb_lacks(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(run, "pretrain", OFF, total_steps=2, devices=1) as tracker:
+        tracker.wandb = Slow(Interrupted("stopped by Ctrl-C before a step was made"))  # type: ignore[assignment]
+    assert read_status(run.path)["state"] == "finished"
+    assert "W&B is not waited for any longer; `wandb sync " in capsys.readouterr().out
+
+
+def test_ctrl_c_while_wandb_is_started_leaves_a_run_that_has_stopped(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracker, "_start_wandb", lambda self: (_ for _ in ()).throw(Interrupted("stopped by Ctrl-C")))
+    with pytest.raises(Interrupted), Tracker(run, "pretrain", OFF, total_steps=2, devices=1):
+        raise AssertionError("the run has begun")
+    assert read_status(run.path)["state"] == "stopped" and run.lock.closed
 
 
 def test_an_undeclared_key_writes_nothing(run: RunDir) -> None:

@@ -155,8 +155,8 @@ class SlurmConfig(Record):
     nodes: int = Field(gt=0)
     gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one a node
     time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")  # as sbatch takes it
-    partition: str | None
-    account: str | None
+    partition: Annotated[str, Field(pattern=r"^[^\n]+$")] | None
+    account: Annotated[str, Field(pattern=r"^[^\n]+$")] | None
     stop_before_s: int = Field(gt=0)  # so long before the limit the run writes a checkpoint and queues again
     max_requeues: int = Field(ge=0)
     sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.errors import UserError
@@ -32,6 +31,7 @@ from trainer.model.families import (
     unused_layers,
 )
 from trainer.model.transformer import LanguageModel, require_plausible
+from trainer.tensor_files import save_tensors
 from trainer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 4 << 30
@@ -135,7 +135,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, folder: P
             name: their_features(name, tensor.cpu(), config).clone(memory_format=torch.contiguous_format)
             for name, tensor in shard.items()
         }
-        save_file(copies, folder / file, metadata={"format": "pt"})
+        save_tensors(copies, folder / file, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -157,7 +157,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> LanguageModel:
     content = _read_json(path)
     family, config = parse_config(content, path)
     unused = unused_layers(content, config)
-    files = {name: file for name, file in _tensor_files(folder).items() if not name.startswith(unused)}
+    files = {name: file for name, file in tensor_files(folder).items() if not name.startswith(unused)}
     require_plausible(config, sum(file.stat().st_size for file in set(files.values())), str(path))
     model = LanguageModel.unset(config, torch.device("cpu"), dtype)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in files)
@@ -175,8 +175,8 @@ def read_config(folder: Path) -> ModelConfig:
     return parse_config(_read_json(path), path)[1]
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds a tensor, for all tensors."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds a tensor, for all tensors. UserError where one of the files is missing, or the only one is damaged."""
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
