@@ -9,8 +9,9 @@ BIN     := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Images of containers often set it. Each process would then compile all that it imports: 20 s instead of 5. So
-# make unsets it, and setup imports once what every process does.
+# make unsets it, and setup imports once what most processes do.
 unexport PYTHONDONTWRITEBYTECODE
+IMPORTED := deepspeed, launch.demo, launch.rl, matplotlib.pyplot, torch.fx.experimental.symbolic_shapes, trainer.worker, wandb
 
 .PHONY: demo test check setup clean
 
@@ -34,7 +35,7 @@ setup: .venv/ready
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) torch==$(TORCH)
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
-	@DS_ACCELERATOR=cpu $(BIN)/python -c 'import deepspeed, trainer.worker, torch.fx.experimental.symbolic_shapes'
+	@DS_ACCELERATOR=cpu $(BIN)/python -c 'import $(IMPORTED)'
 	@touch $@
 
 clean:

@@ -34,6 +34,7 @@ from trainer.checkpoint_files import folder_name
 from trainer.estimate import vocab_size
 
 if TYPE_CHECKING:
+    from trainer.checkpoint_writer import Writer
     from trainer.worker import TrainWorker
 
 LEARNING_RATE = 1e-4
@@ -65,8 +66,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """`every` updates; NaN where there was no checkpoint."""
+    """`every` updates, and more until its checkpoint is whole; NaN where there was none."""
 
+    updates: int
     seconds: float
     paused_s: float  # that the slowest rank stood still
     whole_s: float  # until all files were there
@@ -103,8 +105,8 @@ class Cost:
 
     @property
     def least_every(self) -> int:
-        """Updates from one checkpoint to the next at which they cost ALLOWED of the time."""
-        return max(1, math.ceil(self.cost_s / (ALLOWED * self.step_s)))
+        """Updates from one checkpoint to the next at which they cost ALLOWED of the time, and one is whole before the next."""
+        return max(1, math.ceil(self.cost_s / (ALLOWED * self.step_s)), math.ceil(self.whole_s / self.step_s))
 
 
 def measure(
@@ -128,6 +130,7 @@ def measure(
         work = f"checkpoints of {name} with {options.layers} layers, {options.ranks} ranks, updates of {tokens:,} tokens"
         for way in WAYS[1:]:
             turns = found.turns[way]
+            undisturbed = (turn.updates * without.seconds / options.every for turn, without in zip(turns, alone, strict=True))
             yield Cost(
                 work=work,
                 way=way,
@@ -135,7 +138,7 @@ def measure(
                 step_s=median(turn.seconds for turn in alone) / options.every,
                 paused_s=median(turn.paused_s for turn in turns),
                 whole_s=median(turn.whole_s for turn in turns),
-                costs_s=tuple(turn.seconds - without.seconds for turn, without in zip(turns, alone, strict=True)),
+                costs_s=tuple(turn.seconds - seconds for turn, seconds in zip(turns, undisturbed, strict=True)),
                 every=options.every,
             )
 
@@ -170,20 +173,27 @@ class _Learner:
         self._worker, self._batch, self._disk, self._model = worker, batch, disk, dict(model)
         self._writers = {"disk": worker.writer, "memory": worker.memory[1]}
 
-    def turn(self, way: str, updates: int) -> Turn:
-        worker, writer = self._worker, self._writers.get(way)
+    def turn(self, way: str, least: int) -> Turn:
+        """What is left to write then takes nothing from updates, so what it costs is theirs."""
+        worker, writer, updates = self._worker, self._writers.get(way), 0
         self._meet()
         started = time.perf_counter()
         paused_s = math.nan if writer is None else self._begin(way)
-        for _ in range(updates):
+        while updates < least or self._writing(writer):
             worker.learn(self._batch, cross_entropy, LEARNING_RATE)
+            updates += 1
         if writer is not None and (failure := writer.settle()) is not None:
             raise UserError(failure)
         self._meet()
         seconds, paused = time.perf_counter() - started, [paused_s] * worker.world.size
         if worker.world.size > 1:
             dist.all_gather_object(paused, paused_s)
-        return Turn(seconds, max(paused), math.nan if writer is None else writer.took_s)
+        return Turn(updates, seconds, max(paused), math.nan if writer is None else writer.took_s)
+
+    def _writing(self, writer: Writer | None) -> bool:
+        """Whether any rank is."""
+        world = self._worker.world
+        return writer is not None and float(world.sum(torch.tensor(float(writer.busy), device=world.device))) > 0
 
     def _begin(self, way: str) -> float:
         """Seconds that this rank stood still."""
