@@ -10,7 +10,7 @@ count. Once those under way cannot make N any more, more are drawn, over-provisi
 all is finished, groups without signal fill the round, so a task that is too easy or too hard ends a round all the same.
 
 Two differences from the published code: groups that finish together with the N-th one are kept for the next round, and a
-group is regenerated when its oldest token is more than `max_staleness` rounds behind.
+group is regenerated, or dropped (`stale`), when its oldest token is more than `max_staleness` rounds behind.
 
 Engines move in lockstep by a number of tokens, not by the clock, so a round is a pure function of its inputs.
 
@@ -71,6 +71,7 @@ class RoundResult:
 
     groups: tuple[Group, ...]
     metrics: dict[str, float]
+    dropped: tuple[Group, ...] = ()  # too old, and not regenerated
 
 
 def submitted_groups(groups: int, config: RolloutConfig) -> int:
@@ -92,7 +93,8 @@ def rollout_round(
     The engines must be empty and hold these weights. `meanwhile` gets the groups of the result as soon as they are there, and
     the engines go on generating until it returns. Raises UserError when not one sample of the round could be judged.
     """
-    dropped = buffer.restart_older_than(weight_version - config.max_staleness)
+    stale = buffer.expire(weight_version - config.max_staleness, drop=config.stale == "drop")
+    dropped = tuple(stale) if config.stale == "drop" else ()
     first_drawn = buffer.next_group
     judged: dict[int, Group] = {}
 
@@ -117,19 +119,21 @@ def rollout_round(
         _overlap(progress, config, lambda missing: buffer.take_more(missing, fresh), partial(meanwhile, groups))
     if progress.running:
         progress.update(pool.drain())
-    metrics |= _settle(progress, buffer, groups, first_drawn)
-    metrics["rollout/dropped_groups"] = dropped
-    return RoundResult(groups, metrics)
+    metrics |= _settle(progress, buffer, groups, dropped, first_drawn)
+    metrics["rollout/stale_groups"] = len(stale)
+    return RoundResult(groups, metrics, dropped)
 
 
-def _settle(progress: _Progress, buffer: RolloutBuffer, groups: Sequence[Group], first_drawn: int) -> dict[str, float]:
+def _settle(
+    progress: _Progress, buffer: RolloutBuffer, groups: Sequence[Group], dropped: Sequence[Group], first_drawn: int
+) -> dict[str, float]:
     """Leaves in the buffer what the round does not use. Metrics of what the engines did in it."""
     ids = {group.id for group in groups}
     surplus = [group for group in progress.useful if group.id not in ids]
     replaced = [group for group in progress.flat if group.id not in ids]
     unfinished, finished = list(progress.running.values()), [*progress.useful, *progress.flat]
     buffer.settle(recycled=unfinished, surplus=surplus)
-    buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of(replaced)))
+    buffer.lengths.close_round(RoundLengths(first_drawn, lengths_of(groups), lengths_of((*replaced, *dropped))))
     return {
         "rollout/decode_steps": progress.steps,
         "rollout/finished_groups": len(finished),

@@ -28,7 +28,7 @@ class RoundLengths:
 
     first: int  # the id of the first group that it drew, or would have drawn
     trained: tuple[GroupLengths, ...]
-    replaced: tuple[GroupLengths, ...]  # finished and thrown away
+    replaced: tuple[GroupLengths, ...]  # thrown away, finished or not
 
 
 class LengthWindow:

@@ -70,7 +70,7 @@ def stage(
 
     buffer.change(changed)
     metrics = {**result.metrics, "time/staged_s": time.perf_counter() - clock}
-    return RoundResult(tuple(map(changed, result.groups)), metrics)
+    return replace(result, groups=tuple(map(changed, result.groups)), metrics=metrics)
 
 
 def _require_version(sample: Sample, weight_version: int) -> None:

@@ -197,7 +197,8 @@ class RolloutBuffer:
     `recycled` holds unfinished groups, oldest first; `surplus` holds groups that finished when their round was already full;
     `lengths` says how long the trained groups of the last rounds were, and those that were drawn.
     Groups handed out by `take` are in flight until `settle`; a state saved in between counts them as not yet started in this
-    round, so a run that dies in the middle of a round loses the work of that round and no prompt.
+    round, and those that were dropped as not dropped, so a run that dies in the middle of a round loses the work of that round
+    and no prompt.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class RolloutBuffer:
         self._recycled = deque(recycled)
         self._surplus = deque(surplus)
         self._in_flight: tuple[Group, ...] = ()
+        self._dropped: tuple[Group, ...] = ()  # in the round that is under way
         self._next_group = next_group
 
     @property
@@ -226,14 +228,15 @@ class RolloutBuffer:
         """How many prompts have been drawn so far."""
         return self._next_group
 
-    def restart_older_than(self, version: int) -> int:
-        """Restarts every group that has a token from before `version`; returns how many there were."""
+    def expire(self, version: int, *, drop: bool) -> list[Group]:
+        """The groups that have a token from before `version`, as they were. They start anew, or with `drop` are gone."""
         stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]
         ids = {group.id for group in stale}
         self._surplus = deque(group for group in self._surplus if group.id not in ids)
         kept = [group for group in self._recycled if group.id not in ids]
-        self._recycled = deque([*(group.restarted() for group in stale), *kept])
-        return len(stale)
+        self._recycled = deque([*(() if drop else (group.restarted() for group in stale)), *kept])
+        self._dropped = tuple(stale) if drop else ()
+        return stale
 
     def take(self, finished: int, total: int, fresh: Callable[[int], Group]) -> list[Group]:
         """Groups for one round: surplus ones first, then recycled ones, then `fresh(index of the prompt)`.
@@ -266,7 +269,7 @@ class RolloutBuffer:
         assert all(group.done for group in surplus) and not any(group.done for group in recycled)
         self._recycled.extend(recycled)
         self._surplus.extend(surplus)
-        self._in_flight = ()
+        self._in_flight = self._dropped = ()
 
     def change(self, changed: Callable[[Group], Group]) -> None:
         """Replaces every group by `changed(group)`, between rounds."""
@@ -276,8 +279,9 @@ class RolloutBuffer:
 
     def to_state(self) -> dict[str, Any]:
         """A JSON-able dict; `from_state` makes an equal buffer from it, floats bit by bit (JSON writes them by repr)."""
-        surplus = [group for group in self._in_flight if group.done]
-        unfinished = [group for group in self._in_flight if not group.done]
+        taken = (*self._dropped, *self._in_flight)
+        surplus = [group for group in taken if group.done]
+        unfinished = [group for group in taken if not group.done]
         return {
             "next_group": self._next_group,
             "lengths": self.lengths.to_state(),

@@ -157,7 +157,7 @@ _DECLARED = (
         ",.0f",
         "tokens that a sample got which was there from the start to the end of the round: its length, whatever the clock says",
     ),
-    Metric("rollout/dropped_groups", "groups", "dropped", ".0f", "unfinished groups that grew too old and start anew"),
+    Metric("rollout/stale_groups", "groups", "grew stale", ".0f", "groups that grew too old: they start anew, or are dropped"),
     Metric("rollout/replaced_groups", "groups", "replaced", ".0f", "finished groups of equal rewards that others replaced"),
     Metric("rollout/engines", "engines", "engines", ".0f", "engines of ours that take part at the end of the round"),
     Metric("rollout/engines_lost", "engines", "engines lost", ".0f", "engines that died or hung"),

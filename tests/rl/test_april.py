@@ -27,6 +27,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
         max_new_tokens=40,
         max_turns=8,
         max_staleness=3,
+        stale="regenerate",
         temperature=1.0,
         engines=1,
         min_engines=None,
@@ -140,6 +141,7 @@ configs = st.builds(
     over_provision=st.sampled_from([1.0, 1.25, 1.5, 2.0, 3.0]),
     max_new_tokens=st.integers(4, 64),
     max_staleness=st.integers(0, 3),
+    stale=st.sampled_from(["regenerate", "drop"]),
     advance_tokens=st.integers(1, 9),
 )
 
@@ -147,16 +149,17 @@ configs = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(configs)
 def test_every_round_returns_exactly_n_whole_groups_and_loses_no_prompt(config: RolloutConfig) -> None:
-    buffer, used = RolloutBuffer(), []
+    buffer, used = RolloutBuffer(), list[int]()
     for version in range(6):
         result = play(buffer, config, range(version, version + 1))[0]
         assert len(result.groups) == config.groups
         assert all(group.done and len(group.samples) == config.samples_per_group for group in result.groups)
         ids = [group.id for group in result.groups]
         assert ids == sorted(ids)
-        used += ids
+        used += [*ids, *(group.id for group in result.dropped)]
+        assert not result.dropped or config.stale == "drop"
         waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
-        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once or still waits"
+        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once, dropped or still waits"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -214,7 +217,7 @@ def test_a_buffer_saved_within_a_round_repeats_that_round(config: RolloutConfig)
     if pool.saved is not None:  # else the surplus was a whole round
         repeated = play(RolloutBuffer.from_state(json.loads(pool.saved)), config, range(3, 4))[0]
         assert repeated.groups == result.groups
-        assert repeated.metrics | {"rollout/dropped_groups": 0} == result.metrics | {"rollout/dropped_groups": 0}
+        assert repeated.metrics | {"rollout/stale_groups": 0} == result.metrics | {"rollout/stale_groups": 0}
 
 
 class LosingPool(ScriptedPool):
@@ -237,9 +240,9 @@ def test_lost_engines_lose_no_prompt_and_no_token(config: RolloutConfig, seed: i
         pool = LosingPool(version, 64, config.max_new_tokens, slots=7)
         pool.moments = moments
         result = rollout_round(pool, buffer, prompts, config, version, score)
-        used += [group.id for group in result.groups]
+        used += [group.id for group in (*result.groups, *result.dropped)]
         waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
-        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once or still waits"
+        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once, dropped or still waits"
         for sample in (sample for group in result.groups for sample in group.samples):
             length = min(final_length(sample.uid, 64), config.max_new_tokens)
             assert sample.response_ids == tuple(token(sample.uid, place) for place in range(length))
@@ -298,16 +301,17 @@ def test_new_tokens_counts_what_the_pool_generated() -> None:
         assert result.metrics["rollout/new_tokens"] == pool.generated
 
 
-def test_a_stale_group_starts_anew_and_is_counted() -> None:
-    config = rollout_config(max_staleness=1, groups=1, over_provision=1.0)
+@pytest.mark.parametrize("stale", ["regenerate", "drop"])
+def test_a_stale_group_starts_anew_or_makes_room_for_another_and_is_counted(stale: str) -> None:
+    config = rollout_config(max_staleness=1, stale=stale, groups=1, over_provision=1.0)
     old = Segment((5,), (-1.0,), 0)
     samples = tuple(Sample(uid, 0, prompts(0)) for uid in range(2))
     group = Group(0, (samples[0].extended(old, "finished"), samples[1].extended(old, "partial")))
-    result = rollout_round(
-        ScriptedPool(2, 64, 40), RolloutBuffer([group], next_group=1), prompts, config, weight_version=2, score=score
-    )
-    assert result.metrics["rollout/dropped_groups"] == 1
-    assert [sample.uid for sample in result.groups[0].samples] == [0, 1]
+    buffer = RolloutBuffer([group], next_group=1)
+    result = rollout_round(ScriptedPool(2, 64, 40), buffer, prompts, config, weight_version=2, score=score)
+    assert result.metrics["rollout/stale_groups"] == 1
+    assert result.groups[0].id == (1 if stale == "drop" else 0) and buffer.next_group == result.groups[0].id + 1
+    assert result.dropped == ((group,) if stale == "drop" else ())
     assert {version for sample in result.groups[0].samples for version in sample.versions} == {2}
 
 
@@ -323,7 +327,7 @@ def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:
     assert result.metrics["reward/mean"] == pytest.approx(1 / 3)
     assert result.metrics["reward/zero_std_share"] == 1
     names = "length_mean length_max finished_groups recycled_samples resumed_samples resumed_tokens stale_token_share"
-    names += " staleness_mean staleness_max truncated_share new_tokens decode_steps dropped_groups replaced_groups length_bias"
+    names += " staleness_mean staleness_max truncated_share new_tokens decode_steps stale_groups replaced_groups length_bias"
     expected = {f"rollout/{name}" for name in names.split()} | {
         f"reward/{n}" for n in ("mean", "std", "zero_std_share", "missing")
     }
@@ -344,7 +348,7 @@ def flat_often(sample: Sample) -> float | None:
 @given(configs, st.integers(0, 6), st.integers(1, 60))
 def test_refills_replace_groups_without_signal_and_lose_no_other(config: RolloutConfig, refills: int, longest: int) -> None:
     config = config.model_copy(update={"refills": refills})
-    buffer, used, replaced = RolloutBuffer(), [], 0
+    buffer, used, replaced = RolloutBuffer(), list[int](), 0
     for version in range(5):
         pool = ScriptedPool(version, longest, config.max_new_tokens, slots=7)
         result = rollout_round(pool, buffer, prompts, config, version, each(flat_often))
@@ -357,7 +361,7 @@ def test_refills_replace_groups_without_signal_and_lose_no_other(config: Rollout
         if refills == 0:
             assert result.metrics["rollout/replaced_groups"] == 0
         replaced += int(result.metrics["rollout/replaced_groups"])
-        used += [group.id for group in result.groups]
+        used += [group.id for group in (*result.groups, *result.dropped)]
         waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
         assert len(set(used + waiting)) == len(used + waiting) == buffer.next_group - replaced
 

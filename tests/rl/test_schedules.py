@@ -105,15 +105,16 @@ class Run:
         self.config, self.random = config, random
         self.talks = random.random() < 0.5
         self.buffer, self.trained = RolloutBuffer(), list[tuple[int, Group]]()  # with the version that was trained
+        self.dropped = list[int]()
         self.deaths, self.rounds_begun = 0, 0
         self._save()
 
     def _save(self) -> None:
         """Also in the middle of a round: what is in flight counts as not started then, and nothing of the round was trained."""
-        self.saved = json.dumps(self.buffer.to_state()), list(self.trained)
+        self.saved = json.dumps(self.buffer.to_state()), list(self.trained), list(self.dropped)
 
     def _restore(self) -> None:
-        state, self.trained = self.saved[0], list(self.saved[1])
+        state, self.trained, self.dropped = self.saved[0], list(self.saved[1]), list(self.saved[2])
         self.buffer = RolloutBuffer.from_state(json.loads(state))
 
     def play(self) -> None:
@@ -134,6 +135,7 @@ class Run:
                 self._restore()
                 continue
             self.trained += [(version, group) for group in result.groups]
+            self.dropped += [group.id for group in result.dropped]
             if self.random.random() < 0.4:
                 self._save()
 
@@ -177,7 +179,8 @@ def test_every_prompt_is_trained_once_an_epoch_and_every_token_is_what_it_was_wh
     ids = [group.id for _, group in run.trained]
     assert len(ids) == ROUNDS * config.groups
     waiting = [group.id for group in (*run.buffer.recycled, *run.buffer.surplus)]
-    assert sorted(ids + waiting) == list(range(run.buffer.next_group)), "trained or waiting, once, and none is missing"
+    assert not run.dropped or config.stale == "drop"
+    assert sorted(ids + waiting + run.dropped) == list(range(run.buffer.next_group)), "in one place, and none is missing"
     assert set(Counter((i // EPOCH, i % EPOCH) for i in ids).values()) <= {1}, "once an epoch"
     for version, group in run.trained:
         assert len(group.samples) == config.samples_per_group

@@ -121,11 +121,11 @@ def test_state_saved_in_the_middle_of_a_round_holds_what_is_in_flight_and_takes_
         buffer.take(2, 4, fresh)
 
 
-def test_restart_older_than_restarts_the_whole_group_and_keeps_its_uids() -> None:
-    buffer = RolloutBuffer(recycled=[partial(1, version=4), partial(2, version=6)], surplus=[finished(3, 4), finished(4, 5)])
-    assert buffer.restart_older_than(5) == 2
-    assert [group.id for group in buffer.surplus] == [4]
-    assert [group.id for group in buffer.recycled] == [3, 1, 2]
-    assert buffer.recycled[1] == fresh(1)
-    assert buffer.recycled[2] == partial(2, version=6)
-    assert buffer.restart_older_than(5) == 0
+def test_what_expires_is_a_whole_group_that_starts_anew_with_its_uids_or_is_gone() -> None:
+    old, kept = [finished(3, 4), partial(1, version=4)], [partial(2, version=6), finished(4, 5)]
+    for drop in (False, True):
+        buffer = RolloutBuffer(recycled=[old[1], kept[0]], surplus=[old[0], kept[1]])
+        assert buffer.expire(5, drop=drop) == old
+        assert buffer.surplus == (kept[1],)
+        assert buffer.recycled == (*(() if drop else (fresh(3), fresh(1))), kept[0])
+        assert buffer.expire(5, drop=drop) == []

@@ -75,7 +75,8 @@ class RolloutConfig(Record):
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
-    max_staleness: int = Field(ge=0)  # rounds; an older unfinished group starts anew
+    max_staleness: int = Field(ge=0)  # rounds; an older group starts anew
+    stale: Literal["regenerate", "drop"]  # what becomes of it; dropped, its prompt is passed over
     temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
