@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -68,7 +69,8 @@ class Tracker:
             self.say(self.run.note)
             self.wandb = self._start_wandb()
         except BaseException as error:  # Ctrl-C while W&B is waited for, a full disk
-            self.run.close(_end_of(error))
+            with _behind(error):
+                self.run.close(_end_of(error))
             raise
         return self
 
@@ -76,12 +78,14 @@ class Tracker:
         try:
             self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
         finally:  # a second Ctrl-C does not wait for W&B, and the folder says how the run ended all the same
-            self.run.close(_end_of(error))
+            with _behind(error):
+                self.run.close(_end_of(error))
         if error is None:
             changes = summary(self.stage, read_records(self.run.metrics_file))
             if changes:
                 print(summary_table(changes), flush=True)
-        self.say(f"{'finished' if error is None else 'stopped'}: {shown(self.run.path)}")
+        with _behind(error):
+            self.say(f"{'finished' if error is None else 'stopped'}: {shown(self.run.path)}")
 
     # ------------------------------------------------------------ what happens
 
@@ -239,6 +243,17 @@ class Tracker:
 def _end_of(error: BaseException | None) -> State:
     """What status.json says of a run that ended with it."""
     return "finished" if error is None else "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+
+
+@contextmanager
+def _behind(error: BaseException | None) -> Iterator[None]:
+    """A folder that cannot be written, as on a full disk, is told and does not take the place of what ended the run before."""
+    try:
+        yield
+    except UserError as unwritten:
+        if error is None:
+            raise
+        print(unwritten, flush=True)
 
 
 def _append(file: Path, line: str) -> None:

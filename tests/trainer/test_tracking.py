@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -119,6 +121,21 @@ def test_a_failure_is_written_down_and_passed_on(run: RunDir, capsys: pytest.Cap
         raise RuntimeError("boom")
     assert read_status(run.path)["state"] == "failed"
     assert "stopped" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_does_not_hide_why_a_run_failed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="boom"), Tracker(run, "pretrain", OFF, total_steps=2, devices=2):
+        monkeypatch.setattr("trainer.tracking.open", full_disk, raising=False)
+        monkeypatch.setattr("trainer.run_dir.open", full_disk, raising=False)
+        raise RuntimeError("boom")
+    said = capsys.readouterr().out
+    assert said.count("cannot be written: No space left on device") == 2, said  # how it ended, and the last line of its log
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Slow:
