@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         if mark == "aio" and done.returncode != 0 and os.environ.get("TESSERA_REQUIRE_ALL") != "1":
             item.add_marker(pytest.mark.skip(reason=done.stderr.strip().rpartition("\n")[2]))
     return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a file's tests leave in it, as a Ray of this process does, reaches no program that the next file starts."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def room(path: str) -> str:
