@@ -256,7 +256,8 @@ def test_engines_that_come_and_go_lose_no_prompt_and_no_token(config: RolloutCon
     run = played(config, seed, danger)
     groups = [group for result in run.results for group in result.groups]
     waiting = [group.id for group in (*run.buffer.recycled, *run.buffer.surplus)]
-    assert sorted([group.id for group in groups] + waiting) == list(range(run.buffer.next_group)), "each once"
+    dropped = [group.id for result in run.results for group in result.dropped]
+    assert sorted([group.id for group in groups] + waiting + dropped) == list(range(run.buffer.next_group)), "each once"
     for version, result in enumerate(run.results):
         for sample in (sample for group in result.groups for sample in group.samples):
             length = min(final_length(sample.uid, LONGEST), config.max_new_tokens)

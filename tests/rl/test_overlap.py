@@ -40,10 +40,10 @@ def overlapped(buffer: RolloutBuffer, config: RolloutConfig, rounds: range, ahea
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(configs, st.sampled_from([0, 1, 2, 5, 100]))
 def test_no_prompt_is_lost_or_used_twice_and_nothing_runs_away(config: RolloutConfig, ahead: int) -> None:
-    buffer, used = RolloutBuffer(), []
+    buffer, used = RolloutBuffer(), list[int]()
     for version in range(7):
         result = overlapped(buffer, config, range(version, version + 1), ahead)[0]
-        used += [group.id for group in result.groups]
+        used += [group.id for group in (*result.groups, *result.dropped)]
         waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
         assert sorted(used + waiting) == list(range(buffer.next_group))
         assert len(waiting) == submitted_groups(config.groups, config), "as many as the engines are to have, finished ones too"
