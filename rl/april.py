@@ -94,7 +94,7 @@ def rollout_round(
     the engines go on generating until it returns. Raises UserError when not one sample of the round could be judged.
     """
     stale = buffer.expire(weight_version - config.max_staleness, drop=config.stale == "drop")
-    dropped = tuple(stale) if config.stale == "drop" else ()
+    dropped = buffer.dropped
     first_drawn = buffer.next_group
     judged: dict[int, Group] = {}
 

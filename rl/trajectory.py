@@ -228,6 +228,11 @@ class RolloutBuffer:
         """How many prompts have been drawn so far."""
         return self._next_group
 
+    @property
+    def dropped(self) -> tuple[Group, ...]:
+        """Those that the round under way has given up."""
+        return self._dropped
+
     def expire(self, version: int, *, drop: bool) -> list[Group]:
         """The groups that have a token from before `version`, as they were. They start anew, or with `drop` are gone."""
         stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]

@@ -235,7 +235,7 @@ def continued(config: RunConfig, kind: str) -> Path | None:
     Raises:
         UserError: it is of another kind, has other options, or cannot be read.
     """
-    path = _resumable(config, kind) if config.resume == "auto" else None
+    path = _resumable(config, kind)
     if path is None:
         return None
     if (found := read_status(path)["kind"]) != kind:
@@ -246,12 +246,14 @@ def continued(config: RunConfig, kind: str) -> Path | None:
 
 def continued_config(config: RunConfig, kind: str) -> dict[str, Any] | None:
     """config.yaml of that run; None where this command begins one."""
-    path = _resumable(config, kind) if config.resume == "auto" else None
+    path = _resumable(config, kind)
     return None if path is None else read_config(path)
 
 
 def _resumable(config: RunConfig, kind: str) -> Path | None:
-    """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind."""
+    """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind. None without it."""
+    if config.resume != "auto":
+        return None
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
         path = runs / config.run_name
