@@ -1,7 +1,7 @@
 """Measures Tessera's own operations against others on this machine: `python -m launch.bench NAME`.
 
-Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them. Without
-a name, all that others do as well (benchmarks/overview.py).
+Prints one table per case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them.
+Without a name it runs every benchmark that has competitors (benchmarks/overview.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The figures of a report: curves of metrics, and maps of the experts' load, as SVG elements of a page.
 
-What is drawn in INK takes the colour of the page's text.
+INK stands for the colour of the page's text.
 """
 
 from __future__ import annotations

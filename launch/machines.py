@@ -1,4 +1,5 @@
-"""Clusters that one does not have: conf/machine says what a GPU and its links reach, a file of measured times corrects it."""
+"""Clusters that you do not have: conf/machine says how fast a GPU and its links are, and a file of measured times replaces
+that."""
 
 from __future__ import annotations
 

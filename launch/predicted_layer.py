@@ -1,8 +1,8 @@
 """One MoE layer of a predicted pretraining: its plan, its timelines, and the dense gradients under its backward pass.
 
-Everything is planned by what plans a run: policies place copies from the loads that came before, degrees are chosen by exact
-simulation from the mean load (parallel/schedule/execution.py), and slices of dense gradients by dynamic programming
-(parallel/schedule/gradients.py). Times are then those of the loads that came.
+The code that plans a run plans everything here: policies place copies from earlier loads, the number of chunks is chosen by
+exact simulation from the mean load (parallel/schedule/execution.py), and slices of dense gradients by dynamic programming
+(parallel/schedule/gradients.py). Times are then those of the actual loads.
 
 Letters: S steps of a trace, E experts.
 """

@@ -1,9 +1,9 @@
-"""What a pretraining would take on a cluster: step time, communication that is waited for, and memory, for each layout that
-Tessera can run. Predicted from what a machine reaches; nothing is started.
+"""What a pretraining would take on a cluster: step time, exposed communication and memory, for each layout that Tessera can
+run. Predicted from the speeds of a machine; nothing is started.
 
-MoE layers and the dense gradients under their backward pass are planned and simulated as a run's are (predicted_layer.py):
-chunks, copies and slices on one timeline. Products are at one rate, optimizers as fast as memory, and ZeRO's gathering of new
-weights is waited for. LEFT_OUT says what is missing.
+MoE layers and the dense gradients under their backward pass are planned and simulated as in a run (predicted_layer.py): chunks,
+copies and slices on one timeline. All products run at one rate, optimizers at the speed of memory, and ZeRO's gathering of new
+weights is not hidden. LEFT_OUT says what is missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Traces the next steps of a run that is going on: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--engines 1]
+"""Traces the next steps of a run in progress: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--engines 1]
 [--tokens N] [--memory]`.
 
 The request is a file in the run's folder, which the run's driver looks for before every step; this command waits for the trace.

@@ -1,9 +1,10 @@
 """Rounds of APRIL against synchronous ones: one engine, responses with a long tail, for `python -m launch.bench rollout`.
 
-The rounds are those of rl/april.py, buffer and all; only the reward is a constant, and where a response ends is forced, since
-random weights end it anywhere. Lengths are lognormal, exp(normal) times the median, half of the variance the prompt's (a hard
-one makes all its responses long) and half the response's own, with a standard deviation that puts the longest of 256 at 16
-times the median; there they are cut. A length belongs to its sample, through interruptions, and is the same for every factor.
+The rounds are those of rl/april.py, with its buffer; only the reward is a constant, and the length of a response is forced,
+since random weights would end it anywhere. Lengths are lognormal: exp(normal) times the median. Half of the variance is the
+prompt's (a hard one makes all its responses long), half the response's own. The standard deviation puts the longest of 256 at
+16 times the median, where lengths are cut. A sample keeps its length through interruptions, and it is the same for every
+factor.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What moves experts and tokens, between the ranks of this machine, against what the library moves in one call.
+"""Collectives that move experts and tokens between the ranks of this machine, against the library's own collectives.
 
-    link          one message of as many bytes to the next rank, and one from the one before
-    all_gather    the library's, of everything: every rank gets as many experts of every other rank
-    all_to_all    the library's, of as many bytes of tokens, to all ranks alike
-    gather        SparseAllGather: every rank gets so many experts of the next one
+    link          one message with the same number of bytes to the next rank, and one from the previous rank
+    all_gather    the library's: every rank receives the same number of experts from every other rank
+    all_to_all    the library's, for the same number of bytes of tokens, evenly to all ranks
+    gather        SparseAllGather: every rank receives that many experts from the next one
     reduce        SparseReduceScatter of their gradients, and their sum at the owner in float32
     .. in place   the same in memory that all ranks read, where they can
 
-A rate is what a rank receives in a second, on the slowest rank; what it sends at the same time is as much.
+A rate is what the slowest rank receives in a second; it sends as much at the same time.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """One MoE layer over several ranks: experts copied to where the tokens are, against plain expert parallelism.
 
-    ep          every entry travels to its expert's owner: an all-to-all of K rows a token, and plain torch's experts
-    no_copies   our exchange, one row a token and rank, and our experts; experts on their owners alone
-    local       all experts on every rank and no communication: what no exchange can beat with our experts
-    waits       as ours, but tokens set out when the copies are there
-    ours        with copies placed for this very load, fetched and their gradients returned in every call
+    ep          every entry travels to its expert's owner: an all-to-all of K rows per token, with plain torch's experts
+    no_copies   our exchange, one row per token and rank, with our experts, on their owners only
+    local       all experts on every rank and no communication: a lower bound for any exchange with our experts
+    waits       as ours, but tokens are sent only when the copies have arrived
+    ours        with copies placed for this very load, fetched, and their gradients returned, in every call
 
-No attention surrounds the layer, so only the tokens' dispatch hides the copies' way. A rank's time is its own; the slowest
-rank's median counts.
+No attention surrounds the layer, so only the dispatch of tokens hides the transfer of copies. Each rank is timed by itself; the
+slowest rank's median counts.
 Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 """
 

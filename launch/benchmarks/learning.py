@@ -1,9 +1,9 @@
 """`python -m launch.bench learning`: whether ways to generate learn the same, in as many rounds, decoding steps and seconds.
 
-Whole runs of launch.rl with one rank and one engine in one process. Those of one seed begin with the same weights, warmed up
-once, and draw the same prompts. What is compared is the reward of the last policy, on held-out prompts and on prompts like
-those that were trained, one answer each. A difference between two modes is that of the means over seeds; its error is the
-standard error of the differences of the seeds, so it holds all that seeds change, the evaluation's noise included.
+Whole runs of launch.rl with one rank and one engine in one process. Runs with one seed begin with the same weights, warmed up
+once, and draw the same prompts. The last policies are compared by their reward on held-out prompts and on prompts like the
+trained ones, with one answer each. A difference between two modes is that of the means over seeds; its error is the standard
+error of the per-seed differences, so it includes everything that a seed changes, also the noise of the evaluation.
 """
 
 from __future__ import annotations

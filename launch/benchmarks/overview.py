@@ -1,6 +1,7 @@
-"""`python -m launch.bench`: what others do as well, one benchmark after the other, and a table of ours and the fastest other.
+"""`python -m launch.bench`: all benchmarks that have competitors, one after the other, and a table of ours and the fastest
+other.
 
-Each runs in a process of its own, which gives all memory back, with its defaults for this machine.
+Each runs with its defaults for this machine in a process of its own, so that all memory is freed.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Placement policies on the same load traces, for clusters that one does not have: predicted times of one MoE layer.
+"""Placement policies on the same load traces, for clusters that you do not have: predicted times of one MoE layer.
 
 Every system keeps its own policy and its own timing of plans and weights:
 
     cost                  plans ahead from the last steps; copies travel under the attention
     cost+gate             plans again after the gate, and waits for other copies where that pays
-    cost+gate+owners      and looks every few steps at who should own what
+    cost+gate+owners      also plans new owners every few steps
     hecate                plans ahead from the mean of the last steps, and moves owners likewise
     eplb                  plans ahead from that mean, and packs owners anew every few steps, with their optimizer state
-    laer                  plans ahead from the last step; every expert is cut over all devices, which restores what it needs by
-                          an all-to-all of equal size, whatever the plan (FSEP), so anyone may serve it
+    laer                  plans ahead from the last step; every expert is sharded over all devices, and any device restores the
+                          experts that it needs by an all-to-all of equal size, whatever the plan (FSEP)
     faster_moe, llep      plan after the gate, from the true loads; weights are waited for
     plain                 no copies
 
-First owners, dispatch of tokens (but for eplb and llep, which split entries alike everywhere), their way (in two levels over
-nodes of several devices), room for copies and the model of time (parallel/layer_cost.py) are the same for all. Who plans behind
-the gate waits as long as that takes here.
+The same for all: first owners, dispatch of tokens (except that eplb and llep split entries alike everywhere), transport (two
+levels over nodes of several devices), room for copies, and the model of time (parallel/layer_cost.py). A policy that plans
+after the gate waits as long as planning takes here.
 
 Letters: L layers, E experts, D devices, G devices of a node, S steps of a trace.
 """

@@ -1,8 +1,8 @@
 """Schedules of MoE layers, predicted: ours against none, against fixed degrees and against FSMoE's closed form.
 
 Layers and link models are those of the paper (FSMoE, arXiv 2501.10714, sections 4 and 6). Of its 1,458 configurations 486
-differ here: the number of heads changes no time in this model. Compared are a forward and a backward pass, with an all-reduce
-of the dense layers' gradients:
+differ here: the number of heads changes no time in this model. Times are those of a forward and a backward pass, with an
+all-reduce of the dense layers' gradients:
 
     in sequence         one thing after the other, whole
     degree r            r chunks forward and backward; links within and between nodes and the device work at the same time, and
