@@ -202,7 +202,7 @@ class BackwardPass:
         return self.gate_up(x_RD, place_RK), d_down_EDF
 
     def down(self) -> Tensor:
-        """d_down_EDF of all entries, once `hidden` is done with them; of experts behind those that have sums."""
+        """d_down_EDF of all entries, once `hidden` is done with them; of experts after those that have sums."""
         d_down_EDF = self._weight_gradient(self._dy, self._weighted.rows, self._experts.down_SDF, self._sum_down)
         del self._dy, self._weighted
         return d_down_EDF

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) ->
 def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None, plain: bool = False) -> list[Tensor]:
     """`linear` by each of up to three weights, in one launch on a GPU. `plain` ones are the library's, not batch-invariant.
 
-    All give their part of the gradient of `x` to one sum, so that autograd has none to add. Weights that lie one behind the
+    All give their part of the gradient of `x` to one sum, so that autograd has none to add. Weights that lie one after the
     other in memory, as ZeRO lays them, are one matrix to the library: one product instead of three, and its results are views.
     """
     results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, plain, *weights_NK)
@@ -76,7 +76,7 @@ class _Linears(torch.autograd.Function):
 
 
 def one_matrix(weights_NK: Sequence[Tensor]) -> Tensor | None:
-    """All rows of several weights that lie one behind the other in one storage; None where they do not."""
+    """All rows of several weights that lie one after the other in one storage; None where they do not."""
     if len(weights_NK) == 1:
         return None
     first_NK, rows = weights_NK[0], 0

@@ -193,8 +193,8 @@ class DenseBytes:
     """Gradients of what is no expert, by when the backward pass completes them."""
 
     head: int  # before the last MoE layer
-    layer: int  # of each MoE layer, behind it
-    below: int  # behind the first
+    layer: int  # of each MoE layer, after it
+    below: int  # after the first
 
     def total(self, layers: int) -> int:
         return self.head + layers * self.layer + self.below

@@ -242,7 +242,7 @@ class LayerParts:
 
     def in_chunks(self, degrees: Degrees) -> None:
         """The same, overlapping, with what tells each rank what will come: on a GPU the host waits for it, and has to start
-        every chunk behind it; and there is more of it with more chunks."""
+        every chunk after it; and there is more of it with more chunks."""
         sent = self._exchange(degrees)
         self._passes(Chunked(sent, self._experts, _ready, _gradients, _no_slice, unmarked, degrees.in_sequence))
 

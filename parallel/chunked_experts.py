@@ -2,7 +2,7 @@
 
 Source: FSMoE, arXiv 2501.10714, section 4: all dispatches go first, back to back; each chunk is computed when it is there, and
 its results set out at once. Over two levels a chunk is passed on inside its node while the next crosses between nodes and the
-one before is computed, and its results are summed and cross back behind the experts of the next. Backward has chunks of its own
+one before is computed, and its results are summed and cross back after the experts of the next. Backward has chunks of its own
 number, and leaves the gradients of the weights to the end, where the last chunks are on their way back. Messages have streams
 of their own on a GPU (NCCL's) and threads on a CPU (gloo's), one for each level; in which order a level has them is the same on
 all ranks, because it is that of the program.

@@ -30,7 +30,7 @@ from parallel.token_exchange import boundaries
 from parallel.topology import World
 from parallel.transport import Gathering, Movement, Returning, transport
 
-AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
+AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those after it)
 SumsOfRows = Callable[[int, int], tuple[Sum, Sum] | None]  # of (first own row, how many)
 
 
@@ -276,7 +276,7 @@ class ExpertArena:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Surrounds changes of own rows: before, nobody reads them any more; behind, copies of them are of no use any more."""
+        """Surrounds changes of own rows: before, nobody reads them any more; after, copies of them are of no use any more."""
         with self.world.exposed:
             self.transport.quiesce()
         yield
@@ -321,7 +321,7 @@ class ExpertArena:
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Surrounds the backward pass of a micro-batch; behind it all gradients have been added at their owners."""
+        """Surrounds the backward pass of a micro-batch; after it all gradients have been added at their owners."""
         self.walking_back = True
         yield
         self.walking_back = False

@@ -181,7 +181,7 @@ class ExpertShards:
     # ------------------------------------------------------------ state
 
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Local.
+        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments after. Local.
 
         A tensor is valid until those of the next expert are asked for, and must not be written to.
         """

@@ -232,7 +232,7 @@ class Materialisation:
         return torch.from_numpy(np.stack([*missing, *self.loads]))
 
     def machine(self) -> Tensor:
-        """The copies that travel under the attention and those that there is room for, and the costs behind; float64."""
+        """The copies that travel under the attention and those that there is room for, and the costs after; float64."""
         if self.setting is None:
             return torch.full((2 + NUMBERS,), UNKNOWN, dtype=torch.float64)
         budget = self.setting.budget

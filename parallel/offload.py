@@ -146,7 +146,7 @@ class HostGradients:
                 _pin(part)
 
     def add(self, row: int, gradients: Parts) -> None:
-        """Adds gradients of that row and those behind it."""
+        """Adds gradients of that row and those after it."""
         if not gradients[0].shape[0]:
             return
         if self._stream is None:

@@ -31,8 +31,8 @@ SPARE = 16  # room for a sixteenth more rows than there were, because they vary
 
 @dataclass(frozen=True)
 class Block:
-    """Of each rank, and what lies where in it: choices with tokens behind them on the way there; on the way back results, and
-    behind them a number for each choice."""
+    """Of each rank, and what lies where in it: choices with tokens after them on the way there; on the way back results, and
+    after them a number for each choice."""
 
     memory: PeerMemory
     choices: PeerChoices
@@ -61,7 +61,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Results:
-    """Where this rank writes what it gives back; behind a barrier all ranks read it, until the exchange after the next."""
+    """Where this rank writes what it gives back; after a barrier all ranks read it, until the exchange after the next."""
 
     block: Block
     own_RD: Tensor

@@ -51,7 +51,7 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
     """The costs of a layer for a rank with so many tokens; takes about three seconds.
 
-    `planning` plans a layer as it will be planned behind its gate, with the costs that it is given.
+    `planning` plans a layer as it will be planned after its gate, with the costs that it is given.
     """
     world, shape = arena.world, arena.shape
     assert arena.attention is not None, "the attention is timed in the updates before"

@@ -293,7 +293,7 @@ def told(plans: Sequence[LayerPlan]) -> str:
 
 def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
     """Of the last pass in this direction, from the marks of chunked_experts.py and moe_layer.py: what the device did, and what
-    it waited for; that may be gradients of copies of the layer behind. Beside it the slices that were under way meanwhile."""
+    it waited for; that may be gradients of copies of the layer after. Beside it the slices that were under way meanwhile."""
     program = [mark for mark in seen if not mark.name.startswith((SETS_OUT, ARRIVES))]
     first = {PREPARES, begins("forward")} if direction == "forward" else {begins("backward")}
     begin = max(at for at, mark in enumerate(program) if mark.name == begins(direction))

@@ -312,7 +312,7 @@ def _leg(level: Level, cut: _Cut, came: _Arrivals | None, tokens: int) -> Leg:
 
 
 def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop, list[_Cut], int]:
-    """(the rows behind it, what of it no degree changes, and what each does; choices that come with the rows)."""
+    """(the rows after it, what of it no degree changes, and what each does; choices that come with the rows)."""
     target_TK, top_k = level.member_of(rows.rank_TK), rows.rank_TK.shape[1]
     same_TKK = target_TK.unsqueeze(2) == target_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same target
@@ -335,7 +335,7 @@ def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop,
 
 
 def _tell(level: Level, rows: _Rows, target_TK: Tensor, entry_S: Tensor, splits: Splits) -> tuple[_Rows, Tensor]:
-    """(rows behind a hop, where each of them stands by sender and order there). `entry_S`: for which choice a row is sent."""
+    """(rows after a hop, where each of them stands by sender and order there). `entry_S`: for which choice a row is sent."""
     top_k = target_TK.shape[1]
     row_S = entry_S // max(top_k, 1)
     here_SK = target_TK[row_S] == target_TK.flatten()[entry_S].unsqueeze(1)
@@ -373,7 +373,7 @@ def _tell_counts(
 
 
 def _count(box_N: Tensor, boxes: int) -> Tensor:
-    """How many there are in each box; int64. Those in the box behind the last count nowhere."""
+    """How many there are in each box; int64. Those in the box after the last count nowhere."""
     counts = torch.zeros(boxes + 1, dtype=torch.int64, device=box_N.device)
     return counts.scatter_add_(0, box_N, torch.ones_like(box_N))[:-1]
 

@@ -42,7 +42,7 @@ class Gathering(Protocol):
 
 class Returning(Protocol):
     def finish(self) -> list[tuple[int, Parts]]:
-        """(expert, gradients (N, ...) to add) for this rank's own experts, that one and the N - 1 own ones behind it, in the
+        """(expert, gradients (N, ...) to add) for this rank's own experts, that one and the N - 1 own ones after it, in the
         order in which to add them."""
 
 
@@ -60,7 +60,7 @@ class Movement(Protocol):
         """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
 
     def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
-        """`gradients` of this rank's experts, each at its place: behind own ones, those of copies in the order of experts."""
+        """`gradients` of this rank's experts, each at its place: after own ones, those of copies in the order of experts."""
 
 
 class Transport(Protocol):

@@ -15,7 +15,7 @@ from trainer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids before and behind a text."""
+    """Token ids before and after a text."""
 
     before: tuple[int, ...]
     behind: tuple[int, ...]

@@ -38,7 +38,7 @@ class TrainBatch:
         return replace(self._map(lambda t: t[first:last]), host_documents_BS=on_host)
 
     def padded_from(self, row: int) -> TrainBatch:
-        """Row `row` and all behind it are padding, which teaches nothing, counts nowhere, and goes to no expert."""
+        """Row `row` and all after it are padding, which teaches nothing, counts nowhere, and goes to no expert."""
         kept_B1 = torch.arange(self.num_rows)[:, None] < row
         return replace(self, documents_BS=self.documents_BS.where(kept_B1, -1), weights_BS=self.weights_BS * kept_B1)
 

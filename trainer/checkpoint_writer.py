@@ -260,7 +260,7 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    """Where that fails, as with a file that somebody has open on NFS, it is tried again behind the next checkpoint."""
+    """Where that fails, as with a file that somebody has open on NFS, it is tried again after the next checkpoint."""
     try:
         prune(folder, keep)
     except OSError as error:

@@ -75,7 +75,7 @@ class RunCheckpoints:
     memory: MemoryCheckpoints
 
     def after(self, ranks: Processes, progress: Progress, last: bool, stopping: bool) -> dict[str, float]:
-        """Begins the one that is due now, if one is; behind the `last` step, and where the run is `stopping`, one is. Metrics.
+        """Begins the one that is due now, if one is; after the `last` step, and where the run is `stopping`, one is. Metrics.
 
         Whoever ends then says so in the metrics first, and calls `settle`: what the run is killed in stays told.
         """

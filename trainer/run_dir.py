@@ -349,7 +349,7 @@ def _require_same(path: Path, config: RunConfig) -> None:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their dotted names behind `prefix`."""
+    """Options by their dotted names after `prefix`."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

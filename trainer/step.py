@@ -119,7 +119,7 @@ class Trainer(TrainerState):
 
         Returns:
             This rank's weighted sums of the metrics; the tokens per expert of all ranks; and the same on the host, for who
-            waits for the last forward pass and for nothing behind it.
+            waits for the last forward pass and for nothing after it.
         """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}

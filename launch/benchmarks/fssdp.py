@@ -89,7 +89,7 @@ class Measured:
     times: dict[str, dict[Direction, Timing]]  # of each competitor
     errors: dict[str, dict[str, float]]
     parts: dict[str, dict[str, Timing]]  # of a plan's layer, forward and backward, each alone
-    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and behind the timings
+    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and after the timings
     costs: tuple[LayerCosts, LayerCosts]
     across_bytes: tuple[int, int]  # tokens between nodes on one way, experts on their owners: a row a rank, and a row a node
 
@@ -133,7 +133,7 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         compared(name, measured.times[name]["forward+backward"], measured.parts[name], *both)
         for name, both in measured.predicted.items()
     ]
-    notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
+    notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "after"), measured.costs, strict=True)]
     if measured.across_bytes[0]:
         by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
         notes.append(

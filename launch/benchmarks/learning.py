@@ -31,7 +31,7 @@ from trainer.records import read_records
 
 class LearningOptions(FileOptions):
     checkpoint: Path = Field(description="where the warm-up begins: a run folder, a checkpoint, a Hugging Face folder")
-    modes: OneOrMore[str] = Field(description="of conf/rollout, with options behind +: april+rollout.over_provision=1.5")
+    modes: OneOrMore[str] = Field(description="of conf/rollout, with options after +: april+rollout.over_provision=1.5")
     seeds: OneOrMore[int]
     rounds: PositiveInt
     prompts: PositiveInt = Field(description="that an evaluation draws")

@@ -47,7 +47,7 @@ WARMUP_STEPS, WARMUP_EXAMPLES, WARMUP_RATE, MISTAKES = 300, 64, 3e-3, 0.7
 
 
 class OldTokensOptions(FileOptions):
-    modes: OneOrMore[str] = Field(description="of conf/rollout, with options behind +; differences are to the first")
+    modes: OneOrMore[str] = Field(description="of conf/rollout, with options after +; differences are to the first")
     lr: OneOrMore[PositiveFloat] = Field(description="highest rates; each is a table of its own")
     seeds: PositiveInt = Field(description="runs of each mode")
     rounds: PositiveInt

@@ -241,7 +241,7 @@ def transformers_model(model: ModelConfig, device: torch.device, dtype: torch.dt
 
 @dataclass(frozen=True)
 class Generation:
-    """Sequences that all get `response` tokens behind `prompt` random ones."""
+    """Sequences that all get `response` tokens after `prompt` random ones."""
 
     sequences: int
     prompt: int

@@ -112,7 +112,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"cuda": _BOTH, "cpu": _BOTH}
 class Spent(LayerTime):
     """Seconds of one layer in one step."""
 
-    planning_s: float  # behind the gate
+    planning_s: float  # after the gate
     owners_s: float  # their move, its part of the step's
 
     @property
@@ -189,7 +189,7 @@ def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:
 
 
 def _planning_s(loads_E: Floats, setting: Setting) -> float:
-    """What our plan of a layer behind its gate takes here, the least of a few."""
+    """What our plan of a layer after its gate takes here, the least of a few."""
     bare, taken = Plan(without_copies(owners(len(loads_E), setting.topology.devices), setting.topology.devices)), []
     for _ in range(3):
         started = time.process_time()

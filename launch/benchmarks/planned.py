@@ -257,7 +257,7 @@ def gradients_case(name: str, testbed: Testbed, model: Model) -> ScheduleCase:
 
 
 def _without_search(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Gradients behind everything; all that are complete in the next MoE layer; or what is free filled, in the paper's first
+    """Gradients after everything; all that are complete in the next MoE layer; or what is free filled, in the paper's first
     step."""
     slots: list[Slot] = []
     complete = 0
@@ -320,7 +320,7 @@ def own_layers_case(told: OwnLayers, name: ModelName, shape: Shape) -> ScheduleC
 
 
 def _our_systems(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Forward and backward of all layers, gradients behind everything."""
+    """Forward and backward of all layers, gradients after everything."""
     total = sum(block.gradient_bytes for block in blocks)
     dense_s = sum(block.dense_forward_s + block.dense_backward_s for block in blocks) + reduce.seconds(total)
     found = {}

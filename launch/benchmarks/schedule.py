@@ -36,7 +36,7 @@ class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
-    rank_layers: PositiveInt = Field(4, description="that the ranks run, one behind the other")
+    rank_layers: PositiveInt = Field(4, description="that the ranks run, one after the other")
     around: OneOrMore[AroundName] = Field(
         ("nothing", "attention", "gradients"),
         description="each MoE layer that ranks run: nothing; attention, norms and router; or these and the average of their "

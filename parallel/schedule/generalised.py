@@ -26,8 +26,8 @@ class Around:
     attention_s: float = 0.0  # forward
     copies: Copies = NO_COPIES  # of this layer's experts, under the attention before it
     back: Copies = NO_COPIES  # their gradients, and what else travels then, under the backward pass of the attention
-    layer_slice_s: float = 0.0  # dense gradients that travel behind the dispatches of the backward pass
-    dense_slice_s: float = 0.0  # and behind its experts
+    layer_slice_s: float = 0.0  # dense gradients that travel after the dispatches of the backward pass
+    dense_slice_s: float = 0.0  # and after its experts
 
     @property
     def copies_s(self) -> float:
@@ -47,7 +47,7 @@ def around_copies(times: CopyTimes[float], attention_s: float, *, rematerialise:
 
 
 def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
-    """Attention, under which the copies travel (between nodes first), then the layer. Its messages stand behind the copies on
+    """Attention, under which the copies travel (between nodes first), then the layer. Its messages stand after the copies on
     their link, and its experts wait for them."""
     across, within = _links(layer)
     before = [Task(ATTENTION, COMPUTE, around.attention_s)] if around.attention_s else []
@@ -70,8 +70,8 @@ def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
 
 
 def backward_around(layer: Sequence[Task], around: Around) -> list[Task]:
-    """The layer with a slice behind its dispatches; then the attention, under which gradients of copies return (within nodes
-    first) and, behind them, a slice."""
+    """The layer with a slice after its dispatches; then the attention, under which gradients of copies return (within nodes
+    first) and, after them, a slice."""
     across, within = _links(layer)
     tasks = _with_slice(layer, across, around.layer_slice_s)
     computed = tuple(place for place, task in enumerate(tasks) if task.name == "weights" or task.name.startswith("experts"))[
@@ -144,5 +144,5 @@ def _pipelined(layer: list[Task], degree: int, factor: float) -> Pipelined:
 
 
 def slices_of(slots: Sequence[Slot], last_bytes: int, reduce: Line) -> Partition:
-    """The best bytes for each slot; `last_bytes` are complete only behind them all."""
+    """The best bytes for each slot; `last_bytes` are complete only after them all."""
     return partition(slots, last_bytes, Line(reduce.alpha_s, max(reduce.beta_s, 1e-15)))

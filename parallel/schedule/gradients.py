@@ -42,7 +42,7 @@ class Partition:
     taken_S: tuple[int, ...]
     degrees_S: tuple[int, ...]
     exposed_bytes: int  # that are left, and sent behind the backward pass
-    seconds: float  # of the backward pass and of what is behind it
+    seconds: float  # of the backward pass and of what is after it
 
 
 def free_bytes(slots: Sequence[Slot], reduce: Line) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
 
     Args:
         slots: in the order of the backward pass.
-        last_bytes: that are complete only behind the last slot.
+        last_bytes: that are complete only after the last slot.
         reduce: an all-reduce of so many bytes.
         units: of the grid.
     """

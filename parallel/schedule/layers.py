@@ -46,7 +46,7 @@ class DenseGradients:
         return tuple(np.diff([0, *self.complete_P]).tolist())
 
     def left_s(self, bytes_P: Sequence[int]) -> float:
-        """Of what goes behind the pass if each place takes so many bytes."""
+        """Of what goes after the pass if each place takes so many bytes."""
         return self.reduce.seconds(self.total - sum(bytes_P))
 
 
@@ -103,7 +103,7 @@ def passes_s(
     degrees_L: Sequence[Degrees],
     left_s: float = 0.0,
 ) -> float:
-    """Seconds of both passes of all layers, one behind the other, with what tells each rank what will come.
+    """Seconds of both passes of all layers, one after the other, with what tells each rank what will come.
 
     Args:
         arounds: with their slices; layers in sequence have none.
@@ -128,7 +128,7 @@ def passes_s(
 
 
 def _followed_by(tasks: list[Task], layer: Sequence[Task]) -> list[Task]:
-    """The layer begins when the one behind it in the model is done, but for what is under way beside it."""
+    """The layer begins when the one after it in the model is done, but for what is under way beside it."""
     followed = {before for task in tasks for before in task.after}
     ends = tuple(place for place, task in enumerate(tasks) if place not in followed and task.name not in (GRADIENTS, COPIES))
     first, shifted = len(tasks), list[Task]()

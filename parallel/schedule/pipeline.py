@@ -88,7 +88,7 @@ class Pipelined:
     free_s: float  # it takes without gradients
 
     def seconds(self, gradients_s: float) -> float:
-        """Exact: all dispatches can go at the start, back to back, and the slice behind them; what the combines wait for does
+        """Exact: all dispatches can go at the start, back to back, and the slice after them; what the combines wait for does
         not depend on it. So either the link is never idle, or the slice fits where it is."""
         return max(self.link_s + gradients_s, self.free_s)
 

@@ -24,7 +24,7 @@ class Block:
     backward: tuple[Pipelined, ...]
     dense_forward_s: float
     dense_backward_s: float
-    gradient_bytes: int  # of its dense layers, complete behind their backward pass
+    gradient_bytes: int  # of its dense layers, complete after their backward pass
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def plan(blocks: Sequence[Block], head_bytes: int, reduce: Line, units: int = UN
 
     Args:
         blocks: in the order of the model.
-        head_bytes: gradients of what comes behind the last block, complete before its backward pass.
+        head_bytes: gradients of what comes after the last block, complete before its backward pass.
         reduce: an all-reduce of so many bytes of dense gradients.
         units: of the grid on which sums of gradients lie.
     """

@@ -21,7 +21,7 @@ def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: 
 
     Args:
         sums_s: of gradients of weights.
-        chunk_s: of each chunk of a pass behind the first, beside its parts.
+        chunk_s: of each chunk of a pass after the first, beside its parts.
     """
     across, within = _line(costs.across), _line(costs.within)
     if work.two_level:

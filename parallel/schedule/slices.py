@@ -2,8 +2,8 @@
 
 Dense gradients have one order: the last parameter first, as they complete, more or less. A slice is a run of it. Each MoE
 layer has two places where slices set out: `UNDER_LAYER`, when its first rows are there, which a slice on the same links would
-delay and the experts wait for, and `UNDER_DENSE`, behind its experts, while the dense layers before it compute. What is left
-goes behind the pass.
+delay and the experts wait for, and `UNDER_DENSE`, after its experts, while the dense layers before it compute. What is left
+goes after the pass.
 """
 
 from __future__ import annotations

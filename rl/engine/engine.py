@@ -44,10 +44,10 @@ IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the 
 
 
 def check_generates(config: ModelConfig) -> None:
-    """Raises UserError for a model whose tokens need those behind them."""
+    """Raises UserError for a model whose tokens need those after them."""
     if isinstance(config.router, ExpertChoiceRouter):
         raise UserError(
-            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those behind a token included, "
+            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those after a token included, "
             "and in generation there are none yet: such a model cannot generate, nor go into RL; pretrain one with "
             "model.router.kind=top_k, noisy_top_k, cosine or group_limited"
         )

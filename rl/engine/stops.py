@@ -30,7 +30,7 @@ class Stops:
         return self._end(self._bytes(token_ids))
 
     def after(self, tail: bytes, token_id: int) -> tuple[bytes, bool]:
-        """(the tail behind one more token, whether the token completes a stop string)."""
+        """(the tail after one more token, whether the token completes a stop string)."""
         text = tail + self._bytes((token_id,))
         return self._end(text), self._first(text) is not None
 

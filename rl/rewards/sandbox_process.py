@@ -172,7 +172,7 @@ def run_isolated(job: dict[str, Any]) -> int:
             os.setresgid(PROGRAM_ID, PROGRAM_ID, PROGRAM_ID)
             os.setresuid(PROGRAM_ID, PROGRAM_ID, PROGRAM_ID)
         execute(job, WORK)  # whose user is not root: no privilege outlives this
-    while True:  # as process 1 it also buries what the program left behind
+    while True:  # as process 1 it also reaps what the program left behind
         process, status = os.wait()
         if process == program:
             os._exit(exit_code(status))

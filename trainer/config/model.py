@@ -41,7 +41,7 @@ class GroupLimitedRouter(Record):
 
 class ExpertChoiceRouter(Record):
     """Experts take tokens, each equally many of a micro-batch, and a token has top_k experts on average (2202.09368). A token's
-    experts depend on the tokens behind it: what is trained so cannot generate, and cannot go into RL."""
+    experts depend on the tokens after it: what is trained so cannot generate, and cannot go into RL."""
 
     kind: Literal["expert_choice"]
     most_experts: int = Field(gt=0)  # of a token; the paper takes all

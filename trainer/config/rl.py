@@ -38,7 +38,7 @@ class ChatConfig(Record):
     """What stands around the texts of a task, as the model's chat template has it; rl/chat.py."""
 
     prompt: str
-    reply: str  # of the environment, behind the end of the model's turn
+    reply: str  # of the environment, after the end of the model's turn
     bos: bool  # whether <bos> comes before everything
     eos: str | None  # the special token that ends the model's turn; null: the tokenizer's <eos>
 
@@ -96,7 +96,7 @@ class RolloutConfig(Record):
     cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
     advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
     overlap: bool  # the engines go on generating while the ranks learn
-    metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others behind it; 0: none does
+    metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others after it; 0: none does
     server: Address | None  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
     server_reload: Address | None  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
     server_timeout_s: float = Field(gt=0)  # without a byte of an answer
@@ -324,7 +324,7 @@ class RLConfig(RunConfig):
         if self.algorithm.off_policy == "bypass" and not self.rollout.whole:
             raise ValueError(
                 "algorithm.off_policy=bypass clips the ratio to the policy that sampled, before rollout.top_k, top_p and min_p "
-                "leave tokens out, and a completion server tells the log-probability behind them only; choose "
+                "leave tokens out, and a completion server tells the log-probability after them only; choose "
                 "algorithm.off_policy=decoupled, or set them to null, 1.0 and 0.0"
             )
         if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":

@@ -385,7 +385,7 @@ def _ordered(tensor: Tensor, order_d: Tensor) -> Tensor:
 
 def _feature_order(config: ModelConfig) -> Tensor:
     """(d,) places in their order. Theirs are the first of each turning pair, the second ones, and then those that do not turn;
-    ours, in which i and i + d/2 are a pair, put half of these behind the first ones and half behind the second ones."""
+    ours, in which i and i + d/2 are a pair, put half of these after the first ones and half after the second ones."""
     first_d, second_d = torch.arange(config.rotary_dim).chunk(2)
     still_d = torch.arange(config.rotary_dim, config.head_dim).chunk(2)
     return torch.cat((first_d, still_d[0], second_d, still_d[1]))
