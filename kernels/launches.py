@@ -37,12 +37,12 @@ def next_power_of_2(number: int) -> int:
 
 
 def block_width(width: int) -> int:
-    """Of a program's part of a row of so many numbers."""
+    """Of a program's part of a row of this many numbers."""
     return min(BLOCK_D, next_power_of_2(max(1, width)))
 
 
 def early(device: torch.device, rows: int) -> dict[str, bool]:
-    """The options of a launch for so many rows."""
+    """The options of a launch for this many rows."""
     if rows <= FEW_ROWS and _overlaps(device):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 16  # rows that a CPU multiplies at once; always so many, the last ones filled up
+TILE = 16  # rows that a CPU multiplies at once; always this many, the last ones filled up
 
 
 def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

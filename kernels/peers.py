@@ -20,7 +20,7 @@ FIELDS = 3  # of a choice: who serves it (int32), its expert (int32), its weight
 
 
 def capacity_for(tokens: int) -> int:
-    """C with room for so many, and with which what a plan says of each rank begins where kernels were compiled for."""
+    """C with room for this many, and with which what a plan says of each rank begins where kernels were compiled for."""
     each = ALIGNED // torch.int32.itemsize
     return -(-tokens // each) * each
 

@@ -28,7 +28,7 @@ Samples = tuple[tuple[float, float], ...]  # amounts and seconds
 class Profile(Record):
     """Times measured on the real machine; of a part without samples what is known beside them stays.
 
-    Links: all GPUs of a node, or of all nodes, at once, each sends so many bytes and receives as many.
+    Links: all GPUs of a node, or of all nodes, at once, each sends this many bytes and receives as many.
     """
 
     products: Samples | None = None  # floating point operations of grouped products in bfloat16

@@ -93,7 +93,7 @@ class Described:
         return WHOLE if self.in_place else plan_layer(self.costs, self.work, self.tokens, around=self.around).degrees
 
     def slots(self) -> list[Slot]:
-        """The two places of the layer where slices of dense gradients set out, without any that are complete."""
+        """The two places of the layer where slices of dense gradients are sent, without any that are complete."""
         degrees = [1] if self.in_place else degrees_of(self.tokens)
         return slots_of(lambda degree: self._tasks(backward_tasks, degree, WHOLE), degrees, self.around, (0, 0))
 

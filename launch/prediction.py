@@ -135,7 +135,7 @@ class Prediction:
 
 
 class Cluster:
-    """A model on so many GPUs of a machine."""
+    """A model on this many GPUs of a machine."""
 
     def __init__(self, config: PlanConfig) -> None:
         self.config, self.model, self.machine = config, config.model, config.machine
@@ -239,8 +239,8 @@ class Cluster:
 
     @property
     def gathering(self) -> Line:
-        """One pass of a ring over all ranks, a reduce-scatter or an all-gather of so many bytes; all GPUs of a node share what
-        crosses nodes, and links of both kinds carry at the same time."""
+        """One pass of a ring over all ranks, a reduce-scatter or an all-gather of this many bytes; all GPUs of a node share
+        what crosses nodes, and links of both kinds carry at the same time."""
         start_s, within_s, across_s = self._ring
         return Line(start_s, max(within_s, across_s))
 

@@ -56,7 +56,7 @@ SHOWN: dict[Stage, tuple[str, ...]] = {
 
 @dataclass
 class Curves:
-    """The numbers of a run so far. `update` reads what has been added since; a file that was cut back is read anew."""
+    """The numbers of a run so far. `update` reads what has been added since; a file that was cut back is read again."""
 
     file: Path
     step: int = 0

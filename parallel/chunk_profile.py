@@ -44,7 +44,7 @@ LINES = {  # the unit in which each is told
 }  # fmt: skip
 UNUSED = Fit(Line(0.0, 0.0), 1.0)
 log = logging.getLogger("tessera")
-Attend = Callable[[int], object]  # computes, forward, what lies before a layer for so many tokens
+Attend = Callable[[int], object]  # computes, forward, what lies before a layer for this many tokens
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Profile:
         shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
         lines = [f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown]
         times = [f"{factor:.2f} {f'in {degree}' if degree else 'in sequence'}" for degree, factor in self.times]
-        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"times as long in so many chunks: {', '.join(times)}"]
+        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"times as long in this many chunks: {', '.join(times)}"]
         return "; ".join(lines)
 
 
@@ -97,7 +97,7 @@ def _told(one: Fit, amount: float) -> str:
 
 def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, *, among: int = 1) -> Profile:
     """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s, of which it has one part
-    `among` so many ways of tokens."""
+    `among` that many ways of tokens."""
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
@@ -205,7 +205,8 @@ def _no_slice() -> None:
 
 
 class LayerParts:
-    """A layer of so many tokens a rank with random choices, in sequence or part by part, as often as one likes. Collective."""
+    """A layer of this many tokens a rank with random choices, in sequence or part by part, as often as one likes.
+    Collective."""
 
     def __init__(self, arena: ExpertArena, tokens: int, top_k: int) -> None:
         levels, world, shape, found = arena.transport.tokens, arena.world, arena.shape, arena.layers[0]
@@ -237,7 +238,7 @@ class LayerParts:
         return self._exchange(WHOLE)
 
     def in_sequence(self, mark: Callable[[str], None]) -> None:
-        """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
+        """Both passes, as ShardedExperts has them, except for what it does with the gradients."""
         self._passes(Chunked(self._sent, self._experts, _ready, _gradients, _no_slice, mark, in_sequence=True))
 
     def in_chunks(self, degrees: Degrees) -> None:

@@ -54,7 +54,7 @@ class DenseZeRO:
         """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
 
         ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without. `places`: of the
-        backward pass where slices of gradients may set out; with none, ZeRO reduces after it.
+        backward pass where slices of gradients may be sent; with none, ZeRO reduces after it.
         """
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)

@@ -154,7 +154,7 @@ class ExpertArena:
             yield
 
     def make_room(self, copies: int) -> None:
-        """Room for so many copies from here on. Own rows are unset until they are written, and `place` has to follow."""
+        """Room for this many copies from here on. Own rows are unset until they are written, and `place` has to follow."""
         self.transport.make_room(self.owned + copies)
         self.copies = copies
 
@@ -337,7 +337,7 @@ class ExpertArena:
 
     def return_gradients(self, layer: int, gradients: Parts) -> None:
         """Takes the gradients of a layer's experts, in the order of its slots, without own ones that were added to `sums`. Own
-        ones stay, those of copies set out for home.
+        ones stay, those of copies are sent home.
 
         What the layer before sent is awaited here, so it has had the attention's backward pass to arrive.
         """

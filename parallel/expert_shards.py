@@ -116,9 +116,9 @@ class ExpertShards:
             self.optimizer.round_masters(self.arena.rows)
 
     def make_room(self, copies: int) -> None:
-        """Room in the arena for so many copies; `place` of the arena has to follow.
+        """Room in the arena for this many copies; `place` of the arena has to follow.
 
-        Own weights are rounded from their masters anew, so that a GPU never holds the old arena beside the new one.
+        Own weights are rounded from their masters again, so that a GPU never holds the old arena beside the new one.
         """
         if copies != self.arena.copies:
             self.arena.make_room(copies)

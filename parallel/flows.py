@@ -128,7 +128,7 @@ def flows_of(
 
 
 def _from_all(takes_LD: Floats, experts_LD: Floats, stays_L: Bools, topology: Topology) -> Flows:
-    """Of layers whose devices take so many entries from every device alike."""
+    """Of layers whose devices take this many entries from every device alike."""
     devices, per_node = topology.devices, topology.devices_per_node
     node_LD = takes_LD.reshape(len(takes_LD), topology.nodes, per_node).sum(axis=2).repeat(per_node, axis=1)
     return Flows(

@@ -2,7 +2,7 @@
 after a layer, and before and after the way of its rows to the experts and back.
 
 Those around a layer are part of its computation, and autograd goes through them. Those around a way say what travels: rows are
-given to `before_...` as a message of them sets out and to `after_...` as it arrives, leg by leg where there are two, and so are
+given to `before_...` as a message of them is sent and to `after_...` as it arrives, leg by leg where there are two, and so are
 gradients in the backward pass: those of results on the way there, those of tokens on the way back. They work row by row, so
 that no number depends on chunks.
 

@@ -151,7 +151,7 @@ class Materialisation:
         return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, stays_L, rematerialise=rematerialise))
 
     def calibrate(self, layer: int, counts_E: Tensor) -> None:
-        """Before a layer's tokens set out: new copies, where the loads that came make them worth the wait. Collective.
+        """Before a layer's tokens are sent: new copies, where the loads that came make them worth the wait. Collective.
 
         Args:
             counts_E: this rank's tokens per expert.

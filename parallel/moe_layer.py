@@ -61,7 +61,7 @@ class ShardedExperts:
     slices: GradientSlices | None = None  # of dense gradients, which travel while the layer runs backward
 
     def prepare(self) -> None:
-        """Copies set out; what is computed between here and the experts' products, the dispatch too, hides their way."""
+        """Copies are sent; what is computed between here and the experts' products, the dispatch too, hides their way."""
         self.mark(PREPARES)
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
@@ -126,7 +126,7 @@ class ShardedExperts:
         )
 
     def _ready(self, direction: Direction) -> None:
-        """Tokens have set out for their experts, and copies have to be there."""
+        """Tokens have been sent for their experts, and copies have to be there."""
         self.arena.materialised(self.layer)
         self.mark(COPIES)
 

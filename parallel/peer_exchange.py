@@ -144,7 +144,7 @@ class PeerTokens:
         return self._room.blocks[0]
 
     def results(self, count: int) -> Results:
-        """Room for so many; to be shown before anything else is laid out."""
+        """Room for this many; to be shown before anything else is laid out."""
         block, rank = self.turn(), self.world.rank
         return Results(block, block.results.of_rank[rank][:count], block.numbers.of_rank[rank][:count])
 

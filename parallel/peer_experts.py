@@ -26,7 +26,7 @@ FEW = 4  # copies. More take turns in two streams: between copies of some megaby
 
 
 class PeerRoom:
-    """Room for so many experts on each rank, which all ranks read. Made by all ranks together."""
+    """Room for this many experts on each rank, which all ranks read. Made by all ranks together."""
 
     def __init__(self, world: World, experts: int, shapes: Shapes, dtype: torch.dtype) -> None:
         sizes = [experts * torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
@@ -122,7 +122,7 @@ class PeerExperts:
         return self._rows.of_rank[self.world.rank]
 
     def make_room(self, rows: int) -> None:
-        """Rows for so many experts, uninitialised; those before are gone first."""
+        """Rows for this many experts, uninitialised; those before are gone first."""
         self.quiesce()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)  # what is started reads them until then
@@ -167,7 +167,7 @@ class PeerExperts:
         if way_home.most == 0:
             return Returned(_nothing, [])
         staging = self._staging
-        assert staging and staging.experts >= way_home.most, "gradients of so many copies have been expected"
+        assert staging and staging.experts >= way_home.most, "gradients of this many copies have been expected"
         if way_home.shown:
             for target, part in zip(staging.of_rank[self.world.rank], gradients, strict=True):
                 target[: way_home.shown].copy_(part[-way_home.shown :])
@@ -180,7 +180,7 @@ class PeerExperts:
         arrived = [(expert, tuple(part[at : at + count] for part in room)) for expert, at, count in way_home.sums]
 
         def barrier() -> None:
-            staging.memory.barrier(CHANNEL)  # the second time because it may be written anew
+            staging.memory.barrier(CHANNEL)  # the second time because it may be written again
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
 

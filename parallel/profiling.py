@@ -49,7 +49,7 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 @torch.no_grad()
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
-    """The costs of a layer for a rank with so many tokens; takes about three seconds.
+    """The costs of a layer for a rank with this many tokens; takes about three seconds.
 
     `planning` plans a layer as it will be planned after its gate, with the costs that it is given.
     """
@@ -80,7 +80,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
 
 
 def copies_that_fit(arena: ExpertArena, layers: int) -> int:
-    """How many copies a layer every rank has room for, if copies of so many layers are kept at once."""
+    """How many copies a layer every rank has room for, if copies of this many layers are kept at once."""
     world = arena.world
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)  # the allocator holds what was ever needed; this is beyond it
@@ -123,7 +123,7 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
 
 
 class _Products:
-    """Those of a layer on this rank, forward and backward, for about so many entries, in rows as they come from all ranks."""
+    """Those of a layer on this rank, forward and backward, for about this many entries, in rows as they come from all ranks."""
 
     def __init__(self, arena: ExpertArena, entries: int, top_k: int) -> None:
         world, shape = arena.world, arena.shape

@@ -92,8 +92,8 @@ class Scheduling:
         self.marks: Marks | None = None  # of the first layer, in an update in which it is measured
 
     def prepare(self, tokens: int, attend: Attend) -> None:
-        """Before an update with micro-batches of so many tokens a rank. The first time measures, collectively; later ones take
-        what was planned beside the updates before, if it is done."""
+        """Before an update with micro-batches of this many tokens a rank. The first time measures, collectively; later ones
+        take what was planned beside the updates before, if it is done."""
         if not self._plans:
             return
         if self._profile is None:
@@ -232,7 +232,7 @@ class Scheduling:
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 
     def _know(self, tokens: int, attend: Attend) -> None:
-        """Measures, or reads what was measured before on such ranks and for so many tokens. Collective."""
+        """Measures, or reads what was measured before on such ranks and for this many tokens. Collective."""
         found: list[tuple[dict[TransportKind, Profile], Fit | None] | None] = [None]
         if self._arena.world.rank == 0 and self._folder is not None and (self._folder / FILE).exists():
             try:

@@ -26,7 +26,7 @@ Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
 
 
 def empty_parts(experts: int, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Parts:
-    """Room for the parts of so many experts, uninitialised."""
+    """Room for the parts of this many experts, uninitialised."""
     return tuple(torch.empty(experts, *shape, dtype=dtype, device=device) for shape in shapes)
 
 

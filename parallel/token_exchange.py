@@ -116,12 +116,12 @@ class Leg:
     """Rows over one level and results back, in chunks."""
 
     level: Level
-    rows: list[int]  # C + 1; chunk i has the rows that set out from the i-th number to before the next
+    rows: list[int]  # C + 1; chunk i has the rows that are sent from the i-th number to before the next
     place_TK: Tensor  # int32: the row, in its chunk's message, of a choice that is its row's first for that member; else -1
     splits: list[Splits]  # of each chunk
 
     def of_chunk(self, chunk: int) -> slice:
-        """Among the rows that set out."""
+        """Among the rows that are sent."""
         return slice(self.rows[chunk], self.rows[chunk + 1])
 
     def pack(self, x_PD: Tensor, chunk: int) -> Tensor:
@@ -141,7 +141,7 @@ class Leg:
         return InFlight(self.level, hooks.before_combine(y_PD), self.splits[chunk], back=True, arrived=hooks.after_combine)
 
     def collect(self, rows_SD: Tensor, chunk: int) -> Tensor:
-        """Results of the rows that set out; those of several members are added in float32."""
+        """Results of the rows that are sent; those of several members are added in float32."""
         return combine_rows(rows_SD, *self._places(chunk))
 
     def _places(self, chunk: int) -> tuple[Tensor, int]:
@@ -216,7 +216,7 @@ class Exchange:
         return self.order.place_N.view(-1, self.weights_RK.shape[1])[way.row_R]
 
     def return_weights(self, d_weights_RK: Tensor) -> InFlight:
-        """Gradients of combine weights, row by row as they arrive in the backward pass, set out on the last leg back."""
+        """Gradients of combine weights, row by row as they arrive in the backward pass, are sent on the last leg back."""
         worked_RK = torch.empty_like(d_weights_RK)
         worked_RK[self.backward.row_R] = d_weights_RK
         return self.hops[-1].give_back(worked_RK)
@@ -303,7 +303,7 @@ class _Arrivals:
 
 
 def _leg(level: Level, cut: _Cut, came: _Arrivals | None, tokens: int) -> Leg:
-    """Rows set out as they came over the leg before; from the first one this rank's tokens do."""
+    """Rows are sent as they came over the leg before; from the first one this rank's tokens do."""
     if came is None:
         degree = len(cut.splits)
         return Leg(level, [-(-chunk * tokens // degree) for chunk in range(degree + 1)], cut.place_TK, cut.splits)

@@ -71,7 +71,7 @@ class Transport(Protocol):
         """Where the arena's experts lie."""
 
     def make_room(self, rows: int) -> None:
-        """Rows for so many experts from here on, uninitialised; those before are gone first."""
+        """Rows for this many experts from here on, uninitialised; those before are gone first."""
 
     def quiesce(self) -> None:
         """Before owners change their rows: nobody reads them any more."""
@@ -80,12 +80,12 @@ class Transport(Protocol):
         """`row_E`: in which row of its owner's arena each expert lies."""
 
     def expect_gradients(self, copies: int) -> None:
-        """Of so many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
+        """Of this many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
         where memory for them has to grow, which must not happen later: hosts would wait for each other, and each for all that
         its GPU has been given, while slices of dense gradients wait there for peers."""
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
-        """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
+        """Moves this many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
     def travel(self, kind: TransportKind) -> None:
         """From here on tokens travel so, if they travel as messages. Collective."""

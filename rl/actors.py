@@ -1,6 +1,6 @@
 """The pool that drives several engines at once, each an actor of Ray (rl/engine/actor.py).
 
-An engine that dies or does not answer is replaced while everything else goes on. What it was generating others generate anew,
+An engine that dies or does not answer is replaced while everything else goes on. What it was generating others generate again,
 from where it was when that engine got it: tokens depend on the weights and on the noise of their sample's uid alone, so they
 are the same ones, and no sample is lost or done twice. The new engine gets the weights of the others from Ray's object store,
 which keeps the last whole ones and the changes since, so the ranks need not be asked while they learn. Where weights come from
@@ -394,7 +394,7 @@ class RayPool:
             self._seek(self._elastic, place)
 
     def _require_ranks(self) -> None:
-        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all begin anew."""
+        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all start again."""
         calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
         ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
         gather({name: ref for name, ref in calls.items() if ref in ready})

@@ -197,7 +197,7 @@ class _Progress:
 
 
 def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
-    """Generates until `config.groups` groups are useful, or nothing is left to try; `more` draws for so many that miss."""
+    """Generates until `config.groups` groups are useful, or nothing is left to try; `more` draws for this many that miss."""
     refills = config.refills
     while len(progress.useful) < config.groups and (progress.running or refills):
         missing = config.groups - len(progress.useful) - len(progress.running)

@@ -234,7 +234,7 @@ class RolloutBuffer:
         return self._dropped
 
     def expire(self, version: int, *, drop: bool) -> list[Group]:
-        """The groups that have a token from before `version`, as they were. They start anew, or with `drop` are gone."""
+        """The groups that have a token from before `version`, as they were. They start again, or with `drop` are gone."""
         stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]
         ids = {group.id for group in stale}
         self._surplus = deque(group for group in self._surplus if group.id not in ids)

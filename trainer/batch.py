@@ -60,7 +60,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a forward pass says of every position; float32, (B, S) but for `inputs_BSP`."""
+    """What a forward pass says of every position; float32, (B, S) except for `inputs_BSP`."""
 
     logprobs_BS: Tensor  # of the targets
     entropy_BS: Tensor  # of the next-token distribution

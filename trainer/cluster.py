@@ -286,7 +286,7 @@ def run_attempts(
     bring_to_disk: Callable[[], None],
     say: Say,
 ) -> None:
-    """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
+    """Starts Ray for this many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
 
     `began`: the step after which the newest attempt went on. `bring_to_disk`: before Ray goes where the run is to go on later.
     """
@@ -304,7 +304,7 @@ def run_attempts(
             stop.listen()
             supervise(unless_stopped, began, config.max_restarts, say)
     except Stopped:
-        # A second signal comes too late to change anything, but for a second Ctrl-C.
+        # A second signal comes too late to change anything, except for a second Ctrl-C.
         with stop.deferred("the newest checkpoint in memory, which goes to the disk"):
             bring_to_disk()
         raise

@@ -46,7 +46,7 @@ class Pretraining:
         Raises:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
             Stopped: a signal asked for it; the last step is in a checkpoint.
-            Moved: a node of the ranks is to go; the last step is in a checkpoint, and another attempt continues from there.
+            Moved: a node of the ranks will go; the last step is in a checkpoint, and another attempt continues from there.
         """
         with Placement(self.config.cluster, self.ranks, self.tracker.say) as placement:
             placement.fill(partial(self._train_in, placement))

@@ -265,7 +265,7 @@ class Trainer(TrainerState):
         return replace(found, mark=marks) if layer == 0 and marks is not None and torch.is_grad_enabled() else found
 
     def _attention(self, tokens: int, length: int) -> Tensor:
-        """That of a layer, forward, over so many tokens in rows of at most `length`, for who times it."""
+        """That of a layer, forward, over this many tokens in rows of at most `length`, for who times it."""
         rows, length = max(tokens // length, 1), min(length, tokens)
         documents_BS = torch.zeros(rows, length, dtype=torch.int64, device=self.world.device)
         attend = self._attend(documents_BS)

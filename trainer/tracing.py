@@ -74,7 +74,7 @@ class Tracing:
         self.profile.start()
 
     def decoded(self, tokens: int) -> None:
-        """An engine has made so many decoding steps more."""
+        """An engine has made this many decoding steps more."""
         assert self.tokens is not None, "the trace of a rank counts no tokens"
         self.tokens -= tokens
         if self.tokens <= 0:
@@ -130,7 +130,7 @@ class Traceable:
 
 
 class Traces:
-    """What a run of so many ranks traces; `say` tells where it is, `engines` the numbers of those that take part."""
+    """What a run of this many ranks traces; `say` tells where it is, `engines` the numbers of those that take part."""
 
     def __init__(
         self,

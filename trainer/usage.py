@@ -138,7 +138,7 @@ class Usage:
         self.world.exposed.forget()
 
     def end(self, batch: TrainBatch, seconds: float) -> dict[str, float]:
-        """Metrics of the update of these rows, which took so long; the same on every rank but for `seconds`. Collective."""
+        """Metrics of the update of these rows, which took so long; the same on every rank except for `seconds`. Collective."""
         exposed_s = self.world.exposed.take()
         peak = math.nan if self._peak is None else self._peak
         idle_s = math.nan if self._idle is None else self._idle.take()

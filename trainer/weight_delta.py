@@ -5,7 +5,7 @@ so at the learning rates of RL most bits stay (PULSE, arXiv 2602.03839). Bits ar
 zero has two signs. New values replace old ones; differences would not add up exactly.
 
 Where they stand is written as the counts of unchanged elements before each changed one, in numbers of 8, 16 or 32 bits,
-whichever takes the fewest bytes. The largest number of a width means so many elements, and that the count goes on.
+whichever takes the fewest bytes. The largest number of a width means this many elements, and that the count goes on.
 """
 
 from __future__ import annotations
@@ -109,5 +109,5 @@ def decode(encoded: NDArray[np.unsignedinteger]) -> Positions:
 
 
 def _limit(width: int) -> int:
-    """The largest number of so many bytes."""
+    """The largest number of this many bytes."""
     return (1 << 8 * width) - 1

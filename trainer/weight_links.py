@@ -216,7 +216,7 @@ def span_digests(parts: Sequence[tuple[Span, Tensor]]) -> dict[str, str]:
 
 
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where blocks of so many bytes begin one after the other, and where the last one ends."""
+    """Where blocks of this many bytes begin one after the other, and where the last one ends."""
     found, end = [], 0
     for size in sizes:
         found.append(end)

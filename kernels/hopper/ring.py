@@ -54,7 +54,7 @@ def place(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
     """(row tile, column tile) of a tile: GROUP row tiles go through all column tiles together.
 
     Blocks work on neighbours in this order at the same time, about 132 tiles of 128 x 256. As 16 row tiles by 8 column tiles
-    they read the fewest rows and columns, 4096. With one row tile after the other, 28672 columns (Mixtral) would be read anew
+    they read the fewest rows and columns, 4096. With one row tile after the other, 28672 columns (Mixtral) would be read again
     for every 1.2 row tiles.
     """
     together = GROUP * n_tiles

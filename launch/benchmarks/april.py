@@ -45,7 +45,7 @@ class RoundOptions(ModelOptions):
     samples: PositiveInt = Field(8, description="of a group")
     median: PositiveInt = Field(description="tokens of a response in rounds")
     longest: PositiveInt = Field(description="tokens that no response exceeds in rounds")
-    max_staleness: NonNegativeInt = Field(8, description="rounds; a group with older tokens starts anew")
+    max_staleness: NonNegativeInt = Field(8, description="rounds; a group with older tokens starts again")
     advance: PositiveInt = Field(32, description="tokens between two looks at who has finished")
     warm_rounds: PositiveInt = Field(6, description="before the buffer is steady, not counted")
     rounds: PositiveInt = Field(10, description="that are counted")
@@ -82,7 +82,7 @@ class Rounds:
     submitted_groups: int
     slots: int
     rounds: tuple[Round, ...]
-    discarded_tokens: int  # of groups that started anew
+    discarded_tokens: int  # of groups that started again
     sync_rate: float  # trained tokens a second with factor 1
     floor_s: float  # reading what decoding has to read, at the rate of a copy
     failures: Mapping[str, str] = field(default_factory=dict)

@@ -82,7 +82,7 @@ def measure(
     for name, shape in options.shapes().items():
         for copies in options.copies:
             if shape.experts % options.ranks or copies > shape.experts // options.ranks:
-                raise UserError(f"copies = {copies}: {options.ranks} ranks do not each own so many of {shape.experts} experts")
+                raise UserError(f"copies = {copies}: {options.ranks} ranks own fewer of {shape.experts} experts each")
             moved = on_ranks(_measured, options.ranks, options, (shape, copies), device.type)
             size = 3 * shape.hidden * shape.expert_hidden * (2 if device.type == "cuda" else 4)
             work = f"{copies} of {name}'s experts ({size / 2**20:.1f} MiB each) to each of {options.ranks} ranks"
@@ -154,7 +154,7 @@ def _gather_and_reduce(
 
 
 def _from_next(experts: int, ranks: int, copies: int) -> Placement:
-    """Every rank has copies of the first so many experts of the next rank."""
+    """Every rank has copies of the first experts of the next rank."""
     owner_E = even_owners(experts, ranks)
     copies_ED = without_copies(owner_E, ranks).copies_ED
     for rank in range(ranks):

@@ -146,7 +146,7 @@ def zipf_ranks(shape: Shape, tokens: int, generator: torch.Generator) -> Tensor:
 
 
 def _even(experts: int, top_k: int, tokens: int, options: dict[str, Any]) -> Tensor:
-    """Deals 0, 1, ..., E - 1, 0, 1, ... to the tokens in turn, renames the experts anew for each full deal, and shuffles."""
+    """Deals 0, 1, ..., E - 1, 0, 1, ... to the tokens in turn, renames the experts again for each full deal, and shuffles."""
     deal = math.lcm(experts, top_k)  # entries after which a token begins with expert 0 again
     deals = -(-tokens * top_k // deal)
     names = torch.rand(deals, experts, **options).argsort(dim=1)

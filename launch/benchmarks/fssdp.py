@@ -287,7 +287,7 @@ def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpor
 
 
 def _sharded(arena: ExpertArena, *, waits: bool = False) -> Work:
-    """Our layer. Copies are fetched in every call; it may wait for them before its tokens set out."""
+    """Our layer. Copies are fetched in every call; it may wait for them before its tokens are sent."""
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

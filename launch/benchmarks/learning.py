@@ -94,7 +94,7 @@ class Curve:
     length_ratio: float  # rollout/length_bias of the last round
 
     def reward_after(self, decode_steps: float) -> float:
-        """Held-out reward when so many steps were decoded, on the line between two evaluations."""
+        """Held-out reward when this many steps were decoded, on the line between two evaluations."""
         at = np.concatenate([[0.0], np.cumsum(self.decode_steps)])
         return float(np.interp(decode_steps, [at[done] for done, _ in self.evaluations], [r for _, r in self.evaluations]))
 

@@ -211,7 +211,7 @@ def warmed_up(seed: int) -> TinyPolicy:
 
 @dataclass(frozen=True)
 class TinyRun:
-    """Means over the rounds but for rewards, which are of evaluations after a half and all of them, and `oldest`."""
+    """Means over the rounds except for rewards, which are of evaluations after a half and all of them, and `oldest`."""
 
     half: float
     last: float

@@ -36,7 +36,7 @@ class Line:
 
 
 def options(name: str, gpus: int) -> list[str] | None:
-    """What a benchmark is told on a machine with so many GPUs; None if it cannot run there."""
+    """What a benchmark is told on a machine with this many GPUs; None if it cannot run there."""
     if name == "fssdp" and gpus == 1:
         return None
     return [f"ranks={gpus}"] if name == "pretrain" and gpus > 1 and gpus & (gpus - 1) == 0 else []

@@ -6,7 +6,7 @@ Every system keeps its own policy and its own timing of plans and weights:
     cost+gate             plans again after the gate, and waits for other copies where that pays
     cost+gate+owners      also plans new owners every few steps
     hecate                plans ahead from the mean of the last steps, and moves owners likewise
-    eplb                  plans ahead from that mean, and packs owners anew every few steps, with their optimizer state
+    eplb                  plans ahead from that mean, and packs owners again every few steps, with their optimizer state
     laer                  plans ahead from the last step; every expert is sharded over all devices, and any device restores the
                           experts that it needs by an all-to-all of equal size, whatever the plan (FSEP)
     faster_moe, llep      plan after the gate, from the true loads; weights are waited for
@@ -86,7 +86,7 @@ class PlacementOptions(TokenOptions):
     top_k: PositiveInt | None = None
     machine: OneOrMore[MachineName] = Field(description="of conf/machine")
     devices: OneOrMore[PositiveInt]
-    per_node: PositiveInt = Field(8, description="devices of a node, where there are so many")
+    per_node: PositiveInt = Field(8, description="devices of a node, where there are this many")
     memory: PositiveInt = Field(description="copies that a device has room for")
     trace: Listed[Trace] = Field(description="how loads are drawn; none where a run is replayed")
     run: Path | None = Field(None, description="the folder of a run, whose recorded loads are replayed too")

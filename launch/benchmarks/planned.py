@@ -53,7 +53,7 @@ class Testbed:
     """One testbed of the paper: its fits, and the lengths of its grid."""
 
     costs: EspCosts
-    devices_per_node: int  # an expert, and the dense layers, are cut over so many
+    devices_per_node: int  # an expert, and the dense layers, are cut over this many
     lengths: tuple[int, ...]
 
 

@@ -48,7 +48,7 @@ class ScheduleOptions(Options):
     top_k: PositiveInt | None = None
     length: PositiveInt = Field(2048, description="tokens of a row, in its attention")
     link_mbit: PositiveInt | None = Field(
-        None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
+        None, description="CPU: ranks on two hosts, joined by a link of this many Mbit/s; as root"
     )
     within_mbit: PositiveInt | None = Field(
         None, description="of links within each host, with link_mbit; None: as fast as it is"

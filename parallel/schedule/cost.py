@@ -151,7 +151,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
 
 
 def sharded_chunk(costs: LayerCosts, work: ShardedWorkload, degree: int, *, backward: bool) -> Chunk:
-    """Every chunk reads the weights of all experts anew, fills as many last tiles, and plans an exchange of its own."""
+    """Every chunk reads the weights of all experts again, fills as many last tiles, and plans an exchange of its own."""
     products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, work.beside_rows_s)
     device_s = products * (work.product_s / degree + work.weights_s)
     expert_s = device_s + 2 * work.rows_s / degree + planned_s

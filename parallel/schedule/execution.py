@@ -1,4 +1,4 @@
-"""What chunked_experts.py does with a layer, as tasks: in how many chunks it had better run, forward and backward apart. Pure.
+"""What chunked_experts.py does with a layer, as tasks: in how many chunks it should run, forward and backward apart. Pure.
 
 One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Over two levels that
 link is the one between nodes, and another one carries rows within them: gathers and scatters in turns, because a chunk is
@@ -44,11 +44,11 @@ class ExecutionCosts:
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
     chunk_s: float = 0.0  # of each chunk of a pass after the first, beside its parts: until the host has started them
-    # (chunks, how many times as long both passes took in so many as all this says; 0 chunks: with nothing overlapping)
+    # (chunks, how many times as long both passes took in this many as all this says; 0 chunks: with nothing overlapping)
     times: tuple[tuple[int, float], ...] = ()
 
     def factor(self, degree: int) -> float:
-        """For a pass in so many chunks; between those that were measured on a line, and after the last as there."""
+        """For a pass in this many chunks; between those that were measured on a line, and after the last as there."""
         if not self.times:
             return 1.0
         degrees, factors = zip(*self.times, strict=True)
@@ -188,7 +188,7 @@ def _as_measured(costs: ExecutionCosts, layers: list[list[Task]], timelines: lis
 
 
 def degrees_of(tokens: int) -> range:
-    """That leave no chunk of so many tokens empty."""
+    """That leave no chunk of this many tokens empty."""
     return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 

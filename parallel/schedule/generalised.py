@@ -96,7 +96,7 @@ def _links(layer: Sequence[Task]) -> tuple[str, str]:
 
 
 def _with_slice(layer: Sequence[Task], link: str, seconds: float) -> list[Task]:
-    """Where there are no dispatches the slice sets out at once."""
+    """Where there are no dispatches the slice is sent at once."""
     if seconds == 0:
         return list(layer)
     place = max((at + 1 for at, task in enumerate(layer) if task.name.startswith("dispatch")), default=0)

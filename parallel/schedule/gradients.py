@@ -63,7 +63,7 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
     Args:
         slots: in the order of the backward pass.
         last_bytes: that are complete only after the last slot.
-        reduce: an all-reduce of so many bytes.
+        reduce: an all-reduce of this many bytes.
         units: of the grid.
     """
     complete_S = list(accumulate(slot.ready_bytes for slot in slots))
@@ -93,7 +93,7 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
 
 
 def partitioned(slots: Sequence[Slot], taken_S: tuple[int, ...], last_bytes: int, reduce: Line) -> Partition:
-    """If each slot takes so many bytes, and has the degree that is best with them."""
+    """If each slot takes this many bytes, and has the degree that is best with them."""
     slices_S = [reduce.seconds(taken) for taken in taken_S]
     found = [best(slot.options, slice_s) for slot, slice_s in zip(slots, slices_S, strict=True)]
     exposed = sum(slot.ready_bytes for slot in slots) + last_bytes - sum(taken_S)

@@ -24,7 +24,7 @@ class Degrees:
 
     forward: int
     backward: int
-    in_sequence: bool = False  # every message is waited for where it sets out
+    in_sequence: bool = False  # every message is waited for where it is sent
 
 
 WHOLE = Degrees(1, 1)
@@ -94,7 +94,7 @@ class Pipelined:
 
 
 def pipelined(chunk_of: Callable[[int], Chunk], degree: int) -> Pipelined:
-    """`chunk_of` gives what a chunk takes if the layer is cut into so many."""
+    """`chunk_of` gives what a chunk takes if the layer is cut into this many."""
     chunk = chunk_of(degree)
     return Pipelined(degree, 2 * degree * chunk.across_s, simulate(layer_tasks(chunk, degree)).seconds)
 

@@ -50,7 +50,7 @@ def plan(blocks: Sequence[Block], head_bytes: int, reduce: Line, units: int = UN
     Args:
         blocks: in the order of the model.
         head_bytes: gradients of what comes after the last block, complete before its backward pass.
-        reduce: an all-reduce of so many bytes of dense gradients.
+        reduce: an all-reduce of this many bytes of dense gradients.
         units: of the grid on which sums of gradients lie.
     """
     forward = [best(block.forward) for block in blocks]

@@ -15,8 +15,8 @@ ALL = 1.0  # the entries of a layer, of which its lines are
 def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: float) -> tuple[ExecutionCosts, LayerWork]:
     """What the parts of a layer take, and how much of each there is.
 
-    Every chunk reads the weights of all experts anew and fills as many last tiles. Rows are laid out, put in place and summed
-    where their message sets out and arrives. Straight to the ranks, both kinds of links carry at the same time, and the layer
+    Every chunk reads the weights of all experts again and fills as many last tiles. Rows are laid out, put in place and summed
+    where their message is sent and arrives. Straight to the ranks, both kinds of links carry at the same time, and the layer
     waits for the one that takes longer; a message without rows takes its start all the same, but where nothing is exchanged.
 
     Args:

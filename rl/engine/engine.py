@@ -40,7 +40,7 @@ from trainer.weight_sync import WeightUpdate
 from trainer.weights import digests, unpack
 
 PREFILL_TOKENS = 8192  # of one forward pass
-IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the rows change seldom
+IDLE_SHARE = 16  # one slot in this many may hold a row that is done, so that the rows change seldom
 
 
 def check_generates(config: ModelConfig) -> None:
@@ -121,7 +121,7 @@ class Engine:
         """Copies the tensors of `LanguageModel.state()` in, whatever their dtype and device.
 
         Samples on their way go on under the new weights: what they have is a segment of the old ones, and its keys are
-        computed anew, so that their log-probabilities stay exact.
+        computed again, so that their log-probabilities stay exact.
         """
         with self._between_versions(version):
             self._model.load_state(state)

@@ -100,12 +100,12 @@ def test_a_move_to_other_places_is_no_restart() -> None:
         nonlocal moves
         moves -= 1
         if moves >= 0:
-            raise Moved(Move("a is to go", frozenset("a")), f"after step {moves}")
+            raise Moved(Move("a will go", frozenset("a")), f"after step {moves}")
         return str(lost())
 
     assert supervise(attempt, lambda: -1, max_restarts=2, say=said.append) == "done"
     assert attempts == [1, 2, 3] and said[4:6] == [
-        "a is to go: the ranks begin anew after step 0",
+        "a will go: the ranks start again after step 0",
         "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint",
     ]
 

@@ -75,7 +75,7 @@ class RolloutConfig(Record):
     refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
-    max_staleness: int = Field(ge=0)  # rounds; an older group starts anew
+    max_staleness: int = Field(ge=0)  # rounds; an older group starts again
     stale: Literal["regenerate", "drop"]  # what becomes of it; dropped, its prompt is passed over
     temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
@@ -86,7 +86,7 @@ class RolloutConfig(Record):
     include_stop: bool  # whether the task sees the string that ended the text
     replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
     engines: int = Field(gt=0)
-    # With so many the run starts, and the others, up to `engines`, join while it goes on, as the cluster gets room for them;
+    # With this many the run starts, and the others, up to `engines`, join while it goes on, as the cluster gets room for them;
     # null: it starts with all of them. Of separate engines.
     min_engines: int | None = Field(gt=0)
     # colocated: engines share the ranks' GPUs; separate: each has one of its own, so that ranks and engines never take each
@@ -184,7 +184,7 @@ class AlgorithmConfig(Record):
     truncation: float = Field(gt=0, allow_inf_nan=True)  # cap of the importance weight of decoupled
     token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
     sequence_band: Band | None  # the same for whole responses, of the geometric mean
-    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely
+    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became this many nats a token less likely
 
     @model_validator(mode="after")
     def consistent(self) -> AlgorithmConfig:
@@ -214,7 +214,7 @@ class AlgorithmConfig(Record):
 
 class LoopConfig(Record):
     rounds: int = Field(gt=0)
-    sequence_length: int = Field(gt=1)  # samples are packed into rows of so many tokens
+    sequence_length: int = Field(gt=1)  # samples are packed into rows of this many tokens
     micro_rows: int = Field(gt=0)
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: bool

@@ -141,7 +141,7 @@ class TrainConfig(Record):
     keep_checkpoints: int = Field(gt=0)
     memory_checkpoint_every: int = Field(ge=0)  # steps between two that stay in the memory of the nodes; 0: none
     skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
-    spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
+    spike_zscore: float | None = Field(gt=0)  # a loss this many deviations above the window's mean is a spike; null: none is
     spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
     on_spike: Literal["skip", "stop"]
 
