@@ -1,10 +1,10 @@
-"""Advantages of single tokens: rewards that stand at tokens, returns, and values that predict them.
+"""Token advantages: rewards at tokens, returns, and values that predict them.
 
-Pure functions on packed rows. A position predicts the token after it; a reward stands where its token is predicted, a value is
-what the policy may expect before that token. The steps of an episode are the learned tokens of a response: what the environment
-said between two turns is no choice of the policy, its values are never fitted, and a long reply of a tool must not discount
-what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected after it. Letters: B
-rows, S positions.
+Pure functions on packed rows. A position predicts the token after it. A reward is at the position where its token is predicted;
+a value is the return expected before that token. The steps of an episode are the learned tokens of a response: a reply of the
+environment between two turns is not the policy's choice, its values are never fitted, and a long reply of a tool must not
+discount what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected after it.
+Letters: B rows, S positions.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A generation engine: continuous batching over a paged cache, tokens in and tokens out.
 
-Samples wait in a queue and take a slot when one is free. Their prefix, the prompt and whatever was generated before an
-interruption, enters the cache in chunks (prefill), less what pages of other samples hold of it already; then every step decodes
+Samples wait in a queue and take a slot when one is free. Their prefix, which is the prompt and what was generated before an
+interruption, enters the cache in chunks (prefill), except for what pages of other samples hold already. Then every step decodes
 one token of all rows together. When the pages run out, the youngest rows go back to the queue.
 
-The forward pass is the trainer's, batch-invariant, so log-probabilities are the trainer's bit for bit, whatever else was in the
-batch and however often a sample was interrupted. They are those of the distribution sampled from, float32; where top-k, top-p
-or min-p leave tokens out of it, those of the whole one, the trainer's, stand beside them.
+The forward pass is the trainer's, batch-invariant, so log-probabilities equal the trainer's bit for bit, whatever else was in
+the batch and however often a sample was interrupted. They are float32 and those of the distribution sampled from; if top-k,
+top-p or min-p exclude tokens, those of the whole distribution, the trainer's, are kept too.
 """
 
 from __future__ import annotations

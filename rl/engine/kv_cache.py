@@ -1,8 +1,8 @@
 """The keys and values of the sequences that an engine decodes, in pages, and the attention that writes and reads them.
 
-A page holds the keys and values of some adjacent tokens of a sequence in every layer (Kwon et al., arXiv 2309.06180). Memory
-goes to tokens that exist, not to the longest that may come, and sequences that begin alike, the samples of a group, hold the
-pages of what they share once. Page 0 belongs to nobody: rows that pad a batch write there.
+A page holds the keys and values of some adjacent tokens of a sequence in every layer (Kwon et al., arXiv 2309.06180). So memory
+is used for tokens that exist, not for the longest possible sequence, and sequences with the same beginning, the samples of a
+group, share its pages. Page 0 belongs to nobody: rows that pad a batch write there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BLEU on token ids: a pure function of batches, on whatever device they are."""
+"""BLEU on token ids: a pure function of batches, on any device."""
 
 from __future__ import annotations
 

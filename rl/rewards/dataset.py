@@ -1,4 +1,4 @@
-"""A task out of a file: prompts and answers in JSON lines or Parquet, and a verifier by name."""
+"""A task from a file: prompts and answers in JSON lines or Parquet, and the name of a verifier."""
 
 from __future__ import annotations
 

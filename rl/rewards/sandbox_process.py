@@ -1,4 +1,4 @@
-"""What stands between a program of the model and the machine; `rl/rewards/sandbox.py` runs this file as a command.
+"""Isolates a program of the model from the machine; `rl/rewards/sandbox.py` runs this file as a command.
 
 It uses the standard library only. With isolation the tree of processes is
 
