@@ -1,4 +1,4 @@
-"""Numbers between host and device, where neither waits for more than it has to."""
+"""Numbers between host and device, with no more waiting than necessary."""
 
 from __future__ import annotations
 

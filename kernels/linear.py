@@ -1,9 +1,9 @@
 """A linear map whose result for one row does not depend, bit for bit, on which or how many other rows there are.
 
-Libraries choose the order in which a product adds up by its number of rows, so a token decoded alone and the same token in a
-training batch get results that differ in their last bits, and a router turns these into other experts. Here every row is
-computed in the same order always (batch invariance; He et al., "Defeating Nondeterminism in LLM Inference", 2025). Backward
-has no counterpart in generation and takes the library's products.
+Libraries choose the order of a product's sums by its number of rows. So a token decoded alone and the same token in a training
+batch get results that differ in their last bits, and then a router may choose other experts. Here every row is always computed
+in the same order (batch invariance; He et al., "Defeating Nondeterminism in LLM Inference", 2025). Backward has no counterpart
+in generation and uses the library's products.
 
 Shape letters: M rows, K inputs, N outputs.
 """

@@ -1,9 +1,9 @@
-"""What the parts of an MoE layer whose tokens travel as messages take on these ranks: lines through a few measured times.
+"""How long the parts of an MoE layer take on these ranks if tokens travel as messages: lines through a few measured times.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1.
 
-A layer is measured as it runs, in sequence: parts that are timed by themselves find their memory and caches as they left them,
-and take up to a fifth less. Collective: every rank gets the same numbers, the slowest rank's, and so plans alike.
+A layer is measured as it runs, in sequence: parts that are timed alone find their memory in the caches and take up to a fifth
+less. Collective: every rank gets the same numbers, the slowest rank's, and so makes the same plan.
 """
 
 from __future__ import annotations

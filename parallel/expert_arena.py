@@ -1,7 +1,7 @@
-"""What a rank computes experts with: its own ones, and copies of others' for the step at hand.
+"""The expert weights that a rank computes with: its own, and copies of others' for the current step.
 
 FSSDP (Hecate, arXiv 2502.02581, section 3). The arena's rows 0..O-1 are the rank's own experts over all layers, in the order of
-(layer, expert); copies lie behind them. Copies are fetched by SparseAllGather before they are needed, once a step; gradients of
+(layer, expert); copies lie after them. Copies are fetched by SparseAllGather before they are needed, once a step; gradients of
 copies go home by SparseReduceScatter, one layer behind the backward pass. With rematerialisation only one layer's copies exist
 at a time, and backward fetches them again.
 

@@ -1,8 +1,9 @@
 """Who owns the experts of all MoE layers: float32 masters, gradients, AdamW's moments, once in the world.
 
-FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit, any rank may own any experts, but every rank owns equally
-many over all layers together. What the model computes with, copies included, lies in the arena (expert_arena.py). Masters,
-gradients and moments lie with the optimizer, on the rank's device (expert_optimizer.py) or on its host (offload.py).
+FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit. Any rank may own any experts, but every rank owns the
+same number over all layers together. The weights that the model computes with, copies included, are in the arena
+(expert_arena.py). Masters, gradients and moments are with the optimizer, on the rank's device (expert_optimizer.py) or on its
+host (offload.py).
 
 Experts stay out of the dense module and out of DeepSpeed. Gradients are sums over ranks of gradients of local losses, each
 multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes them those of the global loss,

@@ -1,10 +1,10 @@
-"""What may be put between the parts of an MoE layer without touching them (FSMoE, arXiv 2501.10714, section 3.2): before and
-after a layer, and before and after the way of its rows to the experts and back.
+"""Hooks between the parts of an MoE layer (FSMoE, arXiv 2501.10714, section 3.2): before and after a layer, and before and
+after its rows travel to the experts and back.
 
-Those around a layer are part of its computation, and autograd goes through them. Those around a way say what travels: rows are
-given to `before_...` as a message of them is sent and to `after_...` as it arrives, leg by leg where there are two, and so are
-gradients in the backward pass: those of results on the way there, those of tokens on the way back. They work row by row, so
-that no number depends on chunks.
+Hooks around a layer are part of its computation, and autograd goes through them. Hooks around a transfer decide in which form
+rows travel: `before_...` gets the rows of a message when it is sent and `after_...` when it arrives, separately for each leg if
+there are two. In the backward pass they get gradients: those of results on the way there, those of tokens on the way back. They
+work row by row, so results do not depend on chunks.
 
 Letters: T tokens of a rank, S rows of a message, D model.
 """

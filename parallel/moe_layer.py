@@ -1,9 +1,9 @@
 """The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
 
-Where tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks; where ranks read each
-other's memory, peer_layer.py does them whole, because the device itself reads.
+If tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks. If ranks read each
+other's memory, peer_layer.py does them for the whole layer, because the device itself reads.
 
-The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
+The gate is in the model (its weight is a dense parameter); its decisions arrive here as a `Routing`.
 Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
 """
 

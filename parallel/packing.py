@@ -1,4 +1,4 @@
-"""How many copies experts get so that the largest load per replica is least, and on which devices they then lie. Pure.
+"""How many copies experts get so that the largest load per replica is smallest, and which devices hold them. Pure.
 
 Letters: L layers, E experts of a layer, D devices.
 """

@@ -1,8 +1,8 @@
 """SparseAllGather and SparseReduceScatter without messages: ranks copy weights and gradients out of each other's memory.
 
-The arena's rows lie where all ranks can read them, so a rank fetches the copies that it needs with the GPU's copy engines, on a
-stream of their own, while it computes. Gradients of copies are laid out for their owner, which fetches them and adds them as it
-would add those that come as messages (sparse_collectives.py): in the order of experts, then of ranks, each sum in float32.
+All ranks can read the arena's rows, so a rank fetches the copies that it needs with the GPU's copy engines, on a stream of
+their own, while it computes. Gradients of copies are laid out for their owner, which fetches and adds them in the same order as
+those that come as messages (sparse_collectives.py): by expert, then by rank, each sum in float32.
 
 Letters: E experts of a layer, D devices.
 """

@@ -1,4 +1,4 @@
-"""One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, whole.
+"""One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, without chunks.
 
 Rows lie at the places of their entries when they have come, and each sum of a token's entries is written where other ranks read
 it. So nothing passes the memory of a device only to lie elsewhere, except for the tokens and the gradients of results, which

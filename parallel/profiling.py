@@ -1,10 +1,10 @@
 """How fast this machine is: products of experts, exchanges of tokens, messages within and between nodes, sums of gradients; and
 its free memory. Measured, not guessed.
 
-Every function here is collective and gives every rank the same numbers: the slowest rank's. What is timed is what a step finds:
-GPUs begin together when their hosts have started the work, first calls, which may compile a kernel, never count, and products,
-exchanges and sums come in turns, as in a layer: a GPU that only multiplies slows its clock down. Rows have as many choices as
-those that come in a layer: with one choice each there would be several times as many to read and to write.
+Every function here is collective and gives every rank the same numbers: the slowest rank's. The conditions are those of a step.
+GPUs begin together when their hosts have started the work. First calls, which may compile a kernel, never count. Products,
+exchanges and sums take turns, as in a layer, since a GPU that only multiplies lowers its clock. Rows have as many choices as in
+a layer: with one choice each there would be several times as many to read and to write.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""In how many chunks each MoE layer runs, and how many bytes of dense gradients travel under it, from step to step: measured at
-the start, planned from loads and copies, planned again when they have changed.
+"""The number of chunks of each MoE layer, and the bytes of dense gradients that travel under it, from step to step: measured at
+the start, planned from loads and copies, planned again when these have changed.
 
-Every rank plans with the same pure functions from the same numbers, so no plan travels. Planning is done beside the training,
-and its result is taken before the first update that finds it done on all ranks. Degrees and slices change no number, so a run
-does not depend on what was measured; but where that decides by which way tokens travel, sums have the order of that way.
+Every rank plans with the same pure functions from the same numbers, so no plan is sent. Planning runs while training goes on,
+and its result takes effect before the first update that finds it done on all ranks. Chunks and slices do not change results, so
+a run does not depend on what was measured; but if measurements choose the transport of tokens, sums have the order of that
+transport.
 """
 
 from __future__ import annotations

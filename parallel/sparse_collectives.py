@@ -1,7 +1,7 @@
 """SparseAllGather and SparseReduceScatter: experts to where their copies are wanted, gradients of copies back to the owners.
 
-Source: Hecate, arXiv 2502.02581, section 3.1. Both are batches of point-to-point messages, planned alike on every rank, so no
-rank waits for one that has nothing to send. They go hop by hop (routes.py), so an expert crosses the network into each node
+Source: Hecate, arXiv 2502.02581, section 3.1. Both are batches of point-to-point messages with the same plan on every rank, so
+no rank waits for one that has nothing to send. They go hop by hop (routes.py), so an expert crosses the network into each node
 once. On the way back every hop adds in float32 what came to it before it passes it on, in the order of ranks, so the sums do
 not depend on who came first.
 

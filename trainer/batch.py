@@ -1,4 +1,4 @@
-"""The record that carries tokens into a training step, whatever the stage: pretraining, supervised warm-up or RL."""
+"""The record that carries tokens into a training step, in all stages: pretraining, supervised warm-up and RL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing checkpoints behind the back of training; what they are is in checkpoint.py."""
+"""Writes checkpoints while training goes on; checkpoint.py says what they contain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shelf:
 
 
 class Writer:
-    """Writes this rank's part of checkpoints behind the back of training, one checkpoint at a time.
+    """Writes this rank's part of checkpoints while training goes on, one checkpoint at a time.
 
     Training waits for a copy of its state into the host's memory, and for the checkpoint before if that is still being written.
     State that lies on a disk (parallel.offload=nvme) has no such copy: training also stands still until that is in its files.

@@ -1,8 +1,8 @@
-"""Ray: starting it, calling the processes of a run, and saying by name which one died.
+"""Ray: starts it, calls the processes of a run, and names the one that died.
 
-The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
-which names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made
-here.
+The driver calls the same method on all ranks and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
+which names it; `supervise` then starts the next attempt from the last checkpoint. Only actors that were made here are ever
+killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text becomes token arrays on disk, once, and every process maps them.
+"""Turns text into token arrays on disk, once; every process maps them.
 
 `prepare` makes a corpus: a folder that holds the tokenizer and, for each side of the split, all ids one after another
 (`tokens.bin`) with the bounds of the documents (`offsets.bin`). Other processes map the same files with `open_corpus`.

@@ -1,7 +1,7 @@
 """What a run will need, before anything is allocated: parameters, tokens, FLOPs, memory. Pure arithmetic.
 
-Activations are an estimate from the tensors that the backward pass keeps; allocators, communication buffers and libraries
-come on top (about 0.5 GiB a process).
+Activations are estimated from the tensors that the backward pass keeps. Allocators, communication buffers and libraries are not
+included (about 0.5 GiB per process).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What must not become an update: gradients that are not finite, and, if asked, losses far above the recent ones.
+"""Refuses harmful updates: gradients that are not finite and, if asked, losses far above the recent ones.
 
-All ranks decide alike, because they decide by sums over all ranks. Nothing has been changed when an update is refused.
+All ranks decide the same, because they decide by sums over all ranks. When an update is refused, nothing has been changed yet.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A call that does not end: the process writes its stacks into its log, and where the ranks meet in a collective, the driver
-reads there who did not come.
+"""Calls that hang: the process writes its stacks into its log, and if ranks wait in a collective, the driver finds in the logs
+which rank did not arrive.
 
-A rank that waits is inside torch.distributed, or NCCL's watchdog says so; one that is elsewhere, or says nothing, is what the
-others wait for.
+A rank that waits is inside torch.distributed, or NCCL's watchdog says so; a rank that is elsewhere, or says nothing, is the one
+that the others wait for.
 """
 
 from __future__ import annotations

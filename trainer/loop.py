@@ -1,4 +1,4 @@
-"""Pretraining: the loop, and the attempt that surrounds it. It runs in the driver; the ranks do what it says."""
+"""Pretraining: the loop, and the attempt around it. It runs in the driver, which calls the ranks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Where the processes of a run are placed, as a Ray placement group, and what is said while there is no place.
+"""Where the processes of a run are placed, as a Ray placement group, and messages while there is no place.
 
-Ranks are placed, with what they take of a node; engines of RL share the places of the ranks, or have as many of their own. A
-cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed. It may also grow: then
-there are places for engines that the run can do without, and for the ranks that it had to do without. And it may say that a
-node will go, as spot machines do: then the ranks leave it first.
+Ranks are placed with what they need of a node; engines of RL share the places of the ranks, or have places of their own. If a
+cluster loses nodes, the run waits for others, or goes on with fewer ranks where that is allowed. If it grows, there are places
+for further engines, and for ranks that the run had to do without. If it announces that a node will go, as spot machines do, the
+ranks leave it first.
 """
 
 from __future__ import annotations

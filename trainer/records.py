@@ -1,4 +1,4 @@
-"""The records of a run: the lines of its metrics.jsonl, and how it went from the first to the last."""
+"""The records of a run: the lines of its metrics.jsonl, and a summary from the first to the last."""
 
 from __future__ import annotations
 

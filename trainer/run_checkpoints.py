@@ -1,4 +1,4 @@
-"""The checkpoints of a run as its driver sees them: when one is due, and which one an attempt goes on from.
+"""The checkpoints of a run, on the driver's side: when one is due, and from which one an attempt continues.
 
 The same for pretraining and RL, on the disk (checkpoint.py) and in the memory of the nodes (memory_checkpoints.py).
 """

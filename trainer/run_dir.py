@@ -1,19 +1,19 @@
-"""A run is one folder: what was asked for, what happened, what came out.
+"""A run is one folder: its configuration, what happened, and the results.
 
     runs/pretrain-20260801-143012/
         config.yaml             the resolved configuration
         status.json             kind, state, attempt, when, which revision
         metrics.jsonl           one record a step
-        logs/attempt_N/*.log    one file a process
+        logs/attempt_N/*.log    one file per process
         checkpoints/            see trainer/checkpoint.py
-        reference/              in RL with a KL penalty, the weights that it is held to
+        reference/              in RL with a KL penalty, the weights of the reference policy
         server_weights/         the newest weights, for a completion server to load
         refused/                batches of updates that the guard refused
-        traces/                 steps as the profiler saw them, see trainer/tracing.py
+        traces/                 steps recorded by the profiler, see trainer/tracing.py
         wandb/                  W&B's own files
-        schedule.json           what was measured of MoE layers in chunks, and their plan (parallel/scheduling.py)
+        schedule.json           measurements of MoE layers in chunks, and their plan (parallel/scheduling.py)
         report.html             made at the end, with schedule.svg
-        wandb_report.json       which report at W&B is about it, if one is
+        wandb_report.json       the report at W&B about it, if there is one
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 """

@@ -1,4 +1,4 @@
-"""One rank's part of what training holds, from its making to its checkpoints: weights, optimizers, selection bias, plans."""
+"""One rank's part of the training state, from its creation to its checkpoints: weights, optimizers, selection bias, plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one optimizer step that pretraining, supervised warm-up and RL share; predictions and evaluation by the same passes."""
+"""The optimizer step that pretraining, supervised warm-up and RL share; predictions and evaluation use the same passes."""
 
 from __future__ import annotations
 

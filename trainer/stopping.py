@@ -1,9 +1,7 @@
-"""Stopping a run from outside so that it loses nothing: on SIGTERM, SIGUSR1 or Ctrl-C the step ends, then comes a checkpoint.
+"""Stops a run from outside without loss: on SIGTERM, SIGUSR1 or Ctrl-C it finishes the step and writes a checkpoint.
 
-A second Ctrl-C ends it at once.
-
-So does an attempt whose ranks should be elsewhere, because their cluster changes (places.py); then the run goes on at once,
-unless it is bound to its nodes.
+A second Ctrl-C ends it at once. An attempt also stops in this way when its ranks should move, because the cluster changes
+(places.py); then the run goes on at once, unless it is bound to its nodes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Traces of steps, as asked for beforehand (`trace.range`) or while a run goes on (`python -m launch.trace RUN`).
 
     traces/steps_000012-000013/
-        node_HOST.json.gz          what ranks and engines of a node did, one file that Perfetto and chrome://tracing open
-        rank_0.memory.pickle       what the allocator of a GPU did, for pytorch.org/memory_viz; nothing here reads it
+        node_HOST.json.gz          ranks and engines of a node, one file for Perfetto or chrome://tracing
+        rank_0.memory.pickle       the allocator of a GPU, for pytorch.org/memory_viz; nothing here reads it
         engine_0.memory.pickle
 
-The driver decides between two steps, so all ranks trace the same ones. Of an engine the trace has the first tokens that it
-generates in these steps: a whole round of them would be gigabytes. Processes of a node share a clock; nodes do not, so each has
-a file. Tracing slows what it shows.
+The driver decides between two steps, so all ranks trace the same ones. For an engine the trace covers only the first tokens
+that it generates in these steps: a whole round would be gigabytes. Processes of a node share a clock; nodes do not, so each has
+a file of its own. Tracing slows down what it shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells the person who started it: the console, metrics.jsonl and W&B, all from one call."""
+"""Reports a run to the person who started it: on the console, in metrics.jsonl and at W&B, all by one call."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How an update used its devices: model FLOPs over what they could do, waits for communication, times without a kernel.
+"""How an update used its devices: MFU, waits for communication, times without a kernel.
 
-MFU is that of PaLM (arXiv 2204.02311, appendix B): the FLOPs that the model needs, forward and backward, over what the
-published peak gives in the same time. What is recomputed does not count, and attention counts where the mask lets a token look:
-PaLM counts whole squares there, which is twice as much in a row of one document.
+MFU is as in PaLM (arXiv 2204.02311, appendix B): the FLOPs that the model needs, forward and backward, over those that the
+published peak allows in the same time. Recomputation does not count. Attention counts only unmasked pairs of tokens, while PaLM
+counts whole squares, which is twice as much in a row of one document.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank of the training world: the face that Ray shows to the driver, and that tests use without Ray.
+"""One rank of the training world: the methods that the driver calls through Ray, and tests without it.
 
 Methods that the driver calls on all ranks at once are collective. Their results are the same on every rank unless noted.
 """

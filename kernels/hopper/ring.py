@@ -3,8 +3,8 @@
 A block of three warp groups runs on each multiprocessor until the work is done. The producer has the tensor memory
 accelerator load tiles of both operands into the ring; each consumer multiplies half of the left tile's rows, 64, by the whole
 right tile and writes its results itself. `ready` says that a stage is loaded, `read` that both consumers are done with it.
-Nothing holds the consumers together but the ring: one multiplies while the other is busy with its results, and the loads of
-the next tile run ahead of both.
+Only the ring couples the consumers: one multiplies while the other writes its results, and the loads of the next tile run ahead
+of both.
 
 A ring is the tuple (left, right, ready, read); left is (2 * STAGES, .., ..): each consumer's half of a stage by itself.
 """

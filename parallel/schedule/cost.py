@@ -1,4 +1,4 @@
-"""What the parts of an MoE layer cost: lines through measured times, and how much of everything a layer has.
+"""What the parts of an MoE layer cost: lines through measured times, and the amount of work of a layer.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1: an operation takes t = alpha + n * beta, one r-th of it alpha + n/r * beta.
 

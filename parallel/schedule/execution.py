@@ -1,4 +1,4 @@
-"""What chunked_experts.py does with a layer, as tasks: in how many chunks it should run, forward and backward apart. Pure.
+"""What chunked_experts.py does with a layer, as tasks; and the number of chunks, separately for forward and backward. Pure.
 
 One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Over two levels that
 link is the one between nodes, and another one carries rows within them: gathers and scatters in turns, because a chunk is

@@ -1,4 +1,4 @@
-"""Dense gradients in slices, under what the backward pass computes and sends anyway: how many bytes go where.
+"""Dense gradients in slices, overlapped with what the backward pass computes and sends: how many bytes go where.
 
 Source: FSMoE, arXiv 2501.10714, section 5. The paper fills what is free first and searches for the rest by differential
 evolution. Here dynamic programming finds the optimum, degrees of the MoE layers included, over all partitions whose running

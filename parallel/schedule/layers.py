@@ -1,5 +1,5 @@
-"""All MoE layers of a model at once: in how many chunks each runs, which slices of the dense gradients travel under them, and
-what both passes take, planned or not. Pure.
+"""All MoE layers of a model together: the number of chunks of each, the slices of dense gradients that travel under them, and
+the time of both passes, planned or not. Pure.
 
 Source: FSMoE, arXiv 2501.10714, sections 4 and 5.
 

@@ -1,5 +1,5 @@
-"""The schedule of a whole model: in how many chunks each MoE layer runs, forward and backward apart, and how many bytes of the
-dense gradients each part of the backward pass takes along.
+"""The schedule of a whole model: the number of chunks of each MoE layer, separately for forward and backward, and how many
+bytes of the dense gradients travel under each part of the backward pass.
 
 Source: FSMoE, arXiv 2501.10714, sections 4 and 5. Degrees are chosen by exact simulation, gradients by dynamic programming.
 

@@ -1,6 +1,6 @@
-"""An MoE layer as chunked_experts.py runs it, in lines from published speeds: for a machine that was not measured. Pure.
+"""An MoE layer as chunked_experts.py runs it, with lines from published speeds instead of measured ones. Pure.
 
-The lines are those of execution.py, so what is predicted of a cluster is planned as what runs.
+The lines are those of execution.py, so a predicted cluster is planned like a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where slices of the dense gradients lie in the backward pass, and what each consists of. Pure.
+"""Where slices of the dense gradients are sent in the backward pass, and what each consists of. Pure.
 
 Dense gradients have one order: the last parameter first, as they complete, more or less. A slice is a run of it. Each MoE
 layer has two places where slices are sent: `UNDER_LAYER`, when its first rows are there, which a slice on the same links would

@@ -1,4 +1,4 @@
-"""Planning for a cluster that one does not have."""
+"""Planning for a cluster that you do not have."""
 
 from __future__ import annotations
 

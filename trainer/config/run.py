@@ -1,4 +1,4 @@
-"""What a run trains on, how, where, and what it tells; pretraining."""
+"""Options of every run: data, optimizer, parallelism, cluster, logging; and those of pretraining."""
 
 from __future__ import annotations
 

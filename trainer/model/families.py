@@ -1,4 +1,4 @@
-"""How a model of ours is called in the Hugging Face layout: its config.json and the names of its tensors.
+"""Our models in the Hugging Face layout: config.json and the names of tensors.
 
 Four families cover what we train: Qwen3-MoE, Mixtral and OLMoE (softmax router; they differ in the norms of queries and keys),
 and GLM-4-MoE (sigmoid router, selection bias, shared experts).
