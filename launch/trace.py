@@ -66,7 +66,7 @@ def _failure(log: Path, start: int) -> str | None:
 
 def _require_running(run: Path) -> None:
     if (state := read_status(run)["state"]) != "running":
-        raise UserError(f"{shown(run)} is {state}; only a run that is going on can be traced")
+        raise UserError(f"{shown(run)} is {state}; only a run in progress can be traced")
 
 
 def main() -> int:

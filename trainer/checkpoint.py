@@ -114,7 +114,7 @@ def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
     file = folder / "meta.json"
     if not file.is_file():  # also nothing that is read without an end
         raise UserError(
-            f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
+            f"{folder} is not a checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
         )
     try:
         text = file.read_text(encoding="utf-8")

@@ -159,7 +159,7 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)
         if failure is None:
             self.took_s = time.perf_counter() - started
-            log.info("checkpoint %s is whole after %.1f s", folder.name, self.took_s)
+            log.info("checkpoint %s is complete after %.1f s", folder.name, self.took_s)
             if shelf.leads:
                 _remove_older(folder, keep)
         elif shelf.leads:

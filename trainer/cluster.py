@@ -102,7 +102,7 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
     if not is_token_auth_enabled():
-        say("this cluster asks for no token: who reaches Ray's ports can run programs there; RAY_AUTH_MODE=token asks for one")
+        say("this cluster requires no token: anyone who reaches Ray can run programs; RAY_AUTH_MODE=token requires one")
     wanted = set(config.nodes or ())
     while missing := sorted(wanted - nodes_alive().keys()):
         there = f"{len(wanted) - len(missing)} of {len(wanted)} nodes are there"
@@ -135,7 +135,7 @@ def require_port(host: str, port: int, option: str, without: str) -> None:
     `without` is what a person sets to do without it."""
     taken = why_taken(host, port)
     if taken is not None:
-        raise UserError(f"port {port} of {option} on {host} cannot be had ({taken}); choose another, or go without: {without}")
+        raise UserError(f"port {port} of {option} on {host} is not available ({taken}); choose another, or set {without}")
 
 
 def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:

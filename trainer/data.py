@@ -99,7 +99,7 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         about = _ABOUT.validate_json((folder / "corpus.json").read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{folder} is no prepared corpus: it has no corpus.json; delete the folder and start again") from None
+        raise UserError(f"{folder} is not a prepared corpus: it has no corpus.json; delete it and start again") from None
     except ValidationError as error:
         raise UserError(
             f"{folder / 'corpus.json'} is damaged: {first_problem(error)}; delete {folder} and start again"

@@ -167,7 +167,7 @@ def read_status(path: Path) -> dict[str, Any]:
     try:
         return asdict(STATUS.validate_json(file.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+        raise UserError(f"{shown(path)} is not a run folder: it has no status.json") from None
     except OSError as error:
         raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
     except ValidationError as error:
@@ -264,7 +264,7 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
     try:
         found = [(read_status(folder), folder) for folder in folders]
     except UserError as error:
-        raise UserError(f"{error}. Which run is to go on? Say it with run_name=..., or move that folder away") from None
+        raise UserError(f"{error}. Which run should continue? Name it with run_name=..., or move that folder away") from None
     unfinished = [(s["created"], folder) for s, folder in found if s["kind"] == kind and s["state"] != "finished"]
     return max(unfinished)[1] if unfinished else None
 

@@ -252,4 +252,4 @@ def choose_dtype(asked: str) -> tuple[str, str]:
         return asked, "as configured"
     if torch.cuda.is_available():
         return "bfloat16", "a GPU multiplies it at full speed; master weights stay float32"
-    return "float32", "CPUs have no fast bfloat16, and float32 makes runs repeatable bit for bit"
+    return "float32", "CPUs have no fast bfloat16"

@@ -145,7 +145,7 @@ class Tokenizer:
         if self._eos is not None and self._eos not in added:
             there = ", ".join(list(added)[:12]) or "none"
             raise UserError(
-                f"tokenizer {self._origin} has no token {self._eos}, which is to end a text (chat.eos); its added tokens are: "
+                f"tokenizer {self._origin} has no token {self._eos}, which should end a text (chat.eos); its added tokens are: "
                 f"{there}. Name one of them, or choose chat=none"
             )
         found: list[int] = []

@@ -168,7 +168,7 @@ class Traces:
         try:
             wanted = TraceRequest.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            self.say(f"{shown(file)} is no request for a trace: {error.errors(include_url=False)[0]['msg']}")
+            self.say(f"{shown(file)} is not a request for a trace: {error.errors(include_url=False)[0]['msg']}")
             return None
         finally:
             file.unlink()

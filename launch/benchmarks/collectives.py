@@ -78,7 +78,7 @@ def measure(
 ) -> Iterator[CollectivesCase]:
     """One case for every model and number of copies."""
     if options.ranks == 1:
-        raise UserError("ranks = 1 leaves nobody to send to; give 2 or more")
+        raise UserError("ranks = 1 leaves no rank to send to; give 2 or more")
     for name, shape in options.shapes().items():
         for copies in options.copies:
             if shape.experts % options.ranks or copies > shape.experts // options.ranks:

@@ -217,7 +217,7 @@ class ServerPool:
             while work.status == "partial":
                 if failures > self._config.server_retries:
                     raise UserError(
-                        f"the completion server {self._url} does not get on with sample {work.sample.uid} in "
+                        f"the completion server {self._url} makes no progress with sample {work.sample.uid} in "
                         f"{failures} tries: {reason}. Look at its log, start it again, and this run with resume=auto"
                     )
                 await asyncio.sleep(min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else 0)
