@@ -33,7 +33,7 @@ class Pretraining:
     model: ModelConfig  # config.model with the vocabulary size of the tokenizer
     start_from: Path | None  # whose weights it begins with (starting_point.py); None: random ones
     corpus: Corpus
-    ranks: tuple[int, ...]  # how many there may be, the number that is wanted first
+    ranks: tuple[int, ...]  # possible numbers of ranks, the wanted one first
     dtype: str
     run: RunDir
     tracker: Tracker
@@ -93,7 +93,7 @@ class Pretraining:
             lr = learning_rate(step, train.steps, self.config.optimizer)
             traces.before(ranks.call, done)
             metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
-            traces.behind(ranks.call, done, last)
+            traces.after(ranks.call, done, last)
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
             stopping = not last and self.stop.asked()
@@ -106,7 +106,7 @@ class Pretraining:
 
     def _progress(self, done: int) -> Progress:
         position = {"rows": done * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
-        return Progress(done, position, state=dict)  # the driver holds nothing else
+        return Progress(done, position, state=dict)  # the driver has no other state
 
     @property
     def checkpoints(self) -> RunCheckpoints:

@@ -152,8 +152,8 @@ class Traces:
             self.running = step, step + wanted.steps - 1, wanted
             ask("start_trace", wanted)
 
-    def behind(self, ask: Ask, step: int, last: bool) -> None:
-        """Behind each step. `last`: no other follows, so a trace ends here."""
+    def after(self, ask: Ask, step: int, last: bool) -> None:
+        """After each step. `last`: no other follows, so a trace ends here."""
         if self.running is not None and (step == self.running[1] or last):
             (first, _, wanted), self.running = self.running, None
             self._finish(ask, first, step, wanted)

@@ -74,7 +74,7 @@ def run(tmp_path: Path) -> Iterator[RunDir]:
 def steps(traces: Traces, ranks: Ranks, first: int, last: int, end: int = 99) -> None:
     for step in range(first, last + 1):
         traces.before(ranks.call, step)
-        traces.behind(ranks.call, step, last=step == end)
+        traces.after(ranks.call, step, last=step == end)
 
 
 def events(file: Path) -> list[dict[str, Any]]:
