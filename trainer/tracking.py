@@ -123,7 +123,7 @@ class Tracker:
         if not self.told_unknown and {"time/step_s", "train/tokens"} <= complete.keys():
             self.told_unknown = True
             if unknown := [f"{USE[key]} ({why})" for key, why in UNKNOWN.items() if key not in complete]:
-                self.say(f"not in the lines of steps: {', '.join(unknown)}")
+                self.say(f"steps lack {', '.join(unknown)}")
         eta_s = seconds_left(self.durations, step, self.total_steps)
         self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 
