@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in BENCHMARKS:
             close = get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{name} is not a benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
+            raise UserError(f"{name} is no benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
         bench(name, rest)
     except UserError as error:
         print(error, file=sys.stderr)

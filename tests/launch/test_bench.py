@@ -141,7 +141,7 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
     [
         (
             ["expert"],
-            "expert is not a benchmark; did you mean experts? choices: " + ", ".join(BENCHMARKS),
+            "expert is no benchmark; did you mean experts? choices: " + ", ".join(BENCHMARKS),
         ),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
