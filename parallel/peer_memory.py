@@ -31,8 +31,9 @@ class PeerMemory:
     Once one is made, every rank is through with what it had started before, so blocks that it replaces may be dropped.
     """
 
-    def __init__(self, world: World, nbytes: int) -> None:
-        self.world, self.nbytes = world, nbytes
+    def __init__(self, world: World, nbytes: int, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: of all ranks, in which CPUs wait for each other; None: their first one."""
+        self.world, self.nbytes, self._group = world, nbytes, group
         self.of_rank = self._mapped() if world.device.type == "cuda" else _shared_pages(world, nbytes)
         self.pointers_W = torch.tensor([block.data_ptr() for block in self.of_rank], device=world.device)
 
@@ -62,7 +63,7 @@ class PeerMemory:
         if self.world.device.type == "cuda":
             self._handle.barrier(channel=channel, timeout_ms=int(1000 * self.world.timeout_s))
         else:
-            self.world.barrier()
+            dist.barrier(self._group)
 
 
 def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -153,9 +153,10 @@ def measure_layers(world: World, told: Told, cases: None) -> dict[AroundName, Fo
     sides = [Side(stack, kind, experts) for kind in kinds]
     if transport_kind("auto", world) == "peer_memory":
         sides.append(Side(stack, "peer_memory", experts))
-    reduce = stack.slices.measure()
-    sides[0].run("gradients", Schedule([WHOLE] * told.layers, ()))  # the ranks see what is complete where
-    gradients = stack.slices.gradients(reduce.line)
+    reduce = sides[0].slices.measure()
+    for side in sides:
+        side.run("gradients", Schedule([WHOLE] * told.layers, ()))  # the ranks see what is complete where
+    gradients = sides[0].slices.gradients(reduce.line)
     return {around: _found(around, stack, sides, gradients) for around in told.around}
 
 
@@ -166,10 +167,10 @@ class Stack:
         self.told, self.world, self.pull = told, world, inputs.pull
         torch.manual_seed(told.seed)
         self.dense = Dense(told).to(world.device, dtype)
-        self.slices = GradientSlices(list(self.dense.parameters()), world, PLACES_OF_LAYER * told.layers)
         self.x_TD, self.weights_TK = inputs.tensors["x_TD"].detach(), inputs.tensors["weights_TK"].detach()
         self.experts_TK = inputs.tensors["experts_TK"]
-        self._message = torch.zeros(self.slices.total, dtype=dtype, device=world.device)
+        numbers = sum(parameter.numel() for parameter in self.dense.parameters())
+        self._message = torch.zeros(numbers, dtype=dtype, device=world.device)
 
     def attend(self, tokens: int) -> object:
         """Forward, of one layer."""
@@ -198,6 +199,7 @@ class Side:
         self.kind, self.stack = kind, stack
         told, world = stack.told, stack.world
         self._arena = stacked_arena(told, world, experts, kind)
+        self.slices = GradientSlices(list(stack.dense.parameters()), world, PLACES_OF_LAYER * told.layers, kind)
         if kind == "peer_memory":
             return
         shape = told.shape
@@ -212,7 +214,7 @@ class Side:
 
     def run(self, around: AroundName, schedule: Schedule, number: int = 0) -> object:
         """Forward and backward."""
-        stack, slices = self.stack, self.stack.slices
+        stack, slices = self.stack, self.slices
         stack.world.exposed.forget()  # an update would take it
         stack.dense.zero_grad()
         sliced = around == "gradients" and schedule.bytes_P is not None
