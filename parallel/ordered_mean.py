@@ -96,12 +96,12 @@ class PeerMeans:
     def mean(self, message_N: Tensor) -> Tensor:
         rank, ranks = self.world.rank, self.world.size
         part = message_N.numel() // ranks
-        self._memory.barrier()
+        self._memory.meet()
         rows = [message_N[rank * part : (rank + 1) * part] if r == rank else self._arrived[r][:part] for r in range(ranks)]
         for r in self._others:
             rows[r].copy_(self._message_of[r][rank * part : (rank + 1) * part], non_blocking=True)
         self._mean_of[rank][:part].copy_(_sum(rows) / ranks)
-        self._memory.barrier()
+        self._memory.meet()
         whole_N = torch.empty_like(message_N)
         for r, row in enumerate(whole_N.chunk(ranks)):
             row.copy_(self._mean_of[r][:part], non_blocking=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parallel.topology import World
 
+FLAG_BYTES = 16
 SHARED_FOLDER = Path("/dev/shm")  # of memory, not of a disk, where there is one
 
 
@@ -33,7 +34,7 @@ class PeerMemory:
 
     def __init__(self, world: World, nbytes: int, group: dist.ProcessGroup | None = None) -> None:
         """`group`: of all ranks, in which CPUs wait for each other; None: their first one."""
-        self.world, self.nbytes, self._group = world, nbytes, group
+        self.world, self.nbytes, self._group, self._met = world, nbytes, group, 0
         self.of_rank = self._mapped() if world.device.type == "cuda" else _shared_pages(world, nbytes)
         self.pointers_W = torch.tensor([block.data_ptr() for block in self.of_rank], device=world.device)
 
@@ -43,27 +44,61 @@ class PeerMemory:
         # A process may be shown its own GPU alone, as number 0; PyTorch takes equal numbers on a host for one and the same GPU.
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         torch.cuda.synchronize()
-        own = symmetric.empty(self.nbytes, dtype=torch.uint8, device=self.world.device)
+        behind = -(-self.nbytes // FLAG_BYTES) * FLAG_BYTES
+        nbytes = behind + self.world.size * FLAG_BYTES
+        own = symmetric.empty(nbytes, dtype=torch.uint8, device=self.world.device)
+        own[behind:].zero_()
+        torch.cuda.synchronize()
         assert dist.group.WORLD is not None, "ranks have joined"
         self._handle = symmetric.rendezvous(own, group=dist.group.WORLD)
-        others = range(self.world.size)
-        return [own if r == self.world.rank else self._handle.get_buffer(r, (self.nbytes,), torch.uint8) for r in others]
+        ranks = range(self.world.size)
+        blocks = [own if r == self.world.rank else self._handle.get_buffer(r, (nbytes,), torch.uint8) for r in ranks]
+        self._flags_W = [block.data_ptr() + behind for block in blocks]
+        return [block[: self.nbytes] for block in blocks]
 
     @property
     def own(self) -> Tensor:
         return self.of_rank[self.world.rank]
 
-    def barrier(self, channel: int = 0) -> None:
-        """Behind it every rank sees what all had written before it. Streams that may wait at the same time take channels of
-        their own.
+    def barrier(self) -> None:
+        """Behind it every rank sees what all had written before it.
 
         Who waits longer than a collective may says for which rank, on standard output, and fails: a GPU whose peer is gone
         would wait for as long as its process lives, and its host would not see it.
         """
         if self.world.device.type == "cuda":
-            self._handle.barrier(channel=channel, timeout_ms=int(1000 * self.world.timeout_s))
+            self._handle.barrier(channel=0, timeout_ms=int(1000 * self.world.timeout_s))
         else:
             dist.barrier(self._group)
+
+    def meet(self) -> None:
+        """A barrier for a stream beside the one that computes: of a GPU it takes no processor.
+
+        A waiting kernel would keep one from products that take all of them, so these would begin without it and end late, on
+        all ranks in turn. Here the stream itself writes to each rank's memory how often it has met, and waits until all have
+        written that to this one's. Who waits for a rank that is gone waits until its process ends.
+        """
+        if self.world.device.type == "cpu":
+            return self.barrier()
+        import os
+        if os.environ.get("MEET") == "kernel":
+            return self._handle.barrier(channel=1, timeout_ms=int(1000 * self.world.timeout_s))
+        from cuda.bindings import driver
+
+        self._met += 1
+        stream, rank = torch.cuda.current_stream().cuda_stream, self.world.rank
+        for other, flags in enumerate(self._flags_W):
+            if other != rank:
+                _check(driver.cuStreamWriteValue32(stream, flags + rank * FLAG_BYTES, self._met, 0))
+        for other in range(self.world.size):
+            if other != rank:
+                at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+                _check(driver.cuStreamWaitValue32(stream, self._flags_W[rank] + other * FLAG_BYTES, self._met, at_least))
+
+
+def _check(answer):
+    if int(answer[0]):
+        raise RuntimeError(f"driver {answer}")
 
 
 def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
