@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.accumulate import add_rows
 from parallel.peer_memory import PeerMemory, view
 from parallel.topology import World, across_and_inside, own_group
 from parallel.two_level_exchange import has_two_levels
@@ -67,8 +68,9 @@ class MessageMeans:
         for level in self._levels:
             arrived = torch.empty_like(part)
             dist.all_to_all_single(arrived, part, group=level.group, async_op=True).wait()
-            total, ranks = _sum(arrived.chunk(level.size)), ranks * level.size
-            part = (total / ranks if level is self._levels[-1] else total).to(message_N.dtype)
+            part = torch.empty_like(part[: part.numel() // level.size])
+            ranks *= level.size
+            add_rows(arrived.view(level.size, -1), ranks if level is self._levels[-1] else 1, part)
         for level in reversed(self._levels):
             whole = part.new_empty(part.numel() * level.size)
             dist.all_gather(list(whole.chunk(level.size)), part, group=level.group, async_op=True).wait()
@@ -87,7 +89,7 @@ class PeerMeans:
         self._memory = PeerMemory(world, (messages + part) * dtype.itemsize, group)
         self._message_of = [view(block, 0, (messages,), dtype) for block in self._memory.of_rank]
         self._mean_of = [view(block, messages * dtype.itemsize, (part,), dtype) for block in self._memory.of_rank]
-        self._arrived = [torch.empty(part, dtype=dtype, device=world.device) for _ in range(world.size)]
+        self._arrived = torch.empty(messages, dtype=dtype, device=world.device)
 
     def room(self, numbers: int) -> Tensor:
         """All ranks are through with the message before, as this one's mean is there."""
@@ -96,26 +98,15 @@ class PeerMeans:
     def mean(self, message_N: Tensor) -> Tensor:
         rank, ranks = self.world.rank, self.world.size
         part = message_N.numel() // ranks
+        arrived_WN = self._arrived[: message_N.numel()].view(ranks, part)
+        # From the next rank on, so that not all read from the same one at once.
+        in_turn = [(rank + step) % ranks for step in range(1, ranks + 1)]
         self._memory.meet()
-        rows = [message_N[rank * part : (rank + 1) * part] if r == rank else self._arrived[r][:part] for r in range(ranks)]
-        for r in self._others:
-            rows[r].copy_(self._message_of[r][rank * part : (rank + 1) * part], non_blocking=True)
-        self._mean_of[rank][:part].copy_(_sum(rows) / ranks)
+        for r in in_turn:
+            arrived_WN[r].copy_(self._message_of[r][rank * part : (rank + 1) * part], non_blocking=True)
+        add_rows(arrived_WN, ranks, self._mean_of[rank][:part])
         self._memory.meet()
-        whole_N = torch.empty_like(message_N)
-        for r, row in enumerate(whole_N.chunk(ranks)):
-            row.copy_(self._mean_of[r][:part], non_blocking=True)
-        return whole_N
-
-    @property
-    def _others(self) -> list[int]:
-        """From the next rank on, so that not all of them read from the same one at once."""
-        return [(self.world.rank + step) % self.world.size for step in range(1, self.world.size)]
-
-
-def _sum(rows: Sequence[Tensor]) -> Tensor:
-    """In their order, float32."""
-    total = rows[0].to(torch.float32, copy=True)
-    for row in rows[1:]:
-        total += row
-    return total
+        means_N = torch.empty_like(message_N)
+        for r in in_turn:
+            means_N[r * part : (r + 1) * part].copy_(self._mean_of[r][:part], non_blocking=True)
+        return means_N

@@ -2,7 +2,7 @@
 
 It reaches as far as one node. What a rank wrote is seen by the others behind a barrier, and may be written anew behind the next
 one, when all have read it; so two blocks in turns need one barrier an exchange. GPUs wait for each other in a kernel of the
-current stream, and the host goes on.
+current stream, or the stream waits by itself, and the host goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from parallel.topology import World
 
-FLAG_BYTES = 16
+FLAG_BYTES = 16  # of a counter of `meet`, with what keeps the next one apart
+WRITE, WAIT_AT_LEAST = 0, 0  # CU_STREAM_WRITE_VALUE_DEFAULT, CU_STREAM_WAIT_VALUE_GEQ: cyclic, so counters may overflow
 SHARED_FOLDER = Path("/dev/shm")  # of memory, not of a disk, where there is one
 
 
@@ -79,26 +80,23 @@ class PeerMemory:
         written that to this one's. Who waits for a rank that is gone waits until its process ends.
         """
         if self.world.device.type == "cpu":
-            return self.barrier()
-        import os
-        if os.environ.get("MEET") == "kernel":
-            return self._handle.barrier(channel=1, timeout_ms=int(1000 * self.world.timeout_s))
-        from cuda.bindings import driver
+            self.barrier()
+            return
+        from cuda.bindings import driver  # of PyTorch's own requirements, where it is built for GPUs
 
+        stream, rank = torch.cuda.current_stream(self.world.device).cuda_stream, self.world.rank
+        others = [other for other in range(self.world.size) if other != rank]
         self._met += 1
-        stream, rank = torch.cuda.current_stream().cuda_stream, self.world.rank
-        for other, flags in enumerate(self._flags_W):
-            if other != rank:
-                _check(driver.cuStreamWriteValue32(stream, flags + rank * FLAG_BYTES, self._met, 0))
-        for other in range(self.world.size):
-            if other != rank:
-                at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-                _check(driver.cuStreamWaitValue32(stream, self._flags_W[rank] + other * FLAG_BYTES, self._met, at_least))
+        for other in others:
+            _check(driver.cuStreamWriteValue32(stream, self._flags_W[other] + FLAG_BYTES * rank, self._met, WRITE))
+        for other in others:
+            _check(driver.cuStreamWaitValue32(stream, self._flags_W[rank] + FLAG_BYTES * other, self._met, WAIT_AT_LEAST))
 
 
-def _check(answer):
+def _check(answer: tuple[Any]) -> None:
+    """What the driver says to an order."""
     if int(answer[0]):
-        raise RuntimeError(f"driver {answer}")
+        raise RuntimeError(f"the CUDA driver does not let a stream write to, or wait for, memory: {answer[0]}")
 
 
 def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
