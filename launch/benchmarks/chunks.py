@@ -44,7 +44,6 @@ from parallel.layer_cost import Setting, layer_time
 from parallel.moe_layer import ShardedExperts
 from parallel.placement import Budget, TransportKind, even_owners, without_copies
 from parallel.profiling import measure_costs
-from parallel.schedule.cost import BACKWARD_PRODUCTS
 from parallel.schedule.execution import layer_work
 from parallel.schedule.generalised import Around
 from parallel.schedule.layers import DenseGradients, passes_s, plan_layers, with_slices
@@ -175,10 +174,13 @@ class Stack:
         numbers = sum(parameter.numel() for parameter in self.dense.parameters())
         self._message = torch.zeros(numbers, dtype=dtype, device=world.device)
 
-    def attend(self, tokens: int) -> object:
-        """Forward, of one layer."""
-        count = max(tokens // self.told.length, 1) * self.told.length
-        return self.dense.layers[0](self.x_TD[:count], self.experts_TK[:count])
+    def attend(self, tokens: int, backward: bool) -> None:
+        """Of one layer; leaves no gradients."""
+        count, layer = max(tokens // self.told.length, 1) * self.told.length, self.dense.layers[0]
+        x_TD = self.x_TD[:count].detach().requires_grad_(backward)
+        found = layer(x_TD, self.experts_TK[:count])
+        if backward:
+            torch.autograd.grad(found, [x_TD, *layer.parameters()], [torch.ones_like(one) for one in found])
 
     def attention(self, number: int = 0, *, backward: bool = True) -> object:
         """Of all layers, alone."""
@@ -210,7 +212,8 @@ class Side:
             unused = arena_of(shape, world, experts, 0, lambda row, gradients: None, kind)
             costs = measure_costs(unused, told.tokens, shape.top_k, planning=lambda costs: None)
             setting = Setting(world.topology, shape.top_k, Budget(shape.experts, 0), False, costs, kind)
-            self.layer_s = layer_time(plan, loads_E, setting).total_s
+            expected = layer_time(plan, loads_E, setting)
+            self.layer_s = expected.total_s - expected.sums_s  # nobody adds up gradients of experts here
             return
         self.profile = measure(self._arena, told.tokens, shape.top_k, stack.attend)
         row_bytes = shape.hidden * experts[0].itemsize
@@ -331,7 +334,7 @@ def _in_place_s(
         left_s = gradients["messages"].left_s(())
     elif around == "gradients":
         left_s = gradients[side.kind].left_s(schedule.bytes_P or ())
-    return sum(side.layer_s + (1 + BACKWARD_PRODUCTS) * one.attention_s for one in arounds) + left_s
+    return sum(side.layer_s + one.attention_s + one.attention_back_s for one in arounds) + left_s
 
 
 def _schedules(around: AroundName, side: Side, gradients: DenseGradients) -> tuple[dict[str, Schedule], str]:
@@ -351,8 +354,8 @@ def _schedules(around: AroundName, side: Side, gradients: DenseGradients) -> tup
 
 def _arounds(around: AroundName, side: Side) -> list[Around]:
     """But for the slices."""
-    attention_s = 0.0 if around == "nothing" else side.way.costs.attention.seconds(side.stack.told.tokens)
-    return [Around(attention_s)] * side.stack.told.layers
+    one = Around() if around == "nothing" else side.way.costs.around(side.stack.told.tokens)
+    return [one] * side.stack.told.layers
 
 
 def _predicted_s(around: AroundName, side: Side, schedule: Schedule, gradients: DenseGradients) -> float:
