@@ -45,7 +45,9 @@ def _add_kernel(total, part, numbers, BLOCK: tl.constexpr):  # type: ignore[no-u
 def _add_rows_kernel(rows, out, numbers, divisor, RANKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
-    total = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
-    for rank in range(1, RANKS):
-        total += tl.load(rows + rank * numbers.to(tl.int64) + at, mask=inside, other=0.0).to(tl.float32)
+    row = rows + at
+    total = tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(1, RANKS):
+        row += numbers
+        total += tl.load(row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, tl.div_rn(total, tl.full([BLOCK], divisor, tl.float32)).to(out.dtype.element_ty), mask=inside)
