@@ -1,1 +1,1 @@
-"""Pure functions on tensors: each operation of an MoE layer beside its plain-torch reference."""
+"""Pure functions on tensors: each operation of an MoE layer, with its plain-torch reference."""

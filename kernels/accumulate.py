@@ -1,4 +1,4 @@
-"""Sums of gradients in float32, of parts that come in the dtype of the model.
+"""Sums of gradients in float32, from parts in the dtype of the model.
 
 Shape letters: W ranks, N numbers.
 """

@@ -3,7 +3,7 @@
 A query walks over the keys of its sequence from the first one, a block at a time, with a running softmax (Milakov &
 Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). The blocks count from the sequence's own start, so a query's
 result is the same, bit for bit, in a packed training row, in a chunk of a prefix and in a decoding step over a paged cache
-(Kwon et al., arXiv 2309.06180); blocks behind its position change nothing, not even a bit.
+(Kwon et al., arXiv 2309.06180); blocks after its position change nothing, not even a bit.
 
 Shape letters: T query tokens, N sequences, H query heads, G key/value heads, d head_dim, P pages, p tokens of a page.
 """
@@ -122,7 +122,7 @@ def _takes_kernel(q_THd: Tensor) -> bool:
 def _plain(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, spans: Ragged) -> Tensor:
     """The same function by the library, sequences filled up to the longest; what the reference's gradient is taken of."""
     counts = spans.length_N.tolist()
-    # A query sees only what is before it, so what fills a sequence up, behind it, is seen by nobody who is kept.
+    # A query sees only what is before it, so what fills a sequence up, after it, is seen by nobody who is kept.
     q, k, v = (pad_sequence(x.split(counts), batch_first=True).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
     out_NLHd = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     return torch.cat([out_LHd[:count] for out_LHd, count in zip(out_NLHd, counts, strict=True)])

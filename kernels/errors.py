@@ -1,4 +1,4 @@
-"""The one exception that a person's mistake raises."""
+"""The exception for mistakes of a person."""
 
 
 class UserError(ValueError):

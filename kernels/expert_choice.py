@@ -1,7 +1,7 @@
 """Expert choice: experts take tokens, instead of tokens experts (Zhou et al., arXiv 2202.09368, section 3.2).
 
 Every expert takes equally many of a batch's tokens, so the load is even without any balancing. Whether it takes a token
-depends on the tokens behind it too: this breaks the causality of a language model, lets the future leak into each token (by
+depends on the tokens after it too: this breaks the causality of a language model, lets the future leak into each token (by
 Wang et al., arXiv 2408.15664, more than K log2((E - K) / K) bits a layer), and has no meaning where tokens are generated one
 by one.
 

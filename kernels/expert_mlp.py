@@ -27,7 +27,7 @@ from kernels.sigmoid import sigmoid
 WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
 Sums = Callable[[], tuple[Sum, Sum] | None]  # of gate_up and down: of as many experts as they have, the first ones
 
-# Of D and F on a GPU: the depth of a step of its products; 2F is a depth, F is one only with zeros behind.
+# Of D and F on a GPU: the depth of a step of its products; 2F is a depth, F is one only with zeros after.
 HIDDEN_ALIGNMENT, EXPERT_HIDDEN_ALIGNMENT = 64, 32
 
 
@@ -52,7 +52,7 @@ def expert_mlp(
     With `gradients` the matrices are constants to autograd, an arena that may hold more than these experts. Backward gives it
     those of the E experts once; until then the arena must hold them. Outside of no_grad y_TD then requires a gradient. Kernels
     ask for `sums` in each backward pass, add the gradients of their experts there, in float32 and without a pass over memory,
-    and give `gradients` those of the experts behind them; nobody asks where there are no entries.
+    and give `gradients` those of the experts after them; nobody asks where there are no entries.
     """
     # Backward comes only to what needs a gradient, and tokens and weights may be constants.
     anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()

@@ -81,7 +81,7 @@ def expert_order(
 
 
 def cut(order: ExpertOrder, num_choices: int, num_entries: int) -> ExpertOrder:
-    """An order that was made with room for more: of the first T * K choices, of which N are present, and none behind them."""
+    """An order that was made with room for more: of the first T * K choices, of which N are present, and none after them."""
     tiles = most_tiles(num_entries, order.counts_E.shape[0])
     return replace(
         order,

@@ -1,8 +1,8 @@
-"""The two passes of kernels/expert_mlp.py through experts in an arena, part by part of the rows: for a caller who gets rows,
-and needs results, a part at a time.
+"""The forward and backward pass of kernels/expert_mlp.py through experts in an arena, for a caller who gets rows, and needs
+results, one part of the rows at a time.
 
-All parts write to matrices that hold the entries of all, in expert order, so passes may come in other parts than each other,
-and gradients of the weights are one sum over all entries. No number depends, bit for bit, on how the rows come in parts.
+All parts write to matrices that hold the entries of all parts, in expert order. So the two passes may be divided differently,
+and gradients of the weights are one sum over all entries. Results do not depend on the division, bit for bit.
 
 Letters: P rows of a part, R of all, K top-k, N entries of all, D model, F expert hidden, C = 2F, E experts here, S slots.
 """
@@ -202,7 +202,7 @@ class BackwardPass:
         return self.gate_up(x_RD, place_RK), d_down_EDF
 
     def down(self) -> Tensor:
-        """d_down_EDF of all entries, once `hidden` is done with them; of experts behind those that have sums."""
+        """d_down_EDF of all entries, once `hidden` is done with them; of experts after those that have sums."""
         d_down_EDF = self._weight_gradient(self._dy, self._weighted.rows, self._experts.down_SDF, self._sum_down)
         del self._dy, self._weighted
         return d_down_EDF

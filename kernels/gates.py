@@ -1,7 +1,7 @@
 """The gates of an MoE layer: tokens -> logits, which kernels/router.py takes, whatever gate they come from.
 
-The plain gate is a linear map, x W^T (kernels/linear.py). Here are those that do more; what they add around that product are
-elementwise operations of torch on any device, and the router behind them stays the one there is. Shape letters: T tokens,
+The plain gate is a linear map, x W^T (kernels/linear.py). The gates here do more: they add
+elementwise torch operations around that product, on any device, and the router after them is the same. Shape letters: T tokens,
 D model, E experts, R the dimension in which tokens and experts are compared.
 """
 

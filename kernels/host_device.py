@@ -1,4 +1,4 @@
-"""Numbers between host and device, where neither waits for more than it has to."""
+"""Numbers between host and device, with no more waiting than necessary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIGNED = 16  # bytes, at a multiple of which numbers begin that came together: 
 
 
 def to_host(numbers: Tensor) -> Callable[[], Tensor]:
-    """Sets out for the host; what is returned waits for what was started until here, and for nothing behind it."""
+    """Sets out for the host; what is returned waits for what was started until here, and for nothing after it."""
     if not numbers.is_cuda:
         return lambda: numbers
     arrived = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)

@@ -1,9 +1,9 @@
-"""Launches that overlap: a kernel begins while the last programs of the one before still run.
+"""Overlapping launches: a kernel begins while the last programs of the previous one still run.
 
-Starting a kernel costs a microsecond or two, as much as many of decoding take. With programmatic dependent launch (Hopper and
-later) the next kernel's programs take their places as soon as all of this one's have, and wait there for its results. Every
-kernel launched with `early` begins with `begin`: whatever ran before it is then done, and what it wrote can be read. Before
-that it may read weights, which nothing changes that is itself launched so, or right before it.
+Starting a kernel costs a microsecond or two, as much as many kernels of decoding run. With programmatic dependent launch
+(Hopper and later) the next kernel's programs take their places as soon as all of this one's have, and wait there for its
+results. Every kernel launched with `early` begins with `begin`: whatever ran before it is then done, and what it wrote can be
+read. Before that it may read weights, which no kernel changes that is launched in this way, or right before one.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def next_power_of_2(number: int) -> int:
 
 
 def block_width(width: int) -> int:
-    """Of a program's part of a row of so many numbers."""
+    """Of a program's part of a row of this many numbers."""
     return min(BLOCK_D, next_power_of_2(max(1, width)))
 
 
 def early(device: torch.device, rows: int) -> dict[str, bool]:
-    """The options of a launch for so many rows."""
+    """The options of a launch for this many rows."""
     if rows <= FEW_ROWS and _overlaps(device):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}

@@ -1,4 +1,4 @@
-"""What the bfloat16 kernels ask of a GPU and of sizes, said alike for all of them."""
+"""What the bfloat16 kernels require of a GPU and of sizes, with the same messages for all of them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A linear map whose result for one row does not depend, bit for bit, on which or how many other rows there are.
 
-Libraries choose the order in which a product adds up by its number of rows, so a token decoded alone and the same token in a
-training batch get results that differ in their last bits, and a router turns these into other experts. Here every row is
-computed in the same order always (batch invariance; He et al., "Defeating Nondeterminism in LLM Inference", 2025). Backward
-has no counterpart in generation and takes the library's products.
+Libraries choose the order of a product's sums by its number of rows. So a token decoded alone and the same token in a training
+batch get results that differ in their last bits, and then a router may choose other experts. Here every row is always computed
+in the same order (batch invariance; He et al., "Defeating Nondeterminism in LLM Inference", 2025). Backward has no counterpart
+in generation and uses the library's products.
 
 Shape letters: M rows, K inputs, N outputs.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 16  # rows that a CPU multiplies at once; always so many, the last ones filled up
+TILE = 16  # rows that a CPU multiplies at once; always this many, the last ones filled up
 
 
 def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight_NK: Tensor, *, dtype: torch.dtype | None = None) ->
 def linears(x: Tensor, weights_NK: Sequence[Tensor], *, dtype: torch.dtype | None = None, plain: bool = False) -> list[Tensor]:
     """`linear` by each of up to three weights, in one launch on a GPU. `plain` ones are the library's, not batch-invariant.
 
-    All give their part of the gradient of `x` to one sum, so that autograd has none to add. Weights that lie one behind the
+    All give their part of the gradient of `x` to one sum, so that autograd has none to add. Weights that lie one after the
     other in memory, as ZeRO lays them, are one matrix to the library: one product instead of three, and its results are views.
     """
     results = _Linears.apply(x.flatten(0, -2), dtype or x.dtype, plain, *weights_NK)
@@ -76,7 +76,7 @@ class _Linears(torch.autograd.Function):
 
 
 def one_matrix(weights_NK: Sequence[Tensor]) -> Tensor | None:
-    """All rows of several weights that lie one behind the other in one storage; None where they do not."""
+    """All rows of several weights that lie one after the other in one storage; None where they do not."""
     if len(weights_NK) == 1:
         return None
     first_NK, rows = weights_NK[0], 0

@@ -122,7 +122,7 @@ class _Rotate(torch.autograd.Function):
 
 
 class _NormRotate(torch.autograd.Function):
-    """On a GPU; elsewhere it is the one behind the other."""
+    """On a GPU; elsewhere it is the one after the other."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, weight_d: Tensor, eps: float, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:

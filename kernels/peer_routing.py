@@ -1,4 +1,5 @@
-"""What the tokens of several ranks chose, laid out and read in place, and the rows that follow: every rank works out the same.
+"""The choices of several ranks' tokens, read in each rank's memory, and the rows that follow from them; all ranks compute the
+same.
 
 Shape letters: W ranks, C tokens of each that there is room for, T tokens of this one, V = W * C, K top-k, R rows that this rank
 serves, E experts, D width. This file is the reference in plain torch; CUDA takes kernels/triton_peer_routing.py.

@@ -17,7 +17,7 @@ def pull_rows(
 ) -> None:
     """Each row once from where it lies: out[r] = row t of rank w where r = row[w * C + t] (int32).
 
-    With `place_RK` (int32) and `out_ND` also to its entries: out[place[r, k]] = row r. What is -1, or behind the last of
+    With `place_RK` (int32) and `out_ND` also to its entries: out[place[r, k]] = row r. What is -1, or after the last of
     `out_RD`, `place_RK` or `out_ND`, is not wanted. Without `out_RD` rows go to their entries alone. Outputs are contiguous.
     """
     assert (place_RK is None) == (out_ND is None) and (out_RD is not None or out_ND is not None), "entries have places"

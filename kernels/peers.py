@@ -1,6 +1,6 @@
-"""What lies in the memory of each rank, where all can read it: tokens' choices, rows; and the plan that a rank makes of them.
+"""What each rank has in memory that all can read: choices of tokens and rows; and the plan that a rank makes from them.
 
-Shape letters: W ranks, C tokens of each that there is room for, V = W * C, K top-k, R rows that this rank serves, D width.
+Shape letters: W ranks, C tokens of each that there is memory for, V = W * C, K top-k, R rows that this rank serves, D width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FIELDS = 3  # of a choice: who serves it (int32), its expert (int32), its weight
 
 
 def capacity_for(tokens: int) -> int:
-    """C with room for so many, and with which what a plan says of each rank begins where kernels were compiled for."""
+    """C with room for this many, and with which what a plan says of each rank begins where kernels were compiled for."""
     each = ALIGNED // torch.int32.itemsize
     return -(-tokens // each) * each
 

@@ -1,4 +1,4 @@
-"""A token for every row of logits, drawn by a race with counter-based noise, and the noise.
+"""Draws a token for every row of logits, by a race (Gumbel maximum) with counter-based noise.
 
 Shape letters: B rows, V vocabulary. The reference is plain torch; CUDA takes kernels/triton_race.py, which reads the logits
 once where the reference writes a dozen arrays of their size.

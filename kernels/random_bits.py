@@ -1,6 +1,6 @@
-"""Randomness without a state: numbers that are a pure function of a seed and of where they stand, on every device.
+"""Randomness without a state: numbers that are a pure function of a seed and of their position, on every device.
 
-What is recomputed draws what it drew, on whatever rank and beside whatever else it runs, and there is no generator to save.
+A recomputation draws the same numbers, on any rank and in any batch, and there is no generator to save.
 Shape letters: B places, V numbers at each.
 """
 

@@ -1,8 +1,8 @@
-"""Routing replay: a token goes to the experts that were chosen for it before, weighed by the scores of the weights of now.
+"""Routing replay: a token goes to the experts that were chosen for it before, weighted by the scores of the current weights.
 
-Source: routing replay of GSPO (2507.18071, section 5.3) and rollout routing replay, R3 (2510.11370). Where engine and trainer
-round differently, or the weights have changed since a token was generated, the router of an MoE model picks other experts for a
-part of the tokens, and the ratio of a token is then one of two different networks.
+Source: routing replay of GSPO (2507.18071, section 5.3) and rollout routing replay, R3 (2510.11370). If engine and trainer
+round differently, or the weights have changed since a token was generated, the router of an MoE model picks other experts for
+some tokens, and the ratio of such a token then compares two different networks.
 
 Shape letters: T tokens, E experts, K top-k. Plain torch on every device.
 """

@@ -30,7 +30,7 @@ MAX_KERNEL_EXPERTS, MAX_KERNEL_TOP_K = 1024, 32  # the kernel holds the scores o
 class Routing:
     """Where every token goes. Sums and loss exist only when asked for: route(auxiliary=True).
 
-    Where experts choose tokens (kernels/expert_choice.py) a token has up to K experts; -1 behind them, with weights of 0.
+    Where experts choose tokens (kernels/expert_choice.py) a token has up to K experts; -1 after them, with weights of 0.
     """
 
     experts_TK: Tensor  # int64; K different experts a token, the highest biased score first

@@ -199,7 +199,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             taken = (wanted > 0)[:, None] & (choice < K)
             tl.store(slots + to, slot, mask=taken)
             tl.store(weights + to, weight.to(tl.float32, bitcast=True), mask=taken)
-            spare = source * capacity + token  # rows behind the last, each cleared by one program
+            spare = source * capacity + token  # rows after the last, each cleared by one program
             behind = (exists & (spare >= total))[:, None] & (choice < K)
             tl.store(slots + spare[:, None].to(tl.int64) * K + choice, tl.full([BLOCK, K_PADDED], -1, tl.int32), mask=behind)
     if before == 0:

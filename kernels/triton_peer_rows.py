@@ -5,7 +5,7 @@ Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank
 Bounds, with b bytes a number: what crosses the link, R' * D * b for the R' rows that lie elsewhere, and what passes the own
 memory of the device, up to (2 R + N) * D * b. On two H200 with 16384 tokens of 2048 bfloat16 each, nearly all wanted by both,
 67 MB cross and 738 MB pass: 0.19 ms at the 360 GB/s of a copy engine, 0.18 ms at 4.2 TB/s. Loads over the link reach 290 to 335
-GB/s. So entries are written on the way, beside what crosses; behind it they would be a pass of their own. And ranks are read in
+GB/s. So entries are written on the way, beside what crosses; after it they would be a pass of their own. And ranks are read in
 turns: at any time rows of the own memory beside those of others, and no rank is read by all others at once.
 Addresses come as numbers, so the compiler has to be told what divides them; without that it loads two bytes at a time.
 """

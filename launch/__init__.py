@@ -1,4 +1,4 @@
-"""What a person runs."""
+"""The commands that a person runs."""
 
 import sys
 from types import TracebackType

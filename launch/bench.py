@@ -1,7 +1,7 @@
 """Measures Tessera's own operations against others on this machine: `python -m launch.bench NAME`.
 
-Prints a table a case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them. Without
-a name, all that others do as well (benchmarks/overview.py).
+Prints one table per case and writes every number to bench-<name>.json. Options are written name=value; `--help` lists them.
+Without a name it runs every benchmark that has competitors (benchmarks/overview.py).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in BENCHMARKS:
             close = get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{name} is no benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
+            raise UserError(f"{name} is not a benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
         bench(name, rest)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""From the command line to one validated configuration, and back to a person who mistyped it.
+"""From the command line to one validated configuration, or to a message about everything that is wrong with it.
 
-Hydra composes the files under conf/, pydantic validates what comes out. Hydra alone stops at the first option it does not
+Hydra composes the files under conf/, and pydantic validates the result. Hydra alone stops at the first option it does not
 know, so this module keeps two kinds of arguments apart: group choices (`model=demo`) are checked against the folders and
 given to Hydra; single options (`train.steps=10`) are written into what Hydra composed. Then pydantic sees everything, and
 every problem is reported at once, with the nearest name that exists.

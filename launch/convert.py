@@ -1,7 +1,7 @@
 """Writes a checkpoint in the Hugging Face layout: `python -m launch.convert RUN OUT`.
 
-OUT holds config.json, safetensors and the tokenizer; `transformers.AutoModelForCausalLM.from_pretrained(OUT)` loads it. The way
-in needs no command: `checkpoint=FOLDER` of launch.rl reads such a folder as it is.
+OUT holds config.json, safetensors and the tokenizer; `transformers.AutoModelForCausalLM.from_pretrained(OUT)` loads it. Import
+needs no command: `checkpoint=FOLDER` of launch.pretrain and launch.rl reads such a folder directly.
 """
 
 from __future__ import annotations

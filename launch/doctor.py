@@ -1,7 +1,7 @@
-"""Looks at this machine before a run does: `python -m launch.doctor [name=value ...]`, with the options of launch.pretrain.
+"""Checks this machine before a run: `python -m launch.doctor [name=value ...]`, with the options of launch.pretrain.
 
-A line a thing that runs need, what was found, and what to do about it. Collectives, Ray and DeepSpeed are really started. The
-exit code is 1 if something is missing that such a run cannot do without.
+Prints a line for each thing that a run needs: what was found, and what to do about it. Collectives, Ray and DeepSpeed are
+really started. The exit code is 1 if something is missing that such a run cannot do without.
 """
 
 from __future__ import annotations

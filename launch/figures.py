@@ -1,6 +1,6 @@
 """The figures of a report: curves of metrics, and maps of the experts' load, as SVG elements of a page.
 
-What is drawn in INK takes the colour of the page's text.
+INK stands for the colour of the page's text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LINES = ("#2f80c8", "#e07b26", "#2a9d7c")  # each readable on white and on near-
 ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks, times a power of ten
 MAX_POINTS = 600  # of a curve
 MAX_COLUMNS = 240  # of a heat map
-MAX_LAYERS = 8  # heat maps of so many layers, spread over the depth
+MAX_LAYERS = 8  # heat maps of this many layers, spread over the depth
 LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#1d4e89", "#8fb3d4", "#d8d8d4", "#efad6c", "#b3400c"])
 STYLE: Any = {
     "svg.fonttype": "none",

@@ -1,6 +1,6 @@
 """Continues prompts with a checkpoint: `python -m launch.generate RUN PROMPT ...`.
 
-One process, with the engine of RL, so that what is read here is what RL would sample. `--top-k 1` takes the likeliest token.
+One process with the engine of RL, so the text is what RL would sample. `--top-k 1` takes the most likely token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Clusters that one does not have: conf/machine says what a GPU and its links reach, a file of measured times corrects it."""
+"""Clusters that you do not have: conf/machine says how fast a GPU and its links are, and a file of measured times replaces
+that."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ Samples = tuple[tuple[float, float], ...]  # amounts and seconds
 class Profile(Record):
     """Times measured on the real machine; of a part without samples what is known beside them stays.
 
-    Links: all GPUs of a node, or of all nodes, at once, each sends so many bytes and receives as many.
+    Links: all GPUs of a node, or of all nodes, at once, each sends this many bytes and receives as many.
     """
 
     products: Samples | None = None  # floating point operations of grouped products in bfloat16

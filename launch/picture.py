@@ -1,4 +1,5 @@
-"""A picture of timelines: a lane for each resource, a bar for each task, panels one below the other on the same clock."""
+"""A picture of timelines: a lane for each resource, a bar for each task, and panels below each other with the same time
+axis."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Predicts a pretraining on a cluster, layout by layout, and says which it would choose: `python -m launch.plan [name=value]`.
+"""Predicts a pretraining on a cluster for every layout, and recommends one: `python -m launch.plan [name=value ...]`.
 
-Nothing is started and no GPU is needed. machine=... are published speeds of machines (conf/machine); profile=FILE replaces them
-by measured times, YAML or JSON:
+Nothing is started and no GPU is needed. machine=... selects published speeds (conf/machine); profile=FILE replaces them by
+measured times, YAML or JSON:
 
     products: [[1.0e12, 0.0019], [4.0e12, 0.0071]]     # floating point operations, seconds
     across: [[1048576, 4.2e-5], [67108864, 1.4e-3]]    # bytes that every GPU sends to other nodes, seconds; also within, memory

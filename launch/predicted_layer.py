@@ -1,8 +1,8 @@
 """One MoE layer of a predicted pretraining: its plan, its timelines, and the dense gradients under its backward pass.
 
-Everything is planned by what plans a run: policies place copies from the loads that came before, degrees are chosen by exact
-simulation from the mean load (parallel/schedule/execution.py), and slices of dense gradients by dynamic programming
-(parallel/schedule/gradients.py). Times are then those of the loads that came.
+The code that plans a run plans everything here: policies place copies from earlier loads, the number of chunks is chosen by
+exact simulation from the mean load (parallel/schedule/execution.py), and slices of dense gradients by dynamic programming
+(parallel/schedule/gradients.py). Times are then those of the actual loads.
 
 Letters: S steps of a trace, E experts.
 """
@@ -93,7 +93,7 @@ class Described:
         return WHOLE if self.in_place else plan_layer(self.costs, self.work, self.tokens, around=self.around).degrees
 
     def slots(self) -> list[Slot]:
-        """The two places of the layer where slices of dense gradients set out, without any that are complete."""
+        """The two places of the layer where slices of dense gradients are sent, without any that are complete."""
         degrees = [1] if self.in_place else degrees_of(self.tokens)
         return slots_of(lambda degree: self._tasks(backward_tasks, degree, WHOLE), degrees, self.around, (0, 0))
 
@@ -193,8 +193,8 @@ class DenseBytes:
     """Gradients of what is no expert, by when the backward pass completes them."""
 
     head: int  # before the last MoE layer
-    layer: int  # of each MoE layer, behind it
-    below: int  # behind the first
+    layer: int  # of each MoE layer, after it
+    below: int  # after the first
 
     def total(self, layers: int) -> int:
         return self.head + layers * self.layer + self.below

@@ -1,9 +1,9 @@
-"""What a pretraining would take on a cluster: step time, communication that is waited for, and memory, for each layout that
-Tessera can run. Predicted from what a machine reaches; nothing is started.
+"""What a pretraining would take on a cluster: step time, exposed communication and memory, for each layout that Tessera can
+run. Predicted from the speeds of a machine; nothing is started.
 
-MoE layers and the dense gradients under their backward pass are planned and simulated as a run's are (predicted_layer.py):
-chunks, copies and slices on one timeline. Products are at one rate, optimizers as fast as memory, and ZeRO's gathering of new
-weights is waited for. LEFT_OUT says what is missing.
+MoE layers and the dense gradients under their backward pass are planned and simulated as in a run (predicted_layer.py): chunks,
+copies and slices on one timeline. All products run at one rate, optimizers at the speed of memory, and ZeRO's gathering of new
+weights is not hidden. LEFT_OUT says what is missing.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Prediction:
 
 
 class Cluster:
-    """A model on so many GPUs of a machine."""
+    """A model on this many GPUs of a machine."""
 
     def __init__(self, config: PlanConfig) -> None:
         self.config, self.model, self.machine = config, config.model, config.machine
@@ -239,8 +239,8 @@ class Cluster:
 
     @property
     def gathering(self) -> Line:
-        """One pass of a ring over all ranks, a reduce-scatter or an all-gather of so many bytes; all GPUs of a node share what
-        crosses nodes, and links of both kinds carry at the same time."""
+        """One pass of a ring over all ranks, a reduce-scatter or an all-gather of this many bytes; all GPUs of a node share
+        what crosses nodes, and links of both kinds carry at the same time."""
         start_s, within_s, across_s = self._ring
         return Line(start_s, max(within_s, across_s))
 

@@ -1,4 +1,4 @@
-"""What is wrong with a command's options, in a person's words: all of it at once, each with the nearest name that exists."""
+"""Messages about a command's options: everything that is wrong at once, each with the nearest name that exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: what was asked for, how it ended, and its records."""
+"""A run, read from its folder: what was asked for, how it ended, and its records."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One page about one or more runs: `python -m launch.report RUN [RUN ...] [--out FILE] [--wandb]`.
 
-The page is a single file that asks the network for nothing: curves are inline SVG, everything that came from outside is
-escaped. It follows the reader's light or dark setting. `--wandb` also writes a report about the runs at W&B.
+The page is a single file that needs no network: curves are inline SVG, and all text from outside is escaped. It
+follows the reader's light or dark setting. `--wandb` also writes a report about the runs at W&B.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def submit(command: str, options: Sequence[str]) -> str | None:
         raise UserError(f"{shown(folder)} cannot be written: {error.strerror}; put runs elsewhere with runs_dir=...") from None
     sent = subprocess.run(["sbatch", "--parsable", folder / f"{name}.sbatch"], capture_output=True, text=True, check=False)
     if sent.returncode:
-        raise UserError(f"SLURM does not take the job: {sent.stderr.strip()}. The script is {shown(folder / f'{name}.sbatch')}")
+        raise UserError(f"SLURM refuses the job: {sent.stderr.strip()}. The script is {shown(folder / f'{name}.sbatch')}")
     job = sent.stdout.strip().partition(";")[0]
     print(f"job {job} is in the queue; its log will be {shown(folder / f'{name}.log')}, its run {shown(folder.parent / name)}")
     return job
@@ -82,7 +82,7 @@ def job_script(command: str, name: str, config: RunConfig, options: Sequence[str
     log = str(runs / "slurm" / f"{name}.log")
     if strange := sorted({sign for sign in log if sign in '"\\%' or not sign.isprintable()}):
         raise UserError(
-            f"SLURM takes {' and '.join(map(repr, strange))} in {log!r} for its own; choose another runs_dir or run_name"
+            f"SLURM takes {' and '.join(map(repr, strange))} in {log!r} as its own fields; choose another runs_dir or run_name"
         )
     asked = {"--gpus-per-node": slurm.gpus_per_node, "--partition": slurm.partition, "--account": slurm.account}
     lines = [f"{option}={value}" for option, value in asked.items() if value] + list(slurm.sbatch)

@@ -1,4 +1,4 @@
-"""Traces the next steps of a run that is going on: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--engines 1]
+"""Traces the next steps of a run in progress: `python -m launch.trace RUN [--steps N] [--ranks 0 3] [--engines 1]
 [--tokens N] [--memory]`.
 
 The request is a file in the run's folder, which the run's driver looks for before every step; this command waits for the trace.
@@ -66,7 +66,7 @@ def _failure(log: Path, start: int) -> str | None:
 
 def _require_running(run: Path) -> None:
     if (state := read_status(run)["state"]) != "running":
-        raise UserError(f"{shown(run)} is {state}; only a run that is going on can be traced")
+        raise UserError(f"{shown(run)} is {state}; only a run in progress can be traced")
 
 
 def main() -> int:

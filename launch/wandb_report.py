@@ -1,6 +1,6 @@
-"""A report about runs at W&B: what they were and came to, and a curve for each metric that they logged, by group.
+"""A report about runs at W&B: their settings and results, and a curve for each metric that they logged, by group.
 
-Asked for again, it is written anew at the same address. The runs have to be there, online or after `wandb sync`.
+A second call rewrites it at the same address. The runs must be at W&B, online or after `wandb sync`.
 """
 
 from __future__ import annotations

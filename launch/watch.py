@@ -1,6 +1,6 @@
-"""What a run is doing, in the terminal: `python -m launch.watch RUN [--once]`. It reads the run's folder and nothing else.
+"""Shows in the terminal what a run is doing: `python -m launch.watch RUN [--once]`. It reads only the run's folder.
 
-A finished run is shown once. Others are looked at again every two seconds, until they have finished or Ctrl-C.
+A finished run is shown once. Others are refreshed every two seconds, until they have finished or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHOWN: dict[Stage, tuple[str, ...]] = {
 
 @dataclass
 class Curves:
-    """The numbers of a run so far. `update` reads what has been added since; a file that was cut back is read anew."""
+    """The numbers of a run so far. `update` reads what has been added since; a file that was cut back is read again."""
 
     file: Path
     step: int = 0

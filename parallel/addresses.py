@@ -1,6 +1,6 @@
-"""Which address of this machine others reach.
+"""The address under which others reach this machine.
 
-Not the one that its own name has here: Debian's /etc/hosts maps that to 127.0.1.1, which on any other machine is that machine.
+That is not the address of its own name: Debian's /etc/hosts maps that to 127.0.1.1, which on any other machine means itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Auxiliary-loss-free load balancing: a selection bias that moves against the load.
 
 Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, section 3. The
-bias takes part in the choice of experts only, never in the combine weights, and moves once per global batch from the loads
-of that batch, which is then over: no token sees a bias made from its own future.
+bias is used in the choice of experts only, never in the combine weights. It is updated after each global batch from the loads
+of that batch, so no token sees a bias that was computed from later tokens.
 
 Letters: L MoE layers, E experts.
 """

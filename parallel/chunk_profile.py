@@ -1,9 +1,9 @@
-"""What the parts of an MoE layer whose tokens travel as messages take on these ranks: lines through a few measured times.
+"""How long the parts of an MoE layer take on these ranks if tokens travel as messages: lines through a few measured times.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1.
 
-A layer is measured as it runs, in sequence: parts that are timed by themselves find their memory and caches as they left them,
-and take up to a fifth less. Collective: every rank gets the same numbers, the slowest rank's, and so plans alike.
+A layer is measured as it runs, in sequence: parts that are timed alone find their memory in the caches and take up to a fifth
+less. Collective: every rank gets the same numbers, the slowest rank's, and so makes the same plan.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LINES = {  # the unit in which each is told
 }  # fmt: skip
 UNUSED = Fit(Line(0.0, 0.0), 1.0)
 log = logging.getLogger("tessera")
-Attend = Callable[[int, bool], object]  # computes what lies before a layer for so many tokens, forward, or backward too
+Attend = Callable[[int, bool], object]  # computes what lies before a layer for this many tokens, forward, or backward as well
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Profile:
         lines += [
             f"attention {self.attention_back:.3g} times as long backward",
             f"a chunk more {1e3 * self.chunk_s:.3g} ms",
-            f"times as long in so many chunks: {', '.join(times)}",
+            f"times as long in this many chunks: {', '.join(times)}",
         ]
         return "; ".join(lines)
 
@@ -108,7 +108,7 @@ def _told(one: Fit, amount: float) -> str:
 
 def measure(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, *, among: int = 1) -> Profile:
     """Of micro-batches of up to `tokens` tokens a rank, with random choices. Takes at most about 20 s, of which it has one part
-    `among` so many ways of tokens."""
+    `among` that many ways of tokens."""
     started = time.perf_counter()
     sizes = sorted({-(-tokens // part) for part in PARTS if tokens >= part})
     sizes = sizes if len(sizes) > 1 else [max(tokens, 1), 2 * max(tokens, 1)]
@@ -218,7 +218,8 @@ def _no_slice() -> None:
 
 
 class LayerParts:
-    """A layer of so many tokens a rank with random choices, in sequence or part by part, as often as one likes. Collective."""
+    """A layer of this many tokens a rank with random choices, in sequence or part by part, as often as one likes.
+    Collective."""
 
     def __init__(self, arena: ExpertArena, tokens: int, top_k: int) -> None:
         levels, world, shape, found = arena.transport.tokens, arena.world, arena.shape, arena.layers[0]
@@ -250,12 +251,12 @@ class LayerParts:
         return self._exchange(WHOLE)
 
     def in_sequence(self, mark: Callable[[str], None]) -> None:
-        """Both passes, as ShardedExperts has them, but for what it does with the gradients."""
+        """Both passes, as ShardedExperts has them, except for what it does with the gradients."""
         self._passes(Chunked(self._sent, self._experts, _ready, _gradients, _no_slice, mark, in_sequence=True))
 
     def in_chunks(self, degrees: Degrees) -> None:
         """The same, overlapping, with what tells each rank what will come: on a GPU the host waits for it, and has to start
-        every chunk behind it; and there is more of it with more chunks."""
+        every chunk after it; and there is more of it with more chunks."""
         sent = self._exchange(degrees)
         self._passes(Chunked(sent, self._experts, _ready, _gradients, _no_slice, unmarked, degrees.in_sequence))
 

@@ -1,8 +1,8 @@
 """One MoE layer of a rank whose tokens travel as messages: dispatch, experts and combine of each chunk while others travel.
 
 Source: FSMoE, arXiv 2501.10714, section 4: all dispatches go first, back to back; each chunk is computed when it is there, and
-its results set out at once. Over two levels a chunk is passed on inside its node while the next crosses between nodes and the
-one before is computed, and its results are summed and cross back behind the experts of the next. Backward has chunks of its own
+its results are sent at once. Over two levels a chunk is passed on inside its node while the next crosses between nodes and the
+one before is computed, and its results are summed and cross back after the experts of the next. Backward has chunks of its own
 number, and leaves the gradients of the weights to the end, where the last chunks are on their way back. Messages have streams
 of their own on a GPU (NCCL's) and threads on a CPU (gloo's), one for each level; in which order a level has them is the same on
 all ranks, because it is that of the program.
@@ -34,11 +34,11 @@ class Chunked:
 
     exchange: Exchange
     experts: ArenaExperts
-    ready: Callable[[Direction], None]  # tokens have set out; once it returns the experts are there for this pass
+    ready: Callable[[Direction], None]  # tokens have been sent; once it returns the experts are there for this pass
     gradients: WeightGradients  # takes them, once in a backward pass
     first_rows: Callable[[], None]  # the first rows of a backward pass are there: what else travels now delays them no more
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
-    in_sequence: bool = False  # every message is waited for where it sets out
+    in_sequence: bool = False  # every message is waited for where it is sent
 
 
 def unmarked(name: str) -> None:
@@ -114,7 +114,7 @@ class _Passing:
     """
 
     def __init__(self, way: Way, run: Chunked, x_TD: Tensor) -> None:
-        """All chunks set out."""
+        """All chunks are sent."""
         self._way, self._run = way, run
         first, x_TD = way.legs[0], x_TD.contiguous()
         packed = (first.pack(x_TD[first.of_chunk(chunk)], chunk) for chunk in range(len(way)))
@@ -130,7 +130,7 @@ class _Passing:
             self._pass_on(0)
 
     def set_out(self, message: InFlight, name: str) -> InFlight:
-        """It has set out; in sequence it is waited for here."""
+        """It has been sent; in sequence it is waited for here."""
         if self._run.in_sequence:
             message.wait()
             self._run.mark(name)

@@ -1,6 +1,6 @@
 """The dense parameters: data parallel, optimizer state sharded by DeepSpeed ZeRO, clipped by the joint gradient norm.
 
-Gradients of several ranks are averaged in slices under the backward pass (gradient_slices.py) or, without them, by ZeRO behind
+Gradients of several ranks are averaged in slices under the backward pass (gradient_slices.py) or, without them, by ZeRO after
 it.
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054. DeepSpeed sees the dense module only; experts live in `ExpertShards`.
@@ -56,7 +56,7 @@ class DenseZeRO:
         """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
 
         ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without. `places`: of the
-        backward pass where slices of gradients may set out, which travel by `kind`; with none, ZeRO reduces behind it.
+        backward pass where slices of gradients may be sent, by `kind`; with none, ZeRO reduces after it.
         """
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)

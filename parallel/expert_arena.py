@@ -1,7 +1,7 @@
-"""What a rank computes experts with: its own ones, and copies of others' for the step at hand.
+"""The expert weights that a rank computes with: its own, and copies of others' for the current step.
 
 FSSDP (Hecate, arXiv 2502.02581, section 3). The arena's rows 0..O-1 are the rank's own experts over all layers, in the order of
-(layer, expert); copies lie behind them. Copies are fetched by SparseAllGather before they are needed, once a step; gradients of
+(layer, expert); copies lie after them. Copies are fetched by SparseAllGather before they are needed, once a step; gradients of
 copies go home by SparseReduceScatter, one layer behind the backward pass. With rematerialisation only one layer's copies exist
 at a time, and backward fetches them again.
 
@@ -30,7 +30,7 @@ from parallel.token_exchange import boundaries
 from parallel.topology import World
 from parallel.transport import Gathering, Movement, Returning, transport
 
-AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those behind it)
+AddGradients = Callable[[int, Parts], None]  # (first own row, gradients of that row and those after it)
 SumsOfRows = Callable[[int, int], tuple[Sum, Sum] | None]  # of (first own row, how many)
 
 
@@ -154,7 +154,7 @@ class ExpertArena:
             yield
 
     def make_room(self, copies: int) -> None:
-        """Room for so many copies from here on. Own rows are unset until they are written, and `place` has to follow."""
+        """Room for this many copies from here on. Own rows are unset until they are written, and `place` has to follow."""
         self.transport.make_room(self.owned + copies)
         self.copies = copies
 
@@ -276,7 +276,7 @@ class ExpertArena:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Surrounds changes of own rows: before, nobody reads them any more; behind, copies of them are of no use any more."""
+        """Surrounds changes of own rows: before, nobody reads them any more; after, copies of them are of no use any more."""
         with self.world.exposed:
             self.transport.quiesce()
         yield
@@ -321,7 +321,7 @@ class ExpertArena:
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Surrounds the backward pass of a micro-batch; behind it all gradients have been added at their owners."""
+        """Surrounds the backward pass of a micro-batch; after it all gradients have been added at their owners."""
         self.walking_back = True
         yield
         self.walking_back = False
@@ -337,7 +337,7 @@ class ExpertArena:
 
     def return_gradients(self, layer: int, gradients: Parts) -> None:
         """Takes the gradients of a layer's experts, in the order of its slots, without own ones that were added to `sums`. Own
-        ones stay, those of copies set out for home.
+        ones stay, those of copies are sent home.
 
         What the layer before sent is awaited here, so it has had the attention's backward pass to arrive.
         """

@@ -23,11 +23,11 @@ class ExpertOptimizer(ABC):
 
     @abstractmethod
     def add_gradients(self, row: int, gradients: Parts) -> None:
-        """Adds gradients of that row and those behind it, which must not change any more."""
+        """Adds gradients of that row and those after it, which must not change any more."""
 
     @abstractmethod
     def sums(self, row: int, count: int) -> tuple[Sum, Sum] | None:
-        """Where who asks adds the gradients of that row and those behind it, instead; None: it has to be `add_gradients`."""
+        """Where who asks adds the gradients of that row and those after it, instead; None: it has to be `add_gradients`."""
 
     @abstractmethod
     def gradients(self) -> Parts | None:

@@ -1,8 +1,9 @@
 """Who owns the experts of all MoE layers: float32 masters, gradients, AdamW's moments, once in the world.
 
-FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit, any rank may own any experts, but every rank owns equally
-many over all layers together. What the model computes with, copies included, lies in the arena (expert_arena.py). Masters,
-gradients and moments lie with the optimizer, on the rank's device (expert_optimizer.py) or on its host (offload.py).
+FSSDP (Hecate, arXiv 2502.02581, section 3): an expert is the unit. Any rank may own any experts, but every rank owns the
+same number over all layers together. The weights that the model computes with, copies included, are in the arena
+(expert_arena.py). Masters, gradients and moments are with the optimizer, on the rank's device (expert_optimizer.py) or on its
+host (offload.py).
 
 Experts stay out of the dense module and out of DeepSpeed. Gradients are sums over ranks of gradients of local losses, each
 multiplied by the world size (ZeRO averages, see dense.py); dividing by the world size makes them those of the global loss,
@@ -116,9 +117,9 @@ class ExpertShards:
             self.optimizer.round_masters(self.arena.rows)
 
     def make_room(self, copies: int) -> None:
-        """Room in the arena for so many copies; `place` of the arena has to follow.
+        """Room in the arena for this many copies; `place` of the arena has to follow.
 
-        Own weights are rounded from their masters anew, so that a GPU never holds the old arena beside the new one.
+        Own weights are rounded from their masters again, so that a GPU never holds the old arena beside the new one.
         """
         if copies != self.arena.copies:
             self.arena.make_room(copies)
@@ -181,7 +182,7 @@ class ExpertShards:
     # ------------------------------------------------------------ state
 
     def named_state(self, with_moments: bool) -> Iterator[tuple[str, Tensor]]:
-        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments behind. Local.
+        """(experts.LAYER.EXPERT.PART, float32 tensor) of this rank's experts, with their moments after. Local.
 
         A tensor is valid until those of the next expert are asked for, and must not be written to.
         """

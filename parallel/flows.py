@@ -1,7 +1,7 @@
-"""Which copy serves whose tokens, and what that makes every device compute, send and receive: pure functions of a plan.
+"""Which copy serves whose tokens, and what every device then computes, sends and receives: pure functions of a plan.
 
-Source: Hecate, arXiv 2502.02581, section 4.4. Where a plan does not say otherwise a device's tokens go to itself if it holds
-their expert, else evenly to the holders on its node, else evenly to all.
+Source: Hecate, arXiv 2502.02581, section 4.4. Unless a plan says otherwise, a device's tokens stay if it holds their expert,
+or else go evenly to the holders on its node, or else evenly to all.
 
 Letters: L layers, E experts of a layer, D devices, N nodes, G devices of a node, H pairs of an expert and a device that has it.
 """
@@ -128,7 +128,7 @@ def flows_of(
 
 
 def _from_all(takes_LD: Floats, experts_LD: Floats, stays_L: Bools, topology: Topology) -> Flows:
-    """Of layers whose devices take so many entries from every device alike."""
+    """Of layers whose devices take this many entries from every device alike."""
     devices, per_node = topology.devices, topology.devices_per_node
     node_LD = takes_LD.reshape(len(takes_LD), topology.nodes, per_node).sum(axis=2).repeat(per_node, axis=1)
     return Flows(

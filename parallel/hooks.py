@@ -1,10 +1,10 @@
-"""What may be put between the parts of an MoE layer without touching them (FSMoE, arXiv 2501.10714, section 3.2): before and
-behind a layer, and before and behind the way of its rows to the experts and back.
+"""Hooks between the parts of an MoE layer (FSMoE, arXiv 2501.10714, section 3.2): before and after a layer, and before and
+after its rows travel to the experts and back.
 
-Those around a layer are part of its computation, and autograd goes through them. Those around a way say what travels: rows are
-given to `before_...` as a message of them sets out and to `after_...` as it arrives, leg by leg where there are two, and so are
-gradients in the backward pass: those of results on the way there, those of tokens on the way back. They work row by row, so
-that no number depends on chunks.
+Hooks around a layer are part of its computation, and autograd goes through them. Hooks around a transfer decide in which form
+rows travel: `before_...` gets the rows of a message when it is sent and `after_...` when it arrives, separately for each leg if
+there are two. In the backward pass they get gradients: those of results on the way there, those of tokens on the way back. They
+work row by row, so results do not depend on chunks.
 
 Letters: T tokens of a rank, S rows of a message, D model.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 Change = Callable[[Tensor], Tensor]
 MessageDtype = Literal["auto", "bfloat16", "float8"]
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-SCALE_BYTES = 8  # behind a row in float8: its scale in float32, and as much again, so that rows stay aligned
+SCALE_BYTES = 8  # after a row in float8: its scale in float32, and as much again, so that rows stay aligned
 
 
 def unchanged(rows: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """FSSDP from step to step: loads come in, placements go out (Hecate, arXiv 2502.02581, section 4).
 
 The load of the next step is predicted by the mean of the last ones. From it every rank makes the same plan, with the same pure
-functions, so nothing but the loads is communicated. That is done while the device is at the backward pass of the update whose
-loads these are (`ahead`), and counts once the update has been made (`take`). What the policies need to know of the machine is
-measured once, after the first updates, and belongs to a checkpoint, so that a run that goes on plans as before.
+functions, so only the loads are communicated. This happens while the device runs the backward pass of the update that these
+loads are from (`ahead`), and takes effect once the update has been made (`take`). What the policies need to know of the machine
+is measured once, after the first updates, and is part of a checkpoint, so a resumed run plans as before.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Materialisation:
         return Next(owner_LE, plans, self.shards.arena.layout(placements, shares_LED, stays_L, rematerialise=rematerialise))
 
     def calibrate(self, layer: int, counts_E: Tensor) -> None:
-        """Before a layer's tokens set out: new copies, where the loads that came make them worth the wait. Collective.
+        """Before a layer's tokens are sent: new copies, where the loads that came make them worth the wait. Collective.
 
         Args:
             counts_E: this rank's tokens per expert.
@@ -232,7 +232,7 @@ class Materialisation:
         return torch.from_numpy(np.stack([*missing, *self.loads]))
 
     def machine(self) -> Tensor:
-        """The copies that travel under the attention and those that there is room for, and the costs behind; float64."""
+        """The copies that travel under the attention and those that there is room for, and the costs after; float64."""
         if self.setting is None:
             return torch.full((2 + NUMBERS,), UNKNOWN, dtype=torch.float64)
         budget = self.setting.budget

@@ -1,9 +1,9 @@
 """The experts of one MoE layer: order -> dispatch -> experts -> combine, on one device or over all ranks.
 
-Where tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks; where ranks read each
-other's memory, peer_layer.py does them whole, because the device itself reads.
+If tokens travel as messages, over one level or two, chunked_experts.py does the last three in chunks. If ranks read each
+other's memory, peer_layer.py does them for the whole layer, because the device itself reads.
 
-The gate stands in the model (its weight is a dense parameter); what it decides arrives here as a `Routing`.
+The gate is in the model (its weight is a dense parameter); its decisions arrive here as a `Routing`.
 Letters: T tokens, K top-k, N = T * K entries, R rows received, D model, F expert hidden, C = 2F, E experts.
 """
 
@@ -51,17 +51,17 @@ PREPARES = "a layer prepares"  # the first mark of a forward pass
 
 @dataclass(frozen=True)
 class ShardedExperts:
-    """A layer's experts on all ranks, own ones and copies. All ranks call it together; gradients go to the arena."""
+    """A layer's experts on all ranks, owned ones and copies. All ranks call it together; gradients go to the arena."""
 
     layer: int
     arena: ExpertArena
-    calibrate: Callable[[int, Tensor], None] | None = None  # is told what the gate decided: (layer, tokens per expert)
-    degrees: Degrees = WHOLE  # where tokens travel as messages
+    calibrate: Callable[[int, Tensor], None] | None = None  # called with the gate's result: (layer, tokens per expert)
+    degrees: Degrees = WHOLE  # numbers of chunks, if tokens travel as messages
     mark: Callable[[str], None] = unmarked  # of chunked_experts.Chunked
     slices: GradientSlices | None = None  # of dense gradients, which travel while the layer runs backward
 
     def prepare(self) -> None:
-        """Copies set out; what is computed between here and the experts' products, the dispatch too, hides their way."""
+        """Sends copies. Everything computed until the experts' products, the dispatch included, hides their transfer."""
         self.mark(PREPARES)
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
@@ -76,7 +76,7 @@ class ShardedExperts:
             self.arena.attention.stop()
         self.mark(ATTENTION)
         self.arena.fetch(self.layer)
-        # Activations that are recomputed must go where they went, and evaluation leaves the plans of training alone.
+        # Recomputed activations must go where they went before, and evaluation must not change the plans of training.
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
             self.arena.materialised(self.layer)  # new copies may take the rows of those under way
             self.calibrate(self.layer, routing.counts_E)
@@ -111,7 +111,7 @@ class ShardedExperts:
         return y_TD
 
     def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts) -> Tensor:
-        """All experts are here, own ones or copies, and no token travels."""
+        """All experts are here, owned or copies, and no token travels."""
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
         return expert_mlp(
@@ -126,7 +126,7 @@ class ShardedExperts:
         )
 
     def _ready(self, direction: Direction) -> None:
-        """Tokens have set out for their experts, and copies have to be there."""
+        """Tokens have been sent; waits until the copies are there."""
         self.arena.materialised(self.layer)
         self.mark(COPIES)
 
@@ -135,13 +135,13 @@ class ShardedExperts:
             self.slices.set_out(place_of(self.layer, self.arena.shape.layers, which))
 
     def _all_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
-        """No rows of a backward pass came before, which slices would have delayed."""
+        """Here no rows travel in the backward pass, so slices delay nothing."""
         self._slice(UNDER_LAYER)
         self._return_gradients(gate_up_ECD, down_EDF)
 
     def _return_gradients(self, gate_up_ECD: Tensor, down_EDF: Tensor) -> None:
-        """Backward needs the copies no more. Those of the layer below have the attention's backward pass to arrive (Hecate,
-        section 3.2)."""
+        """Backward no longer needs the copies. Copies of the previous layer travel during the attention's backward pass
+        (Hecate, section 3.2)."""
         self.arena.return_gradients(self.layer, (gate_up_ECD, down_EDF))
         if self.arena.rematerialise:
             self.arena.exchange_for_previous(self.layer)

@@ -46,7 +46,7 @@ class StatesOnDisk(ExpertStates):
         """All zeros. The file lies in `folder`.
 
         Raises:
-            UserError: no such folder, not writable, too small, not on a disk; or DeepSpeed's operator cannot be had.
+            UserError: no such folder, not writable, too small, not on a disk; or DeepSpeed's operator is not available.
         """
         self.rows, self.parts, self._folder = rows, parts, folder
         self._bytes = expert_bytes(parts)
@@ -185,7 +185,7 @@ def _reserved(folder: Path, size: int) -> IO[bytes]:
     """
     name = f"parallel.nvme_dir={folder} on {socket.gethostname()}"
     if not folder.is_dir():
-        raise UserError(f"{name} is no folder; make it, on a local disk, or give another")
+        raise UserError(f"{name} is not a folder; make it, on a local disk, or give another")
     try:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it lives as long as the states
     except OSError as error:

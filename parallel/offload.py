@@ -1,7 +1,7 @@
 """The owners' optimizer on the host: masters, moments and gradients there, stepped by DeepSpeed's CPU AdamW.
 
-Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840. On the rank's device stay the weights that it computes with. Masters and
-moments lie in the memory of the host or on its disk (nvme.py).
+Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840. The weights that the rank computes with stay on its device. Masters and
+moments are in the memory of the host or on its disk (nvme.py).
 
 Letters: O experts owned by a rank over all layers.
 """
@@ -146,7 +146,7 @@ class HostGradients:
                 _pin(part)
 
     def add(self, row: int, gradients: Parts) -> None:
-        """Adds gradients of that row and those behind it."""
+        """Adds gradients of that row and those after it."""
         if not gradients[0].shape[0]:
             return
         if self._stream is None:

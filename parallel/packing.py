@@ -1,4 +1,4 @@
-"""How many copies experts get so that the largest load per replica is least, and on which devices they then lie. Pure.
+"""How many copies experts get so that the largest load per replica is smallest, and which devices hold them. Pure.
 
 Letters: L layers, E experts of a layer, D devices.
 """
@@ -105,7 +105,7 @@ def _spread(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, room_LD: Ints, 
 def _spread_on_one_node(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, room_LD: Ints, topology: Topology) -> None:
     """The same for all layers together, an expert of each at a time: to the devices with least load that have room."""
     layers, device_D, load_LD = np.arange(len(load_LD)), np.arange(topology.devices), load_LD.copy()
-    places_LE = np.argsort(~wanted.wants_LE, axis=1, kind="stable")  # of those that want copies, the others behind
+    places_LE = np.argsort(~wanted.wants_LE, axis=1, kind="stable")  # of those that want copies, the others after
     count_L = wanted.wants_LE.sum(axis=1)
     for turn in range(int(count_L.max())):
         expert_L = wanted.order_LE[layers, places_LE[:, turn]]

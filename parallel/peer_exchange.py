@@ -1,11 +1,11 @@
 """The token exchange without messages: ranks read each other's tokens, choices and results in place.
 
-Every rank lays out its tokens with what the gate decided. Behind one barrier each reads all choices, works out alike which rows
-go where (kernels/peer_routing.py), and pulls the rows that it serves, each to the places of its entries at once. Results are
-written where all can read them in the same way, and each token's are summed where it came from. Rows and the sums of a token
+Every rank lays out its tokens with the gate's choices. After one barrier each rank reads all choices, computes the same plan of
+which rows go where (kernels/peer_routing.py), and pulls the rows that it serves, directly to the places of their entries.
+Results are written where all can read them, and each token's results are summed on its own rank. Rows and the sums of a token
 are those of token_exchange.py, bit for bit. peer_layer.py makes a layer of it.
 
-Letters: T tokens of this rank, C of each rank that there is room for, W ranks, V = W * C, K top-k, R rows received, N entries
+Letters: T tokens of this rank, C of each rank that there is memory for, W ranks, V = W * C, K top-k, R rows received, N entries
 of theirs, D model.
 """
 
@@ -31,8 +31,8 @@ SPARE = 16  # room for a sixteenth more rows than there were, because they vary
 
 @dataclass(frozen=True)
 class Block:
-    """Of each rank, and what lies where in it: choices with tokens behind them on the way there; on the way back results, and
-    behind them a number for each choice."""
+    """Of each rank, and what lies where in it: choices with tokens after them on the way there; on the way back results, and
+    after them a number for each choice."""
 
     memory: PeerMemory
     choices: PeerChoices
@@ -61,7 +61,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Results:
-    """Where this rank writes what it gives back; behind a barrier all ranks read it, until the exchange after the next."""
+    """Where this rank writes what it gives back; after a barrier all ranks read it, until the exchange after the next."""
 
     block: Block
     own_RD: Tensor
@@ -144,7 +144,7 @@ class PeerTokens:
         return self._room.blocks[0]
 
     def results(self, count: int) -> Results:
-        """Room for so many; to be shown before anything else is laid out."""
+        """Room for this many; to be shown before anything else is laid out."""
         block, rank = self.turn(), self.world.rank
         return Results(block, block.results.of_rank[rank][:count], block.numbers.of_rank[rank][:count])
 

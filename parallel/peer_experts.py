@@ -1,8 +1,8 @@
 """SparseAllGather and SparseReduceScatter without messages: ranks copy weights and gradients out of each other's memory.
 
-The arena's rows lie where all ranks can read them, so a rank fetches the copies that it needs with the GPU's copy engines, on a
-stream of their own, while it computes. Gradients of copies are laid out for their owner, which fetches them and adds them as it
-would add those that come as messages (sparse_collectives.py): in the order of experts, then of ranks, each sum in float32.
+All ranks can read the arena's rows, so a rank fetches the copies that it needs with the GPU's copy engines, on a stream of
+their own, while it computes. Gradients of copies are laid out for their owner, which fetches and adds them in the same order as
+those that come as messages (sparse_collectives.py): by expert, then by rank, each sum in float32.
 
 Letters: E experts of a layer, D devices.
 """
@@ -25,7 +25,7 @@ FEW = 4  # copies. More take turns in two streams: between copies of some megaby
 
 
 class PeerRoom:
-    """Room for so many experts on each rank, which all ranks read. Made by all ranks together."""
+    """Room for this many experts on each rank, which all ranks read. Made by all ranks together."""
 
     def __init__(self, world: World, experts: int, shapes: Shapes, dtype: torch.dtype) -> None:
         sizes = [experts * torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
@@ -121,7 +121,7 @@ class PeerExperts:
         return self._rows.of_rank[self.world.rank]
 
     def make_room(self, rows: int) -> None:
-        """Rows for so many experts, uninitialised; those before are gone first."""
+        """Rows for this many experts, uninitialised; those before are gone first."""
         self.quiesce()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)  # what is started reads them until then
@@ -166,7 +166,7 @@ class PeerExperts:
         if way_home.most == 0:
             return Returned(_nothing, [])
         staging = self._staging
-        assert staging and staging.experts >= way_home.most, "gradients of so many copies have been expected"
+        assert staging and staging.experts >= way_home.most, "gradients of this many copies have been expected"
         if way_home.shown:
             for target, part in zip(staging.of_rank[self.world.rank], gradients, strict=True):
                 target[: way_home.shown].copy_(part[-way_home.shown :])
@@ -179,7 +179,7 @@ class PeerExperts:
         arrived = [(expert, tuple(part[at : at + count] for part in room)) for expert, at, count in way_home.sums]
 
         def barrier() -> None:
-            staging.memory.meet()  # the second time because it may be written anew
+            staging.memory.meet()  # the second time because it may be written again
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
 

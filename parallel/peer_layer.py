@@ -1,8 +1,8 @@
-"""One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, whole.
+"""One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, without chunks.
 
 Rows lie at the places of their entries when they have come, and each sum of a token's entries is written where other ranks read
-it. So nothing passes the memory of a device only to lie elsewhere, but for the tokens and the gradients of results, which are
-made elsewhere and laid out.
+it. So nothing passes the memory of a device only to lie elsewhere, except for the tokens and the gradients of results, which
+are made elsewhere and laid out.
 
 Letters: T tokens of this rank, K top-k, R rows received, N entries, D model.
 """

@@ -1,7 +1,8 @@
 """Where experts live: one owner each, and copies for the step at hand. Records and legality; pure, on the CPU.
 
 Source: Hecate, arXiv 2502.02581, section 3.1. An owner keeps an expert's master weights and optimizer state; a copy is a
-replica of its weights on another device, for one step. Every rank plans alike from the same loads, so a plan never travels.
+replica of its weights on another device, for one step. Every rank makes the same plan from the same loads, so plans are never
+sent.
 
 Letters: E experts of one layer, D devices (a rank has one), L MoE layers, H pairs of an expert and a device that has it.
 """

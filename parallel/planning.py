@@ -1,8 +1,8 @@
 """Which experts are copied where for a step, and who owns them, as Hecate does it: pure functions of the loads.
 
 Source: Hecate, arXiv 2502.02581: sparse materialisation (section 4.2, algorithm 1), heterogeneous sharding (section 4.3,
-algorithm 2). What the paper leaves open is decided here and said: how many replicas an expert gets, which device takes them,
-and when moving owners is worth it. Every rank computes the same plan from the same loads; ties go to the lower index.
+algorithm 2). What the paper leaves open is decided here: how many replicas an expert gets, which devices take them, and when
+moving owners is worth it. Every rank computes the same plan from the same loads; ties go to the lower index.
 
 Letters: L MoE layers, E experts of a layer, D devices.
 """

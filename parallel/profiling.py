@@ -1,10 +1,10 @@
 """How fast this machine is: products of experts, exchanges of tokens, messages within and between nodes, sums of gradients; and
 its free memory. Measured, not guessed.
 
-Every function here is collective and gives every rank the same numbers: the slowest rank's. What is timed is what a step finds:
-GPUs begin together when their hosts have started the work, first calls, which may compile a kernel, never count, and products,
-exchanges and sums come in turns, as in a layer: a GPU that only multiplies slows its clock down. Rows have as many choices as
-those that come in a layer: with one choice each there would be several times as many to read and to write.
+Every function here is collective and gives every rank the same numbers: the slowest rank's. The conditions are those of a step.
+GPUs begin together when their hosts have started the work. First calls, which may compile a kernel, never count. Products,
+exchanges and sums take turns, as in a layer, since a GPU that only multiplies lowers its clock. Rows have as many choices as in
+a layer: with one choice each there would be several times as many to read and to write.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ SHARE_FOR_COPIES = 0.5  # of the memory that was never used so far
 
 @torch.no_grad()
 def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callable[[LayerCosts], object]) -> LayerCosts:
-    """The costs of a layer for a rank with so many tokens; takes about three seconds.
+    """The costs of a layer for a rank with this many tokens; takes about three seconds.
 
-    `planning` plans a layer as it will be planned behind its gate, with the costs that it is given.
+    `planning` plans a layer as it will be planned after its gate, with the costs that it is given.
     """
     world, shape = arena.world, arena.shape
     assert arena.attention is not None, "the attention is timed in the updates before"
@@ -80,7 +80,7 @@ def measure_costs(arena: ExpertArena, tokens: int, top_k: int, planning: Callabl
 
 
 def copies_that_fit(arena: ExpertArena, layers: int) -> int:
-    """How many copies a layer every rank has room for, if copies of so many layers are kept at once."""
+    """How many copies a layer every rank has room for, if copies of this many layers are kept at once."""
     world = arena.world
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)  # the allocator holds what was ever needed; this is beyond it
@@ -123,7 +123,7 @@ def _with_parts(costs: LayerCosts, arena: ExpertArena, tokens: int, top_k: int) 
 
 
 class _Products:
-    """Those of a layer on this rank, forward and backward, for about so many entries, in rows as they come from all ranks."""
+    """Those of a layer on this rank, forward and backward, for about this many entries, in rows as they come from all ranks."""
 
     def __init__(self, arena: ExpertArena, entries: int, top_k: int) -> None:
         world, shape = arena.world, arena.shape

@@ -1,9 +1,9 @@
-"""Which way copies go: from owners to a leader on each node, then to the other devices there. Pure.
+"""Routes of copies: from owners to a leader on each node, then to the other devices there. Pure.
 
 Source: Hecate, arXiv 2502.02581, section 3.1 names the operation and leaves its routes open. Here an expert enters a node once,
-whatever number of devices there wants it, in two halves, each of which nodes pass on in a binary tree of its own. Who passes on
-in one tree is a leaf of the other (Sanders, Speck, Traeff, Parallel Computing 35, 2009), so nobody sends more of an expert than
-it takes, an owner sends it once, and n nodes take log2(n) hops.
+however many of its devices want it, in two halves, and each half has its own binary tree of nodes. A node that passes on in one
+tree is a leaf of the other (Sanders, Speck, Traeff, Parallel Computing 35, 2009), so no node sends more of an expert than it
+receives, an owner sends it once, and n nodes take log2(n) hops.
 
 Letters: E experts of a layer, D devices, M messages, H pairs of an expert and a device that has it, C of an expert and a node.
 """

@@ -1,9 +1,10 @@
-"""In how many chunks each MoE layer runs, and how many bytes of dense gradients travel under it, from step to step: measured at
-the start, planned from loads and copies, planned again when they have changed.
+"""The number of chunks of each MoE layer, and the bytes of dense gradients that travel under it, from step to step: measured at
+the start, planned from loads and copies, planned again when these have changed.
 
-Every rank plans with the same pure functions from the same numbers, so no plan travels. Planning is done beside the training,
-and its result is taken before the first update that finds it done on all ranks. Degrees and slices change no number, so a run
-does not depend on what was measured; but where that decides by which way tokens travel, sums have the order of that way.
+Every rank plans with the same pure functions from the same numbers, so no plan is sent. Planning runs while training goes on,
+and its result takes effect before the first update that finds it done on all ranks. Chunks and slices do not change results, so
+a run does not depend on what was measured; but if measurements choose the transport of tokens, sums have the order of that
+transport.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Scheduling:
         self.marks: Marks | None = None  # of the first layer, in an update in which it is measured
 
     def prepare(self, tokens: int, attend: Attend) -> None:
-        """Before an update with micro-batches of so many tokens a rank. The first time measures, collectively; later ones take
-        what was planned beside the updates before, if it is done."""
+        """Before an update with micro-batches of this many tokens a rank. The first time measures, collectively; later ones
+        take what was planned beside the updates before, if it is done."""
         if not self._plans:
             return
         if self._profile is None:
@@ -232,7 +233,7 @@ class Scheduling:
         return {"device": name, "dtype": str(self._arena.dtype), **nodes, **sizes}
 
     def _know(self, tokens: int, attend: Attend) -> None:
-        """Measures, or reads what was measured before on such ranks and for so many tokens. Collective."""
+        """Measures, or reads what was measured before on such ranks and for this many tokens. Collective."""
         found: list[tuple[dict[TransportKind, Profile], Fit | None] | None] = [None]
         if self._arena.world.rank == 0 and self._folder is not None and (self._folder / FILE).exists():
             try:
@@ -293,7 +294,7 @@ def told(plans: Sequence[LayerPlan]) -> str:
 
 def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
     """Of the last pass in this direction, from the marks of chunked_experts.py and moe_layer.py: what the device did, and what
-    it waited for; that may be gradients of copies of the layer behind. Beside it the slices that were under way meanwhile."""
+    it waited for; that may be gradients of copies of the layer after. Beside it the slices that were under way meanwhile."""
     program = [mark for mark in seen if not mark.name.startswith((SETS_OUT, ARRIVES))]
     first = {PREPARES, begins("forward")} if direction == "forward" else {begins("backward")}
     begin = max(at for at, mark in enumerate(program) if mark.name == begins(direction))

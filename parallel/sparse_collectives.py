@@ -1,7 +1,7 @@
 """SparseAllGather and SparseReduceScatter: experts to where their copies are wanted, gradients of copies back to the owners.
 
-Source: Hecate, arXiv 2502.02581, section 3.1. Both are batches of point-to-point messages, planned alike on every rank, so no
-rank waits for one that has nothing to send. They go hop by hop (routes.py), so an expert crosses the network into each node
+Source: Hecate, arXiv 2502.02581, section 3.1. Both are batches of point-to-point messages with the same plan on every rank, so
+no rank waits for one that has nothing to send. They go hop by hop (routes.py), so an expert crosses the network into each node
 once. On the way back every hop adds in float32 what came to it before it passes it on, in the order of ranks, so the sums do
 not depend on who came first.
 
@@ -26,7 +26,7 @@ Shapes = tuple[tuple[int, ...], ...]  # of the parts of one expert
 
 
 def empty_parts(experts: int, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Parts:
-    """Room for the parts of so many experts, uninitialised."""
+    """Room for the parts of this many experts, uninitialised."""
     return tuple(torch.empty(experts, *shape, dtype=dtype, device=device) for shape in shapes)
 
 

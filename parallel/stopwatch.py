@@ -1,4 +1,4 @@
-"""How long a device waits: by the clock on a CPU, by events on a GPU, where the host does not wait with it."""
+"""How long a device waits: by the clock on a CPU; on a GPU by events, so that the host does not wait."""
 
 from __future__ import annotations
 

@@ -116,12 +116,12 @@ class Leg:
     """Rows over one level and results back, in chunks."""
 
     level: Level
-    rows: list[int]  # C + 1; chunk i has the rows that set out from the i-th number to before the next
+    rows: list[int]  # C + 1; chunk i has the rows that are sent from the i-th number to before the next
     place_TK: Tensor  # int32: the row, in its chunk's message, of a choice that is its row's first for that member; else -1
     splits: list[Splits]  # of each chunk
 
     def of_chunk(self, chunk: int) -> slice:
-        """Among the rows that set out."""
+        """Among the rows that are sent."""
         return slice(self.rows[chunk], self.rows[chunk + 1])
 
     def pack(self, x_PD: Tensor, chunk: int) -> Tensor:
@@ -141,7 +141,7 @@ class Leg:
         return InFlight(self.level, hooks.before_combine(y_PD), self.splits[chunk], back=True, arrived=hooks.after_combine)
 
     def collect(self, rows_SD: Tensor, chunk: int) -> Tensor:
-        """Results of the rows that set out; those of several members are added in float32."""
+        """Results of the rows that are sent; those of several members are added in float32."""
         return combine_rows(rows_SD, *self._places(chunk))
 
     def _places(self, chunk: int) -> tuple[Tensor, int]:
@@ -216,7 +216,7 @@ class Exchange:
         return self.order.place_N.view(-1, self.weights_RK.shape[1])[way.row_R]
 
     def return_weights(self, d_weights_RK: Tensor) -> InFlight:
-        """Gradients of combine weights, row by row as they arrive in the backward pass, set out on the last leg back."""
+        """Gradients of combine weights, row by row as they arrive in the backward pass, are sent on the last leg back."""
         worked_RK = torch.empty_like(d_weights_RK)
         worked_RK[self.backward.row_R] = d_weights_RK
         return self.hops[-1].give_back(worked_RK)
@@ -303,7 +303,7 @@ class _Arrivals:
 
 
 def _leg(level: Level, cut: _Cut, came: _Arrivals | None, tokens: int) -> Leg:
-    """Rows set out as they came over the leg before; from the first one this rank's tokens do."""
+    """Rows are sent as they came over the leg before; from the first one this rank's tokens do."""
     if came is None:
         degree = len(cut.splits)
         return Leg(level, [-(-chunk * tokens // degree) for chunk in range(degree + 1)], cut.place_TK, cut.splits)
@@ -312,7 +312,7 @@ def _leg(level: Level, cut: _Cut, came: _Arrivals | None, tokens: int) -> Leg:
 
 
 def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop, list[_Cut], int]:
-    """(the rows behind it, what of it no degree changes, and what each does; choices that come with the rows)."""
+    """(the rows after it, what of it no degree changes, and what each does; choices that come with the rows)."""
     target_TK, top_k = level.member_of(rows.rank_TK), rows.rank_TK.shape[1]
     same_TKK = target_TK.unsqueeze(2) == target_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same target
@@ -335,7 +335,7 @@ def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop,
 
 
 def _tell(level: Level, rows: _Rows, target_TK: Tensor, entry_S: Tensor, splits: Splits) -> tuple[_Rows, Tensor]:
-    """(rows behind a hop, where each of them stands by sender and order there). `entry_S`: for which choice a row is sent."""
+    """(rows after a hop, where each of them stands by sender and order there). `entry_S`: for which choice a row is sent."""
     top_k = target_TK.shape[1]
     row_S = entry_S // max(top_k, 1)
     here_SK = target_TK[row_S] == target_TK.flatten()[entry_S].unsqueeze(1)
@@ -373,7 +373,7 @@ def _tell_counts(
 
 
 def _count(box_N: Tensor, boxes: int) -> Tensor:
-    """How many there are in each box; int64. Those in the box behind the last count nowhere."""
+    """How many there are in each box; int64. Those in the box after the last count nowhere."""
     counts = torch.zeros(boxes + 1, dtype=torch.int64, device=box_N.device)
     return counts.scatter_add_(0, box_N, torch.ones_like(box_N))[:-1]
 

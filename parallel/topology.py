@@ -20,8 +20,8 @@ from parallel.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the training world. Collectives run over its default group, but for slices of dense gradients and for
-    tokens over two levels."""
+    """One rank's view of the training world. Collectives run over its default group, except for slices of dense gradients and
+    for tokens over two levels."""
 
     rank: int
     size: int
@@ -57,10 +57,10 @@ def across_and_inside(topology: Topology) -> tuple[list[range], list[range]]:
 
 
 def own_group(world: World, groups: Sequence[range]) -> dist.ProcessGroup:
-    """This rank's among groups of ranks that are all made anew. Collective: all ranks make all of them, in the same order.
+    """This rank's among groups of ranks that are all new. Collective: all ranks make all of them, in the same order.
 
     What two groups carry may be under way on a GPU at the same time. That is safe as long as all ranks start it in one order,
-    which is that of the program: whatever waits for its peers is found on every rank before what was started behind it, and
+    which is that of the program: whatever waits for its peers is found on every rank before what was started after it, and
     kernels that compute come to an end, so no two ranks wait for each other in different groups.
     """
     timeout = timedelta(seconds=world.timeout_s)

@@ -42,7 +42,7 @@ class Gathering(Protocol):
 
 class Returning(Protocol):
     def finish(self) -> list[tuple[int, Parts]]:
-        """(expert, gradients (N, ...) to add) for this rank's own experts, that one and the N - 1 own ones behind it, in the
+        """(expert, gradients (N, ...) to add) for this rank's own experts, that one and the N - 1 own ones after it, in the
         order in which to add them."""
 
 
@@ -60,7 +60,7 @@ class Movement(Protocol):
         """`slots`: in which row of this rank's arena its experts lie, and where copies shall."""
 
     def reduce(self, gradients: Parts, places: Mapping[int, int]) -> Returning:
-        """`gradients` of this rank's experts, each at its place: behind own ones, those of copies in the order of experts."""
+        """`gradients` of this rank's experts, each at its place: after own ones, those of copies in the order of experts."""
 
 
 class Transport(Protocol):
@@ -71,7 +71,7 @@ class Transport(Protocol):
         """Where the arena's experts lie."""
 
     def make_room(self, rows: int) -> None:
-        """Rows for so many experts from here on, uninitialised; those before are gone first."""
+        """Rows for this many experts from here on, uninitialised; those before are gone first."""
 
     def quiesce(self) -> None:
         """Before owners change their rows: nobody reads them any more."""
@@ -80,12 +80,12 @@ class Transport(Protocol):
         """`row_E`: in which row of its owner's arena each expert lies."""
 
     def expect_gradients(self, copies: int) -> None:
-        """Of so many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
+        """Of this many copies of a layer, on any rank, before the forward pass whose backward pass brings them home. Collective
         where memory for them has to grow, which must not happen later: hosts would wait for each other, and each for all that
         its GPU has been given, while slices of dense gradients wait there for peers."""
 
     def probe(self, nbytes: int, target: int, source: int) -> Callable[[], None]:
-        """Moves so many bytes from this rank to `target` and to this rank from `source`, for who times it."""
+        """Moves this many bytes from this rank to `target` and to this rank from `source`, for who times it."""
 
     def travel(self, kind: TransportKind) -> None:
         """From here on tokens travel so, if they travel as messages. Collective."""

@@ -1,14 +1,14 @@
-"""The pool that drives several engines at once, each an actor of Ray (rl/engine/actor.py).
+"""The pool that drives several engines at once, each a Ray actor (rl/engine/actor.py).
 
-An engine that dies or does not answer is replaced while everything else goes on. What it was generating others generate anew,
-from where it was when that engine got it: tokens depend on the weights and on the noise of their sample's uid alone, so they
-are the same ones, and no sample is lost or done twice. The new engine gets the weights of the others from Ray's object store,
-which keeps the last whole ones and the changes since, so the ranks need not be asked while they learn. Where weights come from
-the ranks directly, all engines get them again, or, while the ranks learn, the new one waits for the next ones.
+An engine that dies or does not answer is replaced while everything else goes on. Others generate its samples again from where
+they were when that engine got them. Tokens depend only on the weights and on the noise of their sample's uid, so they are the
+same, and no sample is lost or done twice. The new engine gets its weights from Ray's object store, which keeps the last
+complete weights and the changes since, so the ranks need not be asked while they learn. If weights come from the ranks
+directly, all engines get them again or, while the ranks learn, the new one waits for the next ones.
 
-Where their number is elastic (`rollout.min_engines`), Ray is asked for a place for each engine beyond the first ones and for
-any that is lost, and nobody waits for it: an engine joins once it has a place and the weights of the others, and takes part
-when samples are dealt out again. Which engine has a sample, and how many there are, changes none of its tokens.
+If their number is elastic (`rollout.min_engines`), Ray is asked for a place for each engine beyond the first ones and for each
+lost one, and nothing waits for it. An engine joins once it has a place and the weights of the others, and takes part when
+samples are next distributed. Which engine has a sample, and how many there are, does not change its tokens.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ class RayPool:
             self._seek(self._elastic, place)
 
     def _require_ranks(self) -> None:
-        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all begin anew."""
+        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all start again."""
         calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
         ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
         gather({name: ref for name, ref in calls.items() if ref in ready})

@@ -1,7 +1,7 @@
-"""Advantages: how much better a sample is than what the policy does on average. Plain numbers, no tensors.
+"""Advantages: how much better a sample is than the policy's average. Plain numbers, no tensors.
 
-Advantages of single tokens come from rl/returns.py and what a sample earned: its reward, less its group's mean or not. A group
-is the samples of one prompt. A sample that could not be judged (None) takes no part in any mean and gets None.
+Token advantages are in rl/returns.py; they start from a sample's reward, minus its group's mean or not. A group is the samples
+of one prompt. A sample that could not be judged (None) takes no part in any mean and gets None.
 """
 
 from __future__ import annotations

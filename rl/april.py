@@ -6,18 +6,18 @@ and the next round continues them before it starts anything new. Samples that ar
 With over_provision = 1 the same code waits for every sample: a plain synchronous rollout.
 
 With refills, DAPO's dynamic sampling (2503.14476): a group whose judged rewards are all equal teaches nothing and does not
-count. Once those under way cannot make N any more, more are drawn, over-provisioned alike. When the refills are used up and
-all is finished, groups without signal fill the round, so a task that is too easy or too hard ends a round all the same.
+count. Once the groups in progress can no longer make N, more are drawn, over-provisioned as before. When the refills are used
+up and all is finished, groups without signal fill the round, so a round ends even if the task is too easy or too hard.
 
 Two differences from the published code: groups that finish together with the N-th one are kept for the next round, and a
 group is regenerated, or dropped (`stale`), when its oldest token is more than `max_staleness` rounds behind.
 
 Engines move in lockstep by a number of tokens, not by the clock, so a round is a pure function of its inputs.
 
-With overlap (rollout=async) the engines are not interrupted when the N-th group is finished but when new weights are there:
-while the ranks learn, they go on with N' groups, fresh ones in place of those being learned. Groups that wait finished count
-among the N', so neither the trainer nor the engines can run away from the other, and what is drawn is still trained once. How
-far the engines get meanwhile depends on the clock.
+With overlap (rollout=async) the engines are not interrupted when the N-th group is finished, but when new weights are there:
+while the ranks learn, they go on with N' groups, with new ones in place of those being learned. Finished groups that wait count
+among the N', so neither trainer nor engines can get far ahead of the other, and each drawn group is still trained once. How far
+the engines get meanwhile depends on the clock.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class _Progress:
 
 
 def _generate(progress: _Progress, config: RolloutConfig, more: Callable[[int], list[Group]]) -> None:
-    """Generates until `config.groups` groups are useful, or nothing is left to try; `more` draws for so many that miss."""
+    """Generates until `config.groups` groups are useful, or nothing is left to try; `more` draws for this many that miss."""
     refills = config.refills
     while len(progress.useful) < config.groups and (progress.running or refills):
         missing = config.groups - len(progress.useful) - len(progress.running)

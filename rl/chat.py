@@ -1,7 +1,7 @@
-"""A model's chat template: what stands around a prompt, and around what the environment replies.
+"""A model's chat template: the tokens around a prompt, and around a reply of the environment.
 
-Names of special tokens become these tokens where the template has them. In the texts of a task they stay text, so that no
-prompt can end a turn or begin one. Texts are encoded apart from what stands around them.
+In the template, names of special tokens mean these tokens. In the texts of a task they stay text, so that no prompt can end or
+begin a turn. Texts are encoded separately from the template around them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids before and behind a text."""
+    """Token ids before and after a text."""
 
     before: tuple[int, ...]
     behind: tuple[int, ...]

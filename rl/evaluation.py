@@ -1,4 +1,4 @@
-"""Held-out prompts, and what the rewards of a sample of prompts say of all of them."""
+"""Held-out prompts, and how precise the mean reward of a sample of them is."""
 
 from __future__ import annotations
 

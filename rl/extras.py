@@ -1,4 +1,4 @@
-"""Names of what stands in batch.extras of an RL update, (B, S) each."""
+"""Names of the tensors in batch.extras of an RL update, (B, S) each."""
 
 # of rl/packing.py: 0 or False where there is no response
 RESPONSES = "responses"  # bool: the target is a token of a response

@@ -1,6 +1,6 @@
-"""How far the policy is from the reference, from one sampled token: estimators of KL(policy || reference).
+"""Estimators of KL(policy || reference) from one sampled token.
 
-Source: Schulman, "Approximating KL divergence" (2020); what their gradients are, see DeepSeek-V3.2 (2512.02556, section 3.1).
+Source: Schulman, "Approximating KL divergence" (2020); for their gradients see DeepSeek-V3.2 (2512.02556, section 3.1).
 With d = log(policy / reference) of a token that the policy sampled,
 
     k1          d                       mean KL; as a loss its gradient is zero on average, so it belongs into the reward

@@ -1,9 +1,9 @@
 """Whether training sees shorter responses than were asked for.
 
-What finishes first is trained first, and it is short. Partial rollouts train the long ones later, so over many rounds nothing
-is lost; how far a run is from that is measured here, over the last rounds: mean length of the trained samples over mean length
-of the samples whose prompts were drawn. Below 1 means that short ones were preferred. Drawn samples that wait count with what
-they have so far, so the true ratio is this or lower, and a little above 1 is what a run without bias shows.
+Samples that finish first are trained first, and they are short. Partial rollouts train the long ones later, so over many rounds
+nothing is lost. How far a run is from that is measured here over the last rounds: mean length of the trained samples / mean
+length of the samples whose prompts were drawn. Below 1 means that short ones were preferred. Drawn samples that wait count with
+their length so far, so the true ratio is this or lower, and a run without bias shows a little more than 1.
 """
 
 from __future__ import annotations

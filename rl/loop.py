@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards: the loop, and the attempt that surrounds it. It runs in the driver."""
+"""Reinforcement learning with verifiable rewards: the loop, and the attempt around it. It runs in the driver."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from trainer.stopping import Move, StopRequest
 from trainer.tracing import Traces
 from trainer.tracking import Tracker
 
-SERVER_PROMPTS = 8  # that a completion server is asked about, to see what its log-probabilities are of
+SERVER_PROMPTS = 8  # sent to a completion server, to see of which distribution its log-probabilities are
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reinforcement:
     model: ModelConfig
     task: TokenTask
     start_from: Path  # a checkpoint of ours or a folder in the Hugging Face layout
-    ranks: tuple[int, ...]  # how many there may be, the number that is wanted first; of an attempt the one there is
+    ranks: tuple[int, ...]  # possible numbers of ranks, the wanted one first; within an attempt only the actual one
     dtype: str
     run: RunDir
     tracker: Tracker
@@ -73,7 +73,7 @@ class Reinforcement:
             self.learn_with(ranks, pool, placement.look)
 
     def learn_with(self, ranks: Processes, pool: SyncedPool, look: Callable[[], Move | None] | None = None) -> None:
-        """From where the run is to its end, with ranks that have built their trainers; `look` is that of their places."""
+        """Runs from the last checkpoint to the end, with ranks that have built their trainers; `look` watches their places."""
         start, buffer = self._restore(ranks)
         if self.config.algorithm.kl_coefficient > 0:
             ranks.call("keep_reference", self.run.reference)
@@ -82,7 +82,7 @@ class Reinforcement:
             self.loop(ranks, pool, buffer, start)
 
     def prepare(self, ranks: Processes) -> None:
-        """What a run begins with, warmed up, as its checkpoint of round 0: others can start from it without a warm-up."""
+        """Writes the warmed-up weights as the checkpoint of round 0; other runs can start from it without a warm-up."""
         _, buffer = self._restore(ranks)
         self.checkpoints.save(ranks, self._progress(buffer, 0))
         self.checkpoints.settle(ranks)
@@ -108,7 +108,8 @@ class Reinforcement:
         with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, tokenizer) as pool:
             held_out = range(EVAL_GROUP, EVAL_GROUP + min(SERVER_PROMPTS, self.config.task.eval_prompts))
             prompts = [self.task.prompt_ids(group) for group in held_out]
-            pool.require_exact_distribution([ids[: len(ids) // 2 + 1] for ids in prompts])  # where more is open
+            # First halves of prompts, after which the next token is less certain.
+            pool.require_exact_distribution([ids[: len(ids) // 2 + 1] for ids in prompts])
             yield pool
 
     def loop(self, ranks: Processes, pool: SyncedPool, buffer: RolloutBuffer, start: int) -> None:
@@ -140,7 +141,7 @@ class Reinforcement:
             busy = pool.busy_s - busy_before
             metrics["time/engines_idle_s"] = time.perf_counter() - began - busy
             metrics["rollout/tokens_per_s"] = result.metrics["rollout/new_tokens"] / busy if busy else 0.0
-            traces.behind(everybody, version + 1, last=version + 1 == config.loop.rounds)
+            traces.after(everybody, version + 1, last=version + 1 == config.loop.rounds)
             self._close_round(ranks, pool, buffer, version + 1, metrics)
 
     def _update(
@@ -169,7 +170,7 @@ class Reinforcement:
             self.stop.obey(f"after round {done}")
 
     def warm_up(self, ranks: Processes) -> None:
-        """Supervised learning of demonstrations, so that the first rounds have rewards to tell apart."""
+        """Supervised learning of demonstrations, so that the rewards of the first rounds differ."""
         warmup, rows = self.config.warmup, self.rows
         index = 0
         for step in range(warmup.steps):
@@ -252,6 +253,6 @@ class Reinforcement:
         return 0, RolloutBuffer()
 
     def _write_reference(self, ranks: Processes) -> None:
-        """The weights at the start of RL, once for all attempts: every one of them reads its reference policy there."""
+        """Writes the weights at the start of RL once; every attempt reads its reference policy from there."""
         files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
         ranks.call("write_reference", self.run.reference, self.checkpoints.meta(0, {}), files)

@@ -1,6 +1,6 @@
-"""Policy losses of a token, given A, its advantage, and r, the ratio of the policy to the one that it is held to.
+"""Policy losses of a token, given its advantage A and the ratio r of the policy to the one that it is clipped to.
 
-Pure functions, elementwise. Each returns the loss and where the policy has left the region in which the loss trusts r.
+Pure elementwise functions. Each returns the loss, and where the policy has left the region in which the loss trusts r.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
 """How tokens from older weights, and from an engine that rounds differently than the trainer, enter the policy update.
 
-Two policies besides the one being trained are in play: `behaviour`, which sampled a token (whatever its weight version; its
-log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts. Where top-k, top-p or
-min-p left tokens out, `behaviour` is what was drawn from and `whole` the policy that they were left out of, else they are one;
-whole / behaviour is the share of probability that was kept. Pure functions of log-probabilities at the rollout temperature,
-(B, S) or any shape where nothing is said about sequences.
+Two policies matter besides the one being trained: `behaviour`, which sampled a token (under any weight version; its
+log-probability was stored with the token), and `proximal`, the trainer's policy when the update starts. If top-k, top-p or
+min-p excluded tokens, `behaviour` is the distribution that was sampled from and `whole` the policy before the exclusion;
+otherwise they are equal. whole / behaviour is the share of probability that was kept. Pure functions of log-probabilities at
+the rollout temperature, (B, S), or any shape where sequences play no role.
 
-A loss is made of two numbers a token, see `Ratios`; what `algorithm.off_policy` chooses is
+A loss uses two numbers per token, see `Ratios`. The choices of `algorithm.off_policy`:
 
     recompute   ratio policy / proximal, importance 1: as if the proximal policy had sampled everything (APRIL, slime)
     staged      ratio policy / trainer's policy of the version that generated the token, importance 1 (CoPRIS; rl/staged.py)
     mask        the same as recompute, and only tokens of the newest weights are learned; rl/packing.py leaves the others out
-    bypass      ratio policy / whole, importance whole / behaviour: old tokens are held back by the clip alone
+    bypass      ratio policy / whole, importance whole / behaviour: only the clip limits old tokens
     decoupled   ratio policy / proximal, importance min(proximal / behaviour, truncation) (AReaL, 2505.24298)
 
-and the masks set the importance of tokens or of sequences to 0. What is masked stays in the denominator of the mean loss.
+Masks set the importance of tokens or of sequences to 0. Masked tokens stay in the denominator of the mean loss.
 
-With one update a round the proximal policy is the one being trained, so a ratio to it is 1 and never clipped: what an old token
-teaches is then learned again in full, however far the updates since have moved it already. The clip of bypass ends where
-the policy is clip_low or clip_high away from the one that sampled the token, as PPO means it, however many updates lie between.
-So it is the default; what that gave is in tests/benchmarks/rl.md.
+With one update a round the proximal policy is the one being trained, so a ratio to it is 1 and never clipped: an old token then
+has its full effect again, however far the updates since have already moved the policy. With bypass the clip acts when the
+policy is clip_low or clip_high away from the one that sampled the token, as in PPO, however many updates lie between. So bypass
+is the default; tests/benchmarks/rl.md has the comparison.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Advantages of single tokens: rewards that stand at tokens, returns, and values that predict them.
+"""Token advantages: rewards at tokens, returns, and values that predict them.
 
-Pure functions on packed rows. A position predicts the token behind it; a reward stands where its token is predicted, a value is
-what the policy may expect before that token. The steps of an episode are the learned tokens of a response: what the environment
-said between two turns is no choice of the policy, its values are never fitted, and a long reply of a tool must not discount
-what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected behind it. Letters: B
-rows, S positions.
+Pure functions on packed rows. A position predicts the token after it. A reward is at the position where its token is predicted;
+a value is the return expected before that token. The steps of an episode are the learned tokens of a response: a reply of the
+environment between two turns is not the policy's choice, its values are never fitted, and a long reply of a tool must not
+discount what came before it. The end of a response is the end of its episode, cut off or not: nothing is expected after it.
+Letters: B rows, S positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def gae(
     """Generalised advantage estimation (1506.02438, equation 16) over the learned tokens of each document; 0 elsewhere.
 
     A_t = delta_t + discount * gae_lambda * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t, where t + 1 is the next
-    learned token; A and V behind the last one are 0. A reward at a token that is not learned belongs to the learned token
+    learned token; A and V after the last one are 0. A reward at a token that is not learned belongs to the learned token
     before it. With values 0 and gae_lambda 1 it is the discounted return. Computed in float64.
     """
     rewards_BS, values_BS = rewards_BS.double(), values_BS.double()

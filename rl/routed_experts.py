@@ -1,4 +1,4 @@
-"""Which experts a model chose for adjacent tokens: small, and comparable as the rest of a trajectory is."""
+"""The experts that a model chose for adjacent tokens, in a compact form that can be compared, like the rest of a trajectory."""
 
 from __future__ import annotations
 

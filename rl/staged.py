@@ -1,9 +1,9 @@
 """off_policy=staged: the trainer's log-probabilities under the weights that generated each token.
 
-Source: CoPRIS (2511.05589). After every rollout round and before its update the trainer takes all samples through the model,
-finished or not, and keeps what it says of the tokens of this round. The ratio of an update is then to the policy that wrote
-the token, seen by the trainer: its clip bounds the lag, and how the engine rounds plays no part. With an engine that rounds as
-the trainer does these are the engine's own numbers, and the pass is for nothing.
+Source: CoPRIS (2511.05589). After every rollout round and before its update the trainer runs all samples through the model,
+finished or not, and keeps its log-probabilities of the tokens of this round. The ratio of an update is then to the policy that
+sampled the token, as computed by the trainer: its clip bounds the lag, and the engine's rounding plays no role. If the engine
+rounds as the trainer does, these equal the engine's own numbers, and the pass is useless.
 """
 
 from __future__ import annotations

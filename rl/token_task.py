@@ -1,4 +1,4 @@
-"""A task in tokens: what its texts, replies and rewards are for engines and ranks, which know no text."""
+"""A task in tokens: its texts, replies and rewards for engines and ranks, which know no text."""
 
 from __future__ import annotations
 

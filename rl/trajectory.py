@@ -1,9 +1,9 @@
-"""What a rollout leaves behind: segments, samples, groups, and the buffer that carries unfinished work to the next round.
+"""The result of a rollout: segments, samples, groups, and the buffer that carries unfinished work to the next round.
 
-A sample is a prompt and the segments that it got so far. A segment holds the tokens sampled under one weight version, with
+A sample is a prompt and its segments so far. A segment holds the tokens sampled under one weight version, with
 the log-probabilities they were sampled at, or what the environment of the task replied. A group is the n samples of one
-prompt; advantages are relative to it, so it is used whole or not at all. Token ids are kept, never text: a continued sample is
-continued from the very tokens it stopped at.
+prompt; advantages are relative to it, so it is used whole or not at all. Token ids are kept, never text: a sample
+continues from exactly the tokens it stopped at.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class RolloutBuffer:
         return self._dropped
 
     def expire(self, version: int, *, drop: bool) -> list[Group]:
-        """The groups that have a token from before `version`, as they were. They start anew, or with `drop` are gone."""
+        """The groups that have a token from before `version`, as they were. They start again, or with `drop` are gone."""
         stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]
         ids = {group.id for group in stale}
         self._surplus = deque(group for group in self._surplus if group.id not in ids)

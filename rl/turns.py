@@ -1,7 +1,7 @@
 """Conversations: the task's environment may reply to a finished turn, and then its sample goes on.
 
-The reply's tokens stand between the turns of one sample as a segment that nobody sampled, so partial rollouts, the buffer and
-its checkpoint treat a conversation like any other sample, and an engine continues one like a sample that was interrupted.
+The reply's tokens are a segment that nobody sampled, between the turns of one sample. So partial rollouts, the buffer and its
+checkpoint treat a conversation like any other sample, and an engine continues it like an interrupted sample.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _number(update: dict[str, Value], key: str) -> float:
 
 
 def balance_of_round(updates: list[dict[str, Value]], positions: list[int]) -> dict[str, Value]:
-    """The load of the experts over all updates of a round, which took so many positions through the gates, and its balance."""
+    """The load of the experts over all updates of a round, which took this many positions through the gates, and its
+    balance."""
     loads = [
         count * torch.tensor(load)
         for update, count in zip(updates, positions, strict=True)

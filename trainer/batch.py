@@ -1,4 +1,4 @@
-"""The record that carries tokens into a training step, whatever the stage: pretraining, supervised warm-up or RL."""
+"""The record that carries tokens into a training step, in all stages: pretraining, supervised warm-up and RL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainBatch:
         return replace(self._map(lambda t: t[first:last]), host_documents_BS=on_host)
 
     def padded_from(self, row: int) -> TrainBatch:
-        """Row `row` and all behind it are padding, which teaches nothing, counts nowhere, and goes to no expert."""
+        """Row `row` and all after it are padding, which teaches nothing, counts nowhere, and goes to no expert."""
         kept_B1 = torch.arange(self.num_rows)[:, None] < row
         return replace(self, documents_BS=self.documents_BS.where(kept_B1, -1), weights_BS=self.weights_BS * kept_B1)
 
@@ -60,7 +60,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a forward pass says of every position; float32, (B, S) but for `inputs_BSP`."""
+    """What a forward pass says of every position; float32, (B, S) except for `inputs_BSP`."""
 
     logprobs_BS: Tensor  # of the targets
     entropy_BS: Tensor  # of the next-token distribution

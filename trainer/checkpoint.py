@@ -1,14 +1,14 @@
-"""Checkpoints: safetensors files of each rank, beside a JSON record that makes them whole.
+"""Checkpoints: safetensors files of each rank, and a JSON record that is written last.
 
     step_000120/
         meta.json           written last: what this is, git revision, position in the data, checksums of all other files
         config.yaml         the resolved configuration of the run
         tokenizer.json
-        state/*.safetensors rank_RANK of what a rank has in memory, rank_RANK_NUMBER of what it has on a disk; NAME@START is
-                            a part of a tensor of which several ranks have parts
-        state.json          what the driver holds: in RL the samples under way
+        state/*.safetensors rank_RANK: what a rank has in memory; rank_RANK_NUMBER: what it has on a disk; NAME@START is a
+                            part of a tensor of which several ranks have parts
+        state.json          state of the driver: in RL the unfinished samples
 
-A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so one that can be seen is whole.
+A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so a visible one is complete.
 Training goes on meanwhile. Nothing in it is a pickle: tensors are safetensors, everything else is JSON or YAML.
 """
 
@@ -114,7 +114,7 @@ def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:
     file = folder / "meta.json"
     if not file.is_file():  # also nothing that is read without an end
         raise UserError(
-            f"{folder} is no checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
+            f"{folder} is not a checkpoint: it has no meta.json. Give a folder such as runs/NAME/checkpoints/step_000120"
         )
     try:
         text = file.read_text(encoding="utf-8")

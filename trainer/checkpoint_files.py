@@ -1,4 +1,4 @@
-"""How a checkpoint's folder is called, and how its files are known; without torch, because keepers start without it."""
+"""Names of a checkpoint's folder, and checksums of its files; without torch, because keepers start without it."""
 
 from __future__ import annotations
 

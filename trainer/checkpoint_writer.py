@@ -1,4 +1,4 @@
-"""Writing checkpoints behind the back of training; what they are is in checkpoint.py."""
+"""Writes checkpoints while training goes on; checkpoint.py says what they contain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shelf:
 
 
 class Writer:
-    """Writes this rank's part of checkpoints behind the back of training, one checkpoint at a time.
+    """Writes this rank's part of checkpoints while training goes on, one checkpoint at a time.
 
     Training waits for a copy of its state into the host's memory, and for the checkpoint before if that is still being written.
     State that lies on a disk (parallel.offload=nvme) has no such copy: training also stands still until that is in its files.
@@ -159,7 +159,7 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)
         if failure is None:
             self.took_s = time.perf_counter() - started
-            log.info("checkpoint %s is whole after %.1f s", folder.name, self.took_s)
+            log.info("checkpoint %s is complete after %.1f s", folder.name, self.took_s)
             if shelf.leads:
                 _remove_older(folder, keep)
         elif shelf.leads:
@@ -260,7 +260,7 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    """Where that fails, as with a file that somebody has open on NFS, it is tried again behind the next checkpoint."""
+    """Where that fails, as with a file that somebody has open on NFS, it is tried again after the next checkpoint."""
     try:
         prune(folder, keep)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Ray: starting it, calling the processes of a run, and saying by name which one died.
+"""Ray: starts it, calls the processes of a run, and names the one that died.
 
-The driver asks all ranks for the same thing and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
-which names it; `supervise` then starts the next attempt from the last checkpoint. Nothing is ever killed but the actors made
-here.
+The driver calls the same method on all ranks and waits for all answers. A rank that dies ends the attempt with `ProcessLost`,
+which names it; `supervise` then starts the next attempt from the last checkpoint. Only actors that were made here are ever
+killed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
     if not is_token_auth_enabled():
-        say("this cluster asks for no token: who reaches Ray's ports can run programs there; RAY_AUTH_MODE=token asks for one")
+        say("this cluster requires no token: anyone who reaches Ray can run programs; RAY_AUTH_MODE=token requires one")
     wanted = set(config.nodes or ())
     while missing := sorted(wanted - nodes_alive().keys()):
         there = f"{len(wanted) - len(missing)} of {len(wanted)} nodes are there"
@@ -135,7 +135,7 @@ def require_port(host: str, port: int, option: str, without: str) -> None:
     `without` is what a person sets to do without it."""
     taken = why_taken(host, port)
     if taken is not None:
-        raise UserError(f"port {port} of {option} on {host} cannot be had ({taken}); choose another, or go without: {without}")
+        raise UserError(f"port {port} of {option} on {host} is not available ({taken}); choose another, or set {without}")
 
 
 def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:
@@ -286,7 +286,7 @@ def run_attempts(
     bring_to_disk: Callable[[], None],
     say: Say,
 ) -> None:
-    """Starts Ray for so many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
+    """Starts Ray for this many places, runs `attempt` until it ends without a lost process, and stops Ray, however it went.
 
     `began`: the step after which the newest attempt went on. `bring_to_disk`: before Ray goes where the run is to go on later.
     """
@@ -304,7 +304,7 @@ def run_attempts(
             stop.listen()
             supervise(unless_stopped, began, config.max_restarts, say)
     except Stopped:
-        # A second signal comes too late to change anything, but for a second Ctrl-C.
+        # A second signal comes too late to change anything, except for a second Ctrl-C.
         with stop.deferred("the newest checkpoint in memory, which goes to the disk"):
             bring_to_disk()
         raise

@@ -1,4 +1,4 @@
-"""Text becomes token arrays on disk, once, and every process maps them.
+"""Turns text into token arrays on disk, once; every process maps them.
 
 `prepare` makes a corpus: a folder that holds the tokenizer and, for each side of the split, all ids one after another
 (`tokens.bin`) with the bounds of the documents (`offsets.bin`). Other processes map the same files with `open_corpus`.
@@ -99,7 +99,7 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         about = _ABOUT.validate_json((folder / "corpus.json").read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{folder} is no prepared corpus: it has no corpus.json; delete the folder and start again") from None
+        raise UserError(f"{folder} is not a prepared corpus: it has no corpus.json; delete it and start again") from None
     except ValidationError as error:
         raise UserError(
             f"{folder / 'corpus.json'} is damaged: {first_problem(error)}; delete {folder} and start again"

@@ -1,7 +1,7 @@
 """What a run will need, before anything is allocated: parameters, tokens, FLOPs, memory. Pure arithmetic.
 
-Activations are an estimate from the tensors that the backward pass keeps; allocators, communication buffers and libraries
-come on top (about 0.5 GiB a process).
+Activations are estimated from the tensors that the backward pass keeps. Allocators, communication buffers and libraries are not
+included (about 0.5 GiB per process).
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
 
 
 def training_flops(model: ModelConfig, tokens: int, pairs: float) -> int:
-    """Forward and backward of so many tokens, without recomputation: 6 for each active parameter in a matrix product, and 12 of
-    each layer's width for every pair of a token and one that it attends to."""
+    """Forward and backward of this many tokens, without recomputation: 6 for each active parameter in a matrix product, and 12
+    of each layer's width for every pair of a token and one that it attends to."""
     in_products = parameter_counts(model).active - (0 if model.tie_embeddings else vocab_size(model) * model.hidden_size)
     return 6 * in_products * tokens + int(12 * model.num_layers * model.num_heads * model.head_dim * pairs)
 

@@ -1,6 +1,6 @@
-"""What must not become an update: gradients that are not finite, and, if asked, losses far above the recent ones.
+"""Refuses harmful updates: gradients that are not finite and, if asked, losses far above the recent ones.
 
-All ranks decide alike, because they decide by sums over all ranks. Nothing has been changed when an update is refused.
+All ranks decide the same, because they decide by sums over all ranks. When an update is refused, nothing has been changed yet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Guard:
     """When an update is refused, and whether training goes on without it."""
 
     skip_nonfinite: int  # updates in a row that may be left out because a gradient is not finite
-    spike_zscore: float | None  # a loss so many standard deviations above the mean of the window is a spike; None: none is
+    spike_zscore: float | None  # a loss this many standard deviations above the mean of the window is a spike; None: none is
     spike_window: int  # losses
     on_spike: Literal["skip", "stop"]
 
@@ -50,7 +50,7 @@ def zscore(history: Sequence[float], loss: float) -> float:
 
 
 class LossWindow:
-    """The last losses. It starts anew with each attempt of a run, and judges nothing before it is full."""
+    """The last losses. It starts again with each attempt of a run, and judges nothing before it is full."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard

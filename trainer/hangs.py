@@ -1,8 +1,8 @@
-"""A call that does not end: the process writes its stacks into its log, and where the ranks meet in a collective, the driver
-reads there who did not come.
+"""Calls that hang: the process writes its stacks into its log, and if ranks wait in a collective, the driver finds in the logs
+which rank did not arrive.
 
-A rank that waits is inside torch.distributed, or NCCL's watchdog says so; one that is elsewhere, or says nothing, is what the
-others wait for.
+A rank that waits is inside torch.distributed, or NCCL's watchdog says so; a rank that is elsewhere, or says nothing, is the one
+that the others wait for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARE = 0.8  # of the timeout of collectives, after which stacks are written: be
 TAIL_BYTES = 256 * 2**10  # of a log, where its last stacks and warnings are
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what gloo and NCCL raise
 CUT_OFF = re.compile(r"connection (closed|reset) by peer|remote process exit", re.IGNORECASE)  # in what they raise
-WENT_ON = "what took so long has ended"  # written behind the stacks of a call that ended after all
+WENT_ON = "what took so long has ended"  # written after the stacks of a call that ended after all
 STANDS_STILL = "it wrote no stack, so its whole process or machine stands still"
 PLACES = 3  # that are shown of the way to where a process is
 NCCL_WAITS = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(.*?OpType=(\w+)")

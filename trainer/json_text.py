@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else wrote, and what is wrong with it."""
+"""Reads JSON and YAML that somebody else wrote, and says what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The process of a node that keeps checkpoints in its memory, and outlives the ranks.
 
-Its folder lies in the node's memory (SHARED_MEMORY) and has the layout of checkpoint.py, in which the ranks of the node write
-their files and the record, while the files of other ranks are in the folders of their nodes. Each rank also sends its files to
-the keeper of the next node; kept_checkpoints.py has what they do with it. A keeper starts in a fraction of a second and takes
-little memory, because it imports no torch.
+Its folder is in the node's memory (SHARED_MEMORY) and has the layout of checkpoint.py. The ranks of the node write their files
+and the record there; the files of other ranks are in the folders of their nodes. Each rank also sends its files to the keeper
+of the next node; kept_checkpoints.py has the ranks' side. A keeper starts in a fraction of a second and takes little memory,
+because it imports no torch.
 """
 
 from __future__ import annotations

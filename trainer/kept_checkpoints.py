@@ -1,8 +1,8 @@
-"""Checkpoints in the memory of nodes: which are whole after a loss, and how ranks send and read them.
+"""Checkpoints in the memory of nodes: which are complete after a loss, and how ranks send and read them.
 
 The ranks of a node write their files, and the record, into the folder of its keeper (keeper.py), and each sends its files to
 the keeper of the next node, so a checkpoint survives the loss of any one node, and of all ranks. What is read is checked
-against the record as on a disk, and is JSON or safetensors.
+against the record, as on a disk, and is JSON or safetensors.
 
 Source: Wang et al., "GEMINI: Fast Failure Recovery in Distributed Training with In-Memory Checkpoints", SOSP 2023.
 """

@@ -1,4 +1,4 @@
-"""Pretraining: the loop, and the attempt that surrounds it. It runs in the driver; the ranks do what it says."""
+"""Pretraining: the loop, and the attempt around it. It runs in the driver, which calls the ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pretraining:
     model: ModelConfig  # config.model with the vocabulary size of the tokenizer
     start_from: Path | None  # whose weights it begins with (starting_point.py); None: random ones
     corpus: Corpus
-    ranks: tuple[int, ...]  # how many there may be, the number that is wanted first
+    ranks: tuple[int, ...]  # possible numbers of ranks, the wanted one first
     dtype: str
     run: RunDir
     tracker: Tracker
@@ -46,7 +46,7 @@ class Pretraining:
         Raises:
             ProcessLost: a rank died; another attempt continues from the newest checkpoint.
             Stopped: a signal asked for it; the last step is in a checkpoint.
-            Moved: a node of the ranks is to go; the last step is in a checkpoint, and another attempt continues from there.
+            Moved: a node of the ranks will go; the last step is in a checkpoint, and another attempt continues from there.
         """
         with Placement(self.config.cluster, self.ranks, self.tracker.say) as placement:
             placement.fill(partial(self._train_in, placement))
@@ -93,7 +93,7 @@ class Pretraining:
             lr = learning_rate(step, train.steps, self.config.optimizer)
             traces.before(ranks.call, done)
             metrics = ranks.call("learn_rows", step * train.batch_rows, train.batch_rows, lr)[0]
-            traces.behind(ranks.call, done, last)
+            traces.after(ranks.call, done, last)
             if done % train.eval_every == 0 or last:
                 metrics |= ranks.call("evaluate", train.eval_rows)[0]
             stopping = not last and self.stop.asked()
@@ -106,7 +106,7 @@ class Pretraining:
 
     def _progress(self, done: int) -> Progress:
         position = {"rows": done * self.config.train.batch_rows, "corpus": self.corpus.fingerprint}
-        return Progress(done, position, state=dict)  # the driver holds nothing else
+        return Progress(done, position, state=dict)  # the driver has no other state
 
     @property
     def checkpoints(self) -> RunCheckpoints:

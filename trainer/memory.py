@@ -1,4 +1,4 @@
-"""How much memory a run takes, over all its processes on this machine; and what the garbage collector need not look at."""
+"""Memory of a run, over all its processes on this machine; and objects that the garbage collector may skip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the memory of the nodes, as the driver of a run sees them; kept_checkpoints.py says how they lie there."""
+"""Checkpoints in the memory of the nodes, on the driver's side; kept_checkpoints.py says how they are stored."""
 
 from __future__ import annotations
 

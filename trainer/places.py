@@ -1,9 +1,9 @@
-"""Where the processes of a run are placed, as a Ray placement group, and what is said while there is no place.
+"""Where the processes of a run are placed, as a Ray placement group, and messages while there is no place.
 
-Ranks are placed, with what they take of a node; engines of RL share the places of the ranks, or have as many of their own. A
-cluster may lose nodes: then the run waits for others, or goes on with fewer ranks where that is allowed. It may also grow: then
-there are places for engines that the run can do without, and for the ranks that it had to do without. And it may say that a
-node is to go, as machines at a low price do: then the ranks leave it before.
+Ranks are placed with what they need of a node; engines of RL share the places of the ranks, or have places of their own. If a
+cluster loses nodes, the run waits for others, or goes on with fewer ranks where that is allowed. If it grows, there are places
+for further engines, and for ranks that the run had to do without. If it announces that a node will go, as spot machines do, the
+ranks leave it first.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Placement:
         return placement_group([bundle | pin for pin in pinned], strategy="PACK")
 
     def _bundle(self, ranks: int) -> dict[str, float]:
-        """What a place is of its node: of one of so many ranks with the engines that share it, or of either by itself."""
+        """What a place is of its node: of one of this many ranks with the engines that share it, or of either by itself."""
         bundle = {"CPU": 1.0 if self.separate else 1.0 + -(-self.engines // ranks) * 0.01}
         if self.on_gpu:
             bundle["GPU"] = 1.0
@@ -192,7 +192,7 @@ class Placement:
         return bundle
 
     def _room(self, ranks: int) -> int:
-        """How many places for so many ranks the nodes that are alive have, in use or not."""
+        """How many places for this many ranks the nodes that are alive have, in use or not."""
         found = [node["Resources"] for node in _nodes()]
         return sum(min(int(one.get(kind, 0.0) / amount) for kind, amount in self._bundle(ranks).items()) for one in found)
 
@@ -308,7 +308,7 @@ class Placement:
     # ------------------------------------------------------------ when the cluster changes
 
     def look(self) -> Move | None:
-        """Why the ranks had better begin anew, if so: a node of theirs is to go, or there are places for more of them.
+        """Why the ranks should start again, if so: a node of theirs will go, or there are places for more of them.
 
         Between two steps; it looks every few seconds. More places are held before anybody moves, and stay so. With
         `cluster.nodes` there is nowhere to go, and the run stops.
@@ -318,7 +318,7 @@ class Placement:
         self._looked = time.monotonic()
         if going := nodes_going() & set(self.node_ids):
             names = sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in going)
-            why = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} to go, with ranks"
+            why = f"{', '.join(names)} will go, with ranks"
             return Move(why, going, elsewhere=not self.nodes)
         if self.ranks != self.choices[0] and self._has_more():
             assert self.more is not None

@@ -1,4 +1,4 @@
-"""Who listens where."""
+"""Ports and addresses on which the processes of a run listen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a run: the lines of its metrics.jsonl, and how it went from the first to the last."""
+"""The records of a run: the lines of its metrics.jsonl, and a summary from the first to the last."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parsed_record(line: str | bytes, file: Path) -> dict[str, Any]:
     try:
         record = _RECORD.validate_json(line)
     except ValidationError as error:
-        raise UserError(f"{file} holds a line that is no record: {error.errors(include_url=False)[0]['msg']}") from None
+        raise UserError(f"{file} holds a line that is not a record: {error.errors(include_url=False)[0]['msg']}") from None
     if type(record.get("step")) is not int:
         raise UserError(f"{file} holds a record without a step")
     return record

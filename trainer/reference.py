@@ -1,4 +1,4 @@
-"""Weights that a rank computes with, and the frozen ones of the reference policy."""
+"""The weights that a rank computes with, and the frozen weights of the reference policy."""
 
 from __future__ import annotations
 

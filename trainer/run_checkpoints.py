@@ -1,4 +1,4 @@
-"""The checkpoints of a run as its driver sees them: when one is due, and which one an attempt goes on from.
+"""The checkpoints of a run, on the driver's side: when one is due, and from which one an attempt continues.
 
 The same for pretraining and RL, on the disk (checkpoint.py) and in the memory of the nodes (memory_checkpoints.py).
 """
@@ -75,7 +75,7 @@ class RunCheckpoints:
     memory: MemoryCheckpoints
 
     def after(self, ranks: Processes, progress: Progress, last: bool, stopping: bool) -> dict[str, float]:
-        """Begins the one that is due now, if one is; behind the `last` step, and where the run is `stopping`, one is. Metrics.
+        """Begins the one that is due now, if one is; after the `last` step, and where the run is `stopping`, one is. Metrics.
 
         Whoever ends then says so in the metrics first, and calls `settle`: what the run is killed in stays told.
         """

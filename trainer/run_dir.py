@@ -1,19 +1,19 @@
-"""A run is one folder: what was asked for, what happened, what came out.
+"""A run is one folder: its configuration, what happened, and the results.
 
     runs/pretrain-20260801-143012/
         config.yaml             the resolved configuration
         status.json             kind, state, attempt, when, which revision
         metrics.jsonl           one record a step
-        logs/attempt_N/*.log    one file a process
+        logs/attempt_N/*.log    one file per process
         checkpoints/            see trainer/checkpoint.py
-        reference/              in RL with a KL penalty, the weights that it is held to
+        reference/              in RL with a KL penalty, the weights of the reference policy
         server_weights/         the newest weights, for a completion server to load
         refused/                batches of updates that the guard refused
-        traces/                 steps as the profiler saw them, see trainer/tracing.py
+        traces/                 steps recorded by the profiler, see trainer/tracing.py
         wandb/                  W&B's own files
-        schedule.json           what was measured of MoE layers in chunks, and their plan (parallel/scheduling.py)
+        schedule.json           measurements of MoE layers in chunks, and their plan (parallel/scheduling.py)
         report.html             made at the end, with schedule.svg
-        wandb_report.json       which report at W&B is about it, if one is
+        wandb_report.json       the report at W&B about it, if there is one
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 """
@@ -167,7 +167,7 @@ def read_status(path: Path) -> dict[str, Any]:
     try:
         return asdict(STATUS.validate_json(file.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{shown(path)} is no run folder: it has no status.json") from None
+        raise UserError(f"{shown(path)} is not a run folder: it has no status.json") from None
     except OSError as error:
         raise UserError(f"{shown(file)} cannot be read: {error.strerror}") from None
     except ValidationError as error:
@@ -264,7 +264,7 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
     try:
         found = [(read_status(folder), folder) for folder in folders]
     except UserError as error:
-        raise UserError(f"{error}. Which run is to go on? Say it with run_name=..., or move that folder away") from None
+        raise UserError(f"{error}. Which run should continue? Name it with run_name=..., or move that folder away") from None
     unfinished = [(s["created"], folder) for s, folder in found if s["kind"] == kind and s["state"] != "finished"]
     return max(unfinished)[1] if unfinished else None
 
@@ -349,7 +349,7 @@ def _require_same(path: Path, config: RunConfig) -> None:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their dotted names behind `prefix`."""
+    """Options by their dotted names after `prefix`."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,7 +1,7 @@
-"""Reads documents out of the four sources of text: the standard library, text files, JSON lines and Parquet.
+"""Reads documents from the four sources of text: the standard library, text files, JSON lines and Parquet.
 
 A source is first listed (`list_files`: names, sizes and times only), then read (`read_documents`: one document at a time,
-in the order of the list). Documents of white space only are left out.
+in the order of the list). Documents that are only white space are left out.
 """
 
 from __future__ import annotations

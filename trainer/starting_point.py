@@ -1,4 +1,4 @@
-"""What a run begins with, unless with random weights: a checkpoint of ours, or a folder in the Hugging Face layout."""
+"""The weights that a run begins with, if not random: a checkpoint of ours, or a folder in the Hugging Face layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's part of what training holds, from its making to its checkpoints: weights, optimizers, selection bias, plans."""
+"""One rank's part of the training state, from its creation to its checkpoints: weights, optimizers, selection bias, plans."""
 
 from __future__ import annotations
 
@@ -151,14 +151,14 @@ class TrainerState:
         self.updates = updates if with_moments else 0
 
     def load(self, folder: Path, with_moments: bool) -> CheckpointMeta:
-        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start anew."""
+        """Loads a checkpoint that any number of ranks wrote. Without moments the optimizer and the placement start again."""
         meta = checkpoint.read_meta(folder, self.spec.model)
         checkpoint.verify(folder, self.world)
         self.restore(checkpoint.read(folder, dict(self.shapes(with_moments))), with_moments, meta.updates)
         return meta
 
     def restore(self, tensors: Mapping[str, Tensor], with_moments: bool, updates: int) -> None:
-        """`load` of a checkpoint's tensors, after so many updates.
+        """`load` of a checkpoint's tensors, after this many updates.
 
         With moments, the same number of ranks gets the same owners and copies, so it goes on bit for bit.
         """
@@ -171,7 +171,7 @@ class TrainerState:
                 self.experts.reshard(owner_LE.numpy())
         self.load_state(tensors, with_moments, updates)
         if with_moments:
-            machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured anew
+            machine = tensors[MACHINE]  # of other ranks: other links, other room, to be measured again
             self.materialisation.load_state(tensors[LOADS], machine if same_ranks else torch.full_like(machine, UNKNOWN))
 
     def shapes(self, with_moments: bool) -> Iterator[tuple[str, Sequence[int]]]:
@@ -252,4 +252,4 @@ def choose_dtype(asked: str) -> tuple[str, str]:
         return asked, "as configured"
     if torch.cuda.is_available():
         return "bfloat16", "a GPU multiplies it at full speed; master weights stay float32"
-    return "float32", "CPUs have no fast bfloat16, and float32 makes runs repeatable bit for bit"
+    return "float32", "CPUs have no fast bfloat16"

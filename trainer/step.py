@@ -1,4 +1,4 @@
-"""The one optimizer step that pretraining, supervised warm-up and RL share; predictions and evaluation by the same passes."""
+"""The optimizer step that pretraining, supervised warm-up and RL share; predictions and evaluation use the same passes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ WAY_OUT = {
 
 
 class Trainer(TrainerState):
-    """What a rank learns with. Every method is collective: all ranks call it.
+    """One rank's trainer. Every method is collective: all ranks call it.
 
-    The rows of an update that the guard refuses are kept in the folder `refused`, if it is given.
+    Rows of an update that the guard refuses are kept in the folder `refused`, if given.
     """
 
     def __init__(self, spec: TrainerSpec, world: World, refused: Path | None = None) -> None:
@@ -49,14 +49,14 @@ class Trainer(TrainerState):
         """One optimizer update on this rank's rows; every rank must hold the same number of rows.
 
         Minimises sum(weights * loss) / sum(weights), or / batch.denominator, all sums over all ranks, so the update does not
-        depend on how rows are dealt out to ranks and micro-batches, unless experts choose among a micro-batch's tokens.
+        depend on how rows are distributed over ranks and micro-batches, unless experts choose among a micro-batch's tokens.
 
         Returns:
-            Metrics of the global batch, the same on every rank: the objective's own averaged by the same weights, loss,
-            entropy, gradient norm, learned tokens, balance. Of an update that the guard skips, only what is finite.
+            Metrics of the global batch, the same on every rank: those of the objective, averaged by the same weights; loss,
+            entropy, gradient norm, learned tokens, balance. If the guard skips the update, only finite ones.
 
         Raises:
-            UpdateRefused: the guard lets no such update pass; on all ranks, and nothing has been changed.
+            UpdateRefused: the guard refuses the update; raised on all ranks, and nothing has been changed.
         """
         batch = batch.to(self.world.device)
         length = batch.tokens_BS.shape[1]
@@ -64,7 +64,7 @@ class Trainer(TrainerState):
         self.scheduling.prepare(tokens, lambda tokens, backward: self._attention(tokens, length, backward))
         weight, denominator = self._weight(batch)
         totals, counts_LE, on_host = self._gradients(batch, objective, denominator)
-        # The device is still at the backward pass: what the host can know of the loads is worked out before it waits.
+        # While the device is still in the backward pass, the host plans with the loads, before it waits for the device.
         counts, micros = on_host(), -(-batch.num_rows // self.spec.micro_rows)
         loads_LE = counts.double().numpy() / micros
         ahead = self.materialisation.ahead(loads_LE, self.updates + 1) if self.world.size > 1 else None
@@ -87,7 +87,7 @@ class Trainer(TrainerState):
         return {**told, **balance_metrics(counts), "moe/bias_range": bias_range, **placement, **schedule}
 
     def learn_values(self, batch: TrainBatch, objective: Objective) -> dict[str, float]:
-        """`learn` for the value head alone: the policy, its optimizer and the selection bias stay as they are."""
+        """`learn` for the value head only: the policy, its optimizer and the selection bias do not change."""
         assert self.value_head is not None, "this trainer has no value head"
         batch = batch.to(self.world.device)
         weight, denominator = self._weight(batch)
@@ -96,14 +96,14 @@ class Trainer(TrainerState):
         return self._means(totals, weight, batch)[0]
 
     def _weight(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        """(sum of the weights of all ranks, what the sum of weighted losses is divided by)."""
+        """(sum of the weights of all ranks, denominator of the sum of weighted losses)."""
         weight = self.world.sum(batch.weights_BS.double().sum())
         return weight, weight if batch.denominator is None else torch.full_like(weight, batch.denominator)
 
     def _means(
         self, totals: dict[str, Tensor], weight: Tensor, batch: TrainBatch, beside: Sequence[Tensor] = ()
     ) -> tuple[dict[str, float], list[float]]:
-        """(metrics of the global batch from this rank's weighted sums, the numbers `beside` them): one wait for all."""
+        """(metrics of the global batch from this rank's weighted sums, the numbers `beside` them), with a single wait."""
         names = sorted(totals)
         learned = (batch.weights_BS > 0).sum().double()
         sums = self.world.sum(torch.stack([*(totals[name] for name in names), learned]))
@@ -115,11 +115,11 @@ class Trainer(TrainerState):
     def _gradients(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool = True
     ) -> tuple[dict[str, Tensor], Tensor, Callable[[], Tensor]]:
-        """Forward and backward over all micro-batches. Without `trunk` the value head alone learns, and there is no backward.
+        """Forward and backward over all micro-batches. Without `trunk` only the value head learns, without a backward pass.
 
         Returns:
-            This rank's weighted sums of the metrics; the tokens per expert of all ranks; and the same on the host, for who
-            waits for the last forward pass and for nothing behind it.
+            This rank's weighted sums of the metrics; the tokens per expert of all ranks; and a function that
+            returns the latter on the host, waiting only for the last forward pass.
         """
         counts_LE = torch.zeros_like(self.bias_LE, dtype=torch.int64)
         totals: dict[str, Tensor] = {}
@@ -139,7 +139,7 @@ class Trainer(TrainerState):
         return totals, counts_LE, on_host
 
     def _harm(self, norm: float, loss: float) -> str | None:
-        """Why an update must not be made; the same on every rank."""
+        """Why the update must not be made, or None; the same on every rank."""
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return NOT_FINITE
         score = self.window.spike(loss)
@@ -165,7 +165,7 @@ class Trainer(TrainerState):
         log.warning("%s", told)
 
     def _find_fault(self, batch: TrainBatch, objective: Objective, denominator: Tensor) -> Fault | None:
-        """Takes the batch again, looking at every output and gradient. Leaves no gradients behind."""
+        """Repeats the batch and checks every output and gradient. Leaves no gradients behind."""
         finder = FaultFinder(self.model, self.world.rank)
         with finder.watching():
             self._gradients(batch, objective, denominator)
@@ -181,7 +181,7 @@ class Trainer(TrainerState):
             self.value_head.drop()
 
     def _noise(self, batch: TrainBatch, start: int, rows: int) -> RouterNoise:
-        """Of a micro-batch that begins at row `start` of this rank's part of the update's rows."""
+        """Noise of a micro-batch that begins at row `start` of this rank's rows of the update."""
         first = self.world.rank * batch.num_rows + start
         return router_noise(
             self.spec.seed, self.updates, range(first, first + rows), batch.tokens_BS.shape[1], self.world.device
@@ -190,12 +190,12 @@ class Trainer(TrainerState):
     def _micro_batch(
         self, batch: TrainBatch, objective: Objective, denominator: Tensor, trunk: bool, noise: RouterNoise | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(loss to walk back from, weighted sums of the metrics, tokens per expert)."""
+        """(loss for the backward pass, weighted sums of the metrics, tokens per expert)."""
         predicted, counts_LE = self._forward(batch, self.weights, trunk, noise)
         result = objective(predicted, batch)
         if self.value_head is not None and predicted.inputs_BSP is not None and result.returns_BS is not None:
             self.value_head.observe(predicted.inputs_BSP, result.returns_BS, batch.weights_BS)
-        # ZeRO averages over ranks; the factor makes that the sum that the global loss needs.
+        # ZeRO averages over ranks; this factor turns the average into the sum that the global loss needs.
         loss = (result.loss_BS * batch.weights_BS).sum() * (self.world.size / denominator).to(torch.float32)
         metrics = {"train/loss": result.loss_BS, "train/entropy": predicted.entropy_BS, **result.metrics}
         if predicted.replaced_BS is not None:
@@ -205,13 +205,12 @@ class Trainer(TrainerState):
 
     @torch.no_grad()
     def predict(self, batch: TrainBatch, policy: bool, reference: bool) -> dict[str, Tensor]:
-        """What the weights as they are say of this rank's rows, (B, S) each, on the CPU.
+        """Predictions of the current weights for this rank's rows, (B, S) each, on the CPU.
 
-        "logprobs" of the targets and, of a value head, "values", if the `policy` is asked; "reference_logprobs" if the
-        `reference` is.
+        If `policy`: "logprobs" of the targets and, with a value head, "values". If `reference`: "reference_logprobs".
         """
         found: dict[str, list[Tensor]] = {}
-        batch = batch.to(self.world.device)  # at once, and the answers likewise, so that the host runs ahead of the device
+        batch = batch.to(self.world.device)  # all at once, like the results, so that the host runs ahead of the device
         for start in range(0, batch.num_rows, self.spec.micro_rows):
             micro = batch.rows(start, start + self.spec.micro_rows)
             told: dict[str, Tensor | None] = {}
@@ -240,7 +239,7 @@ class Trainer(TrainerState):
                 self._attend(batch.documents_BS, batch.host_documents_BS),
                 [self._layer(layer, weights, calibrate) for layer in range(self.spec.model.num_moe_layers)],
                 weights.bias_LE,
-                recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # which has gates of its own
+                recorded_BSLK=None if weights is self.reference else batch.routed_BSLK,  # the reference uses its own gates
                 depths=() if self.value_head is None else self.value_head.depths,
                 recompute=self.spec.recompute and torch.is_grad_enabled(),
                 noise=noise,
@@ -265,7 +264,7 @@ class Trainer(TrainerState):
         return replace(found, mark=marks) if layer == 0 and marks is not None and torch.is_grad_enabled() else found
 
     def _attention(self, tokens: int, length: int, backward: bool) -> None:
-        """That of a layer over so many tokens in rows of at most `length`, for who times it."""
+        """One layer's attention over this many tokens in rows of at most `length`, for timing."""
         rows, length = max(tokens // length, 1), min(length, tokens)
         documents_BS = torch.zeros(rows, length, dtype=torch.int64, device=self.world.device)
         attend = self._attend(documents_BS)

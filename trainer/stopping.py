@@ -1,9 +1,7 @@
-"""Stopping a run from outside so that it loses nothing: on SIGTERM, SIGUSR1 or Ctrl-C the step ends, then comes a checkpoint.
+"""Stops a run from outside without loss: on SIGTERM, SIGUSR1 or Ctrl-C it finishes the step and writes a checkpoint.
 
-A second Ctrl-C ends it at once.
-
-So does an attempt whose ranks had better be elsewhere, because their cluster changes (places.py); then the run goes on at once,
-unless it is bound to its nodes.
+A second Ctrl-C ends it at once. An attempt also stops in this way when its ranks should move, because the cluster changes
+(places.py); then the run goes on at once, unless it is bound to its nodes.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class Moved(RuntimeError):
     """The ranks have ended so that the run goes on in other places at once; its last step is in a checkpoint."""
 
     def __init__(self, move: Move, where: str) -> None:
-        super().__init__(f"{move.why}: the ranks begin anew {where}")
+        super().__init__(f"{move.why}: the ranks start again {where}")
         self.move = move
 
 
@@ -106,7 +104,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self, waits_for: str, look: Callable[[], Move | None] | None = None) -> Iterator[None]:
-        """The loop, which asks whether to end once a step is done. `look` says why it had better go on elsewhere, if so.
+        """The loop, which asks whether to end once a step is done. `look` says why it should go on elsewhere, if so.
 
         `waits_for`: what somebody who asks it to stop has to wait for, "the end of this step".
         """

@@ -1,7 +1,7 @@
 """Token arrays and the rows that training reads from them.
 
-`TokenStream` cuts rows out of an endless shuffled sequence of documents. A row depends on nothing but the seed and its index,
-so the position of a run in its data is one integer, and any number of ranks sees the same rows.
+`TokenStream` cuts rows out of an endless shuffled sequence of documents. A row depends only on the seed and its index, so the
+position of a run in its data is one integer, and any number of ranks sees the same rows.
 """
 
 from __future__ import annotations

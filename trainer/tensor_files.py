@@ -1,4 +1,4 @@
-"""Safetensors files that the others of a team can read, too."""
+"""Safetensors files that other members of a team can read, too."""
 
 from __future__ import annotations
 

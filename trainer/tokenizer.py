@@ -1,7 +1,7 @@
 """Byte-level BPE over the `tokenizers` package: text to token ids and back, and how many bytes each id stands for.
 
-A trained tokenizer takes digits one by one, so that numbers of any length are made of the same ten tokens, and leaves the
-rest to the word pattern of GPT-2. The special tokens come first: <|bos|> 0, <|eos|> 1, <|pad|> 2. Text never turns into a
+A trained tokenizer splits digits, so that numbers of any length consist of the same ten tokens, and splits the rest by GPT-2's
+word pattern. The special tokens come first: <|bos|> 0, <|eos|> 1, <|pad|> 2. Text never turns into a
 special token, even if it spells one: only the program puts them into a sequence.
 """
 
@@ -145,7 +145,7 @@ class Tokenizer:
         if self._eos is not None and self._eos not in added:
             there = ", ".join(list(added)[:12]) or "none"
             raise UserError(
-                f"tokenizer {self._origin} has no token {self._eos}, which is to end a text (chat.eos); its added tokens are: "
+                f"tokenizer {self._origin} has no token {self._eos}, which should end a text (chat.eos); its added tokens are: "
                 f"{there}. Name one of them, or choose chat=none"
             )
         found: list[int] = []

@@ -1,13 +1,13 @@
 """Traces of steps, as asked for beforehand (`trace.range`) or while a run goes on (`python -m launch.trace RUN`).
 
     traces/steps_000012-000013/
-        node_HOST.json.gz          what ranks and engines of a node did, one file that Perfetto and chrome://tracing open
-        rank_0.memory.pickle       what the allocator of a GPU did, for pytorch.org/memory_viz; nothing here reads it
+        node_HOST.json.gz          ranks and engines of a node, one file for Perfetto or chrome://tracing
+        rank_0.memory.pickle       the allocator of a GPU, for pytorch.org/memory_viz; nothing here reads it
         engine_0.memory.pickle
 
-The driver decides between two steps, so all ranks trace the same ones. Of an engine the trace has the first tokens that it
-generates in these steps: a whole round of them would be gigabytes. Processes of a node share a clock; nodes do not, so each has
-a file. Tracing slows what it shows.
+The driver decides between two steps, so all ranks trace the same ones. For an engine the trace covers only the first tokens
+that it generates in these steps: a whole round would be gigabytes. Processes of a node share a clock; nodes do not, so each has
+a file of its own. Tracing slows down what it shows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Tracing:
         self.profile.start()
 
     def decoded(self, tokens: int) -> None:
-        """An engine has made so many decoding steps more."""
+        """An engine has made this many decoding steps more."""
         assert self.tokens is not None, "the trace of a rank counts no tokens"
         self.tokens -= tokens
         if self.tokens <= 0:
@@ -130,7 +130,7 @@ class Traceable:
 
 
 class Traces:
-    """What a run of so many ranks traces; `say` tells where it is, `engines` the numbers of those that take part."""
+    """What a run of this many ranks traces; `say` tells where it is, `engines` the numbers of those that take part."""
 
     def __init__(
         self,
@@ -152,8 +152,8 @@ class Traces:
             self.running = step, step + wanted.steps - 1, wanted
             ask("start_trace", wanted)
 
-    def behind(self, ask: Ask, step: int, last: bool) -> None:
-        """Behind each step. `last`: no other follows, so a trace ends here."""
+    def after(self, ask: Ask, step: int, last: bool) -> None:
+        """After each step. `last`: no other follows, so a trace ends here."""
         if self.running is not None and (step == self.running[1] or last):
             (first, _, wanted), self.running = self.running, None
             self._finish(ask, first, step, wanted)
@@ -168,7 +168,7 @@ class Traces:
         try:
             wanted = TraceRequest.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            self.say(f"{shown(file)} is no request for a trace: {error.errors(include_url=False)[0]['msg']}")
+            self.say(f"{shown(file)} is not a request for a trace: {error.errors(include_url=False)[0]['msg']}")
             return None
         finally:
             file.unlink()

@@ -1,4 +1,4 @@
-"""What a run tells the person who started it: the console, metrics.jsonl and W&B, all from one call."""
+"""Reports a run to the person who started it: on the console, in metrics.jsonl and at W&B, all by one call."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Tracker:
         if not self.told_unknown and {"time/step_s", "train/tokens"} <= complete.keys():
             self.told_unknown = True
             if unknown := [f"{USE[key]} ({why})" for key, why in UNKNOWN.items() if key not in complete]:
-                self.say(f"steps do not tell {', '.join(unknown)}")
+                self.say(f"not in the lines of steps: {', '.join(unknown)}")
         eta_s = seconds_left(self.durations, step, self.total_steps)
         self.say(console_line(self.stage, step, self.total_steps, complete, eta_s))
 

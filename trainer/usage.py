@@ -1,8 +1,8 @@
-"""How an update used its devices: model FLOPs over what they could do, waits for communication, times without a kernel.
+"""How an update used its devices: MFU, waits for communication, times without a kernel.
 
-MFU is that of PaLM (arXiv 2204.02311, appendix B): the FLOPs that the model needs, forward and backward, over what the
-published peak gives in the same time. What is recomputed does not count, and attention counts where the mask lets a token look:
-PaLM counts whole squares there, which is twice as much in a row of one document.
+MFU is as in PaLM (arXiv 2204.02311, appendix B): the FLOPs that the model needs, forward and backward, over those that the
+published peak allows in the same time. Recomputation does not count. Attention counts only unmasked pairs of tokens, while PaLM
+counts whole squares, which is twice as much in a row of one document.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Usage:
         self.world.exposed.forget()
 
     def end(self, batch: TrainBatch, seconds: float) -> dict[str, float]:
-        """Metrics of the update of these rows, which took so long; the same on every rank but for `seconds`. Collective."""
+        """Metrics of the update of these rows, which took so long; the same on every rank except for `seconds`. Collective."""
         exposed_s = self.world.exposed.take()
         peak = math.nan if self._peak is None else self._peak
         idle_s = math.nan if self._idle is None else self._idle.take()

@@ -1,16 +1,18 @@
 """The value model of PPO: a linear map of the policy's hidden states at several depths, fitted by least squares.
 
-It shares the policy's trunk. A value model of its own would be a second sparse model with experts to place, twice the memory
-and twice the passes, while these numbers come with the pass that gives the log-probabilities. What a rank keeps is P^2 numbers
-of float64: 134 MB where a hidden state has 1,024.
+It shares the policy's trunk. A separate value model would be a second sparse model with experts to place, twice the memory and
+twice the passes, while these values come with the pass that gives the log-probabilities. A rank keeps P^2 numbers of float64:
+134 MB where a hidden state has 1,024.
 
-Why not by gradient steps: tests/benchmarks/rl.md measures that such a head predicts nothing. The last hidden state is made to
-predict the next token and knows little of the reward; several depths together know more, so the head reads DEPTHS of them. A
-round has some hundred rewards, each shared by the tokens of a response, and inputs that depend on each other so much need far
-more steps than a policy takes; so the head goes to the end of them at once: ridge regression on all that it has seen, older
-updates counting less (the linear baseline of 1604.06778, which forgets). And what part of a fit is noise changes from round to
-round; so each new batch, before it is learned, judges several ridges, an infinite one among them that predicts the mean alone,
-and the best so far gives the values.
+Why it is not trained by gradient steps: such a head predicts nothing (measured in tests/benchmarks/rl.md), for three reasons.
+
+- The last hidden state is trained to predict the next token and knows little of the reward. Several depths together know
+  more, so the head reads DEPTHS of them.
+- A round has some hundred rewards, each shared by the tokens of a response. Such correlated inputs would need far more gradient
+  steps than a policy takes. So the head solves for the end point directly: ridge regression on all data so far, in which older
+  updates count less (the linear baseline of 1604.06778, with forgetting).
+- How much of a fit is noise changes from round to round. So each new batch, before it is learned, scores several ridges, among
+  them an infinite one that predicts only the mean, and the best one so far gives the values.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What changed between two versions of the weights, without loss: where bits differ, and the new values.
+"""The lossless difference between two versions of the weights: where bits differ, and the new values.
 
-An update of AdamW moves a weight by about the learning rate, and bfloat16 sees a change only from about 1/256 of the weight on,
-so at the learning rates of RL most bits stay (PULSE, arXiv 2602.03839). Bits are compared, not numbers: NaN has payloads, and
-zero has two signs. New values replace old ones; differences would not add up exactly.
+An update of AdamW moves a weight by about the learning rate, and bfloat16 represents only changes of at least about 1/256 of
+the weight, so at the learning rates of RL most bits stay (PULSE, arXiv 2602.03839). Bits are compared, not numbers: NaN has
+payloads, and zero has two signs. New values replace old ones; differences would not add up exactly.
 
-Where they stand is written as the counts of unchanged elements before each changed one, in numbers of 8, 16 or 32 bits,
-whichever takes the fewest bytes. The largest number of a width means so many elements, and that the count goes on.
+Positions are stored as the counts of unchanged elements before each changed one, in numbers of 8, 16 or 32 bits, whichever
+takes the fewest bytes. The largest number of a width means that many elements, and that the count continues.
 """
 
 from __future__ import annotations
@@ -109,5 +109,5 @@ def decode(encoded: NDArray[np.unsignedinteger]) -> Positions:
 
 
 def _limit(width: int) -> int:
-    """The largest number of so many bytes."""
+    """The largest number of this many bytes."""
     return (1 << 8 * width) - 1

@@ -1,14 +1,15 @@
-"""The direct way of the weights: an engine reads what a rank within its reach has, and the other ranks broadcast theirs.
+"""Direct transfer of weights: an engine reads the memory of a rank within its reach, and the other ranks broadcast theirs.
 
-A rank offers its pieces (weight_pieces.py). To engines on the same GPU it shows the memory itself (CUDA IPC), and they copy out
-of it into their own weights, once, at the rate of that GPU's memory; so does an engine whose GPU NVLink joins to the rank's. To
-the engines elsewhere it broadcasts, in a group of its own with them, in several where they share a GPU, because NCCL does not
-take two processes on one GPU into a group; on CPUs gloo does the same. Nothing is gathered or packed on a host. Small pieces
-travel together as one block, packed while the large ones are under way; what was laid out for one version serves the next.
+A rank offers its pieces (weight_pieces.py). To engines on the same GPU it shows the memory itself (CUDA IPC), and they copy
+from it into their own weights, once, at the speed of that GPU's memory. An engine whose GPU is joined to the rank's by NVLink
+does the same. To other engines the rank broadcasts, in a process group with them, or in several groups if they share a GPU,
+because NCCL does not allow two processes on one GPU in a group; on CPUs gloo does the same. Nothing is gathered or packed on a
+host. Small pieces travel together as one block, packed while the large ones are on their way; buffers are reused for the next
+version.
 
-Memory that was shown must not go before nobody reads it: the rank keeps it, since these are its weights. Where they have moved
-it shows the new place, and what was there is freed when the engines have let go. Weights must not change until all engines have
-said that they have them.
+Shown memory must stay until nobody reads it. The rank keeps it, since these are its weights; if they have moved, it shows the
+new address, and the old memory is freed when the engines have released it. Weights must not change until all engines have
+confirmed that they have them.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def span_digests(parts: Sequence[tuple[Span, Tensor]]) -> dict[str, str]:
 
 
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where blocks of so many bytes begin one behind the other, and where the last one ends."""
+    """Where blocks of this many bytes begin one after the other, and where the last one ends."""
     found, end = [], 0
     for size in sizes:
         found.append(end)

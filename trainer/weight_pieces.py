@@ -1,8 +1,8 @@
-"""The weights of a rank as pieces of the whole model's tensors, views of where they lie.
+"""The weights of a rank as pieces of the whole model's tensors, as views of its memory.
 
-Every rank has the dense parameters and the selection bias; of the experts it has its own, by (layer, expert) in the rows of its
-arena (parallel/expert_shards.py). Experts that follow each other in the model and are one rank's make one piece, so a single
-rank has the experts of all layers in one piece a part.
+Every rank has the dense parameters and the selection bias, and its own experts, by (layer, expert) in the rows of its arena
+(parallel/expert_shards.py). Adjacent experts of one rank form one piece, so a single rank has the experts of all layers in one
+piece per part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sender's side of the way to the engines: what was sent last, and what of it has to be sent again.
+"""The sender's side of weight sync: what was sent last, and what has to be sent now.
 
 A delta builds on the version before it. Every `anchor_every`-th update is an anchor, the whole weights; a receiver that has
 just started takes the last anchor and the deltas since.

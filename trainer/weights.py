@@ -1,4 +1,4 @@
-"""Tensors as one block of bytes, for the way from the trainer to the engines, and a hash that says whether they arrived.
+"""Tensors as one block of bytes, for the transfer from the trainer to the engines, and a hash that proves that they arrived.
 
 Ray moves a NumPy array through shared memory without a copy, while it would serialise each tensor of a dictionary by itself.
 """

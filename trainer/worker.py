@@ -1,4 +1,4 @@
-"""One rank of the training world: the face that Ray shows to the driver, and that tests use without Ray.
+"""One rank of the training world: the methods that the driver calls through Ray, and tests without it.
 
 Methods that the driver calls on all ranks at once are collective. Their results are the same on every rank unless noted.
 """
@@ -231,7 +231,7 @@ class TrainWorker(Traceable):
         return meta
 
     def load(self, folder: Path, with_moments: bool) -> checkpoint.CheckpointMeta:
-        """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts anew."""
+        """Loads what `save` wrote, on any number of ranks. Without moments the optimizer starts again."""
         return self.trainer.load(folder, with_moments)
 
     def write_reference(self, folder: Path, meta: checkpoint.CheckpointMeta, files: dict[str, str]) -> None:
@@ -252,7 +252,7 @@ class TrainWorker(Traceable):
         self.trainer.keep_reference(folder)
 
     def load_model(self, folder: Path) -> None:
-        """Starts from a folder in the Hugging Face layout; the optimizer starts anew."""
+        """Starts from a folder in the Hugging Face layout; the optimizer starts again."""
         model = load_pretrained(folder, torch.float32)
         self.trainer.load_state(dict(named_tensors(model)), with_moments=False, updates=0)
 
@@ -262,7 +262,8 @@ class TrainWorker(Traceable):
         return None if model is None else self.source.update(pack(model.state()), version, config)
 
     def link(self, groups: Mapping[str, int]) -> None:
-        """Before the first `offer`, and when other engines are there: so many on other devices meet this rank in each group."""
+        """Before the first `offer`, and when other engines are there: this many on other devices meet this rank in each
+        group."""
         if self.sender is not None:
             self.sender.close()
         device = self.world.device

@@ -1,7 +1,7 @@
-"""W&B's workspace for the runs of a project, made from the table of metrics: a section a group, a panel a metric.
+"""W&B's workspace for the runs of a project, made from the table of metrics: a section per group, a panel per metric.
 
-Pretraining and RL have a workspace each, for their steps differ. The first run that is online makes it. From then on it belongs
-to the people who look at it: later runs leave it alone, and `python -m launch.report RUN --wandb` adds panels for metrics that
+Pretraining and RL have a workspace each, since their steps differ. The first online run makes it. After that it belongs to the
+people who use it: later runs leave it alone, and `python -m launch.report RUN --wandb` adds panels for metrics that
 have none in it.
 """
 

@@ -1,6 +1,6 @@
-"""Products for NVIDIA's Hopper GPUs, in Gluon, the part of Triton that shows its memories and pipelines.
+"""Matrix products for NVIDIA's Hopper GPUs, in Gluon, the part of Triton that exposes memories and pipelines.
 
-Gluon changes from one version of Triton to the next, so these kernels name theirs.
+Gluon changes from one version of Triton to the next, so these kernels require a certain version.
 """
 
 import triton

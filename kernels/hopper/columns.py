@@ -153,7 +153,7 @@ def d_weights(
     """out_SAB in bfloat16; `left` is left_RA as a `clippable` allocation. Slots that no expert has get zeros.
 
     With `sums` the gradients of as many experts as those have, the first ones, are added there in float32, and what is returned
-    begins with the expert behind them; `slots_E` is None then.
+    begins with the expert after them; `slots_E` is None then.
     """
     height, columns, num_experts = left.shape[1], right_RB.shape[1], order.counts_E.shape[0]
     summed = 0 if sums is None else len(sums.total_EAB)

@@ -3,8 +3,8 @@
 A block of three warp groups runs on each multiprocessor until the work is done. The producer has the tensor memory
 accelerator load tiles of both operands into the ring; each consumer multiplies half of the left tile's rows, 64, by the whole
 right tile and writes its results itself. `ready` says that a stage is loaded, `read` that both consumers are done with it.
-Nothing holds the consumers together but the ring: one multiplies while the other is busy with its results, and the loads of
-the next tile run ahead of both.
+Only the ring couples the consumers: one multiplies while the other writes its results, and the loads of the next tile run ahead
+of both.
 
 A ring is the tuple (left, right, ready, read); left is (2 * STAGES, .., ..): each consumer's half of a stage by itself.
 """
@@ -54,7 +54,7 @@ def place(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
     """(row tile, column tile) of a tile: GROUP row tiles go through all column tiles together.
 
     Blocks work on neighbours in this order at the same time, about 132 tiles of 128 x 256. As 16 row tiles by 8 column tiles
-    they read the fewest rows and columns, 4096. With one row tile after the other, 28672 columns (Mixtral) would be read anew
+    they read the fewest rows and columns, 4096. With one row tile after the other, 28672 columns (Mixtral) would be read again
     for every 1.2 row tiles.
     """
     together = GROUP * n_tiles

@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert with the matrices of their experts, and what is fused onto their ends.
+"""Products of rows that are sorted by expert with the matrices of their experts, with fused epilogues.
 
 Shape letters: R rows, D model, F expert hidden, C = 2F, E experts, S slots, M tiles of rows. With a K-fold choice R = T * K.
 

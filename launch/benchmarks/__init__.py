@@ -1,1 +1,1 @@
-"""What `python -m launch.bench` measures: one module a benchmark, its peers beside it."""
+"""The benchmarks of `python -m launch.bench`: one module each, with its competitors."""

@@ -1,9 +1,10 @@
 """Rounds of APRIL against synchronous ones: one engine, responses with a long tail, for `python -m launch.bench rollout`.
 
-The rounds are those of rl/april.py, buffer and all; only the reward is a constant, and where a response ends is forced, since
-random weights end it anywhere. Lengths are lognormal, exp(normal) times the median, half of the variance the prompt's (a hard
-one makes all its responses long) and half the response's own, with a standard deviation that puts the longest of 256 at 16
-times the median; there they are cut. A length belongs to its sample, through interruptions, and is the same for every factor.
+The rounds are those of rl/april.py, with its buffer; only the reward is a constant, and the length of a response is forced,
+since random weights would end it anywhere. Lengths are lognormal: exp(normal) times the median. Half of the variance is the
+prompt's (a hard one makes all its responses long), half the response's own. The standard deviation puts the longest of 256 at
+16 times the median, where lengths are cut. A sample keeps its length through interruptions, and it is the same for every
+factor.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class RoundOptions(ModelOptions):
     samples: PositiveInt = Field(8, description="of a group")
     median: PositiveInt = Field(description="tokens of a response in rounds")
     longest: PositiveInt = Field(description="tokens that no response exceeds in rounds")
-    max_staleness: NonNegativeInt = Field(8, description="rounds; a group with older tokens starts anew")
+    max_staleness: NonNegativeInt = Field(8, description="rounds; a group with older tokens starts again")
     advance: PositiveInt = Field(32, description="tokens between two looks at who has finished")
     warm_rounds: PositiveInt = Field(6, description="before the buffer is steady, not counted")
     rounds: PositiveInt = Field(10, description="that are counted")
@@ -81,7 +82,7 @@ class Rounds:
     submitted_groups: int
     slots: int
     rounds: tuple[Round, ...]
-    discarded_tokens: int  # of groups that started anew
+    discarded_tokens: int  # of groups that started again
     sync_rate: float  # trained tokens a second with factor 1
     floor_s: float  # reading what decoding has to read, at the rate of a copy
     failures: Mapping[str, str] = field(default_factory=dict)

@@ -1,9 +1,9 @@
 """`python -m launch.bench checkpoints`: what a checkpoint costs the steps around it.
 
-Ranks learn as in pretraining. In turns they make `every` updates without a checkpoint, behind one on the disk, and behind one
-in the memory of this machine (trainer/checkpoint_writer.py). A turn ends when its checkpoint is whole, because the next one
-would wait for that; so its cost is not only the time that training stands still, but also what its copy, files and checksums
-take of cores, links and disk meanwhile. Calls of Ray, and sending files to another node, are not in it.
+Ranks learn as in pretraining. In turns they make `every` updates without a checkpoint, after one on the disk, and after one
+in the memory of this machine (trainer/checkpoint_writer.py). A turn ends when its checkpoint is complete, because the next one
+would wait for that. So its cost includes not only the time that training stands still, but also what its copy, files and
+checksums take of cores, links and disk meanwhile. Ray calls, and sending files to another node, are not included.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What moves experts and tokens, between the ranks of this machine, against what the library moves in one call.
+"""Collectives that move experts and tokens between the ranks of this machine, against the library's own collectives.
 
-    link          one message of as many bytes to the next rank, and one from the one before
-    all_gather    the library's, of everything: every rank gets as many experts of every other rank
-    all_to_all    the library's, of as many bytes of tokens, to all ranks alike
-    gather        SparseAllGather: every rank gets so many experts of the next one
+    link          one message with the same number of bytes to the next rank, and one from the previous rank
+    all_gather    the library's: every rank receives the same number of experts from every other rank
+    all_to_all    the library's, for the same number of bytes of tokens, evenly to all ranks
+    gather        SparseAllGather: every rank receives that many experts from the next one
     reduce        SparseReduceScatter of their gradients, and their sum at the owner in float32
     .. in place   the same in memory that all ranks read, where they can
 
-A rate is what a rank receives in a second, on the slowest rank; what it sends at the same time is as much.
+A rate is what the slowest rank receives in a second; it sends as much at the same time.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def measure(
 ) -> Iterator[CollectivesCase]:
     """One case for every model and number of copies."""
     if options.ranks == 1:
-        raise UserError("ranks = 1 leaves nobody to send to; give 2 or more")
+        raise UserError("ranks = 1 leaves no rank to send to; give 2 or more")
     for name, shape in options.shapes().items():
         for copies in options.copies:
             if shape.experts % options.ranks or copies > shape.experts // options.ranks:
-                raise UserError(f"copies = {copies}: {options.ranks} ranks do not each own so many of {shape.experts} experts")
+                raise UserError(f"copies = {copies}: {options.ranks} ranks own fewer of {shape.experts} experts each")
             moved = on_ranks(_measured, options.ranks, options, (shape, copies), device.type)
             size = 3 * shape.hidden * shape.expert_hidden * (2 if device.type == "cuda" else 4)
             work = f"{copies} of {name}'s experts ({size / 2**20:.1f} MiB each) to each of {options.ranks} ranks"
@@ -154,7 +154,7 @@ def _gather_and_reduce(
 
 
 def _from_next(experts: int, ranks: int, copies: int) -> Placement:
-    """Every rank has copies of the first so many experts of the next rank."""
+    """Every rank has copies of the first experts of the next rank."""
     owner_E = even_owners(experts, ranks)
     copies_ED = without_copies(owner_E, ranks).copies_ED
     for rank in range(ranks):

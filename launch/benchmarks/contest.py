@@ -1,4 +1,4 @@
-"""One case of a benchmark: ours against each peer on the same inputs, and the record that comes out."""
+"""One case of a benchmark: ours against each competitor on the same inputs, and the resulting record."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`python -m launch.bench experts`: a whole layer of experts, from the routing to the combined output.
 
-Timed is everything between (x, experts, weights) and y: the order of the entries, gather, SwiGLU MLP and weighted combine, and
-backwards the gradients of x, of the combine weights and of both weight matrices. Counted are the products alone: 6 T K D F
-operations forwards and 12 T K D F backwards.
+The time is that of everything between (x, experts, weights) and y: ordering of the entries, gather, SwiGLU MLP and weighted
+combine; backward, the gradients of x, of the combine weights and of both weight matrices. FLOPs are those of the products
+alone: 6 T K D F forward and 12 T K D F backward.
 
 Shape letters: T tokens, D model, F expert hidden, E experts, K top-k, C = 2F, R rows of one expert.
 """
@@ -146,7 +146,7 @@ def zipf_ranks(shape: Shape, tokens: int, generator: torch.Generator) -> Tensor:
 
 
 def _even(experts: int, top_k: int, tokens: int, options: dict[str, Any]) -> Tensor:
-    """Deals 0, 1, ..., E - 1, 0, 1, ... to the tokens in turn, renames the experts anew for each full deal, and shuffles."""
+    """Deals 0, 1, ..., E - 1, 0, 1, ... to the tokens in turn, renames the experts again for each full deal, and shuffles."""
     deal = math.lcm(experts, top_k)  # entries after which a token begins with expert 0 again
     deals = -(-tokens * top_k // deal)
     names = torch.rand(deals, experts, **options).argsort(dim=1)

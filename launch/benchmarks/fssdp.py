@@ -1,13 +1,13 @@
 """One MoE layer over several ranks: experts copied to where the tokens are, against plain expert parallelism.
 
-    ep          every entry travels to its expert's owner: an all-to-all of K rows a token, and plain torch's experts
-    no_copies   our exchange, one row a token and rank, and our experts; experts on their owners alone
-    local       all experts on every rank and no communication: what no exchange can beat with our experts
-    waits       as ours, but tokens set out when the copies are there
-    ours        with copies placed for this very load, fetched and their gradients returned in every call
+    ep          every entry travels to its expert's owner: an all-to-all of K rows per token, with plain torch's experts
+    no_copies   our exchange, one row per token and rank, with our experts, on their owners only
+    local       all experts on every rank and no communication: a lower bound for any exchange with our experts
+    waits       as ours, but tokens are sent only when the copies have arrived
+    ours        with copies placed for this very load, fetched, and their gradients returned, in every call
 
-No attention surrounds the layer, so only the tokens' dispatch hides the copies' way. A rank's time is its own; the slowest
-rank's median counts.
+No attention surrounds the layer, so only the dispatch of tokens hides the transfer of copies. Each rank is timed by itself; the
+slowest rank's median counts.
 Letters: T tokens of a rank, K top-k, N = T * K, D model, E experts, W ranks.
 """
 
@@ -89,7 +89,7 @@ class Measured:
     times: dict[str, dict[Direction, Timing]]  # of each competitor
     errors: dict[str, dict[str, float]]
     parts: dict[str, dict[str, Timing]]  # of a plan's layer, forward and backward, each alone
-    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and behind the timings
+    predicted: dict[str, tuple[Predicted, Predicted]]  # with the costs before and after the timings
     costs: tuple[LayerCosts, LayerCosts]
     across_bytes: tuple[int, int]  # tokens between nodes on one way, experts on their owners: a row a rank, and a row a node
 
@@ -133,7 +133,7 @@ def _case(told: Told, measured: Measured, options: FssdpOptions, ceilings: Ceili
         compared(name, measured.times[name]["forward+backward"], measured.parts[name], *both)
         for name, both in measured.predicted.items()
     ]
-    notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "behind"), measured.costs, strict=True)]
+    notes += [f"measured {when}: {_in_words(costs)}" for when, costs in zip(("before", "after"), measured.costs, strict=True)]
     if measured.across_bytes[0]:
         by_rank, by_node = (count / 2**20 for count in measured.across_bytes)
         notes.append(
@@ -287,7 +287,7 @@ def _placed(shape: Shape, world: World, parts: Parts, plan: Plan, kind: Transpor
 
 
 def _sharded(arena: ExpertArena, *, waits: bool = False) -> Work:
-    """Our layer. Copies are fetched in every call; it may wait for them before its tokens set out."""
+    """Our layer. Copies are fetched in every call; it may wait for them before its tokens are sent."""
     layer = ShardedExperts(0, arena)
 
     def work(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

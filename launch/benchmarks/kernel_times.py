@@ -1,5 +1,5 @@
-"""What a profile says of the time: which kernels take it, before which of them nothing runs, and where the host waits, from the
-events of a chrome trace."""
+"""Where the time goes, from the events of a Chrome trace: which kernels take it, before which of them the device is idle, and
+where the host waits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What an MoE layer of several ranks is made of, each part alone: products, tokens on their way, weights on theirs, sums.
+"""The parts of an MoE layer of several ranks, each measured alone: products, exchange of tokens, transfer of weights, sums.
 
-The parts are those of the model of time (parallel/layer_cost.py), on the very routing and plan that the whole layer has, so it
-shows which of them a prediction gets wrong. A part alone waits for no other rank's products, so together they take less than
-the layer, or more where the layer hides some.
+The parts are those of the model of time (parallel/layer_cost.py), with the routing and plan of the whole layer, so this shows
+which of them a prediction gets wrong. A part alone does not wait for other ranks' products, so the sum of the parts may be less
+than the layer's time, or more if the layer hides some.
 
 Letters: T tokens of a rank, V of all ranks, K top-k, R rows served here, D model.
 """

@@ -1,9 +1,9 @@
 """`python -m launch.bench learning`: whether ways to generate learn the same, in as many rounds, decoding steps and seconds.
 
-Whole runs of launch.rl with one rank and one engine in one process. Those of one seed begin with the same weights, warmed up
-once, and draw the same prompts. What is compared is the reward of the last policy, on held-out prompts and on prompts like
-those that were trained, one answer each. A difference between two modes is that of the means over seeds; its error is the
-standard error of the differences of the seeds, so it holds all that seeds change, the evaluation's noise included.
+Whole runs of launch.rl with one rank and one engine in one process. Runs with one seed begin with the same weights, warmed up
+once, and draw the same prompts. The last policies are compared by their reward on held-out prompts and on prompts like the
+trained ones, with one answer each. A difference between two modes is that of the means over seeds; its error is the standard
+error of the per-seed differences, so it includes everything that a seed changes, also the noise of the evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.records import read_records
 
 class LearningOptions(FileOptions):
     checkpoint: Path = Field(description="where the warm-up begins: a run folder, a checkpoint, a Hugging Face folder")
-    modes: OneOrMore[str] = Field(description="of conf/rollout, with options behind +: april+rollout.over_provision=1.5")
+    modes: OneOrMore[str] = Field(description="of conf/rollout, with options after +: april+rollout.over_provision=1.5")
     seeds: OneOrMore[int]
     rounds: PositiveInt
     prompts: PositiveInt = Field(description="that an evaluation draws")
@@ -94,7 +94,7 @@ class Curve:
     length_ratio: float  # rollout/length_bias of the last round
 
     def reward_after(self, decode_steps: float) -> float:
-        """Held-out reward when so many steps were decoded, on the line between two evaluations."""
+        """Held-out reward when this many steps were decoded, on the line between two evaluations."""
         at = np.concatenate([[0.0], np.cumsum(self.decode_steps)])
         return float(np.interp(decode_steps, [at[done] for done, _ in self.evaluations], [r for _, r in self.evaluations]))
 

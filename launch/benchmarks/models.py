@@ -1,4 +1,4 @@
-"""A whole model of random weights, in the sizes of the options: for benchmarks that generate or learn."""
+"""A whole model with random weights, in the sizes that the options ask for: for benchmarks that generate or learn."""
 
 from __future__ import annotations
 

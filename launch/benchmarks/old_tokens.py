@@ -1,9 +1,10 @@
-"""`python -m launch.bench old_tokens`: what a treatment of old tokens learns, by a policy so small that a run takes seconds.
+"""`python -m launch.bench old_tokens`: how well treatments of old tokens learn, with a policy so small that a run takes
+seconds.
 
-Rounds, buffer, advantages, packing and objective are those of launch.rl; only the model is another one: two hidden layers that
-see the prompt's two digits, the last token and its place, and count down (rl/rewards/lists.py, with the demo's share of wrong
-demonstrations). So there are enough seeds to tell treatments apart, and a learning rate that makes old tokens as strange to the
-policy as those of one's own run are (policy/mismatch_abs). All modes of a seed begin with the same weights.
+Rounds, buffer, advantages, packing and objective are those of launch.rl; only the model differs: two hidden layers that see the
+prompt's two digits, the last token and its position, and count down (rl/rewards/lists.py, with the demo's share of wrong
+demonstrations). So there can be enough seeds to tell treatments apart, and the learning rate can be chosen so that old tokens
+are as unlikely to the policy as in one's own run (policy/mismatch_abs). All modes of a seed begin with the same weights.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WARMUP_STEPS, WARMUP_EXAMPLES, WARMUP_RATE, MISTAKES = 300, 64, 3e-3, 0.7
 
 
 class OldTokensOptions(FileOptions):
-    modes: OneOrMore[str] = Field(description="of conf/rollout, with options behind +; differences are to the first")
+    modes: OneOrMore[str] = Field(description="of conf/rollout, with options after +; differences are to the first")
     lr: OneOrMore[PositiveFloat] = Field(description="highest rates; each is a table of its own")
     seeds: PositiveInt = Field(description="runs of each mode")
     rounds: PositiveInt
@@ -210,7 +211,7 @@ def warmed_up(seed: int) -> TinyPolicy:
 
 @dataclass(frozen=True)
 class TinyRun:
-    """Means over the rounds but for rewards, which are of evaluations after a half and all of them, and `oldest`."""
+    """Means over the rounds except for rewards, which are of evaluations after a half and all of them, and `oldest`."""
 
     half: float
     last: float

@@ -1,4 +1,4 @@
-"""A run of reinforcement learning in this process: one rank, and one engine beside it, which take turns. No Ray."""
+"""A run of reinforcement learning in this process, without Ray: one rank and one engine, which take turns."""
 
 from __future__ import annotations
 

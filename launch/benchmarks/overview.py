@@ -1,6 +1,7 @@
-"""`python -m launch.bench`: what others do as well, one benchmark after the other, and a table of ours and the fastest other.
+"""`python -m launch.bench`: all benchmarks that have competitors, one after the other, and a table of ours and the fastest
+other.
 
-Each runs in a process of its own, which gives all memory back, with its defaults for this machine.
+Each runs with its defaults for this machine in a process of its own, so that all memory is freed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Line:
 
 
 def options(name: str, gpus: int) -> list[str] | None:
-    """What a benchmark is told on a machine with so many GPUs; None if it cannot run there."""
+    """What a benchmark is told on a machine with this many GPUs; None if it cannot run there."""
     if name == "fssdp" and gpus == 1:
         return None
     return [f"ranks={gpus}"] if name == "pretrain" and gpus > 1 and gpus & (gpus - 1) == 0 else []

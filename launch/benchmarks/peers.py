@@ -1,4 +1,4 @@
-"""The other implementations, each behind one signature a benchmark. Plain torch is always there, packages when installed.
+"""The competing implementations, with one signature per benchmark. Plain torch always takes part, packages if installed.
 
 Shape letters: T tokens, D model, F expert hidden, E experts, K top-k, N = T * K, C = 2F (gate rows, then up
 rows), V vocabulary.
@@ -8,8 +8,8 @@ rows), V vocabulary.
     router      (logits_TE, bias_E, top_k) -> weights_TK
     generation  (model, Generation, device) -> tokens a second
 
-Each is given what Tessera's functions are given (int64 expert numbers, float32 combine weights) and converts what it must
-itself. The packages were read at the versions named beside them.
+Each gets the same inputs as Tessera's functions (int64 expert numbers, float32 combine weights) and converts them itself if it
+must. The packages were read at the versions named beside them.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def transformers_model(model: ModelConfig, device: torch.device, dtype: torch.dt
 
 @dataclass(frozen=True)
 class Generation:
-    """Sequences that all get `response` tokens behind `prompt` random ones."""
+    """Sequences that all get `response` tokens after `prompt` random ones."""
 
     sequences: int
     prompt: int

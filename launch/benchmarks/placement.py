@@ -1,20 +1,20 @@
-"""Placement policies on the same load traces, for clusters that one does not have: predicted times of one MoE layer.
+"""Placement policies on the same load traces, for clusters that you do not have: predicted times of one MoE layer.
 
 Every system keeps its own policy and its own timing of plans and weights:
 
     cost                  plans ahead from the last steps; copies travel under the attention
     cost+gate             plans again after the gate, and waits for other copies where that pays
-    cost+gate+owners      and looks every few steps at who should own what
+    cost+gate+owners      also plans new owners every few steps
     hecate                plans ahead from the mean of the last steps, and moves owners likewise
-    eplb                  plans ahead from that mean, and packs owners anew every few steps, with their optimizer state
-    laer                  plans ahead from the last step; every expert is cut over all devices, which restores what it needs by
-                          an all-to-all of equal size, whatever the plan (FSEP), so anyone may serve it
+    eplb                  plans ahead from that mean, and packs owners again every few steps, with their optimizer state
+    laer                  plans ahead from the last step; every expert is sharded over all devices, and any device restores the
+                          experts that it needs by an all-to-all of equal size, whatever the plan (FSEP)
     faster_moe, llep      plan after the gate, from the true loads; weights are waited for
     plain                 no copies
 
-First owners, dispatch of tokens (but for eplb and llep, which split entries alike everywhere), their way (in two levels over
-nodes of several devices), room for copies and the model of time (parallel/layer_cost.py) are the same for all. Who plans behind
-the gate waits as long as that takes here.
+The same for all: first owners, dispatch of tokens (except that eplb and llep split entries alike everywhere), transport (two
+levels over nodes of several devices), room for copies, and the model of time (parallel/layer_cost.py). A policy that plans
+after the gate waits as long as planning takes here.
 
 Letters: L layers, E experts, D devices, G devices of a node, S steps of a trace.
 """
@@ -86,7 +86,7 @@ class PlacementOptions(TokenOptions):
     top_k: PositiveInt | None = None
     machine: OneOrMore[MachineName] = Field(description="of conf/machine")
     devices: OneOrMore[PositiveInt]
-    per_node: PositiveInt = Field(8, description="devices of a node, where there are so many")
+    per_node: PositiveInt = Field(8, description="devices of a node, where there are this many")
     memory: PositiveInt = Field(description="copies that a device has room for")
     trace: Listed[Trace] = Field(description="how loads are drawn; none where a run is replayed")
     run: Path | None = Field(None, description="the folder of a run, whose recorded loads are replayed too")
@@ -112,7 +112,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"cuda": _BOTH, "cpu": _BOTH}
 class Spent(LayerTime):
     """Seconds of one layer in one step."""
 
-    planning_s: float  # behind the gate
+    planning_s: float  # after the gate
     owners_s: float  # their move, its part of the step's
 
     @property
@@ -189,7 +189,7 @@ def costs_of(machine: str, shape: Shape, tokens: int) -> LayerCosts:
 
 
 def _planning_s(loads_E: Floats, setting: Setting) -> float:
-    """What our plan of a layer behind its gate takes here, the least of a few."""
+    """What our plan of a layer after its gate takes here, the least of a few."""
     bare, taken = Plan(without_copies(owners(len(loads_E), setting.topology.devices), setting.topology.devices)), []
     for _ in range(3):
         started = time.process_time()

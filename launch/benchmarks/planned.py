@@ -1,8 +1,8 @@
 """Schedules of MoE layers, predicted: ours against none, against fixed degrees and against FSMoE's closed form.
 
 Layers and link models are those of the paper (FSMoE, arXiv 2501.10714, sections 4 and 6). Of its 1,458 configurations 486
-differ here: the number of heads changes no time in this model. Compared are a forward and a backward pass, with an all-reduce
-of the dense layers' gradients:
+differ here: the number of heads changes no time in this model. Times are those of a forward and a backward pass, with an
+all-reduce of the dense layers' gradients:
 
     in sequence         one thing after the other, whole
     degree r            r chunks forward and backward; links within and between nodes and the device work at the same time, and
@@ -53,7 +53,7 @@ class Testbed:
     """One testbed of the paper: its fits, and the lengths of its grid."""
 
     costs: EspCosts
-    devices_per_node: int  # an expert, and the dense layers, are cut over so many
+    devices_per_node: int  # an expert, and the dense layers, are cut over this many
     lengths: tuple[int, ...]
 
 
@@ -257,7 +257,7 @@ def gradients_case(name: str, testbed: Testbed, model: Model) -> ScheduleCase:
 
 
 def _without_search(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Gradients behind everything; all that are complete in the next MoE layer; or what is free filled, in the paper's first
+    """Gradients after everything; all that are complete in the next MoE layer; or what is free filled, in the paper's first
     step."""
     slots: list[Slot] = []
     complete = 0
@@ -320,7 +320,7 @@ def own_layers_case(told: OwnLayers, name: ModelName, shape: Shape) -> ScheduleC
 
 
 def _our_systems(blocks: Sequence[Block], reduce: Line) -> dict[str, list[float]]:
-    """Forward and backward of all layers, gradients behind everything."""
+    """Forward and backward of all layers, gradients after everything."""
     total = sum(block.gradient_bytes for block in blocks)
     dense_s = sum(block.dense_forward_s + block.dense_backward_s for block in blocks) + reduce.seconds(total)
     found = {}

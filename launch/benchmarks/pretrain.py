@@ -6,7 +6,7 @@ float32 masters. Weights and tokens are random, and the routing is what random w
     transformers    the same sizes as Qwen3MoE with its grouped products, under PyTorch's FSDP2: bfloat16 computing, float32
                     masters and gradient sums, the fused AdamW, clipping
 
-A competitor has the GPUs for itself, one after the other, since both at once would not leave room for a model of any size.
+Competitors run one after the other, each with the GPUs for itself, since both at once would leave room only for tiny models.
 """
 
 from __future__ import annotations

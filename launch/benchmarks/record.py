@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table a case on the console, and a JSON file with every number behind them."""
+"""The output of a benchmark: one table per case on the console, and a JSON file with every number."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""`python -m launch.bench rl`: a whole iteration of GRPO, over ranks and engines as a run has them, split into what it does.
+"""`python -m launch.bench rl`: a whole iteration of GRPO, with ranks and engines as in a run, split into its parts.
 
-generate (a round of rl/april.py), reward (a program in child processes), logprob (a forward pass over what is trained), update
-(forward, backward, AdamW), transfer (the engines take the ranks' weights), rest (what the driver does between them: rows,
+generate (a round of rl/april.py), reward (a program in child processes), logprob (a forward pass over the trained rows), update
+(forward, backward, AdamW), transfer (the engines take the ranks' weights), rest (what the driver does in between: rows,
 advantages). Ranks learn by FSSDP and ZeRO; engines share their GPUs, or have GPUs of their own. Weights are random and lengths
-forced; all else is what a run does, Ray's calls included. Shares are of the ceilings of the devices at work: of a copy, for the
-bytes that generation and transfer cannot avoid; of a matrix product, for the FLOPs of logprob and update.
+forced; everything else is as in a run, Ray calls included. Shares are relative to what the devices at work can reach: the rate
+of a copy, for the bytes that generation and transfer cannot avoid; that of a matrix product, for the FLOPs of logprob and
+update.
 """
 
 from __future__ import annotations

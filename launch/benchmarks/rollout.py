@@ -1,9 +1,9 @@
-"""`python -m launch.bench rollout`: tokens that the engine generates in a second, and how near that is to reading memory.
+"""`python -m launch.bench rollout`: tokens that the engine generates per second, and how close that is to the memory bound.
 
-A model of random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes as many tokens, and so do those
-of the peers, in the same run. The floor is the bytes that one decoding step cannot avoid, weights of the experts that some row
-chose, the dense weights, and the keys and values of every row so far, at the rate of a copy on this device. Then whole rounds,
-where responses differ in length (launch/benchmarks/april.py).
+Random weights, prompts of random tokens, all slots busy, no <eos>: every row decodes the same number of tokens, with the
+competitors too, in the same run. The bound is the bytes that a decoding step must read (the dense weights, the weights of the
+experts that any row chose, and the keys and values of every row so far) at the rate of a copy on this device. Then whole
+rounds, in which responses differ in length (launch/benchmarks/april.py).
 """
 
 from __future__ import annotations

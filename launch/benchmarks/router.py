@@ -1,9 +1,9 @@
 """`python -m launch.bench router`: from logits to experts and weights, and the order in which dispatch takes the entries.
 
-Softmax scores in float32, a selection bias, renormalised weights. This work moves bytes, so the ceiling is the copy. Counted is
-what cannot be avoided: forwards the logits (4 bytes each) come in and, for every entry, expert (8), weight (4), entry and place
-(4 each) go out; backwards the logits or scores come in again, their gradient goes out, and the weights' gradient comes in. A
-GPU replays a CUDA graph of it, since Python takes longer to launch these kernels than they run.
+Softmax scores in float32, a selection bias, renormalised weights. This work moves bytes, so the limit is the rate of a copy.
+The bytes are those that cannot be avoided: forward, logits (4 bytes each) are read and, for every entry, expert (8), weight
+(4), entry and place (4 each) are written; backward, logits or scores and the weights' gradient are read, and the logits'
+gradient is written. On a GPU a CUDA graph is replayed, since Python takes longer to launch these kernels than they run.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class ScheduleOptions(Options):
     ranks: NonNegativeInt = Field(2, description="that run a layer: one on each GPU, or processes on a CPU; 0 runs none")
     layer: ModelName = Field(description="that the ranks run")
     rank_tokens: OneOrMore[PositiveInt] = Field(description="of each rank")
-    rank_layers: PositiveInt = Field(4, description="that the ranks run, one behind the other")
+    rank_layers: PositiveInt = Field(4, description="that the ranks run, one after the other")
     around: OneOrMore[AroundName] = Field(
         ("nothing", "attention", "gradients"),
         description="each MoE layer that ranks run: nothing; attention, norms and router; or these and the average of their "
@@ -48,7 +48,7 @@ class ScheduleOptions(Options):
     top_k: PositiveInt | None = None
     length: PositiveInt = Field(2048, description="tokens of a row, in its attention")
     link_mbit: PositiveInt | None = Field(
-        None, description="CPU: ranks on two hosts, joined by a link of so many Mbit/s; as root"
+        None, description="CPU: ranks on two hosts, joined by a link of this many Mbit/s; as root"
     )
     within_mbit: PositiveInt | None = Field(
         None, description="of links within each host, with link_mbit; None: as fast as it is"

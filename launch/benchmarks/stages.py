@@ -1,4 +1,4 @@
-"""What `python -m launch.bench rl` is asked, and what it says of each part of an iteration."""
+"""The options of `python -m launch.bench rl`, and what it reports of each part of an iteration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Time and memory of calls that compete.
+"""Time and memory of competing calls.
 
-On a GPU each call lies between two events of its stream, so the time is the device's; the host runs ahead, as in training. The
-competitors take turns within one run and swap places from round to round, so that clocks and temperature drift for all alike.
+On a GPU each call is between two events of its stream, so the time is the device's; the host runs ahead, as in training. The
+competitors take turns within one run and change their order from round to round, so that clocks and temperature affect all
+alike.
 """
 
 from __future__ import annotations

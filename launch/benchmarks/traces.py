@@ -1,6 +1,6 @@
 """Loads of experts from step to step: drawn as training shows them, or recorded by a run.
 
-A trace is (steps, E) entries of one layer. No expert gets more than one entry of a token, so at most 1 / K of all.
+A trace is the entries of one layer, (steps, E). An expert gets at most one entry per token, so at most 1 / K of all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far the model of placements is from what two GPUs took: a layer that two H200 ran, predicted from conf/machine/h200.yaml.
+"""The model of time compared with two GPUs: a layer that ran on two H200, predicted from conf/machine/h200.yaml.
 
 Measured on 2026-11-26 (tests/benchmarks/fssdp.md): forward and backward of an MoE layer of Qwen3-30B-A3B, 16,384 tokens a rank,
 without attention, over NVLink, for three kinds of loads, with copies by cost and without any.

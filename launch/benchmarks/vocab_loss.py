@@ -1,8 +1,8 @@
 """`python -m launch.bench vocab_loss`: from the last hidden states to the log-probability of every target, and back.
 
-Timed are hidden (N, H), head (V, H) and targets (N,) to a loss per token, and backwards, for a random gradient per token, the
-gradients of hidden and head. Ours computes the entropy of every prediction besides. Counted are 2 N H V operations forwards and
-4 N H V backwards; what is computed twice counts once.
+The time is that from hidden (N, H), head (V, H) and targets (N,) to a loss per token and, backward, for a random gradient per
+token, to the gradients of hidden and head. Ours also computes the entropy of every prediction. FLOPs are 2 N H V forward and
+4 N H V backward; recomputation does not count.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`python -m launch.bench weights`: how long new weights take from a rank to an engine, and how small changes become.
 
-shown: the engine is another process, on the rank's GPU or on one that NVLink joins to it, and copies what the rank shows it.
-broadcast: it is on another GPU, or on a CPU. Both from the offer to the engine's answer (trainer/weight_links.py), Ray's calls
-left out. packed: into one block on the host and out of it, as for the object store, within one process. Then changes
-(trainer/weight_delta.py) of random places.
+shown: the engine is another process, on the rank's GPU or on one that NVLink joins to it, and copies the memory that the rank
+shows it. broadcast: it is on another GPU, or on a CPU. Both are timed from the offer to the engine's answer
+(trainer/weight_links.py), without Ray calls. packed: into one block on the host and out of it, as for the object store, within
+one process. Then changes (trainer/weight_delta.py) at random places.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""FSMoE, arXiv 2501.10714: what the parts of an MoE layer cost, and in which order and pieces they had better run. Pure."""
+"""FSMoE, arXiv 2501.10714: what the parts of an MoE layer cost, and in which order and chunks they should run. Pure."""

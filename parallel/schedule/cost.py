@@ -1,4 +1,4 @@
-"""What the parts of an MoE layer cost: lines through measured times, and how much of everything a layer has.
+"""What the parts of an MoE layer cost: lines through measured times, and the amount of work of a layer.
 
 Source: FSMoE, arXiv 2501.10714, section 4.1: an operation takes t = alpha + n * beta, one r-th of it alpha + n/r * beta.
 
@@ -151,7 +151,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
 
 
 def sharded_chunk(costs: LayerCosts, work: ShardedWorkload, degree: int, *, backward: bool) -> Chunk:
-    """Every chunk reads the weights of all experts anew, fills as many last tiles, and plans an exchange of its own."""
+    """Every chunk reads the weights of all experts again, fills as many last tiles, and plans an exchange of its own."""
     products, planned_s = (BACKWARD_PRODUCTS, 0.0) if backward else (1, work.beside_rows_s)
     device_s = products * (work.product_s / degree + work.weights_s)
     expert_s = device_s + 2 * work.rows_s / degree + planned_s

@@ -1,8 +1,8 @@
-"""What chunked_experts.py does with a layer, as tasks: in how many chunks it had better run, forward and backward apart. Pure.
+"""What chunked_experts.py does with a layer, as tasks; and the number of chunks, separately for forward and backward. Pure.
 
 One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Over two levels that
 link is the one between nodes, and another one carries rows within them: gathers and scatters in turns, because a chunk is
-relayed before the one ahead of it is computed. The device computes chunk after chunk, and the gradients of the weights behind
+relayed before the one ahead of it is computed. The device computes chunk after chunk, and the gradients of the weights after
 the last one, which hides what is still on its way back. Degrees are chosen by trying all of them in an exact simulation
 (timeline.py).
 
@@ -43,17 +43,17 @@ class ExecutionCosts:
     announce_s: float  # what tells each rank what will come
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
-    attention_back: float = BACKWARD_PRODUCTS  # times as long the backward pass of that takes
-    chunk_s: float = 0.0  # of each chunk of a pass behind the first, beside its parts: until the host has started them
-    # (chunks, how many times as long both passes took in so many as all this says; 0 chunks: with nothing overlapping)
+    attention_back: float = BACKWARD_PRODUCTS  # the time of its backward pass over that of its forward pass
+    chunk_s: float = 0.0  # of each chunk of a pass after the first, beside its parts: until the host has started them
+    # (chunks, how many times as long both passes took in this many as all this says; 0 chunks: with nothing overlapping)
     times: tuple[tuple[int, float], ...] = ()
 
     def around(self, tokens: int) -> Around:
-        """What lies around a layer of so many tokens, but for copies and slices."""
+        """What lies around a layer of this many tokens, without copies and slices."""
         return Around(self.attention.seconds(tokens), attention_back=self.attention_back)
 
     def factor(self, degree: int) -> float:
-        """For a pass in so many chunks; between those that were measured on a line, and behind the last as there."""
+        """For a pass in this many chunks; between those that were measured on a line, and after the last as there."""
         if not self.times:
             return 1.0
         degrees, factors = zip(*self.times, strict=True)
@@ -114,7 +114,7 @@ def _tasks(costs: ExecutionCosts, work: LayerWork, degree: int, rows_s: float, w
         program.add("start", chunk, COMPUTE, costs.chunk_s if chunk else 0.0)
         computed = program.add("experts", chunk, COMPUTE, rows_s, gathered[chunk])
         scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
-        while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk behind them
+        while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk after them
             behind = len(returned)
             summed = program.add("sum", behind, COMPUTE, relay_s, scattered[behind])
             returned.append(program.add("combine", behind, link, exchange_s, summed))
@@ -193,7 +193,7 @@ def _as_measured(costs: ExecutionCosts, layers: list[list[Task]], timelines: lis
 
 
 def degrees_of(tokens: int) -> range:
-    """That leave no chunk of so many tokens empty."""
+    """That leave no chunk of this many tokens empty."""
     return range(1, min(MOST_CHUNKS, max(tokens, 1)) + 1)
 
 

@@ -26,9 +26,9 @@ class Around:
     attention_s: float = 0.0  # forward
     copies: Copies = NO_COPIES  # of this layer's experts, under the attention before it
     back: Copies = NO_COPIES  # their gradients, and what else travels then, under the backward pass of the attention
-    layer_slice_s: float = 0.0  # dense gradients that travel behind the dispatches of the backward pass
-    dense_slice_s: float = 0.0  # and behind its experts
-    attention_back: float = BACKWARD_PRODUCTS  # times as long as forward its backward pass takes
+    layer_slice_s: float = 0.0  # dense gradients that travel after the dispatches of the backward pass
+    dense_slice_s: float = 0.0  # and after its experts
+    attention_back: float = BACKWARD_PRODUCTS  # the time of the attention's backward pass over that of its forward pass
 
     @property
     def attention_back_s(self) -> float:
@@ -55,7 +55,7 @@ def around_copies(times: CopyTimes[float], around: Around, *, rematerialise: boo
 
 
 def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
-    """Attention, under which the copies travel (between nodes first), then the layer. Its messages stand behind the copies on
+    """Attention, under which the copies travel (between nodes first), then the layer. Its messages stand after the copies on
     their link, and its experts wait for them."""
     across, within = _links(layer)
     before = [Task(ATTENTION, COMPUTE, around.attention_s)] if around.attention_s else []
@@ -78,8 +78,8 @@ def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
 
 
 def backward_around(layer: Sequence[Task], around: Around) -> list[Task]:
-    """The layer with a slice behind its dispatches; then the attention, under which gradients of copies return (within nodes
-    first) and, behind them, a slice."""
+    """The layer with a slice after its dispatches; then the attention, under which gradients of copies return (within nodes
+    first) and, after them, a slice."""
     across, within = _links(layer)
     tasks = _with_slice(layer, across, around.layer_slice_s)
     computed = tuple(place for place, task in enumerate(tasks) if task.name == "weights" or task.name.startswith("experts"))[
@@ -104,7 +104,7 @@ def _links(layer: Sequence[Task]) -> tuple[str, str]:
 
 
 def _with_slice(layer: Sequence[Task], link: str, seconds: float) -> list[Task]:
-    """Where there are no dispatches the slice sets out at once."""
+    """Where there are no dispatches the slice is sent at once."""
     if seconds == 0:
         return list(layer)
     place = max((at + 1 for at, task in enumerate(layer) if task.name.startswith("dispatch")), default=0)
@@ -152,5 +152,5 @@ def _pipelined(layer: list[Task], degree: int, factor: float) -> Pipelined:
 
 
 def slices_of(slots: Sequence[Slot], last_bytes: int, reduce: Line) -> Partition:
-    """The best bytes for each slot; `last_bytes` are complete only behind them all."""
+    """The best bytes for each slot; `last_bytes` are complete only after them all."""
     return partition(slots, last_bytes, Line(reduce.alpha_s, max(reduce.beta_s, 1e-15)))

@@ -1,4 +1,4 @@
-"""Dense gradients in slices, under what the backward pass computes and sends anyway: how many bytes go where.
+"""Dense gradients in slices, overlapped with what the backward pass computes and sends: how many bytes go where.
 
 Source: FSMoE, arXiv 2501.10714, section 5. The paper fills what is free first and searches for the rest by differential
 evolution. Here dynamic programming finds the optimum, degrees of the MoE layers included, over all partitions whose running
@@ -42,7 +42,7 @@ class Partition:
     taken_S: tuple[int, ...]
     degrees_S: tuple[int, ...]
     exposed_bytes: int  # that are left, and sent behind the backward pass
-    seconds: float  # of the backward pass and of what is behind it
+    seconds: float  # of the backward pass and of what is after it
 
 
 def free_bytes(slots: Sequence[Slot], reduce: Line) -> tuple[int, ...]:
@@ -62,8 +62,8 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
 
     Args:
         slots: in the order of the backward pass.
-        last_bytes: that are complete only behind the last slot.
-        reduce: an all-reduce of so many bytes.
+        last_bytes: that are complete only after the last slot.
+        reduce: an all-reduce of this many bytes.
         units: of the grid.
     """
     complete_S = list(accumulate(slot.ready_bytes for slot in slots))
@@ -93,7 +93,7 @@ def partition(slots: Sequence[Slot], last_bytes: int, reduce: Line, units: int =
 
 
 def partitioned(slots: Sequence[Slot], taken_S: tuple[int, ...], last_bytes: int, reduce: Line) -> Partition:
-    """If each slot takes so many bytes, and has the degree that is best with them."""
+    """If each slot takes this many bytes, and has the degree that is best with them."""
     slices_S = [reduce.seconds(taken) for taken in taken_S]
     found = [best(slot.options, slice_s) for slot, slice_s in zip(slots, slices_S, strict=True)]
     exposed = sum(slot.ready_bytes for slot in slots) + last_bytes - sum(taken_S)

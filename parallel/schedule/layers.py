@@ -1,9 +1,9 @@
-"""All MoE layers of a model at once: in how many chunks each runs, which slices of the dense gradients travel under them, and
-what both passes take, planned or not. Pure.
+"""All MoE layers of a model together: the number of chunks of each, the slices of dense gradients that travel under them, and
+the time of both passes, planned or not. Pure.
 
 Source: FSMoE, arXiv 2501.10714, sections 4 and 5.
 
-Letters: L MoE layers, P places of the backward pass where slices set out (slices.py).
+Letters: L MoE layers, P places of the backward pass where slices are sent (slices.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DenseGradients:
         return tuple(np.diff([0, *self.complete_P]).tolist())
 
     def left_s(self, bytes_P: Sequence[int]) -> float:
-        """Of what goes behind the pass if each place takes so many bytes."""
+        """Of what goes after the pass if each place takes this many bytes."""
         return self.reduce.seconds(self.total - sum(bytes_P))
 
 
@@ -61,7 +61,7 @@ def plan_layers(
     """(the plan of each layer, with its slices; bytes of the slice at each place, None without `dense`).
 
     Args:
-        arounds: what lies around each layer, but for the slices.
+        arounds: what lies around each layer, except for the slices.
         tokens: of a rank.
         present_L: degrees that stay where they are nearly the fastest.
     """
@@ -72,7 +72,7 @@ def plan_layers(
 
 
 def with_slices(arounds: Sequence[Around], bytes_P: Sequence[int], reduce: Line) -> list[Around]:
-    """If the slice at each place has so many bytes."""
+    """If the slice at each place has this many bytes."""
     seconds_P = [reduce.seconds(sent) for sent in bytes_P]
     places = [place_of(layer, len(arounds), UNDER_LAYER) for layer in range(len(arounds))]
     return [
@@ -103,7 +103,7 @@ def passes_s(
     degrees_L: Sequence[Degrees],
     left_s: float = 0.0,
 ) -> float:
-    """Seconds of both passes of all layers, one behind the other, with what tells each rank what will come.
+    """Seconds of both passes of all layers, one after the other, with what tells each rank what will come.
 
     Args:
         arounds: with their slices; layers in sequence have none.
@@ -128,7 +128,7 @@ def passes_s(
 
 
 def _followed_by(tasks: list[Task], layer: Sequence[Task]) -> list[Task]:
-    """The layer begins when the one behind it in the model is done, but for what is under way beside it."""
+    """The layer begins when the one after it in the model is done, except for what is under way beside it."""
     followed = {before for task in tasks for before in task.after}
     ends = tuple(place for place, task in enumerate(tasks) if place not in followed and task.name not in (GRADIENTS, COPIES))
     first, shifted = len(tasks), list[Task]()

@@ -24,7 +24,7 @@ class Degrees:
 
     forward: int
     backward: int
-    in_sequence: bool = False  # every message is waited for where it sets out
+    in_sequence: bool = False  # every message is waited for where it is sent
 
 
 WHOLE = Degrees(1, 1)
@@ -88,13 +88,13 @@ class Pipelined:
     free_s: float  # it takes without gradients
 
     def seconds(self, gradients_s: float) -> float:
-        """Exact: all dispatches can go at the start, back to back, and the slice behind them; what the combines wait for does
+        """Exact: all dispatches can go at the start, back to back, and the slice after them; what the combines wait for does
         not depend on it. So either the link is never idle, or the slice fits where it is."""
         return max(self.link_s + gradients_s, self.free_s)
 
 
 def pipelined(chunk_of: Callable[[int], Chunk], degree: int) -> Pipelined:
-    """`chunk_of` gives what a chunk takes if the layer is cut into so many."""
+    """`chunk_of` gives what a chunk takes if the layer is cut into this many."""
     chunk = chunk_of(degree)
     return Pipelined(degree, 2 * degree * chunk.across_s, simulate(layer_tasks(chunk, degree)).seconds)
 

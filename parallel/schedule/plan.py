@@ -1,5 +1,5 @@
-"""The schedule of a whole model: in how many chunks each MoE layer runs, forward and backward apart, and how many bytes of the
-dense gradients each part of the backward pass takes along.
+"""The schedule of a whole model: the number of chunks of each MoE layer, separately for forward and backward, and how many
+bytes of the dense gradients travel under each part of the backward pass.
 
 Source: FSMoE, arXiv 2501.10714, sections 4 and 5. Degrees are chosen by exact simulation, gradients by dynamic programming.
 
@@ -24,7 +24,7 @@ class Block:
     backward: tuple[Pipelined, ...]
     dense_forward_s: float
     dense_backward_s: float
-    gradient_bytes: int  # of its dense layers, complete behind their backward pass
+    gradient_bytes: int  # of its dense layers, complete after their backward pass
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def plan(blocks: Sequence[Block], head_bytes: int, reduce: Line, units: int = UN
 
     Args:
         blocks: in the order of the model.
-        head_bytes: gradients of what comes behind the last block, complete before its backward pass.
-        reduce: an all-reduce of so many bytes of dense gradients.
+        head_bytes: gradients of what comes after the last block, complete before its backward pass.
+        reduce: an all-reduce of this many bytes of dense gradients.
         units: of the grid on which sums of gradients lie.
     """
     forward = [best(block.forward) for block in blocks]

@@ -1,6 +1,6 @@
-"""An MoE layer as chunked_experts.py runs it, in lines from published speeds: for a machine that was not measured. Pure.
+"""An MoE layer as chunked_experts.py runs it, with lines from published speeds instead of measured ones. Pure.
 
-The lines are those of execution.py, so what is predicted of a cluster is planned as what runs.
+The lines are those of execution.py, so a predicted cluster is planned like a run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ ALL = 1.0  # the entries of a layer, of which its lines are
 def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: float) -> tuple[ExecutionCosts, LayerWork]:
     """What the parts of a layer take, and how much of each there is.
 
-    Every chunk reads the weights of all experts anew and fills as many last tiles. Rows are laid out, put in place and summed
-    where their message sets out and arrives. Straight to the ranks, both kinds of links carry at the same time, and the layer
+    Every chunk reads the weights of all experts again and fills as many last tiles. Rows are laid out, put in place and summed
+    where their message is sent and arrives. Straight to the ranks, both kinds of links carry at the same time, and the layer
     waits for the one that takes longer; a message without rows takes its start all the same, but where nothing is exchanged.
 
     Args:
         sums_s: of gradients of weights.
-        chunk_s: of each chunk of a pass behind the first, beside its parts.
+        chunk_s: of each chunk of a pass after the first, beside its parts.
     """
     across, within = _line(costs.across), _line(costs.within)
     if work.two_level:

@@ -1,9 +1,9 @@
-"""Where slices of the dense gradients lie in the backward pass, and what each consists of. Pure.
+"""Where slices of the dense gradients are sent in the backward pass, and what each consists of. Pure.
 
 Dense gradients have one order: the last parameter first, as they complete, more or less. A slice is a run of it. Each MoE
-layer has two places where slices set out: `UNDER_LAYER`, when its first rows are there, which a slice on the same links would
-delay and the experts wait for, and `UNDER_DENSE`, behind its experts, while the dense layers before it compute. What is left
-goes behind the pass.
+layer has two places where slices are sent: `UNDER_LAYER`, when its first rows are there, which a slice on the same links would
+delay and the experts wait for, and `UNDER_DENSE`, after its experts, while the dense layers before it compute. What is left
+goes after the pass.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 
 @dataclass(frozen=True)
 class Task:
-    """Keeps its resource busy for so many seconds without a break, once the tasks `after` which it comes have ended."""
+    """Keeps its resource busy for this many seconds without a break, once the tasks `after` which it comes have ended."""
 
     name: str
     resource: str

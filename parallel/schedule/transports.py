@@ -1,4 +1,4 @@
-"""How the tokens of MoE layers had better travel: each way is planned, and the one whose plan takes least is taken. Pure.
+"""How the tokens of MoE layers should travel: each transport is planned, and the one with the fastest plan is taken. Pure.
 
 Straight to the ranks a layer waits for one exchange of sizes, over two levels for two; over two levels fewer rows go between
 nodes and all are relayed inside them. Which of both counts for more, the lines say (FSMoE, arXiv 2501.10714, section 4.1).

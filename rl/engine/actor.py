@@ -1,4 +1,4 @@
-"""The Ray actor of an engine, thin: a process of its own, on a share of a GPU where there are GPUs."""
+"""The Ray actor of an engine, thin: a process of its own, with a share of a GPU if there are GPUs."""
 
 from __future__ import annotations
 

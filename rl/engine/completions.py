@@ -1,4 +1,4 @@
-"""The protocol of OpenAI's completions as vLLM and SGLang speak it, from the client's side: what is asked and may be answered.
+"""OpenAI's completions protocol as vLLM and SGLang implement it, on the client's side: requests, and answers to expect.
 
 Token ids go in as the prompt, so nothing is ever tokenised twice. With `return_token_ids` and `logprobs` both servers send, in
 every event of the stream, `choices[0].token_ids` and `choices[0].logprobs.token_logprobs` of the new tokens. Pure: no network.

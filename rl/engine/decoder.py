@@ -1,7 +1,7 @@
 """The device's side of decoding: one token for every row, by a CUDA graph on a GPU.
 
-A step of a small model is hundreds of short launches, so its time on a GPU is that of launching them unless a graph replays
-them all at once. Everything a step reads and writes therefore lies at fixed places, and the rows are filled up to one of a few
+A step of a small model is hundreds of short launches, so on a GPU its time is that of launching them, unless a graph replays
+them all at once. Therefore everything that a step reads and writes has a fixed address, and rows are padded to one of a few
 sizes. Letters: B rows, V vocabulary.
 """
 

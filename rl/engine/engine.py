@@ -1,12 +1,12 @@
 """A generation engine: continuous batching over a paged cache, tokens in and tokens out.
 
-Samples wait in a queue and take a slot when one is free. Their prefix, the prompt and whatever was generated before an
-interruption, enters the cache in chunks (prefill), less what pages of other samples hold of it already; then every step decodes
+Samples wait in a queue and take a slot when one is free. Their prefix, which is the prompt and what was generated before an
+interruption, enters the cache in chunks (prefill), except for what pages of other samples hold already. Then every step decodes
 one token of all rows together. When the pages run out, the youngest rows go back to the queue.
 
-The forward pass is the trainer's, batch-invariant, so log-probabilities are the trainer's bit for bit, whatever else was in the
-batch and however often a sample was interrupted. They are those of the distribution sampled from, float32; where top-k, top-p
-or min-p leave tokens out of it, those of the whole one, the trainer's, stand beside them.
+The forward pass is the trainer's, batch-invariant, so log-probabilities equal the trainer's bit for bit, whatever else was in
+the batch and however often a sample was interrupted. They are float32 and those of the distribution sampled from; if top-k,
+top-p or min-p exclude tokens, those of the whole distribution, the trainer's, are kept too.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from trainer.weight_sync import WeightUpdate
 from trainer.weights import digests, unpack
 
 PREFILL_TOKENS = 8192  # of one forward pass
-IDLE_SHARE = 16  # one slot in so many may hold a row that is done, so that the rows change seldom
+IDLE_SHARE = 16  # one slot in this many may hold a row that is done, so that the rows change seldom
 
 
 def check_generates(config: ModelConfig) -> None:
-    """Raises UserError for a model whose tokens need those behind them."""
+    """Raises UserError for a model whose tokens need those after them."""
     if isinstance(config.router, ExpertChoiceRouter):
         raise UserError(
-            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those behind a token included, "
+            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those after a token included, "
             "and in generation there are none yet: such a model cannot generate, nor go into RL; pretrain one with "
             "model.router.kind=top_k, noisy_top_k, cosine or group_limited"
         )
@@ -121,7 +121,7 @@ class Engine:
         """Copies the tensors of `LanguageModel.state()` in, whatever their dtype and device.
 
         Samples on their way go on under the new weights: what they have is a segment of the old ones, and its keys are
-        computed anew, so that their log-probabilities stay exact.
+        computed again, so that their log-probabilities stay exact.
         """
         with self._between_versions(version):
             self._model.load_state(state)

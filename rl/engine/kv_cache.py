@@ -1,8 +1,8 @@
 """The keys and values of the sequences that an engine decodes, in pages, and the attention that writes and reads them.
 
-A page holds the keys and values of some adjacent tokens of a sequence in every layer (Kwon et al., arXiv 2309.06180). Memory
-goes to tokens that exist, not to the longest that may come, and sequences that begin alike, the samples of a group, hold the
-pages of what they share once. Page 0 belongs to nobody: rows that pad a batch write there.
+A page holds the keys and values of some adjacent tokens of a sequence in every layer (Kwon et al., arXiv 2309.06180). So memory
+is used for tokens that exist, not for the longest possible sequence, and sequences with the same beginning, the samples of a
+group, share its pages. Page 0 belongs to nobody: rows that pad a batch write there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PagedCache:
         # Zeros, not uninitialised memory: masked positions get weight 0, and 0 * NaN would still be NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        # The experts of every token lie beside its keys: what is shared, interrupted or filled in anew is so with both.
+        # The experts of every token lie beside its keys: what is shared, interrupted or filled in again is so with both.
         routed = (pages * self.page_tokens, config.num_moe_layers, config.top_k)
         self.experts_PLK = (
             torch.zeros(routed, device=device, dtype=record_dtype(config.num_experts)) if record_routing else None
@@ -91,7 +91,7 @@ class PageTable:
             self._holders[page] += 1
 
     def take(self, count: int) -> list[int]:
-        """`count` pages that were free; there must be so many."""
+        """`count` pages that were free; there must be that many."""
         assert count <= len(self._free), (count, len(self._free))
         pages = [self._free.pop() for _ in range(count)]
         self.hold(pages)

@@ -1,6 +1,6 @@
-"""What an engine is doing, for Prometheus: http://HOST:PORT/metrics, off unless `rollout.metrics_port` asks for it.
+"""What an engine is doing, for Prometheus: http://HOST:PORT/metrics, off unless `rollout.metrics_port` is set.
 
-A scrape reads numbers that the engine counts anyway; it asks neither the engine nor its device for anything.
+A scrape reads numbers that the engine counts anyway; it needs neither the engine's thread nor its device.
 """
 
 from __future__ import annotations

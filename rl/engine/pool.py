@@ -1,4 +1,4 @@
-"""Several engines as one, and how samples are dealt out to them."""
+"""Several engines as one, and how samples are distributed over them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines say of new weights that they took."""
+"""What engines report about new weights that they took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling with counter-based randomness: a token depends on its logits and on (seed, uid, position), and on nothing else.
+"""Sampling with counter-based randomness: a token depends only on its logits and on (seed, uid, position).
 
 So a sample gets the same tokens whatever else is in the batch, on which engine it runs, and whether it was interrupted.
 There is no generator state to save. Shape letters: B samples, V vocabulary.

@@ -1,10 +1,10 @@
-"""An `EnginePool` that generates at a completion server, vLLM or SGLang, instead of with engines of ours.
+"""An `EnginePool` that generates with a completion server, vLLM or SGLang, instead of our engines.
 
-Such a server computes with other kernels, so its log-probabilities are not the trainer's; the off-policy mode must weigh that.
-It decodes on its own: `advance` waits until a sample is done, however many tokens that takes, and rounds depend on timing.
+Such a server computes with other kernels, so its log-probabilities are not the trainer's; the off-policy mode must correct for
+that. It decodes on its own: `advance` waits until a sample is done, however many tokens that takes, so rounds depend on timing.
 
 The server gets new weights as a folder in the Hugging Face layout that both machines see, and a request to load it. Without an
-endpoint for that it keeps the weights that it was started with, and its tokens say so: they have version UNKNOWN, before all.
+endpoint for that it keeps the weights that it was started with; its tokens then have version UNKNOWN, older than all others.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class ServerPool:
             while work.status == "partial":
                 if failures > self._config.server_retries:
                     raise UserError(
-                        f"the completion server {self._url} does not get on with sample {work.sample.uid} in "
+                        f"the completion server {self._url} makes no progress with sample {work.sample.uid} in "
                         f"{failures} tries: {reason}. Look at its log, start it again, and this run with resume=auto"
                     )
                 await asyncio.sleep(min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else 0)

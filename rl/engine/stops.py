@@ -1,11 +1,11 @@
 """Stop strings: a turn of the model ends with the token that completes the first of them.
 
-Text is bytes here, those that the tokens stand for. A character whose bytes lie in several tokens, or whose last bytes never
-come, needs no care then: a string that is whole UTF-8 is found in bytes exactly where it stands in the text. Special tokens
-stand for nothing. What ends a text does not depend on how it is cut into tokens, nor on interruptions.
+Text is bytes here, those that the tokens stand for. So a character whose bytes are in several tokens, or whose last bytes never
+come, needs no special care: a complete UTF-8 string is found in bytes exactly where it is in the text. Special tokens stand for
+nothing. Where a text ends depends neither on how it is cut into tokens nor on interruptions.
 
-The token that completes a stop string is a token like others: it is learned, with the log-probability it was sampled at, and
-so is what it spells beyond the string. Only the text that the task sees is cut.
+The token that completes a stop string is a token like others: it is learned, with the log-probability it was sampled at, also
+if it spells more than the string. Only the text that the task sees is cut.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stops:
         return self._end(self._bytes(token_ids))
 
     def after(self, tail: bytes, token_id: int) -> tuple[bytes, bool]:
-        """(the tail behind one more token, whether the token completes a stop string)."""
+        """(the tail after one more token, whether the token completes a stop string)."""
         text = tail + self._bytes((token_id,))
         return self._end(text), self._first(text) is not None
 

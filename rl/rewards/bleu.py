@@ -1,4 +1,4 @@
-"""BLEU on token ids: a pure function of batches, on whatever device they are."""
+"""BLEU on token ids: a pure function of batches, on any device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bleu(
     Och 2004, https://aclanthology.org/C04-1072, section 4), since single sentences often have no common 4-gram. A candidate
     without a token of the reference gets 0, a copy of the reference 1.
 
-    Token ids are integers >= 0; what stands behind the lengths is not looked at. Memory grows linearly with
+    Token ids are integers >= 0; what stands after the lengths is not looked at. Memory grows linearly with
     B * (T + S).
     """
     rows = torch.arange(len(candidates_BT), device=candidates_BT.device)
@@ -39,7 +39,7 @@ def bleu(
 
 
 def _tokens(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """The ids, with 0 behind the lengths."""
+    """The ids, with 0 after the lengths."""
     places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     return torch.where(places < lengths_B[:, None], tokens_BT, 0)
 

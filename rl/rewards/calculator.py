@@ -1,4 +1,4 @@
-"""A conversation with a tool: sums that the model may hand to a calculator, two numbers at a time."""
+"""A conversation with a tool: sums, for which the model may use a calculator that adds two numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task out of a file: prompts and answers in JSON lines or Parquet, and a verifier by name."""
+"""A task from a file: prompts and answers in JSON lines or Parquet, and the name of a verifier."""
 
 from __future__ import annotations
 
@@ -157,6 +157,6 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}, row {row}", record
                     row += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, behind row {row - 1}: a column is not UTF-8 ({error})") from error
+        raise UserError(f"{path}, after row {row - 1}: a column is not UTF-8 ({error})") from error
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}") from error

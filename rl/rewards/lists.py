@@ -60,8 +60,8 @@ def with_mistake(items: list[str], generator: random.Random) -> list[str]:
 class Countdown(ListTask):
     """`# 4. count down from 2 to 8:` wants `2 1 0 9 8`: digits downwards, with 9 after 0; 2 .. 10 of them.
 
-    There are 90 countdowns. The number before them, one of so many `exercises`, plays no role; 10 of them make 900 prompts, of
-    which 116 are held out. Without exercises there is no number, and 8 of the 90 prompts are held out.
+    There are 90 countdowns. The number before them, one of this many `exercises`, plays no role; 10 of them make 900 prompts,
+    of which 116 are held out. Without exercises there is no number, and 8 of the 90 prompts are held out.
     """
 
     def __init__(self, seed: int, mistakes: float = 0.0, exercises: int = 10) -> None:

@@ -1,7 +1,7 @@
 """Runs a program that a model wrote: no network, no files but its own, bounded time, memory, disk, processes and output.
 
 A program's crash, endless loop or flood is its own fault and an `Outcome`; a sandbox that cannot be set up is a `UserError`.
-How the walls are built is in `rl/rewards/sandbox_process.py`.
+How programs are isolated is in `rl/rewards/sandbox_process.py`.
 """
 
 from __future__ import annotations

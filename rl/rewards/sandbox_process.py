@@ -1,4 +1,4 @@
-"""What stands between a program of the model and the machine; `rl/rewards/sandbox.py` runs this file as a command.
+"""Isolates a program of the model from the machine; `rl/rewards/sandbox.py` runs this file as a command.
 
 It uses the standard library only. With isolation the tree of processes is
 
@@ -172,7 +172,7 @@ def run_isolated(job: dict[str, Any]) -> int:
             os.setresgid(PROGRAM_ID, PROGRAM_ID, PROGRAM_ID)
             os.setresuid(PROGRAM_ID, PROGRAM_ID, PROGRAM_ID)
         execute(job, WORK)  # whose user is not root: no privilege outlives this
-    while True:  # as process 1 it also buries what the program left behind
+    while True:  # as process 1 it also reaps what the program left behind
         process, status = os.wait()
         if process == program:
             os._exit(exit_code(status))

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from kernels.errors import UserError
 
-HELD_OUT_SHARE = 8  # one distinct prompt in so many is held out
+HELD_OUT_SHARE = 8  # one distinct prompt in this many is held out
 MAX_DRAWS = 1000
 
 

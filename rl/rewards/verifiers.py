@@ -1,7 +1,8 @@
-"""Verifiers: how a completion is compared with the answer that the data has. Reward workers call them, and end one that takes
-forever. None raises for what a model wrote, however odd it is, but math: where math-verify itself fails, nobody knows whether
-the completion was right, so it has no reward and is counted. What is slow to import is imported when a verifier is made, since
-the time of the first score is limited.
+"""Verifiers: they compare a completion with the answer in the data.
+
+Reward workers call them, and stop one that takes too long. No verifier raises because of what a model wrote, except math: if
+math-verify itself fails, nobody knows whether the completion was right, so it has no reward and is counted. Slow imports happen
+when a verifier is made, since the time of the first score is limited.
 """
 
 from __future__ import annotations

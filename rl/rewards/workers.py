@@ -1,9 +1,9 @@
-"""Reward workers: scores are computed in child processes, because a scorer may hang, die or eat the memory.
+"""Reward workers: scores are computed in child processes, because a scorer may hang, die or use up the memory.
 
 A sample whose scorer hangs, dies or raises gets None, never a silent 0, and is counted. A worker that hangs or dies is killed
 with everything it started and replaced. Scores come back in the order of the samples, whichever worker computed them.
 
-Workers are started as commands with a socket, not forked: the driver has threads of torch and Ray. Each makes the task anew
+Workers are started as commands with a socket, not forked: the driver has threads of torch and Ray. Each makes the task again
 from its name and options, so a task need not be picklable; what a scorer prints goes to the worker's log.
 """
 

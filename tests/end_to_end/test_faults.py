@@ -193,7 +193,7 @@ def test_ranks_grow_back_where_there_is_room_again_and_leave_a_node_that_is_to_g
     The driver stands still while nodes start, so that there are steps left. Another run there is bound to its nodes: it stops.
     """
     log, run_dir = workplace / "moves.log", workplace / "runs" / "moves"
-    moved = re.compile(r": the ranks begin anew after step (\d+)")
+    moved = re.compile(r": the ranks start again after step (\d+)")
     with RayCluster(workplace / "moves", monkeypatch) as cluster, open(log, "w") as out:
         cluster.start_node("head", cpus=0, gpu_type=None)
         cluster.start_node("first", cpus=1, gpu_type=None)
@@ -227,12 +227,12 @@ def test_ranks_grow_back_where_there_is_room_again_and_leave_a_node_that_is_to_g
         output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == REQUEUE, output
     last = max(losses(workplace, "bound"))
-    assert f"fourth is to go, with ranks, and cluster.nodes has all of them take part: stopped after step {last}" in output
+    assert f"fourth will go, with ranks, and cluster.nodes has all of them take part: stopped after step {last}" in output
     on_disk = [folder.name for folder in checkpoint.available(workplace / "runs" / "bound" / "checkpoints")]
     assert on_disk == [f"step_{last:06d}"], "what is in memory goes with the run"
     said = log.read_text()
-    assert "there are places for 2 trainer ranks: the ranks begin anew after step" in said, said
-    assert "third is to go, with ranks: the ranks begin anew after step" in said, said
+    assert "there are places for 2 trainer ranks: the ranks start again after step" in said, said
+    assert "third will go, with ranks: the ranks start again after step" in said, said
     continued = re.findall(r"continuing after step (\d+) from the memory of 1 node", said)
     assert continued[1:] == moved.findall(said) and len(continued) == 3, "a step was lost\n" + said
     assert re.findall(r"starting (\d) trainer rank", said) == ["2", "1", "2", "1"] and "restart 2" not in said, said

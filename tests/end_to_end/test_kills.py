@@ -177,7 +177,7 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     nodes.start_node("third", cpus=2, gpu_type="H100")
     nodes.end_node("first")
     deadline = time.monotonic() + WAIT_S
-    while "first is to go, with ranks: the ranks begin anew after round" not in log.read_text():
+    while "first will go, with ranks: the ranks start again after round" not in log.read_text():
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     slow.unlink()
@@ -191,7 +191,7 @@ def test_rl_on_nodes_that_come_and_go_takes_engines_and_does_without_them_and_le
     assert "starting 1 trainer rank and 1 to 3 engines in places of their own" in said
     assert "joins: 2 engines take part, of at most 3" in said
     assert "it starts again where there is room, and its" in said and "from the last checkpoint" not in said
-    (left,) = re.findall(r"first is to go, with ranks: the ranks begin anew after round (\d+)", said)
+    (left,) = re.findall(r"first will go, with ranks: the ranks start again after round (\d+)", said)
     assert f"continuing after round {left} from" in said, "a round was lost"
 
 

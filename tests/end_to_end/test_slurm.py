@@ -180,7 +180,7 @@ def test_the_exit_code_of_a_run_is_that_of_its_job(slurm: SlurmCluster, tmp_path
 
 
 def test_a_job_that_slurm_refuses_is_a_message(slurm: SlurmCluster, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)SLURM does not take the job: .*partition.*The script is .*\.sbatch"):
+    with pytest.raises(UserError, match=r"(?s)SLURM refuses the job: .*partition.*The script is .*\.sbatch"):
         submit("pretrain", [*CLUSTER, f"runs_dir={tmp_path}", "cluster.slurm.partition=nowhere"])
 
 

@@ -141,7 +141,7 @@ def test_mistakes_are_all_reported_with_the_way_out(capsys: pytest.CaptureFixtur
     [
         (
             ["expert"],
-            "expert is no benchmark; did you mean experts? choices: " + ", ".join(BENCHMARKS),
+            "expert is not a benchmark; did you mean experts? choices: " + ", ".join(BENCHMARKS),
         ),
         (["router", "top_k=9", "experts=8"], "top_k = 9 of model = tiny is more than its 8 experts"),
         (["vocab_loss", "peers=liger"], "peers = liger needs a GPU, and torch finds none here"),
@@ -226,4 +226,4 @@ def test_collectives_are_timed_between_ranks(tmp_path: Path, capsys: pytest.Capt
         for name, moved in case["moved"].items():
             assert f"{name} " in printed and moved["time"]["median_ms"] > 0 and moved["time"]["samples"] == 3
     assert main(["collectives", "copies=5", f"out={out}"]) == 2
-    assert "2 ranks do not each own so many of 8 experts" in capsys.readouterr().err
+    assert "2 ranks own fewer of 8 experts each" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_the_command_writes_beside_the_last_run_and_names_what_is_missing(pretra
     assert (done.returncode, done.stdout.strip()) == (0, str(pretrained / "report.html")), done.stderr
     (tmp_path / "empty").mkdir()
     done = subprocess.run([*command, str(tmp_path / "empty")], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "is not a run folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_run_without_records_is_a_message(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_the_job_would_end_at_is_a_message_before_it_waits_in_the_queue(
 
 @pytest.mark.parametrize("options", [["runs_dir='a\"b'"], ["runs_dir=a%b"], ["run_name='a\\b'"]])
 def test_names_that_slurm_reads_as_something_else_are_refused(options: list[str]) -> None:
-    with pytest.raises(UserError, match=r"SLURM takes .* for its own; choose another runs_dir or run_name"):
+    with pytest.raises(UserError, match=r"SLURM takes .* as its own fields; choose another runs_dir or run_name"):
         submit("pretrain", [*SLURM, *options, "dry_run=true"])
 
 

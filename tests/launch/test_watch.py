@@ -131,7 +131,7 @@ def test_the_command_shows_a_finished_run_and_refuses_what_is_none(run: RunDir, 
     done = subprocess.run([*command, str(run.path), "--once"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "step 40 of 40" in done.stdout and "finished" in done.stdout, done.stderr
     wrong = subprocess.run([*command, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
-    assert wrong.returncode == 2 and "is no run folder" in wrong.stderr
+    assert wrong.returncode == 2 and "is not a run folder" in wrong.stderr
 
 
 def test_messages_are_the_last_ones(run: RunDir) -> None:

@@ -158,7 +158,7 @@ def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.aio
 def test_a_folder_that_will_not_do_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"parallel\.nvme_dir={tmp_path}/none on .* is no folder; make it"):
+    with pytest.raises(UserError, match=rf"parallel\.nvme_dir={tmp_path}/none on .* is not a folder; make it"):
         StatesOnDisk(1, PARTS, tmp_path / "none")
     with pytest.raises(UserError, match=r"parallel\.nvme_dir=/sys on .* is not writable: .* Check its permissions"):
         StatesOnDisk(1, PARTS, Path("/sys"))

@@ -156,7 +156,7 @@ def test_a_server_that_is_gone_is_an_error_that_says_what_to_do(model: LanguageM
             pool.submit(requests(1))
             server.held.wait(30)
             server.__exit__(None, None, None)
-            with pytest.raises(UserError, match=r"does not get on with sample 1000 in 1 tries: .* resume=auto"):
+            with pytest.raises(UserError, match=r"makes no progress with sample 1000 in 1 tries: .* resume=auto"):
                 pool.advance(1)
         gone = server.url
         server.__enter__()

@@ -100,12 +100,12 @@ def test_a_move_to_other_places_is_no_restart() -> None:
         nonlocal moves
         moves -= 1
         if moves >= 0:
-            raise Moved(Move("a is to go", frozenset("a")), f"after step {moves}")
+            raise Moved(Move("a will go", frozenset("a")), f"after step {moves}")
         return str(lost())
 
     assert supervise(attempt, lambda: -1, max_restarts=2, say=said.append) == "done"
     assert attempts == [1, 2, 3] and said[4:6] == [
-        "a is to go: the ranks begin anew after step 0",
+        "a will go: the ranks start again after step 0",
         "trainer/1 died (attempt 1); restart 1 of 2 from the last checkpoint",
     ]
 
@@ -128,7 +128,7 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            UserError, match=rf"port {port} of cluster\.dashboard_port on 127\.0\.0\.1 cannot be had .* choose another"
+            UserError, match=rf"port {port} of cluster\.dashboard_port on 127\.0\.0\.1 is not available .* choose another"
         ):
             check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
         check_cluster(cluster(dashboard=False, dashboard_port=port), 1)
@@ -142,7 +142,7 @@ def test_a_cluster_that_lets_everybody_in_is_said(monkeypatch: pytest.MonkeyPatc
     said: list[str] = []
     start_ray(cluster(address="10.0.0.1:6379"), 1, said.append)
     assert said[0] == "joining the Ray cluster at 10.0.0.1:6379"
-    assert [line.partition(":")[0] for line in said[1:]] == ([] if asks else ["this cluster asks for no token"])
+    assert [line.partition(":")[0] for line in said[1:]] == ([] if asks else ["this cluster requires no token"])
 
 
 def test_ranks_are_as_asked() -> None:

@@ -340,7 +340,7 @@ def test_a_damaged_corpus_is_an_error(folder: Path) -> None:
         file.write(b"xx")
     with pytest.raises(UserError, match=r"damaged: .*train.tokens.bin has .* bytes instead of .*delete"):
         prepare(text_source(folder), CONFIG, silent)
-    with pytest.raises(UserError, match=r"is no prepared corpus"):
+    with pytest.raises(UserError, match=r"is not a prepared corpus"):
         open_corpus(folder)
 
 

@@ -71,7 +71,7 @@ def test_a_name_may_be_of_any_language_and_not_too_long(tmp_path: Path) -> None:
 def test_a_file_and_a_status_that_is_none_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "strange" / "status.json").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"file is no run folder: it has no status\.json"):
+    with pytest.raises(UserError, match=r"file is not a run folder: it has no status\.json"):
         read_status(tmp_path / "file")
     with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
         read_status(tmp_path / "strange")
@@ -192,7 +192,7 @@ def test_of_runs_with_a_damaged_one_among_them_the_one_to_go_on_is_asked_for(tmp
     run = finished(tmp_path, "run_name=mine")
     finished(tmp_path, "run_name=torn").path.joinpath("status.json").write_text("")
     with pytest.raises(
-        UserError, match=r"torn/status\.json is damaged: .* Which run is to go on\? Say it with run_name=\.\.\."
+        UserError, match=r"torn/status\.json is damaged: .* Which run should continue\? Name it with run_name=\.\.\."
     ):
         RunDir.open(config(tmp_path, "resume=auto"), "pretrain")
     assert RunDir.open(config(tmp_path, "resume=auto", "run_name=mine"), "pretrain").path == run.path
@@ -251,7 +251,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder: it has no status"):
+    with pytest.raises(UserError, match="is not a run folder: it has no status"):
         read_status(tmp_path)
 
 

@@ -34,13 +34,13 @@ def test_a_signal_outside_the_loop_stops_at_once() -> None:
 
 
 def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_first() -> None:
-    moves = iter([None, move := Move("a is to go", frozenset("a")), move])
+    moves = iter([None, move := Move("a will go", frozenset("a")), move])
     with StopRequest() as stop:
         with stop.deferred(STEP, lambda: next(moves)):
             assert not stop.asked()
             stop.obey("after step 1")
             assert stop.asked() and stop.move == move
-            with pytest.raises(Moved, match="a is to go: the ranks begin anew after step 2") as caught:
+            with pytest.raises(Moved, match="a will go: the ranks start again after step 2") as caught:
                 stop.obey("after step 2")
             assert caught.value.move == move
         with stop.deferred(STEP, lambda: move):
@@ -51,15 +51,15 @@ def test_a_loop_that_had_better_go_on_elsewhere_is_told_so_and_a_signal_comes_fi
 
 
 def test_a_run_that_is_bound_to_its_nodes_stops_when_one_is_to_go() -> None:
-    move = Move("a is to go, with ranks", frozenset("a"), elsewhere=False)
+    move = Move("a will go, with ranks", frozenset("a"), elsewhere=False)
     with StopRequest() as stop, stop.deferred(STEP, lambda: move):
         assert stop.asked() and stop.leaving is None
-        with pytest.raises(Stopped, match=r"a is to go, with ranks, and cluster\.nodes .*: stopped after step 2; resume=auto"):
+        with pytest.raises(Stopped, match=r"a will go, with ranks, and cluster\.nodes .*: stopped after step 2; resume=auto"):
             stop.obey("after step 2")
 
 
 def test_a_signal_that_comes_while_the_run_prepares_to_move_ends_it() -> None:
-    with StopRequest() as stop, stop.deferred(STEP, lambda: Move("a is to go", frozenset("a"))):
+    with StopRequest() as stop, stop.deferred(STEP, lambda: Move("a will go", frozenset("a"))):
         assert stop.asked() and stop.leaving == frozenset("a")
         signal.raise_signal(signal.SIGTERM)
         assert stop.leaving is None, "what is in memory goes with the run"
@@ -144,7 +144,7 @@ def test_a_signal_behind_a_move_brings_to_the_disk_what_the_ranks_moved_with(mon
     """They had kept it in memory only, and no other attempt begins."""
     monkeypatch.setattr("trainer.cluster.start_ray", lambda *_: None)
     brought: list[str] = []
-    attempts = iter([Moved(Move("a is to go", frozenset("a")), "after step 2")])
+    attempts = iter([Moved(Move("a will go", frozenset("a")), "after step 2")])
 
     def attempt() -> None:
         moved = next(attempts)

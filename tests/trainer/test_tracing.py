@@ -74,7 +74,7 @@ def run(tmp_path: Path) -> Iterator[RunDir]:
 def steps(traces: Traces, ranks: Ranks, first: int, last: int, end: int = 99) -> None:
     for step in range(first, last + 1):
         traces.before(ranks.call, step)
-        traces.behind(ranks.call, step, last=step == end)
+        traces.after(ranks.call, step, last=step == end)
 
 
 def events(file: Path) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def test_a_trace_that_cannot_be_written_is_said_and_leaves_nothing(run: RunDir) 
 
 def test_the_command_refuses_a_run_that_is_over(run: RunDir) -> None:
     run.close("finished")
-    with pytest.raises(UserError, match="traced is finished; only a run that is going on can be traced"):
+    with pytest.raises(UserError, match="traced is finished; only a run in progress can be traced"):
         trace(run.path, request(1))
     assert not (run.path / REQUEST).exists()
 

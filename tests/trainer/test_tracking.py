@@ -91,7 +91,7 @@ def test_what_a_step_cannot_tell_is_said_once_with_the_reason(run: RunDir, capsy
             tracker.log(step, {"train/tokens": 100, "time/train_s": 0.5, "time/communication_exposed_s": 0.1})
     assert "perf/dollars_per_million_tokens" not in read_records(run.metrics_file)[-1]
     out = capsys.readouterr().out
-    assert out.count("steps do not tell MFU (") == 1 and "$/M (set cluster.dollars_per_gpu_hour)" in out
+    assert out.count("not in the lines of steps: MFU (") == 1 and "$/M (set cluster.dollars_per_gpu_hour)" in out
     assert "exposed (" not in out and UNKNOWN.keys() <= USE.keys(), "they are what the line says of devices"
 
 

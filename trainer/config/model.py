@@ -1,4 +1,4 @@
-"""The model and its router."""
+"""Options of the model and its router."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class TopKRouter(Record):
 
 
 class NoisyTopKRouter(Record):
-    """The same, with learned noise on the logits while it is pretrained (Shazeer et al. 1701.06538): none in evaluation, in
-    generation and in RL, which learns what was generated."""
+    """The same, with learned noise on the logits during pretraining (Shazeer et al. 1701.06538), but not in evaluation,
+    generation and RL."""
 
     kind: Literal["noisy_top_k"]
 
 
 class CosineRouter(Record):
-    """The logits are cosines between tokens and experts, over a learned temperature (X-MoE, 2204.09179)."""
+    """The logits are cosines between tokens and experts, divided by a learned temperature (X-MoE, 2204.09179)."""
 
     kind: Literal["cosine"]
-    size: int = Field(gt=0)  # R, dimensions in which they are compared; the paper takes half the number of experts
-    temperature: float = Field(gt=0)  # at the start; the paper takes 0.3 for softmax scores and 0.07 for sigmoid ones
+    size: int = Field(gt=0)  # R, dimensions of the comparison; the paper uses half the number of experts
+    temperature: float = Field(gt=0)  # initial; the paper uses 0.3 for softmax scores and 0.07 for sigmoid scores
 
 
 class GroupLimitedRouter(Record):
-    """As top_k, but only among the experts of a token's best groups of neighbours; a group is as good as its two best experts
+    """As top_k, but only among the experts of a token's best groups of neighbours; a group's score is the sum of its two best
     (DeepSeek-V3, 2412.19437, section 2.1.2, with sigmoid scores)."""
 
     kind: Literal["group_limited"]
@@ -40,11 +40,11 @@ class GroupLimitedRouter(Record):
 
 
 class ExpertChoiceRouter(Record):
-    """Experts take tokens, each equally many of a micro-batch, and a token has top_k experts on average (2202.09368). A token's
-    experts depend on the tokens behind it: what is trained so cannot generate, and cannot go into RL."""
+    """Each expert takes the same number of tokens of a micro-batch; a token has top_k experts on average (2202.09368). A
+    token's experts depend on later tokens, so such a model cannot generate and cannot be used in RL."""
 
     kind: Literal["expert_choice"]
-    most_experts: int = Field(gt=0)  # of a token; the paper takes all
+    most_experts: int = Field(gt=0)  # of a token; the paper allows all
 
 
 RouterConfig = Annotated[
@@ -76,7 +76,7 @@ class ModelConfig(Record):
     attention_bias: bool  # biases of the query, key and value projections
     tie_embeddings: bool
     rope_theta: float = Field(gt=0)
-    rotary_share: float = Field(default=1.0, gt=0, le=1)  # of head_dim that turns with the position; GLM: 0.5
+    rotary_share: float = Field(default=1.0, gt=0, le=1)  # part of head_dim that is rotated with the position; GLM: 0.5
     norm_eps: float = Field(gt=0)
     init_std: float = Field(gt=0)
     max_positions: int = Field(gt=0)

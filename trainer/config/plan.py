@@ -1,4 +1,4 @@
-"""Planning for a cluster that one does not have."""
+"""Planning for a cluster that you do not have."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class MachineConfig(Record):
     memory_tbytes: float = Field(gt=0)  # TB/s read
     within: LinkConfig  # to the other GPUs of the node
     across: LinkConfig  # to other nodes
-    exchange_s: float = Field(ge=0)  # that tokens of an MoE layer take beside their way: sizes, order, plan, the host's part
-    order_s: float = Field(ge=0)  # that the order of its choices takes where no tokens travel
-    chunk_s: float = Field(ge=0)  # that each chunk of a layer's pass but the first takes beside its parts, until it is started
-    host_gbytes: float = Field(gt=0)  # GB/s of the host's memory that the optimizer of one rank reaches
+    exchange_s: float = Field(ge=0)  # of an MoE layer's tokens, beside their transfer: sizes, order, plan, host
+    order_s: float = Field(ge=0)  # to order a layer's choices if no tokens travel
+    chunk_s: float = Field(ge=0)  # of each chunk of a pass except the first, beside its parts: until it is started
+    host_gbytes: float = Field(gt=0)  # GB/s of the host's memory, for the optimizer of one rank
     host_link_gbytes: float = Field(gt=0)  # GB/s each way between a GPU and its host
 
 
 class PlanConfig(Record):
-    """A pretraining that is predicted and not run."""
+    """A pretraining to predict, not to run."""
 
     model: ModelConfig
     machine: MachineConfig
@@ -41,7 +41,7 @@ class PlanConfig(Record):
     sequence_length: int = Field(gt=1)
     batch_rows: int = Field(gt=0)  # of all ranks together, in one update
     loads: Literal["even", "zipf", "drift", "burst", "settling"]  # of the experts; launch/benchmarks/traces.py
-    profile: Path | None  # a file of measured times that replace what the machine is said to reach
+    profile: Path | None  # a file of measured times that replace published speeds
     picture: Path | None  # an .svg or .png of one layer's timeline
     seed: int = Field(ge=0)
 

@@ -1,4 +1,4 @@
-"""What every option is: typed, frozen, validated once.
+"""The base of all options: typed, frozen, validated once.
 
 Hydra composes the files under conf/; `launch.cli.load` turns the composed mapping into one of the roots `PretrainConfig`
 (run.py), `RLConfig` (rl.py) or `PlanConfig` (plan.py). Nothing past the entry point sees a Hydra object. A field's unit is in

@@ -1,4 +1,4 @@
-"""Reinforcement learning."""
+"""Options of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import AfterValidator, Field, model_validator
 from trainer.config.record import Record
 from trainer.config.run import RunConfig, TraceConfig
 
-TEXT = "{text}"  # where a text stands in a template
-MOST_TRACED_TOKENS = 1000  # decoding steps, of each of which a trace has thousands of events
+TEXT = "{text}"  # stands for the text in a template
+MOST_TRACED_TOKENS = 1000  # decoding steps; a trace has thousands of events for each
 
 
 def _address(url: str) -> str:
-    """Configurations are in run folders, checkpoints and reports, and at W&B."""
+    """Refuses secrets, because configurations are in run folders, checkpoints and reports, and at W&B."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("should begin with http:// or https://")
     if "@" in url.partition("://")[2].partition("/")[0]:
@@ -35,10 +35,10 @@ class TaskConfig(Record):
 
 
 class ChatConfig(Record):
-    """What stands around the texts of a task, as the model's chat template has it; rl/chat.py."""
+    """The model's chat template: what surrounds the texts of a task; rl/chat.py."""
 
     prompt: str
-    reply: str  # of the environment, behind the end of the model's turn
+    reply: str  # of the environment, after the end of the model's turn
     bos: bool  # whether <bos> comes before everything
     eos: str | None  # the special token that ends the model's turn; null: the tokenizer's <eos>
 
@@ -54,8 +54,8 @@ class RewardConfig(Record):
     """Where rewards are computed: in child processes of the driver, which may hang or die without harm to the run."""
 
     workers: int = Field(gt=0)  # processes
-    timeout_s: float = Field(gt=0)  # of one score; a scorer that takes longer is killed, and its sample has no reward
-    memory_gib: float = Field(gt=0)  # that a process may have
+    timeout_s: float = Field(gt=0)  # for one score; a scorer that takes longer is killed, and its sample has no reward
+    memory_gib: float = Field(gt=0)  # that a process may use
 
 
 class WarmupConfig(Record):
@@ -70,37 +70,39 @@ class RolloutConfig(Record):
     """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
 
     groups: int = Field(gt=0)  # N finished groups end a round
-    samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 where samples are not compared with their group
+    samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 if samples are not compared within their group
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
-    refills: int = Field(ge=0)  # draws of more prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keeps them
+    refills: int = Field(
+        ge=0
+    )  # times that more prompts replace groups of equal rewards (DAPO's dynamic sampling); 0: keep them
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
-    max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
-    max_staleness: int = Field(ge=0)  # rounds; an older group starts anew
-    stale: Literal["regenerate", "drop"]  # what becomes of it; dropped, its prompt is passed over
-    temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
-    top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
-    top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
-    min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
-    stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn of it, as <eos> does
-    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...]  # tokens that do, by name, such as <|im_end|>
+    max_turns: int = Field(gt=0)  # of the model, if the task is a conversation
+    max_staleness: int = Field(ge=0)  # in rounds; what happens to older groups is `stale`
+    stale: Literal["regenerate", "drop"]  # start them again, or drop them and their prompts
+    temperature: float = Field(ge=1e-3)  # of the softmax; logits divided by much less are infinite in float32
+    top_k: int | None = Field(gt=0)  # sample only from the k most likely tokens; null: from all
+    top_p: float = Field(gt=0, le=1)  # only the most likely tokens that together have this probability
+    min_p: float = Field(ge=0, lt=1)  # only tokens with at least this probability relative to the most likely one
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]  # strings that end a response, or a turn, as <eos> does
+    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...]  # tokens that do the same, by name, such as <|im_end|>
     include_stop: bool  # whether the task sees the string that ended the text
-    replay_routing: bool  # the engines record the experts of every token, and the trainer takes them; kernels/replay.py
+    replay_routing: bool  # engines record the experts of every token, and the trainer uses the same; kernels/replay.py
     engines: int = Field(gt=0)
-    # With so many the run starts, and the others, up to `engines`, join while it goes on, as the cluster gets room for them;
-    # null: it starts with all of them. Of separate engines.
+    # Separate engines with which the run starts; the others, up to `engines`, join while it runs, when the cluster has room.
+    # null: it starts with all of them.
     min_engines: int | None = Field(gt=0)
-    # colocated: engines share the ranks' GPUs; separate: each has one of its own, so that ranks and engines never take each
-    # other's time or memory, which rollout.overlap is made for.
+    # colocated: engines share the ranks' GPUs; separate: each has a GPU of its own, so that ranks and engines do not compete
+    # for time or memory, best with rollout.overlap.
     placement: Literal["colocated", "separate"]
     engine_slots: int = Field(gt=0)  # sequences that one engine decodes at once
-    cache_tokens: int | None = Field(gt=0)  # that an engine's cache holds; null: loop.sequence_length for every slot
-    advance_tokens: int = Field(gt=0)  # tokens decoded between two looks at who has finished
-    overlap: bool  # the engines go on generating while the ranks learn
-    metrics_port: int = Field(ge=0, lt=65536)  # where engine 0 answers Prometheus, the others behind it; 0: none does
-    server: Address | None  # of vLLM or SGLang, up to and with /v1, instead of our engines; or null
-    server_reload: Address | None  # takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
-    server_timeout_s: float = Field(gt=0)  # without a byte of an answer
-    server_retries: int = Field(ge=0)  # requests in a row that bring no token
+    cache_tokens: int | None = Field(gt=0)  # capacity of an engine's cache; null: loop.sequence_length for every slot
+    advance_tokens: int = Field(gt=0)  # tokens decoded between two checks for finished samples
+    overlap: bool  # engines keep generating while the ranks learn
+    metrics_port: int = Field(ge=0, lt=65536)  # of engine 0, for Prometheus; the next ports are the other engines'; 0: none
+    server: Address | None  # URL of vLLM or SGLang, including /v1, that replaces our engines; or null
+    server_reload: Address | None  # URL that takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
+    server_timeout_s: float = Field(gt=0)  # without receiving a byte
+    server_retries: int = Field(ge=0)  # requests in a row that return no token
 
     @model_validator(mode="after")
     def _others_join_from_places_of_their_own(self) -> Self:
@@ -134,7 +136,7 @@ class SyncConfig(Record):
     """
 
     transport: Literal["auto", "store", "direct"]
-    anchor_every: int = Field(gt=0)  # syncs; the others send only what changed. 1: all of it, every time
+    anchor_every: int = Field(gt=0)  # every n-th sync sends all weights, the others only what changed; 1: always all
     check: bool  # each engine hashes what it holds and compares with the trainer's hash
 
     @model_validator(mode="after")
@@ -160,31 +162,33 @@ class AlgorithmConfig(Record):
     """How rewards become an update. The formulas are in rl/advantages.py, returns.py, losses.py, kl.py and off_policy.py."""
 
     advantage: Estimator
-    uncertainty_focus: float = Field(ge=0)  # weighs groups by how uncertain their outcome is (MGPO, 2511.06221); 0: all alike
-    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, for each token before it
+    uncertainty_focus: float = Field(ge=0)  # weights groups by the uncertainty of their outcome (MGPO, 2511.06221); 0: equally
+    discount: float = Field(gt=0, le=1)  # gae, reinforce_pp: of a reward, per token before it
     gae_lambda: float = Field(ge=0, le=1)  # gae: 1 trusts rewards alone, 0 the next value
     value_lambda: float = Field(ge=0, le=1)  # gae: gae_lambda of the returns that the value head learns (VC-PPO, 2503.01491)
-    value_decay: float = Field(gt=0, le=1)  # gae: what an update's returns still count in the value head's next fit
+    value_decay: float = Field(gt=0, le=1)  # gae: weight of earlier returns in the value head's next fit, per update
     value_coefficient: float = Field(ge=0)  # gae: weight of the value loss in the trunk that policy and value head share
-    value_clip: float | None = Field(gt=0)  # gae: this loss trusts values that moved by at most so much
-    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which the value head alone learns
-    overlong_margin: int = Field(ge=0)  # tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none do
-    overlong_factor: float = Field(ge=0)  # what a response of max_new_tokens loses
+    value_clip: float | None = Field(gt=0)  # gae: that loss trusts values that moved by at most this much
+    value_warmup_rounds: int = Field(ge=0)  # gae: rounds in which only the value head learns
+    overlong_margin: int = Field(ge=0)  # last tokens before rollout.max_new_tokens that cost reward (DAPO); 0: none
+    overlong_factor: float = Field(ge=0)  # reward that a response of max_new_tokens loses
     loss: Literal["ppo", "gspo", "cispo", "sapo", "dppo"]
-    clip_low: float = Field(ge=0, le=1)  # ratios stay above 1 - this; of dppo: how much a probability may fall
-    clip_high: float = Field(gt=0, allow_inf_nan=True)  # ratios stay below 1 + this; of dppo: how much a probability may rise
-    dual_clip: float | None = Field(gt=1)  # ppo: a token of negative advantage counts as if its ratio were at most so much
-    sapo_temperatures: tuple[float, float]  # sapo: of positive and of other advantages
-    entropy_bonus: float = Field(ge=0)  # weight of the entropy that the update also raises
-    kl_coefficient: float = Field(ge=0)  # weight of the divergence from the policy at the start of RL; 0: that is not kept
-    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is taken off the reward, the others are losses; rl/kl.py
+    clip_low: float = Field(ge=0, le=1)  # ratios are clipped below 1 - this; dppo: how much a probability may fall
+    clip_high: float = Field(
+        gt=0, allow_inf_nan=True
+    )  # ratios are clipped above 1 + this; dppo: how much a probability may rise
+    dual_clip: float | None = Field(gt=1)  # ppo: with a negative advantage, the ratio counts as at most this
+    sapo_temperatures: tuple[float, float]  # sapo: for positive and for other advantages
+    entropy_bonus: float = Field(ge=0)  # weight of an entropy term that the update maximises
+    kl_coefficient: float = Field(ge=0)  # weight of the KL from the policy at the start of RL; 0: no reference is kept
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"]  # k1 is subtracted from the reward, the others are losses; rl/kl.py
     aggregation: Literal["token", "sequence", "constant"]  # mean over tokens, over responses, or sum / (responses * longest)
     updates_per_round: int = Field(gt=0)  # optimizer steps, each on its share of the round's responses
     off_policy: Literal["recompute", "mask", "bypass", "decoupled", "staged"]
     truncation: float = Field(gt=0, allow_inf_nan=True)  # cap of the importance weight of decoupled
-    token_band: Band | None  # IcePop: learns tokens whose proximal / behaviour probability is in it
-    sequence_band: Band | None  # the same for whole responses, of the geometric mean
-    sequence_delta: float | None = Field(gt=0)  # OPSM: drops bad responses that became so many nats a token less likely
+    token_band: Band | None  # IcePop: learn only tokens whose proximal / behaviour probability is in it
+    sequence_band: Band | None  # the same for whole responses, by the geometric mean
+    sequence_delta: float | None = Field(gt=0)  # OPSM: drop bad responses that became this many nats per token less likely
 
     @model_validator(mode="after")
     def consistent(self) -> AlgorithmConfig:
@@ -214,11 +218,11 @@ class AlgorithmConfig(Record):
 
 class LoopConfig(Record):
     rounds: int = Field(gt=0)
-    sequence_length: int = Field(gt=1)  # samples are packed into rows of so many tokens
+    sequence_length: int = Field(gt=1)  # samples are packed into rows of this many tokens
     micro_rows: int = Field(gt=0)
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: bool
-    freeze_router: bool  # the gates keep their weights; the selection bias follows `balance`
+    freeze_router: bool  # do not train the gates; the selection bias follows `balance`
     eval_every: int = Field(gt=0)  # rounds
     checkpoint_every: int = Field(gt=0)  # rounds
     keep_checkpoints: int = Field(gt=0)
@@ -227,10 +231,10 @@ class LoopConfig(Record):
 
 
 class EngineTraceConfig(TraceConfig):
-    """Of engines too; trainer/tracing.py."""
+    """Traces of engines too; trainer/tracing.py."""
 
     engines: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
-    tokens: int = Field(gt=0, le=MOST_TRACED_TOKENS)  # decoding steps, the first ones that each engine makes in the rounds
+    tokens: int = Field(gt=0, le=MOST_TRACED_TOKENS)  # first decoding steps of each engine in the traced rounds
 
 
 class RLConfig(RunConfig):
@@ -324,7 +328,7 @@ class RLConfig(RunConfig):
         if self.algorithm.off_policy == "bypass" and not self.rollout.whole:
             raise ValueError(
                 "algorithm.off_policy=bypass clips the ratio to the policy that sampled, before rollout.top_k, top_p and min_p "
-                "leave tokens out, and a completion server tells the log-probability behind them only; choose "
+                "leave tokens out, and a completion server tells the log-probability after them only; choose "
                 "algorithm.off_policy=decoupled, or set them to null, 1.0 and 0.0"
             )
         if self.rollout.server_reload is None and self.algorithm.off_policy == "staged":

@@ -1,4 +1,4 @@
-"""What a run trains on, how, where, and what it tells; pretraining."""
+"""Options of every run: data, optimizer, parallelism, cluster, logging; and those of pretraining."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trainer.config.record import Record
 
 
 class TokenizerConfig(Record):
-    vocab_size: int = Field(ge=260)  # 256 bytes and the special tokens are always in it
+    vocab_size: int = Field(ge=260)  # includes the 256 bytes and the special tokens
     train_mib: float = Field(gt=0)  # how much text the tokenizer is trained on
     file: Path | None = None  # an existing tokenizer.json; then nothing is trained
 
 
 class Source(Record):
-    """What every source of text has."""
+    """Options of every source of text."""
 
     validation_share: float = Field(gt=0, lt=1)  # documents held out, chosen by a hash of their text
-    max_mib: float | None = Field(default=None, gt=0)  # stop reading after so much text; null reads everything
+    max_mib: float | None = Field(default=None, gt=0)  # stop reading after this much text; null reads everything
     cache_dir: Path  # token arrays and trained tokenizers, keyed by what they were made from
 
 
@@ -70,7 +70,7 @@ class OptimizerConfig(Record):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
-    clip_norm: float = Field(gt=0, allow_inf_nan=True)  # of the one global gradient norm over dense and expert parameters
+    clip_norm: float = Field(gt=0, allow_inf_nan=True)  # of the global gradient norm of dense and expert parameters together
 
 
 class BalanceConfig(Record):
@@ -81,31 +81,31 @@ class BalanceConfig(Record):
 
 
 class ParallelConfig(Record):
-    """An expert is owned by one rank and copied, step by step, to where its tokens are (FSSDP); the dense parameters are data
+    """Each expert is owned by one rank and copied, step by step, to where its tokens are (FSSDP); dense parameters are data
     parallel under DeepSpeed ZeRO. Without copies this is plain expert parallelism."""
 
     zero_stage: Literal[1, 2]
     policy: Literal["cost", "hecate", "eplb", "laer", "faster_moe", "llep", "plain"]  # who gets copies; parallel/policies.py
-    # auto: ranks read each other's memory where all can, as on one node; else messages, in which a token goes to every rank
-    # that serves it; where several nodes have several ranks each, that or two_level, in which it crosses to a node once: with
-    # schedule=auto whichever plans from measured lines let expect to be faster (schedule/transports.py), else two_level.
+    # peer_memory: ranks read each other's memory. messages: a token is sent to every rank that serves it. two_level: it crosses
+    # to a node once. auto: peer_memory if all ranks can, as on one node; else messages; with several nodes of several ranks,
+    # the faster of messages and two_level by measured plans if schedule=auto (schedule/transports.py), else two_level.
     transport: Literal["auto", "messages", "two_level", "peer_memory"]
-    # What rows of tokens are rounded to on their way, where they travel as messages; auto: nothing (parallel/hooks.py)
+    # To which dtype rows of tokens are rounded in messages; auto: not rounded (parallel/hooks.py)
     message_dtype: Literal["auto", "bfloat16", "float8"]
-    # In how many chunks an MoE layer runs whose tokens travel as messages, over one level or two (parallel/chunked_experts.py);
-    # off: one, and nothing overlaps; auto: as many, forward and backward apart, as measured parts of the layer let expect to be
-    # the fastest, one where ranks read each other's memory.
+    # Number of chunks of an MoE layer whose tokens travel as messages, over one level or two (parallel/chunked_experts.py).
+    # off: one, and nothing overlaps. auto: separately for forward and backward, the number that measurements predict to be the
+    # fastest; one where ranks read each other's memory.
     # Unless it is off, dense gradients travel in slices under the backward pass (parallel/gradient_slices.py).
     schedule: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
-    overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # t of hecate: the hottest experts of a layer that may be copied
-    memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has room for in each layer
+    overlap: Literal["auto"] | Annotated[int, Field(ge=0)]  # hecate's t: how many of a layer's hottest experts may be copied
+    memory: Literal["auto"] | Annotated[int, Field(ge=0)]  # m: copies of others' experts that a rank has memory for, per layer
     rematerialise: bool  # keep copies of one layer at a time and fetch them again for the backward pass
-    reshard_every: int = Field(ge=0)  # steps between two looks at who should own what; 0: the first owners stay
-    calibrate: bool  # plan a layer's copies again once its gate has decided, where the gain pays for the wait
-    # Experts' masters, gradients and moments. cpu: in the memory of the host, stepped there; nvme: gradients there, the rest on
-    # its disk.
+    reshard_every: int = Field(ge=0)  # steps between two decisions about owners; 0: the first owners stay
+    calibrate: bool  # plan a layer's copies again after its gate, if the gain pays for the wait
+    # Where experts' masters, gradients and moments are. none: on the device. cpu: in the host's memory, where AdamW runs. nvme:
+    # gradients in the host's memory, masters and moments on its disk.
     offload: Literal["none", "cpu", "nvme"]
-    nvme_dir: Path | None  # of offload=nvme: a folder on a local disk of every node; its files go with the run
+    nvme_dir: Path | None  # for offload=nvme: a folder on a local disk of every node; its files end with the run
 
     @model_validator(mode="after")
     def consistent(self) -> ParallelConfig:
@@ -132,32 +132,32 @@ class TrainConfig(Record):
     steps: int = Field(gt=0)
     sequence_length: int = Field(gt=1)  # S
     batch_rows: int = Field(gt=0)
-    micro_rows: int = Field(gt=0)  # rows that one rank takes through the model at once
+    micro_rows: int = Field(gt=0)  # rows of one rank's forward pass
     dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on GPUs, float32 on CPUs
     recompute: bool  # recompute activations in the backward pass
     eval_every: int = Field(gt=0)  # steps
     eval_rows: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept
     keep_checkpoints: int = Field(gt=0)
-    memory_checkpoint_every: int = Field(ge=0)  # steps between two that stay in the memory of the nodes; 0: none
+    memory_checkpoint_every: int = Field(ge=0)  # steps between two checkpoints in the memory of the nodes; 0: none
     skip_nonfinite: int = Field(ge=0)  # updates in a row that may be left out because their gradient is not finite; 0: stop
-    spike_zscore: float | None = Field(gt=0)  # a loss so many deviations above the mean of the window is a spike; null: none is
-    spike_window: int = Field(gt=1)  # losses; it starts anew when a run is resumed
+    spike_zscore: float | None = Field(gt=0)  # a loss this many deviations above the window's mean is a spike; null: none is
+    spike_window: int = Field(gt=1)  # number of losses; starts empty when a run is resumed
     on_spike: Literal["skip", "stop"]
 
 
-EARLY_S = 60  # by which SLURM's signals may come too early, as sbatch's manual says
+EARLY_S = 60  # SLURM's signals may come this much too early, says sbatch's manual
 
 
 class SlurmConfig(Record):
-    """What `launch.submit` asks SLURM for. Nodes are the run's own; a Ray node runs on each for as long as the job."""
+    """What `launch.submit` asks SLURM for. Nodes are exclusive to the run; a Ray node runs on each as long as the job."""
 
     nodes: int = Field(gt=0)
-    gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one a node
+    gpus_per_node: int = Field(ge=0)  # 0: ranks on CPUs, one per node
     time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")  # as sbatch takes it
     partition: Annotated[str, Field(pattern=r"^[^\n]+$")] | None
     account: Annotated[str, Field(pattern=r"^[^\n]+$")] | None
-    stop_before_s: int = Field(gt=0)  # so long before the limit the run writes a checkpoint and queues again
+    stop_before_s: int = Field(gt=0)  # time before the limit at which the run writes a checkpoint and requeues
     max_requeues: int = Field(ge=0)
     sbatch: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...]  # further options of sbatch: ['--qos=high']
     shell: tuple[str, ...]  # lines before Python starts: module load cuda
@@ -184,21 +184,21 @@ class ClusterConfig(Record):
     """Where the processes run. What this run starts on its own machine binds to `host`."""
 
     address: str | None  # of a running Ray cluster; null starts one on this machine, for this run only
-    nodes: tuple[str, ...] | None  # Ray's names of the nodes that must all take part, equally; null: any
+    nodes: tuple[str, ...] | None  # Ray's names of nodes that must all take part, equally; null: any nodes
     ranks: Literal["auto"] | Annotated[int, Field(gt=0)]  # auto: one per GPU, at most 2; 2 on a CPU
-    min_ranks: int | None = Field(gt=0)  # enough until lost nodes are replaced; null: it waits for all
-    shrink_after_s: float = Field(ge=0)  # so long a place for all is waited for before it goes on with fewer
+    min_ranks: int | None = Field(gt=0)  # enough until lost nodes are replaced; null: wait for all
+    shrink_after_s: float = Field(ge=0)  # wait this long for places for all before going on with fewer
     gpu_type: str | None  # Ray's name of the GPUs that ranks run on: H100; null: any
     threads_per_rank: Literal["auto"] | Annotated[int, Field(gt=0)]
-    max_restarts: int = Field(ge=0)  # in a row without a newer checkpoint; of an engine: starts in a row
+    max_restarts: int = Field(ge=0)  # in a row without a newer checkpoint; for an engine: starts in a row
     start_timeout_s: float = Field(gt=0)
     collective_timeout_s: float = Field(gt=0)
-    engine_timeout_s: float = Field(gt=0)  # without an answer, after which an engine of RL is replaced
+    engine_timeout_s: float = Field(gt=0)  # without an answer; then an engine of RL is replaced
     object_store_mib: int = Field(ge=80)
     host: str
     dashboard: bool
     dashboard_port: int = Field(gt=0, lt=65536)
-    dollars_per_gpu_hour: float | None = Field(gt=0)  # of each GPU that the run takes; null: no metric tells costs
+    dollars_per_gpu_hour: float | None = Field(gt=0)  # per GPU of the run; null: no metric of costs
     slurm: SlurmConfig | None
 
     @model_validator(mode="after")
@@ -220,11 +220,11 @@ class LoggerConfig(Record):
 
 
 class TraceConfig(Record):
-    """Steps that the profiler watches; trainer/tracing.py. `python -m launch.trace` asks for others while a run goes on."""
+    """Steps that the profiler records; trainer/tracing.py. `python -m launch.trace` asks for others during a run."""
 
     range: tuple[int, int] | None  # the first and the last step or round; null: none
     ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
-    memory: bool  # also what the allocators of GPUs did
+    memory: bool  # also record the allocators of GPUs
 
     @model_validator(mode="after")
     def consistent(self) -> TraceConfig:
@@ -245,7 +245,7 @@ def _folder_name(name: str) -> str:
 
 
 class RunConfig(Record):
-    """What the two roots share."""
+    """Options of both pretraining and RL."""
 
     seed: int = Field(ge=0, lt=2**63)
     dry_run: bool  # print the resolved configuration and the estimates, then stop
@@ -262,7 +262,7 @@ class RunConfig(Record):
     def check_trace(self, option: str, last: int) -> None:
         if self.trace.range is not None and self.trace.range[0] > last:
             raise ValueError(
-                f"trace.range {list(self.trace.range)} begins behind the last step ({option} = {last}), so nothing would be "
+                f"trace.range {list(self.trace.range)} begins after the last step ({option} = {last}), so nothing would be "
                 f"traced; lower it, or set trace.range=null"
             )
 
@@ -277,8 +277,8 @@ class RunConfig(Record):
 class PretrainConfig(RunConfig):
     BRINGS: ClassVar[Mapping[str, tuple[str, ...]]] = {"checkpoint": ("model", "tokenizer")}
 
-    # Whose weights to begin with, and whose model and tokenizer to take: a run folder, one of its checkpoints, or a folder in
-    # the Hugging Face layout; null: random weights of `model`.
+    # Start from its weights, model and tokenizer: a run folder, one of its checkpoints, or a folder in the Hugging Face layout;
+    # null: random weights of `model`.
     checkpoint: Path | None
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -301,7 +301,7 @@ class PretrainConfig(RunConfig):
         return self
 
     def check_model(self) -> None:
-        """Raises ValueError where the model cannot be trained so."""
+        """Raises ValueError if the model cannot be trained with these options."""
         if self.train.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"train.sequence_length ({self.train.sequence_length}) is larger than model.max_positions "

@@ -1,1 +1,1 @@
-"""Model architectures, and their way in and out of the Hugging Face layout."""
+"""Model architectures, and their import and export in the Hugging Face layout."""

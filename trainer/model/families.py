@@ -1,4 +1,4 @@
-"""How a model of ours is called in the Hugging Face layout: its config.json and the names of its tensors.
+"""Our models in the Hugging Face layout: config.json and the names of tensors.
 
 Four families cover what we train: Qwen3-MoE, Mixtral and OLMoE (softmax router; they differ in the norms of queries and keys),
 and GLM-4-MoE (sigmoid router, selection bias, shared experts).
@@ -385,7 +385,7 @@ def _ordered(tensor: Tensor, order_d: Tensor) -> Tensor:
 
 def _feature_order(config: ModelConfig) -> Tensor:
     """(d,) places in their order. Theirs are the first of each turning pair, the second ones, and then those that do not turn;
-    ours, in which i and i + d/2 are a pair, put half of these behind the first ones and half behind the second ones."""
+    ours, in which i and i + d/2 are a pair, put half of these after the first ones and half after the second ones."""
     first_d, second_d = torch.arange(config.rotary_dim).chunk(2)
     still_d = torch.arange(config.rotary_dim, config.head_dim).chunk(2)
     return torch.cat((first_d, still_d[0], second_d, still_d[1]))

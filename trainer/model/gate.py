@@ -1,6 +1,6 @@
-"""What an MoE layer trains of its router: the parameters of the gate that `model.router` names, and logits from them.
+"""The trained part of an MoE layer's router: the parameters of the gate that `model.router` names, and its logits.
 
-The arithmetic is in kernels/gates.py and kernels/linear.py, what follows the logits in kernels/router.py. Shape letters:
+The arithmetic is in kernels/gates.py and kernels/linear.py; what follows the logits is in kernels/router.py. Shape letters:
 T tokens, D model, E experts, R dimension of the comparison, B batch, S sequence.
 """
 

@@ -182,7 +182,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / INDEX} has no weight_map")
         if strange := [file for file in weight_map.values() if not _is_plain(file)]:
-            raise UserError(f"{folder / INDEX} names {strange[0]!r} as a file, which is no plain name of one in its folder")
+            raise UserError(f"{folder / INDEX} names {strange[0]!r}, which is not the plain name of a file in its folder")
         files = {name: folder / file for name, file in weight_map.items()}
         if missing := sorted({file.name for file in files.values() if not file.is_file()}):
             raise UserError(f"{folder} lacks {_shortened(missing)}, which {INDEX} names")

@@ -1,5 +1,5 @@
-"""First values of the weights. Each tensor has a generator of its own, seeded from (seed, name), so that a rank may draw
-only what it owns and still gets the numbers that a single process gets."""
+"""Initial weights. Each tensor has a generator of its own, seeded from (seed, name), so a rank draws only what it owns and
+still gets the same numbers as a single process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the blocks of a model are made of: linear maps, norms, SwiGLU, and the attention's products around whatever attends.
+"""Layers of a model's blocks: linear maps, norms, SwiGLU, and the projections around the attention.
 
 Shape letters: B batch, S sequence, D model, F the hidden size of an MLP, H query heads, G key/value heads, d head_dim.
 """

@@ -47,7 +47,7 @@ class Output:
     hidden_BSD: Tensor  # after the final norm
     counts_LE: Tensor  # int64; entries of every expert from valid tokens
     experts_LTK: tuple[Tensor, ...]  # int64; the experts of every token
-    depths_BSD: tuple[Tensor, ...]  # hidden states behind the layers that were asked for
+    depths_BSD: tuple[Tensor, ...]  # hidden states after the layers that were asked for
     replaced_BS: Tensor | None  # float32; of a replay: the share of a token's experts that its router would not have chosen
 
 
@@ -124,7 +124,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a dense MLP or an MoE layer, each behind a norm and on a residual stream.
+    """Attention, then a dense MLP or an MoE layer, each after a norm and on a residual stream.
 
     What the MLP adds to the stream is returned beside it, since the next norm can add it on its way.
     """
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
 
         `valid_BS` (bool) says which tokens count for the load; `experts` has one entry for each MoE layer; `bias_LE` is
         float32. `recorded_BSLK` (kernels/replay.py) are experts to take instead of those that the gates choose.
-        The outputs of the layers `depths` are returned beside the last one, which is behind the final norm.
+        The outputs of the layers `depths` are returned beside the last one, which is after the final norm.
         `recompute` keeps only the input of each block for the backward pass. `noise` (B, S) is that of a noisy router.
         """
         noise = None if noise is None else noise.flattened()
