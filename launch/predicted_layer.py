@@ -120,7 +120,7 @@ def predicted_layer(policy: str, loads_SE: Floats, owner_E: Ints, setting: Setti
     times = [copy_times(plan.placement, topology, setting.costs) for plan in plans]
 
     def described(work: ShardedWorkload, copying: CopyTimes[float]) -> Described:
-        around = around_copies(copying, setting.costs.attention_s, rematerialise=setting.rematerialise)
+        around = around_copies(copying, Around(setting.costs.attention_s), rematerialise=setting.rematerialise)
         return Described(*published(setting.costs, work, copying.sums_s, chunk_s), around, tokens, setting.in_place)
 
     typical = described(_mean(works), _mean(times))
@@ -149,13 +149,13 @@ def _mean(records: Sequence[Numbers]) -> Numbers:
 
 def _pass_times(layer: Described, degrees: Degrees) -> tuple[PassTime, PassTime]:
     """Both passes; what tells each rank what will come is the forward pass's."""
-    costs, work, attention_s = layer.costs, layer.work, layer.around.attention_s
+    costs, work, around = layer.costs, layer.work, layer.around
     found = []
     for timeline_of, products_s, announce_s in (
-        (layer.forward, attention_s + costs.forward.seconds(work.entries), costs.announce_s),
+        (layer.forward, around.attention_s + costs.forward.seconds(work.entries), costs.announce_s),
         (
             layer.backward,
-            2 * attention_s + costs.backward.seconds(work.entries) + costs.weights.seconds(work.entries),
+            around.attention_back_s + costs.backward.seconds(work.entries) + costs.weights.seconds(work.entries),
             0.0,
         ),
     ):

@@ -246,7 +246,7 @@ class Cluster:
 
     @property
     def slice_line(self) -> Line:
-        """A slice of dense gradients by its bytes, there and back (parallel/ordered_sum.py): inside nodes, then across."""
+        """A slice of dense gradients by its bytes, there and back (parallel/ordered_mean.py): inside nodes, then across."""
         start_s, within_s, across_s = self._ring
         return Line(2 * start_s, 2 * (within_s + across_s))
 

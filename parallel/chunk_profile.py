@@ -44,7 +44,7 @@ LINES = {  # the unit in which each is told
 }  # fmt: skip
 UNUSED = Fit(Line(0.0, 0.0), 1.0)
 log = logging.getLogger("tessera")
-Attend = Callable[[int], object]  # computes, forward, what lies before a layer for this many tokens
+Attend = Callable[[int, bool], object]  # computes what lies before a layer for this many tokens, forward, or backward as well
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Profile:
     attention: Fit
     inside: Fit  # this and the next only where tokens travel over two levels, else nothing
     relay: Fit
+    attention_back: float  # this and the next ones as of ExecutionCosts
     announce_s: float
     chunk_s: float
-    times: tuple[tuple[int, float], ...]  # of ExecutionCosts
+    times: tuple[tuple[int, float], ...]
     tokens: int  # of a rank, at most
 
     @staticmethod
@@ -71,14 +72,20 @@ class Profile:
         def line(part: str) -> Fit:
             return Fit(Line(**{key: float(s) for key, s in kept[part]["line"].items()}), float(kept[part]["r_squared"]))
 
-        lines = {name: line(name) for name in LINES}
+        lines: dict[str, Any] = {name: line(name) for name in LINES}
         times = tuple((degree, factor) for degree, factor in kept["times"])
-        return Profile(**lines, announce_s=kept["announce_s"], chunk_s=kept["chunk_s"], times=times, tokens=kept["tokens"])
+        numbers: dict[str, Any] = {name: float(kept[name]) for name in ("attention_back", "announce_s", "chunk_s")}
+        return Profile(**lines, **numbers, times=times, tokens=kept["tokens"])
 
     @property
     def costs(self) -> ExecutionCosts:
-        lines: dict[str, Line] = {name: fitted.line for name, fitted in self._fits()}
-        return ExecutionCosts(**lines, announce_s=self.announce_s, chunk_s=self.chunk_s, times=self.times)
+        lines: dict[str, Any] = {name: fitted.line for name, fitted in self._fits()}
+        numbers: dict[str, Any] = {
+            "attention_back": self.attention_back,
+            "announce_s": self.announce_s,
+            "chunk_s": self.chunk_s,
+        }
+        return ExecutionCosts(**lines, **numbers, times=self.times)
 
     def _fits(self) -> list[tuple[str, Fit]]:
         return [(name, getattr(self, name)) for name in LINES]
@@ -87,7 +94,11 @@ class Profile:
         shown = [(name, fitted, *LINES[name]) for name, fitted in self._fits() if fitted != UNUSED]
         lines = [f"{name} {_told(one, amount)} a {unit} (r^2 {one.r_squared:.4f})" for name, one, unit, amount in shown]
         times = [f"{factor:.2f} {f'in {degree}' if degree else 'in sequence'}" for degree, factor in self.times]
-        lines += [f"a chunk more {1e3 * self.chunk_s:.3g} ms", f"times as long in this many chunks: {', '.join(times)}"]
+        lines += [
+            f"attention {self.attention_back:.3g} times as long backward",
+            f"a chunk more {1e3 * self.chunk_s:.3g} ms",
+            f"times as long in this many chunks: {', '.join(times)}",
+        ]
         return "; ".join(lines)
 
 
@@ -130,12 +141,13 @@ class _Times:
     backward: float
     weights: float
     attention: float
+    attention_back: float
     announce: float
 
     @property
     def seconds(self) -> float:
         """Of both passes, with what comes before them."""
-        once = self.forward + self.backward + self.weights + self.attention + self.announce
+        once = self.forward + self.backward + self.weights + self.attention + self.attention_back + self.announce
         return 2 * (2 * (self.exchange + self.inside + self.copy + self.relay)) + once
 
 
@@ -165,6 +177,7 @@ def _fitted(found: Sequence[_Times], tokens: int) -> Profile:
         attention=line("tokens", "attention"),
         inside=line("inside_bytes", "inside") if two else UNUSED,
         relay=line("inside_bytes", "relay") if two else UNUSED,
+        attention_back=found[-1].attention_back / found[-1].attention,
         announce_s=found[-1].announce,
         chunk_s=0.0,
         times=(),
@@ -279,10 +292,11 @@ def _measure_size(arena: ExpertArena, tokens: int, top_k: int, attend: Attend, r
     return _Times(row_bytes=parts.bytes[0], inside_bytes=parts.bytes[-1], entries=parts.entries, tokens=tokens, **typical)
 
 
-def _turn(parts: LayerParts, attend: Callable[[], object], world: World) -> dict[str, float]:
+def _turn(parts: LayerParts, attend: Callable[[bool], object], world: World) -> dict[str, float]:
     """Seconds of each part of `_Times`."""
     with torch.no_grad():
-        once = {"announce": timed(parts.announce, world), "attention": timed(attend, world)}
+        once = {"announce": timed(parts.announce, world), "attention": timed(partial(attend, False), world)}
+    once["attention_back"] = max(timed(partial(attend, True), world) - once["attention"], 0.0)
     world.barrier()
     marks = Marks(world.device)
     if world.device.type == "cuda":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from parallel.adamw import MOMENTS, AdamW, AdamWSettings, adamw, set_lr, zero_state
 from parallel.expert_shards import ExpertShards
 from parallel.gradient_slices import GradientSlices
+from parallel.placement import TransportKind
 from parallel.topology import World
 
 
@@ -48,13 +49,14 @@ class DenseZeRO:
         dtype: torch.dtype,
         settings: AdamWSettings,
         stage: int,
-        frozen: Sequence[Tensor] = (),
-        places: int = 0,
+        frozen: Sequence[Tensor],
+        places: int,
+        kind: TransportKind,
     ) -> None:
         """Parameters of the module that are `frozen` keep their values: their gradients are 0 and they never decay.
 
         ZeRO keeps their masters and moments like all others, so checkpoints are the same with and without. `places`: of the
-        backward pass where slices of gradients may be sent; with none, ZeRO reduces after it.
+        backward pass where slices of gradients may be sent, by `kind`; with none, ZeRO reduces after it.
         """
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
@@ -78,7 +80,7 @@ class DenseZeRO:
                 "steps_per_print": 10**12,
             },
         )
-        self.slices = GradientSlices(list(module.parameters()), world, places) if places else None
+        self.slices = GradientSlices(list(module.parameters()), world, places, kind) if places else None
         self._share_norm_with_experts()
         self._time_communication()
         self._create_state()

@@ -4,7 +4,7 @@ A slice sets out at a place of the backward pass, which is a place of the progra
 at the next one. Slices have one order and process groups of their own, so ranks agree on the order of collectives, whatever
 order autograd takes. On a GPU a stream of its own carries them, on a CPU a thread.
 
-No bit depends on the slices (ordered_sum.py), so none depends on what was measured or planned.
+No bit depends on the slices (ordered_mean.py), so none depends on what was measured or planned.
 
 Letters: P places.
 """
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.ordered_sum import levels, ordered_sum
+from parallel.ordered_mean import Means, MessageMeans, PeerMeans, levels
+from parallel.placement import TransportKind
 from parallel.profiling import REPEATS, timed
 from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.layers import DenseGradients
@@ -42,14 +43,16 @@ Span = tuple[int, int]  # running sums
 class GradientSlices:
     """The gradients of `parameters`, all of one dtype. All ranks make the same calls in the same order."""
 
-    def __init__(self, parameters: Sequence[Tensor], world: World, places: int) -> None:
-        """`places`: of the backward pass where slices may set out."""
+    def __init__(self, parameters: Sequence[Tensor], world: World, places: int, kind: TransportKind) -> None:
+        """`places`: of the backward pass where slices may set out. `kind`: how gradients travel; in two levels, if at all, they
+        do where nodes have several ranks. Collective."""
         self.world, self.places = world, places
         self._parameters = list(reversed(parameters))
         (self.dtype,) = {parameter.dtype for parameter in parameters}
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self.total = sum(self._sizes)
         self._levels = levels(world)
+        self._means = self._made(kind)
         self._here = [False] * len(self._sizes)  # which gradients are complete
         self._prefix, self._complete = 0, 0  # parameters, and numbers, that are complete with all before them
         # Numbers that are complete at each place on every rank, once it is known; and that have set out behind each: where
@@ -74,6 +77,12 @@ class GradientSlices:
             self._here[index] = True
 
         return note
+
+    def _made(self, kind: TransportKind) -> Means:
+        if kind != "peer_memory":
+            return MessageMeans(self._levels, self.dtype, self.world.device)
+        most = min(self.total, MOST_BYTES // self.itemsize)
+        return PeerMeans(self.world, most, self.dtype, self._levels[0].group)
 
     @property
     def itemsize(self) -> int:
@@ -184,8 +193,8 @@ class GradientSlices:
 
     def _seconds(self, size: int) -> float:
         """Of a message of so many numbers, on the slowest rank."""
-        message = torch.zeros(-(-size // self.world.size) * self.world.size, dtype=self.dtype, device=self.world.device)
-        seconds = torch.tensor(timed(partial(ordered_sum, message, self._levels), self.world), device=self.world.device)
+        message = self._room(size).zero_()
+        seconds = torch.tensor(timed(partial(self._means.mean, message), self.world), device=self.world.device)
         for level in self._levels:
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=level.group)
         return seconds.item()
@@ -196,14 +205,16 @@ class GradientSlices:
         with where:
             self._mark(f"{SETS_OUT} {start}")
             numbers = [self._gradient(one.parameter)[one.start : one.stop] for one in pieces(self._sizes, start, stop)]
-            ranks, size = self.world.size, stop - start
-            message = numbers[0].new_empty(-(-size // ranks) * ranks)
+            size, message = stop - start, self._room(stop - start)
             torch.cat(numbers, out=message[:size])
             message[size:].zero_()
-            means = ordered_sum(message.div_(ranks), self._levels)[:size]
-            for own, mean in zip(numbers, means.split([one.numel() for one in numbers]), strict=True):
-                own.copy_(mean)
+            means = self._means.mean(message)[:size]
+            torch._foreach_copy_(numbers, list(means.split([one.numel() for one in numbers])))
             self._mark(f"{ARRIVES} {start}")
+
+    def _room(self, size: int) -> Tensor:
+        """For so many numbers, and for as many more as make it a multiple of the ranks."""
+        return self._means.room(-(-size // self.world.size) * self.world.size)
 
     def _gradient(self, index: int) -> Tensor:
         """Of a parameter, to read and to write."""

@@ -21,7 +21,6 @@ from parallel.placement import Ints, Placement
 from parallel.sparse_collectives import Parts, Shapes, empty_parts
 from parallel.topology import World
 
-CHANNEL = 1  # of barriers on the stream of the copies
 FEW = 4  # copies. More take turns in two streams: between copies of some megabytes one leaves the link idle a sixth of the time
 
 
@@ -135,7 +134,7 @@ class PeerExperts:
         self._fresh = False
 
     def _barrier(self) -> None:
-        self._rows.memory.barrier(CHANNEL)
+        self._rows.memory.meet()
 
     def gather(self, placement: Placement, row_E: Ints, slots: Mapping[int, int]) -> Copied:
         """Fetches this rank's copies.
@@ -180,7 +179,7 @@ class PeerExperts:
         arrived = [(expert, tuple(part[at : at + count] for part in room)) for expert, at, count in way_home.sums]
 
         def barrier() -> None:
-            staging.memory.barrier(CHANNEL)  # the second time because it may be written again
+            staging.memory.meet()  # the second time because it may be written again
 
         return Returned(self._background.copy(copies, barrier, barrier), arrived)
 

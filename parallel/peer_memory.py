@@ -2,7 +2,7 @@
 
 It reaches as far as one node. What a rank wrote is seen by the others behind a barrier, and may be written anew behind the next
 one, when all have read it; so two blocks in turns need one barrier an exchange. GPUs wait for each other in a kernel of the
-current stream, and the host goes on.
+current stream, or the stream waits by itself, and the host goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from parallel.topology import World
 
+FLAG_BYTES = 16  # of a counter of `meet`, with what keeps the next one apart
+WRITE, WAIT_AT_LEAST = 0, 0  # CU_STREAM_WRITE_VALUE_DEFAULT, CU_STREAM_WAIT_VALUE_GEQ: cyclic, so counters may overflow
 SHARED_FOLDER = Path("/dev/shm")  # of memory, not of a disk, where there is one
 
 
@@ -31,8 +33,9 @@ class PeerMemory:
     Once one is made, every rank is through with what it had started before, so blocks that it replaces may be dropped.
     """
 
-    def __init__(self, world: World, nbytes: int) -> None:
-        self.world, self.nbytes = world, nbytes
+    def __init__(self, world: World, nbytes: int, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: of all ranks, in which CPUs wait for each other; None: their first one."""
+        self.world, self.nbytes, self._group, self._met = world, nbytes, group, 0
         self.of_rank = self._mapped() if world.device.type == "cuda" else _shared_pages(world, nbytes)
         self.pointers_W = torch.tensor([block.data_ptr() for block in self.of_rank], device=world.device)
 
@@ -42,27 +45,58 @@ class PeerMemory:
         # A process may be shown its own GPU alone, as number 0; PyTorch takes equal numbers on a host for one and the same GPU.
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         torch.cuda.synchronize()
-        own = symmetric.empty(self.nbytes, dtype=torch.uint8, device=self.world.device)
+        behind = -(-self.nbytes // FLAG_BYTES) * FLAG_BYTES
+        nbytes = behind + self.world.size * FLAG_BYTES
+        own = symmetric.empty(nbytes, dtype=torch.uint8, device=self.world.device)
+        own[behind:].zero_()
+        torch.cuda.synchronize()
         assert dist.group.WORLD is not None, "ranks have joined"
         self._handle = symmetric.rendezvous(own, group=dist.group.WORLD)
-        others = range(self.world.size)
-        return [own if r == self.world.rank else self._handle.get_buffer(r, (self.nbytes,), torch.uint8) for r in others]
+        ranks = range(self.world.size)
+        blocks = [own if r == self.world.rank else self._handle.get_buffer(r, (nbytes,), torch.uint8) for r in ranks]
+        self._flags_W = [block.data_ptr() + behind for block in blocks]
+        return [block[: self.nbytes] for block in blocks]
 
     @property
     def own(self) -> Tensor:
         return self.of_rank[self.world.rank]
 
-    def barrier(self, channel: int = 0) -> None:
-        """Behind it every rank sees what all had written before it. Streams that may wait at the same time take channels of
-        their own.
+    def barrier(self) -> None:
+        """Behind it every rank sees what all had written before it.
 
         Who waits longer than a collective may says for which rank, on standard output, and fails: a GPU whose peer is gone
         would wait for as long as its process lives, and its host would not see it.
         """
         if self.world.device.type == "cuda":
-            self._handle.barrier(channel=channel, timeout_ms=int(1000 * self.world.timeout_s))
+            self._handle.barrier(channel=0, timeout_ms=int(1000 * self.world.timeout_s))
         else:
-            self.world.barrier()
+            dist.barrier(self._group)
+
+    def meet(self) -> None:
+        """A barrier for a stream beside the one that computes: of a GPU it takes no processor.
+
+        A waiting kernel would keep one from products that take all of them, so these would begin without it and end late, on
+        all ranks in turn. Here the stream itself writes to each rank's memory how often it has met, and waits until all have
+        written that to this one's. Who waits for a rank that is gone waits until its process ends.
+        """
+        if self.world.device.type == "cpu":
+            self.barrier()
+            return
+        from cuda.bindings import driver  # of PyTorch's own requirements, where it is built for GPUs
+
+        stream, rank = torch.cuda.current_stream(self.world.device).cuda_stream, self.world.rank
+        others = [other for other in range(self.world.size) if other != rank]
+        self._met += 1
+        for other in others:
+            _check(driver.cuStreamWriteValue32(stream, self._flags_W[other] + FLAG_BYTES * rank, self._met, WRITE))
+        for other in others:
+            _check(driver.cuStreamWaitValue32(stream, self._flags_W[rank] + FLAG_BYTES * other, self._met, WAIT_AT_LEAST))
+
+
+def _check(answer: tuple[Any]) -> None:
+    """What the driver says to an order."""
+    if int(answer[0]):
+        raise RuntimeError(f"the CUDA driver does not let a stream write to, or wait for, memory: {answer[0]}")
 
 
 def view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

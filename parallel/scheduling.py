@@ -127,7 +127,7 @@ class Scheduling:
             kind: Way(profile.costs, [self._work(plan, loads_E, kind) for plan in owners])
             for kind, profile in self._profiles.items()
         }
-        choice = choose_transport(ways, tokens, [Around(first.costs.attention.seconds(tokens))] * len(owners))
+        choice = choose_transport(ways, tokens, [first.costs.around(tokens)] * len(owners))
         self._arena.travel(choice.kind)
         self._profile, self._transport = self._profiles[choice.kind], dict(choice.seconds)
         log.info("tokens travel by %s: all layers are expected to take %s", choice.kind, choice)
@@ -178,11 +178,11 @@ class Scheduling:
     def _around(self, plan: Plan, copying: LayerCosts | None, tokens: int) -> Around:
         """Of a layer: its attention, and the copies under this plan."""
         assert self._profile is not None, "planning follows measuring"
-        attention_s = self._profile.costs.attention.seconds(tokens)
+        around = self._profile.costs.around(tokens)
         if copying is None:
-            return Around(attention_s)
+            return around
         times = copy_times(plan.placement, self._arena.world.topology, copying)
-        return around_copies(times, attention_s, rematerialise=self._arena.rematerialise)
+        return around_copies(times, around, rematerialise=self._arena.rematerialise)
 
     def _work(self, plan: Plan, loads_E: Floats, kind: TransportKind | None = None) -> LayerWork:
         """`kind`: by which tokens travel; None: as now."""

@@ -83,7 +83,7 @@ class TrainerState:
         self.model.to(world.device)
         slices = spec.parallel.schedule != "off" and world.size > 1
         places = PLACES_OF_LAYER * config.num_moe_layers if slices else 0
-        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen(), places)
+        self.dense = DenseZeRO(self.model, world, dtype, spec.adamw, spec.parallel.zero_stage, self._frozen(), places, kind)
         kinds = alternatives(spec.parallel.transport, kind)
         self.scheduling = Scheduling(self.experts.arena, fixed, config.top_k, folder, kinds, self.dense.slices)
         self.bias_LE = torch.zeros(config.num_moe_layers, config.num_experts, device=world.device)

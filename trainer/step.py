@@ -61,7 +61,7 @@ class Trainer(TrainerState):
         batch = batch.to(self.world.device)
         length = batch.tokens_BS.shape[1]
         tokens = min(self.spec.micro_rows, batch.num_rows) * length
-        self.scheduling.prepare(tokens, lambda tokens: self._attention(tokens, length))
+        self.scheduling.prepare(tokens, lambda tokens, backward: self._attention(tokens, length, backward))
         weight, denominator = self._weight(batch)
         totals, counts_LE, on_host = self._gradients(batch, objective, denominator)
         # While the device is still in the backward pass, the host plans with the loads, before it waits for the device.
@@ -263,12 +263,12 @@ class Trainer(TrainerState):
         found = ShardedExperts(layer, weights.arena, calibrate, degrees, slices=self.dense.slices)
         return replace(found, mark=marks) if layer == 0 and marks is not None and torch.is_grad_enabled() else found
 
-    def _attention(self, tokens: int, length: int) -> Tensor:
-        """Forward pass of one layer's attention over this many tokens in rows of at most `length`, for timing."""
+    def _attention(self, tokens: int, length: int, backward: bool) -> None:
+        """One layer's attention over this many tokens in rows of at most `length`, for timing."""
         rows, length = max(tokens // length, 1), min(length, tokens)
         documents_BS = torch.zeros(rows, length, dtype=torch.int64, device=self.world.device)
         attend = self._attend(documents_BS)
-        return self.model.last_attention(positions_of(documents_BS), attend, getattr(torch, self.spec.dtype))
+        self.model.last_attention(positions_of(documents_BS), attend, getattr(torch, self.spec.dtype), backward)
 
     def _attend(self, documents_BS: Tensor, on_host_BS: Tensor | None = None) -> Attend:
         read_BS = documents_BS if on_host_BS is None else on_host_BS

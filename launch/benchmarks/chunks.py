@@ -1,6 +1,6 @@
 """MoE layers on the ranks of this machine, whole and in chunks, and what lies around them: measured beside predicted.
 
-    peer memory    what training takes where ranks read each other's memory: whole
+    peer memory    what training takes where ranks read each other's memory: whole, predicted as placements are (layer_cost.py)
     off            one message after the other, each waited for where it sets out: nothing overlaps
     degree r       r chunks forward and backward; at 1 the gradients of weights hide the last way back
     plan           degrees, and bytes of slices, that the measured parts of the layers let expect to be the fastest
@@ -19,7 +19,7 @@ K top-k, D model, P places of the backward pass where slices set out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -32,7 +32,7 @@ from torch.nn import functional
 from kernels.router import Routing
 from launch.benchmarks.contest import Inputs
 from launch.benchmarks.experts import draw_inputs, draw_matrices
-from launch.benchmarks.fssdp import routed
+from launch.benchmarks.fssdp import arena_of, routed
 from launch.benchmarks.options import Shape
 from launch.benchmarks.ranks import slowest
 from launch.benchmarks.timing import Call
@@ -40,8 +40,10 @@ from parallel.chunk_profile import LayerParts, measure
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.flows import Plan
 from parallel.gradient_slices import GradientSlices
+from parallel.layer_cost import Setting, layer_time
 from parallel.moe_layer import ShardedExperts
-from parallel.placement import TransportKind, even_owners, without_copies
+from parallel.placement import Budget, TransportKind, even_owners, without_copies
+from parallel.profiling import measure_costs
 from parallel.schedule.execution import layer_work
 from parallel.schedule.generalised import Around
 from parallel.schedule.layers import DenseGradients, passes_s, plan_layers, with_slices
@@ -153,9 +155,10 @@ def measure_layers(world: World, told: Told, cases: None) -> dict[AroundName, Fo
     sides = [Side(stack, kind, experts) for kind in kinds]
     if transport_kind("auto", world) == "peer_memory":
         sides.append(Side(stack, "peer_memory", experts))
-    reduce = stack.slices.measure()
-    sides[0].run("gradients", Schedule([WHOLE] * told.layers, ()))  # the ranks see what is complete where
-    gradients = stack.slices.gradients(reduce.line)
+    lines = [side.slices.measure().line for side in sides]
+    for side in sides:
+        side.run("gradients", Schedule([WHOLE] * told.layers, ()))  # the ranks see what is complete where
+    gradients = {side.kind: side.slices.gradients(line) for side, line in zip(sides, lines, strict=True)}
     return {around: _found(around, stack, sides, gradients) for around in told.around}
 
 
@@ -166,15 +169,18 @@ class Stack:
         self.told, self.world, self.pull = told, world, inputs.pull
         torch.manual_seed(told.seed)
         self.dense = Dense(told).to(world.device, dtype)
-        self.slices = GradientSlices(list(self.dense.parameters()), world, PLACES_OF_LAYER * told.layers)
         self.x_TD, self.weights_TK = inputs.tensors["x_TD"].detach(), inputs.tensors["weights_TK"].detach()
         self.experts_TK = inputs.tensors["experts_TK"]
-        self._message = torch.zeros(self.slices.total, dtype=dtype, device=world.device)
+        numbers = sum(parameter.numel() for parameter in self.dense.parameters())
+        self._message = torch.zeros(numbers, dtype=dtype, device=world.device)
 
-    def attend(self, tokens: int) -> object:
-        """Forward, of one layer."""
-        count = max(tokens // self.told.length, 1) * self.told.length
-        return self.dense.layers[0](self.x_TD[:count], self.experts_TK[:count])
+    def attend(self, tokens: int, backward: bool) -> None:
+        """Of one layer; leaves no gradients."""
+        count, layer = max(tokens // self.told.length, 1) * self.told.length, self.dense.layers[0]
+        x_TD = self.x_TD[:count].detach().requires_grad_(backward)
+        found = layer(x_TD, self.experts_TK[:count])
+        if backward:
+            torch.autograd.grad(found, [x_TD, *layer.parameters()], [torch.ones_like(one) for one in found])
 
     def attention(self, number: int = 0, *, backward: bool = True) -> object:
         """Of all layers, alone."""
@@ -198,21 +204,26 @@ class Side:
         self.kind, self.stack = kind, stack
         told, world = stack.told, stack.world
         self._arena = stacked_arena(told, world, experts, kind)
-        if kind == "peer_memory":
-            return
-        shape = told.shape
-        self.profile = measure(self._arena, told.tokens, shape.top_k, stack.attend)
+        self.slices = GradientSlices(list(stack.dense.parameters()), world, PLACES_OF_LAYER * told.layers, kind)
+        shape, plan = told.shape, Plan(self._arena.placements[0])
         counts_E = torch.bincount(stack.experts_TK.flatten(), minlength=shape.experts)
         loads_E = world.sum(counts_E).double().cpu().numpy()
+        if kind == "peer_memory":
+            unused = arena_of(shape, world, experts, 0, lambda row, gradients: None, kind)
+            costs = measure_costs(unused, told.tokens, shape.top_k, planning=lambda costs: None)
+            setting = Setting(world.topology, shape.top_k, Budget(shape.experts, 0), False, costs, kind)
+            expected = layer_time(plan, loads_E, setting)
+            self.layer_s = expected.total_s - expected.sums_s  # nobody adds up gradients of experts here
+            return
+        self.profile = measure(self._arena, told.tokens, shape.top_k, stack.attend)
         row_bytes = shape.hidden * experts[0].itemsize
-        plan = Plan(self._arena.placements[0])
         work = layer_work(plan, loads_E, world.topology, shape.top_k, row_bytes, kind)
         self.way = Way(self.profile.costs, [work] * told.layers)
         self._parts = LayerParts(self._arena, told.tokens, shape.top_k)
 
     def run(self, around: AroundName, schedule: Schedule, number: int = 0) -> object:
         """Forward and backward."""
-        stack, slices = self.stack, self.stack.slices
+        stack, slices = self.stack, self.slices
         stack.world.exposed.forget()  # an update would take it
         stack.dense.zero_grad()
         sliced = around == "gradients" and schedule.bytes_P is not None
@@ -264,24 +275,24 @@ def stacked_arena(told: Told, world: World, experts: tuple[Tensor, ...], kind: T
 NAMES: dict[TransportKind, str] = {"messages": "messages, ", "two_level": "two levels, ", "peer_memory": "peer memory, "}
 
 
-def _found(around: AroundName, stack: Stack, sides: Sequence[Side], gradients: DenseGradients) -> Found:
+def _found(around: AroundName, stack: Stack, sides: Sequence[Side], gradients: Mapping[TransportKind, DenseGradients]) -> Found:
     """What runs with one thing around the layers, and what was predicted of it."""
     told, sending = stack.told, [side for side in sides if side.kind != "peer_memory"]
     calls: dict[str, Call] = {}
-    for side in sides[len(sending) :]:
-        calls |= {
-            f"{NAMES[side.kind]}{name}": partial(side.run, around, schedule)
-            for name, schedule in _in_place(around, told.layers, gradients).items()
-        }
-    names = {side.kind: NAMES[side.kind] if len(sending) > 1 else "" for side in sending}
     predicted_s: dict[str, float] = {}
+    for side in sides[len(sending) :]:
+        for name, schedule in _in_place(around, told.layers, gradients[side.kind]).items():
+            name = f"{NAMES[side.kind]}{name}"
+            calls[name] = partial(side.run, around, schedule)
+            predicted_s[name] = _in_place_s(around, side, _arounds(around, sending[0]), schedule, gradients)
+    names = {side.kind: NAMES[side.kind] if len(sending) > 1 else "" for side in sending}
     planned: dict[str, str] = {}
     for side in sending:
-        schedules, plans = _schedules(around, side, gradients)
-        calls |= {f"{names[side.kind]}{name}": partial(side.run, around, one) for name, one in schedules.items()}
-        predicted_s |= {
-            f"{names[side.kind]}{name}": _predicted_s(around, side, one, gradients) for name, one in schedules.items()
-        }
+        schedules, plans = _schedules(around, side, gradients[side.kind])
+        for name, schedule in schedules.items():
+            name = f"{names[side.kind]}{name}"
+            calls[name] = partial(side.run, around, schedule)
+            predicted_s[name] = _predicted_s(around, side, schedule, gradients[side.kind])
         planned[f"{names[side.kind]}plan"] = plans
     alone: dict[str, Call] = {"computing": partial(sending[0].computing, around)}
     alone |= {f"{names[side.kind]}communication": partial(side.communication, around) for side in sending}
@@ -310,6 +321,22 @@ def _in_place(around: AroundName, layers: int, gradients: DenseGradients) -> dic
     return {"gradients behind": Schedule(whole), "whole": Schedule(whole, gradients.when_complete_P)}
 
 
+def _in_place_s(
+    around: AroundName,
+    side: Side,
+    arounds: Sequence[Around],
+    schedule: Schedule,
+    gradients: Mapping[TransportKind, DenseGradients],
+) -> float:
+    """Attention and layers one behind the other, and what is left of the gradients: all of them in one message, if behind."""
+    left_s = 0.0
+    if around == "gradients" and schedule.bytes_P is None:
+        left_s = gradients["messages"].left_s(())
+    elif around == "gradients":
+        left_s = gradients[side.kind].left_s(schedule.bytes_P or ())
+    return sum(side.layer_s + one.attention_s + one.attention_back_s for one in arounds) + left_s
+
+
 def _schedules(around: AroundName, side: Side, gradients: DenseGradients) -> tuple[dict[str, Schedule], str]:
     """(what runs where tokens travel as messages, in how many chunks the plan has the layers)."""
     told = side.stack.told
@@ -327,8 +354,8 @@ def _schedules(around: AroundName, side: Side, gradients: DenseGradients) -> tup
 
 def _arounds(around: AroundName, side: Side) -> list[Around]:
     """But for the slices."""
-    attention_s = 0.0 if around == "nothing" else side.way.costs.attention.seconds(side.stack.told.tokens)
-    return [Around(attention_s)] * side.stack.told.layers
+    one = Around() if around == "nothing" else side.way.costs.around(side.stack.told.tokens)
+    return [one] * side.stack.told.layers
 
 
 def _predicted_s(around: AroundName, side: Side, schedule: Schedule, gradients: DenseGradients) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology, TransportKind
-from parallel.schedule.cost import Line
+from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
 from parallel.schedule.generalised import ALONE, LINK, Around, backward_around, forward_around
 from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
@@ -43,9 +43,14 @@ class ExecutionCosts:
     announce_s: float  # what tells each rank what will come
     inside: Line = NOTHING  # of rows on the leg within nodes, where there are two; amounts as of the exchange
     relay: Line = NOTHING  # of these rows, to where their message is sent from, or summed where it arrives; the same amounts
+    attention_back: float = BACKWARD_PRODUCTS  # the time of its backward pass over that of its forward pass
     chunk_s: float = 0.0  # of each chunk of a pass after the first, beside its parts: until the host has started them
     # (chunks, how many times as long both passes took in this many as all this says; 0 chunks: with nothing overlapping)
     times: tuple[tuple[int, float], ...] = ()
+
+    def around(self, tokens: int) -> Around:
+        """What lies around a layer of this many tokens, without copies and slices."""
+        return Around(self.attention.seconds(tokens), attention_back=self.attention_back)
 
     def factor(self, degree: int) -> float:
         """For a pass in this many chunks; between those that were measured on a line, and after the last as there."""

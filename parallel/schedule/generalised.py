@@ -28,6 +28,11 @@ class Around:
     back: Copies = NO_COPIES  # their gradients, and what else travels then, under the backward pass of the attention
     layer_slice_s: float = 0.0  # dense gradients that travel after the dispatches of the backward pass
     dense_slice_s: float = 0.0  # and after its experts
+    attention_back: float = BACKWARD_PRODUCTS  # the time of the attention's backward pass over that of its forward pass
+
+    @property
+    def attention_back_s(self) -> float:
+        return self.attention_back * self.attention_s
 
     @property
     def copies_s(self) -> float:
@@ -37,13 +42,16 @@ class Around:
 ALONE = Around()
 
 
-def around_copies(times: CopyTimes[float], attention_s: float, *, rematerialise: bool) -> Around:
-    """`rematerialise`: copies are fetched again for the backward pass, those of the layer before under the attention of this
-    one; as many, more or less."""
+def around_copies(times: CopyTimes[float], around: Around, *, rematerialise: bool) -> Around:
+    """With copies under the attention.
+
+    `rematerialise`: they are fetched again for the backward pass, those of the layer before under the attention of this one; as
+    many, more or less.
+    """
     copies, back = Copies(times.across_s, times.within_s), Copies(times.back_across_s, times.within_s)
     if rematerialise:
         back = Copies(back.across_s + copies.across_s, back.within_s + copies.within_s)
-    return Around(attention_s, copies, back)
+    return replace(around, copies=copies, back=back)
 
 
 def forward_around(layer: Sequence[Task], around: Around) -> list[Task]:
@@ -80,7 +88,7 @@ def backward_around(layer: Sequence[Task], around: Around) -> list[Task]:
     if around.attention_s:
         followed = {place for task in tasks for place in task.after}
         ends = tuple(place for place, task in enumerate(tasks) if place not in followed and task.name != GRADIENTS)
-        tasks.append(Task(ATTENTION, COMPUTE, BACKWARD_PRODUCTS * around.attention_s, ends))
+        tasks.append(Task(ATTENTION, COMPUTE, around.attention_back_s, ends))
     under = ((COPIES, within, around.back.within_s), (COPIES, across, around.back.across_s))
     for name, resource, seconds in (*under, (GRADIENTS, across, around.dense_slice_s)):
         if seconds:
@@ -131,7 +139,7 @@ def slots_of(
     """
     options = tuple(_pipelined(backward_of(degree), degree, factor(degree)) for degree in degrees)
     back_s = around.back.across_s + around.back.within_s
-    dense = Pipelined(1, back_s, max(BACKWARD_PRODUCTS * around.attention_s, back_s))
+    dense = Pipelined(1, back_s, max(around.attention_back_s, back_s))
     return [Slot(options, ready[0]), Slot((dense,), ready[1])]
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
+from parallel.schedule.cost import Line
 from parallel.schedule.execution import (
     ExecutionCosts,
     LayerPlan,
@@ -113,7 +113,7 @@ def passes_s(
     for work, around, degrees in zip(works, arounds, degrees_L, strict=True):
         if degrees.in_sequence:
             alone_s = costs.announce_s + in_sequence_s(costs, work)
-            forward_s += (1 + BACKWARD_PRODUCTS) * around.attention_s + around.copies_s + alone_s
+            forward_s += around.attention_s + around.attention_back_s + around.copies_s + alone_s
             more_s += (costs.factor(0) - 1) * alone_s
             continue
         ahead = forward_tasks(costs, work, degrees.forward)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from parallel import chunk_profile, gradient_slices
 from parallel.gradient_slices import GradientSlices, Span
+from parallel.peer_memory import within_reach
+from parallel.placement import TransportKind
 from parallel.schedule.generalised import LINK
 from parallel.schedule.pipeline import ATTENTION, COMPUTE, COPIES, GRADIENTS
 from parallel.scheduling import ANNOUNCE, FILE, SLICES, WAITING
@@ -84,11 +86,13 @@ class Noting(GradientSlices):
         super()._start(span)
 
 
-def averaged(world: World, case: Case, bytes_P: tuple[int, ...] | None, rounds: int) -> tuple[list[Tensor], Any, list[Span]]:
+def averaged(
+    world: World, case: Case, bytes_P: tuple[int, ...] | None, rounds: int, kind: TransportKind
+) -> tuple[list[Tensor], Any, list[Span]]:
     """The gradients after a backward pass in an order of this rank's own, what is complete at which place, and the slices."""
     gradient_slices.MOST_BYTES = case.most_bytes
     parameters = [nn.Parameter(torch.zeros(size, dtype=case.dtype, device=world.device)) for size in case.sizes]
-    slices = Noting(parameters, world, PLACES)
+    slices = Noting(parameters, world, PLACES, kind)
     slices._least = case.least
     for number in range(rounds):
         slices.order = []
@@ -125,8 +129,10 @@ def reduce_all(world: World, cases: list[Case]) -> list[list[tuple[list[Tensor],
     found = []
     for case in cases:
         near = replace(world, ranks_per_node=min(case.per_node, world.size))
-        first = averaged(near, case, None, 2)
-        rest = [averaged(near, case, legal(case, cut, first[1]), 2) for cut in case.cuts]
+        first = averaged(near, case, None, 2, "messages")
+        rest = [averaged(near, case, legal(case, cut, first[1]), 2, "messages") for cut in case.cuts]
+        if near.topology.nodes == 1 and within_reach(near):
+            rest += [averaged(near, case, legal(case, case.cuts[0], first[1]), 2, "peer_memory")]
         found.append([first, *rest])
     return found
 
@@ -157,7 +163,7 @@ def test_means_have_the_same_bits_for_any_slices_and_slices_one_order(size: int,
 
 
 def places_of(world: World) -> str:
-    slices = GradientSlices([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))], world, 2)
+    slices = GradientSlices([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))], world, 2, "messages")
     slices.complete_P = (6, 6)
     slices.take((8, 16))
     assert slices.sums_P == (2, 6)

@@ -24,21 +24,24 @@ from tests.gpu.needs import RANKS, gpus, linked
 pytestmark = [pytest.mark.gpu, gpus(2)]
 
 
-def read_the_next(world: World) -> tuple[bool, list[list[int]]]:
-    """What a rank finds in the next one's memory, round after round in two blocks."""
+def read_the_next(world: World, wait: str = "barrier") -> tuple[bool, list[list[int]]]:
+    """What a rank finds in the next one's memory, round after round in two blocks. Ranks set out late in turn."""
     blocks = [PeerMemory(world, 4096) for _ in range(2)]
     found = []
     for turn in range(20):
         block = blocks[turn % 2]
+        if turn % world.size == world.rank:
+            torch.cuda._sleep(10_000_000)
         view(block.own, 0, (1024,), torch.int32).fill_(1000 * world.rank + turn)
-        block.barrier()
+        getattr(block, wait)()
         found.append(view(block.of_rank[(world.rank + 1) % world.size], 0, (1024,), torch.int32).unique().tolist())
     return within_reach(world), found
 
 
 @linked(RANKS)
-def test_ranks_see_what_others_wrote_before_a_barrier() -> None:
-    for rank, (reachable, found) in enumerate(run_ranks(read_the_next, RANKS, kind="cuda")):
+@pytest.mark.parametrize("wait", ["barrier", "meet"])
+def test_ranks_see_what_others_wrote_before_they_met(wait: str) -> None:
+    for rank, (reachable, found) in enumerate(run_ranks(read_the_next, RANKS, wait, kind="cuda")):
         assert reachable, "the GPUs of this machine are not linked"
         assert found == [[1000 * ((rank + 1) % RANKS) + turn] for turn in range(20)]
 

@@ -257,14 +257,15 @@ class Transformer(nn.Module):
             torch.stack(replaced).mean(dim=0).view_as(tokens_BS) if replaced else None,
         )
 
-    def last_attention(self, positions_BS: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """That of the last block alone, over hidden states of one, for who times it: out_BSD."""
+    def last_attention(self, positions_BS: Tensor, attend: Attend, dtype: torch.dtype, backward: bool) -> None:
+        """That of the last block alone, over hidden states of one, for who times it; leaves no gradients."""
         angles = Angles(*rope(positions_BS, self.config))
         block = self.blocks[-1]
         assert isinstance(block, Block)
         x_BSD = torch.ones(*positions_BS.shape, self.config.hidden_size, dtype=dtype, device=positions_BS.device)
-        found: Tensor = block.attention(block.layer, x_BSD, angles, attend)
-        return found
+        out_BSD = block.attention(block.layer, x_BSD.requires_grad_(backward), angles, attend)
+        if backward:
+            torch.autograd.grad(out_BSD, [x_BSD, *block.attention.parameters()], torch.ones_like(out_BSD))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ lines = st.builds(Line, whole, st.integers(1, 5).map(float))
 costs = st.builds(ExecutionCosts, lines, lines, lines, lines, lines, lines, whole)
 works = st.builds(LayerWork, st.integers(0, 16).map(float), st.integers(1, 16).map(float))
 copies = st.builds(Copies, whole, whole)
-arounds = st.builds(Around, whole, copies, copies, whole, whole)
+arounds = st.builds(Around, whole, copies, copies, whole, whole, attention_back=st.integers(0, 4))
 degrees = st.integers(1, 8)
 
 
@@ -37,7 +37,7 @@ def test_what_lies_around_is_added_to_the_layer_and_no_link_does_two_things(
         (forward_tasks, forward_around, around.attention_s + around.copies.across_s + around.copies.within_s),
         (
             *(backward_tasks, backward_around),
-            2 * around.attention_s + around.back.across_s + around.back.within_s + around.layer_slice_s + around.dense_slice_s,
+            around.attention_back_s + around.back.across_s + around.back.within_s + around.layer_slice_s + around.dense_slice_s,
         ),
     ):
         layer = layer_tasks(measured, work, degree)

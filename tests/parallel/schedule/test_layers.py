@@ -33,9 +33,9 @@ def test_layers_run_one_behind_the_other(
     count = len(each)
     alone = [layer_seconds(measured, work, degree) for work in each]
     assert passes_s(measured, each, [ALONE] * count, [degree] * count) == pytest.approx(sum(alone))
-    around = [Around(attention_s)] * count
-    assert passes_s(measured, each, around, [degree] * count) == pytest.approx(sum(alone) + 3 * count * attention_s)
-    off_s = sum(in_sequence_s(measured, work) + measured.announce_s + 3 * attention_s for work in each)
+    around = [Around(attention_s, attention_back=3.0)] * count
+    assert passes_s(measured, each, around, [degree] * count) == pytest.approx(sum(alone) + 4 * count * attention_s)
+    off_s = sum(in_sequence_s(measured, work) + measured.announce_s + 4 * attention_s for work in each)
     assert passes_s(measured, each, around, [OFF] * count, left_s=7.0) == pytest.approx(off_s + 7)
 
 
