@@ -18,12 +18,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from parallel.flows import Flows, Plan, flows
+from parallel.flows import TINY, Flows, Plan, flows
 from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
 NUMBERS = 15  # in LayerCosts.numbers
-TINY = 1e-300  # divides nothing by something
 
 
 @dataclass(frozen=True)
@@ -239,22 +238,21 @@ def _in_two_levels(found: Flows, own_D: Floats, tokens_1: Floats, setting: Setti
     return Exchanged(within_bytes, across_bytes, rows * exchanges(found, setting))
 
 
-def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: float | Floats, top_k: int) -> Floats:
+def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: Floats, top_k: int) -> Floats:
     """The rows that come to each device with so many entries from other numbers of `sources`, devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
     tokens go there.
     """
-    most_K1 = np.array(sources).reshape(-1, *[1] * (in_KD.ndim - 1)) * tokens
+    most_K1 = np.multiply.outer(sources, tokens)
     part_KD = np.minimum(in_KD / np.maximum(most_K1 * top_k, TINY), 1.0)
     return np.asarray(most_K1 * (1 - (1 - part_KD) ** top_k))
 
 
 def _most(rows_D: Floats, in_D: Floats, out_D: Floats) -> Floats:
     """The largest number of rows that a device takes or gives; it gives as many rows an entry as all do."""
-    total = in_D.sum(axis=-1)
-    gives = out_D.max(axis=-1) * rows_D.sum(axis=-1) / np.maximum(total, TINY)
-    return np.asarray((total > 0) * np.maximum(rows_D.max(axis=-1), gives))
+    gives = out_D.max(axis=-1) * rows_D.sum(axis=-1) / np.maximum(in_D.sum(axis=-1), TINY)
+    return np.asarray(np.maximum(rows_D.max(axis=-1), gives))
 
 
 def _travel(sent_bytes: Floats, link: Link) -> Floats:
