@@ -12,6 +12,7 @@ Letters: L layers, E experts of a layer, D devices, M messages, K top-k, H hops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Generic, TypeVar
@@ -297,7 +298,12 @@ def copy_times_of(placements: Placements, topology: Topology, costs: LayerCosts)
         return CopyTimes(nothing, nothing, nothing, owned_LD.max(axis=1) * costs.sum_s)
     found = routes_of(placements, topology)
     layer_M = found.expert_M // experts
-    sent_LHD, taken_LHD = (_experts(found, side_M, layer_M, placements) for side_M in (found.source_M, found.target_M))
+    # How many experts a device sends in each hop, and takes; halves are counted as such.
+    shape, amount_M = (layers, found.across + 1, devices), np.where(found.half_M == WHOLE, 1.0, 0.5)
+    at_M = (layer_M * shape[1] + found.hop_M) * devices
+    sent_LHD, taken_LHD = (
+        np.bincount(at_M + side_M, amount_M, math.prod(shape)).reshape(shape) for side_M in (found.source_M, found.target_M)
+    )
     amount_LHD = np.maximum(sent_LHD, taken_LHD)
     crossing_L, inside_L = _longest(found, layer_M, amount_LHD), amount_LHD[:, -1].max(axis=1)
     hops_L = (amount_LHD[:, :-1].any(axis=2) * np.arange(1, found.across + 1)).max(axis=1, initial=0)
@@ -325,15 +331,6 @@ def _longest(found: Routes, layer_M: Ints, amount_LHD: Floats) -> Floats:
         ready_D += amount_LHD[:, hop].ravel()
         first = last
     return np.asarray(ready_D.reshape(layers, devices).max(axis=1))
-
-
-def _experts(found: Routes, side_M: Ints, layer_M: Ints, placements: Placements) -> Floats:
-    """(L, hops, D): how many experts a device sends in each hop, or takes; halves are counted as such."""
-    layers, _, devices = placements.copies_LED.shape
-    amount_M = np.where(found.half_M == WHOLE, 1.0, 0.5)
-    at_M = (layer_M * (found.across + 1) + found.hop_M) * devices + side_M
-    counts = np.bincount(at_M, weights=amount_M, minlength=layers * (found.across + 1) * devices)
-    return np.asarray(counts.reshape(layers, found.across + 1, devices))
 
 
 def hidden_copies(costs: LayerCosts, nodes: int) -> int:
