@@ -37,8 +37,7 @@ def numbers_of_copies(loads_LE: Floats, setting: Setting) -> tuple[Ints, Bools]:
     full_LE, proportional_LE = both_LE[: len(loads_LE)], both_LE[len(loads_LE) :]
     most_L = (flat_LE / (full_LE + 1)).max(axis=1)
     hot_LE = np.argsort(-loads_LE, axis=1, kind="stable")
-    place_LE = np.empty_like(hot_LE)
-    place_LE[np.arange(len(hot_LE))[:, None], hot_LE] = np.arange(experts)  # 0 of the hottest
+    place_LE = hot_LE.argsort(axis=1)  # 0 of the hottest
     part_LC = PARTS * mean_L[:, None]
     flat_LC = np.array(FEWER) * most_L[:, None]
     parts_LCE = np.concatenate([loads_LE[:, None] / part_LC[..., None], flat_LE[:, None] / flat_LC[..., None]], axis=1)
@@ -49,7 +48,7 @@ def numbers_of_copies(loads_LE: Floats, setting: Setting) -> tuple[Ints, Bools]:
             full_LE[:, None],
             proportional_LE[:, None],
             (rest // experts + (place_LE < rest % experts))[:, None],
-            np.ceil(parts_LCE).astype(np.int64).clip(1, devices) - 1,
+            np.maximum(np.minimum(np.ceil(parts_LCE), devices).astype(np.int64) - 1, 0),
             (place_LE[:, None] < np.array(everywhere)[:, None]) * (devices - 1),
         ],
         axis=1,
@@ -93,8 +92,8 @@ def expected_times(extra_LCE: Ints, loads_LE: Floats, owner_LE: Ints, setting: S
     backward_LC = return_LC + gather_LC if setting.rematerialise else return_LC
     waited_LC = np.maximum(gather_LC - costs.attention_s, 0.0)
     if present is not None:  # what is here need not come, and what comes is waited for
-        new_LCE = np.maximum(extra_LCE - present.beside_LED.sum(axis=2)[:, None], 0)
-        waited_LC, _, _ = _ways(new_LCE, owner_LE, setting)
+        here_LE = present.extra_LE
+        waited_LC = _ways(np.maximum(extra_LCE - here_LE[:, None], 0), owner_LE, setting)[0] if here_LE.any() else gather_LC
     waited_LC = waited_LC + np.maximum(backward_LC - 2 * costs.attention_s, 0.0)
     return np.asarray(products_LC + 4 * exchange_LC + beside_rows_s(exchanges_LC, costs) + waited_LC + sums_LC * costs.sum_s)
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from parallel.placement import Bools, Floats, Placement, Placements, Topology
 
+TINY = 1e-300  # divides nothing by something
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -109,7 +111,7 @@ def flows_of(
     without_EN = per_node - np.bincount(cell_H, minlength=layers * experts * nodes).reshape(-1, nodes)
     # Devices without the expert give to the holders on their node, in proportion to their weights; on bare nodes, to all.
     bare_EN = weight_EN == 0
-    near_H = without_EN.ravel()[cell_H] * weight_H / np.where(weight_H > 0, weight_EN.ravel()[cell_H], 1.0)
+    near_H = without_EN.ravel()[cell_H] * weight_H / np.maximum(weight_EN.ravel()[cell_H], TINY)
     far_E = part_E * (without_EN * bare_EN).sum(axis=1) / weight_E
     own_LD = on_devices(part_H)
     near_LD = on_devices(part_H * near_H)

@@ -12,18 +12,18 @@ Letters: L layers, E experts of a layer, D devices, M messages, K top-k, H hops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from parallel.flows import Flows, Plan, flows
+from parallel.flows import TINY, Flows, Plan, flows
 from parallel.placement import Bools, Budget, Floats, Ints, Placement, Placements, Topology, TransportKind, on_owners
 from parallel.routes import WHOLE, Routes, routes_of
 
 NUMBERS = 15  # in LayerCosts.numbers
-TINY = 1e-300  # divides nothing by something
 
 
 @dataclass(frozen=True)
@@ -239,22 +239,21 @@ def _in_two_levels(found: Flows, own_D: Floats, tokens_1: Floats, setting: Setti
     return Exchanged(within_bytes, across_bytes, rows * exchanges(found, setting))
 
 
-def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: float | Floats, top_k: int) -> Floats:
+def rows_of(in_KD: Floats, sources: tuple[int, ...], tokens: Floats, top_k: int) -> Floats:
     """The rows that come to each device with so many entries from other numbers of `sources`, devices that have `tokens` each.
 
     With a part q of a device's entries going somewhere, and K choices that do not know of each other, 1 - (1 - q)^K of its
     tokens go there.
     """
-    most_K1 = np.array(sources).reshape(-1, *[1] * (in_KD.ndim - 1)) * tokens
+    most_K1 = np.multiply.outer(sources, tokens)
     part_KD = np.minimum(in_KD / np.maximum(most_K1 * top_k, TINY), 1.0)
     return np.asarray(most_K1 * (1 - (1 - part_KD) ** top_k))
 
 
 def _most(rows_D: Floats, in_D: Floats, out_D: Floats) -> Floats:
     """The largest number of rows that a device takes or gives; it gives as many rows an entry as all do."""
-    total = in_D.sum(axis=-1)
-    gives = out_D.max(axis=-1) * rows_D.sum(axis=-1) / np.maximum(total, TINY)
-    return np.asarray((total > 0) * np.maximum(rows_D.max(axis=-1), gives))
+    gives = out_D.max(axis=-1) * rows_D.sum(axis=-1) / np.maximum(in_D.sum(axis=-1), TINY)
+    return np.asarray(np.maximum(rows_D.max(axis=-1), gives))
 
 
 def _travel(sent_bytes: Floats, link: Link) -> Floats:
@@ -299,7 +298,12 @@ def copy_times_of(placements: Placements, topology: Topology, costs: LayerCosts)
         return CopyTimes(nothing, nothing, nothing, owned_LD.max(axis=1) * costs.sum_s)
     found = routes_of(placements, topology)
     layer_M = found.expert_M // experts
-    sent_LHD, taken_LHD = (_experts(found, side_M, layer_M, placements) for side_M in (found.source_M, found.target_M))
+    # How many experts a device sends in each hop, and takes; halves are counted as such.
+    shape, amount_M = (layers, found.across + 1, devices), np.where(found.half_M == WHOLE, 1.0, 0.5)
+    at_M = (layer_M * shape[1] + found.hop_M) * devices
+    sent_LHD, taken_LHD = (
+        np.bincount(at_M + side_M, amount_M, math.prod(shape)).reshape(shape) for side_M in (found.source_M, found.target_M)
+    )
     amount_LHD = np.maximum(sent_LHD, taken_LHD)
     crossing_L, inside_L = _longest(found, layer_M, amount_LHD), amount_LHD[:, -1].max(axis=1)
     hops_L = (amount_LHD[:, :-1].any(axis=2) * np.arange(1, found.across + 1)).max(axis=1, initial=0)
@@ -327,15 +331,6 @@ def _longest(found: Routes, layer_M: Ints, amount_LHD: Floats) -> Floats:
         ready_D += amount_LHD[:, hop].ravel()
         first = last
     return np.asarray(ready_D.reshape(layers, devices).max(axis=1))
-
-
-def _experts(found: Routes, side_M: Ints, layer_M: Ints, placements: Placements) -> Floats:
-    """(L, hops, D): how many experts a device sends in each hop, or takes; halves are counted as such."""
-    layers, _, devices = placements.copies_LED.shape
-    amount_M = np.where(found.half_M == WHOLE, 1.0, 0.5)
-    at_M = (layer_M * (found.across + 1) + found.hop_M) * devices + side_M
-    counts = np.bincount(at_M, weights=amount_M, minlength=layers * (found.across + 1) * devices)
-    return np.asarray(counts.reshape(layers, found.across + 1, devices))
 
 
 def hidden_copies(costs: LayerCosts, nodes: int) -> int:

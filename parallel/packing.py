@@ -6,6 +6,8 @@ Letters: L layers, E experts of a layer, D devices.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
+from heapq import heappop, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,15 +37,14 @@ def even_replicas(weights_LE: Floats, seats: int, most: int) -> Ints:
     total_L = np.where(total_L > 0, total_L, 1.0)  # who has no weights gets no copies
     low_L, high_L = total_L / wanted, total_L / seats  # at `low` there are too many replicas, at `high` there are not
     low_L[replicas(low_L).sum(axis=1) <= wanted] = 0.0  # some have as many as they may, so that others can get more
-    searched_L = np.ones(layers, dtype=np.bool_)
+    heaviest_L = weights_LE.max(axis=1)
     for _ in range(HALVINGS):
+        if (heaviest_L * (high_L - low_L) < low_L * high_L).all():
+            break  # nobody gets two more between them
         middle_L = (low_L + high_L) / 2
-        left_L = wanted - replicas(middle_L).sum(axis=1)
-        high_L = np.where(searched_L & (left_L >= 0), middle_L, high_L)
-        low_L = np.where(left_L < 0, middle_L, low_L)
-        searched_L &= left_L != 0
-        if not searched_L.any():
-            break
+        many_L = replicas(middle_L).sum(axis=1) > wanted
+        np.copyto(low_L, middle_L, where=many_L)
+        np.copyto(high_L, middle_L, where=~many_L)
     extra_LE = replicas(high_L).astype(np.int64) - 1
     left_L = seats - extra_LE.sum(axis=1)
     if left_L.any():
@@ -97,8 +98,8 @@ def _spread(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, room_LD: Ints, 
         experts = order_E[wants_E]
         room = _Room(load_LD[layer], room_LD[layer], topology)
         columns = (part_LE[layer, experts].tolist() for part_LE in wanted[2:])
-        takers = [room.take(*one) for one in zip(*columns, strict=True)]
-        places = [device for found in takers for device in found]
+        takers = room.take(zip(*columns, strict=True))
+        places = [device for found in takers for _, device, _ in found]
         copies_LED[layer, experts.repeat([len(found) for found in takers]), places] = True
 
 
@@ -120,74 +121,73 @@ def _spread_on_one_node(copies_LED: Bools, wanted: _Wanted, load_LD: Floats, roo
         copies_LED[layers, expert_L] |= taken_LD
 
 
+_Entry = tuple[float, int, int]  # a device's load, its number, and how many copies it has room for
+
+
 class _Room:
-    """The devices that have room for copies, as (load, device) in ascending order.
+    """The devices that have room for copies: those of each node as a heap, and the first one of each in order.
 
     Plain lists: arrays would be slower than the few thousand steps that a layer takes.
     """
 
     def __init__(self, load_D: Floats, room_D: Ints, topology: Topology) -> None:
-        per_node, load, room = topology.devices_per_node, load_D.tolist(), room_D.tolist()
-        self.per_node, self.left = per_node, room
-        self.lines = [  # one a node
-            sorted((load[device], device) for device in range(first, first + per_node) if room[device])
-            for first in range(0, topology.devices, per_node)
-        ]
-        self.first = sorted(line[0] for line in self.lines if line)  # of each line
+        per_node, starts = topology.devices_per_node, range(0, topology.devices, topology.devices_per_node)
+        entries: list[_Entry] = [*zip(load_D.tolist(), range(topology.devices), room_D.tolist(), strict=True)]
+        self.lines = [sorted(one for one in entries[first : first + per_node] if one[2]) for first in starts]
+        self.line_of = [line for line in self.lines for _ in range(per_node)]
+        self.first = sorted(line[0] for line in self.lines if line)
 
-    def take(self, copies: int, owner: int, load: float) -> list[int]:
-        """The devices that get copies of one expert, with so much load each; fewer where room runs out.
+    def take(self, wanted: Iterable[tuple[int, int, float]]) -> list[list[_Entry]]:
+        """The devices that get copies, expert by expert, each (copies, owner, load of one); fewer where room runs out.
 
         One of each node but the owner's, then a second, and one of that node, and so on, the least loaded first.
         """
-        lines, first, left, per_node = self.lines, self.first, self.left, self.per_node
-        home = owner // per_node
-        if copies > len(first) - bool(lines[home]):
-            return self._take_everywhere(copies, owner, load)
-        taken = first[:copies]
-        if lines[home] and lines[home][0] in taken:  # its turn comes with the next expert
-            own = lines[home][0]
-            taken = first[: copies + 1]
-            taken.remove(own)
-            first[: copies + 1] = [own]
-        else:
-            del first[:copies]
-        for before, device in taken:
-            line = lines[device // per_node]
-            left[device] -= 1
-            if not left[device]:
-                del line[0]
-            elif len(line) > 1 and line[1] < (before + load, device):
-                del line[0]
-                insort(line, (before + load, device))
-            else:  # it stays the least loaded
-                line[0] = before + load, device
-            if line:
-                insort(first, line[0])
-        return [device for _, device in taken]
+        line_of, first, takers = self.line_of, self.first, []
+        for copies, owner, load in wanted:
+            home = line_of[owner]
+            if copies >= len(first) + (not home):
+                takers.append(self._take_everywhere(copies, owner, load))
+                continue
+            taken = first[:copies]
+            if home and home[0] in taken:  # its turn comes with the next expert
+                taken = first[: copies + 1]
+                taken.remove(home[0])
+                first[: copies + 1] = [home[0]]
+            else:
+                del first[:copies]
+            takers.append(taken)
+            for before, device, room in taken:
+                line = line_of[device]
+                if room > 1:
+                    heapreplace(line, (before + load, device, room - 1))
+                else:
+                    heappop(line)
+                if line:
+                    insort(first, line[0])
+        return takers
 
-    def _take_everywhere(self, copies: int, owner: int, load: float) -> list[int]:
-        """More copies than nodes beside the owner's."""
-        lines, home = self.lines, owner // self.per_node
+    def _take_everywhere(self, copies: int, owner: int, load: float) -> list[_Entry]:
+        """As many copies as nodes, or more."""
+        lines, home = self.lines, self.line_of[owner]
+        for line in lines:
+            line.sort()
         if len(lines) == 1:
-            return self._charge([entry for entry in lines[0][: copies + 1] if entry[1] != owner][:copies], load)
-        taken = [line[0] for node, line in enumerate(lines) if line and node != home]
-        others = [(0.0, owner), *(entry for entry in lines[home][: copies + 1] if entry[1] != owner)]
-        seen = [*lines[:home], others, *lines[home + 1 :]]
-        for place in range(1, self.per_node):
+            return self._charge([entry for entry in home[: copies + 1] if entry[1] != owner][:copies], load)
+        taken = [line[0] for line in lines if line and line is not home]
+        others = [(0.0, owner, 0), *(entry for entry in home[: copies + 1] if entry[1] != owner)]
+        seen = [others if line is home else line for line in lines]
+        for place in range(1, len(self.line_of) // len(lines)):
             taken += sorted(line[place] for line in seen if len(line) > place)[: copies - len(taken)]
             if len(taken) == copies:
                 break
         return self._charge(taken, load)
 
-    def _charge(self, taken: list[tuple[float, int]], load: float) -> list[int]:
+    def _charge(self, taken: list[_Entry], load: float) -> list[_Entry]:
         """These devices get a copy each, wherever in their lines they stand."""
-        lines = self.lines
-        for before, device in taken:
-            line = lines[device // self.per_node]
-            line.remove((before, device))
-            self.left[device] -= 1
-            if self.left[device]:
-                insort(line, (before + load, device))
-        self.first = sorted(line[0] for line in lines if line)
-        return [device for _, device in taken]
+        for before, device, room in taken:
+            line = self.line_of[device]
+            line.remove((before, device, room))
+            if room > 1:
+                insort(line, (before + load, device, room - 1))
+        self.first[:] = sorted(line[0] for line in self.lines if line)
+        return taken

@@ -67,12 +67,6 @@ class Placement:
             raise ValueError("an expert is missing on its owner")
 
     @cached_property
-    def holders(self) -> tuple[Ints, Ints]:
-        """(experts, devices), (H,) each: who has which expert, by expert, then by device."""
-        expert_H, device_H = np.divmod(np.flatnonzero(self.copies_ED), self.copies_ED.shape[1])  # much faster than np.nonzero
-        return expert_H, device_H
-
-    @cached_property
     def beside_ED(self) -> Bools:
         """Where experts are, their owners excepted."""
         return self.copies_ED & ~on_owners(self.owner_E, self.copies_ED.shape[1])
@@ -96,24 +90,29 @@ class Placements:
             return Placements(placements[0].owner_E[None], placements[0].copies_ED[None])
         return Placements(np.stack([one.owner_E for one in placements]), np.stack([one.copies_ED for one in placements]))
 
-    def __getitem__(self, layers: Ints | Bools) -> Placements:
-        return Placements(self.owner_LE[layers], self.copies_LED[layers])
+    def __getitem__(self, layers: Ints) -> Placements:
+        """Of some of the layers, in ascending order."""
+        return self if len(layers) == len(self.owner_LE) else Placements(self.owner_LE[layers], self.copies_LED[layers])
 
     @cached_property
     def holders(self) -> tuple[Ints, Ints]:
-        """(experts, devices), (H,) each, as of a `Placement`; experts are counted through all layers."""
-        expert_H, device_H = np.divmod(np.flatnonzero(self.copies_LED), self.copies_LED.shape[2])
-        return expert_H, device_H
+        """(experts, devices), (H,) each: who has which expert, by expert, then by device; experts are counted through all
+        layers."""
+        devices, found_H = self.copies_LED.shape[2], self.copies_LED.ravel().nonzero()[0]  # much faster than on three axes
+        expert_H = found_H // devices
+        return expert_H, found_H - devices * expert_H
 
     @property
-    def beside_LED(self) -> Bools:
-        """Where experts are, their owners excepted."""
-        return self.copies_LED & ~on_owners(self.owner_LE, self.copies_LED.shape[2])
+    def extra_LE(self) -> Ints:
+        """Copies of each expert beside its owner's."""
+        return np.bincount(self.holders[0]).reshape(self.owner_LE.shape) - 1
 
 
 def on_owners(owner_E: Ints, devices: int) -> Bools:
     """(E, D): every expert on its owner alone; (L, E, D) of (L, E) owners."""
-    return np.asarray(owner_E[..., None] == np.arange(devices))
+    found = np.zeros((*owner_E.shape, devices), dtype=np.bool_)
+    found.reshape(-1, devices)[np.arange(owner_E.size), owner_E.ravel()] = True
+    return found
 
 
 def without_copies(owner_E: Ints, devices: int) -> Placement:

@@ -21,7 +21,7 @@ from parallel.copy_numbers import expected_times, numbers_of_copies
 from parallel.flows import Flows, Plan, flows, flows_of, imbalance
 from parallel.layer_cost import Setting, exchange_time, least_pass_s, pass_times, weights_times
 from parallel.packing import even_replicas, pack
-from parallel.placement import Floats, Ints, Placement, Placements, Topology, without_copies
+from parallel.placement import Bools, Floats, Ints, Placement, Placements, Topology, without_copies
 from parallel.planning import LESS, hottest, materialise
 
 AHEAD = 0.97  # of the first choice's expected time counts where loads are those of steps before: others suit them alone
@@ -107,13 +107,12 @@ def calibrated(plan: Plan, loads_E: Floats, setting: Setting) -> Plan:
     Nothing is planned where even a perfect balance would gain less time than planning takes. Source: Hecate, section 4.2, which
     adds copies; here the room of copies that turned out useless may be used too.
     """
-    there = flows(plan, setting.topology, loads_E)
-    passing_s = float(_passing(there, setting))
-    if passing_s * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
+    present, weight_LED = Placements.of(plan.placement), None if plan.weight_ED is None else plan.weight_ED[None]
+    there = flows_of(present, setting.topology, loads_E[None], weight_LED, nearest_first=plan.nearest_first)
+    passing_L = _passing(there, setting)
+    if passing_L.item() * (1 - 1 / imbalance(there.entries_D)) <= setting.costs.planning_s:
         return plan
-    present = Placements.of(plan.placement)
-    weights_L = weights_times(present, setting, present).total_L
-    best = _Timed([plan], there.entries_D[None], np.array([passing_s]), weights_L)
+    best = _Timed([plan], there.entries_D, passing_L, weights_times(present, setting, present).total_L)
     (found,) = _cheapest(best, loads_E[None], setting, present)
     return found
 
@@ -143,10 +142,9 @@ def _passing(found: Flows, setting: Setting) -> Floats:
     return products_L + tokens_L
 
 
-def _imbalances(load_LD: Floats) -> Floats:
-    """As `imbalance` of each layer."""
-    mean_L = load_LD.mean(axis=1)
-    return np.where(mean_L > 0, load_LD.max(axis=1) / np.where(mean_L > 0, mean_L, 1.0), 1.0)
+def _uneven(load_LD: Floats) -> Bools:
+    """Which of these layers, that all have load, are."""
+    return np.asarray(load_LD.max(axis=1) / (load_LD.sum(axis=1) / load_LD.shape[1]) >= EVEN_ENOUGH)
 
 
 def _cheapest(best: _Timed, loads_LE: Floats, setting: Setting, present: Placements | None) -> list[Plan]:
@@ -154,7 +152,7 @@ def _cheapest(best: _Timed, loads_LE: Floats, setting: Setting, present: Placeme
     some = np.flatnonzero(loads_LE.any(axis=1))
     if setting.budget.memory == 0 or setting.topology.devices == 1 or not len(some):
         return best.plans
-    owner_LE = np.stack([plan.placement.owner_E for plan in best.plans])
+    owner_LE = np.array([plan.placement.owner_E for plan in best.plans])
     _search(best, some, loads_LE, owner_LE, setting, present)
     _level(best, some, loads_LE, setting)
     _take_fewest(best, some, loads_LE, owner_LE, setting, present)
@@ -224,8 +222,7 @@ def _take_better(
     better = np.flatnonzero(passing_P < limit_P)
     if not len(better):
         return
-    some = placements if len(better) == len(at_P) else placements[better]
-    weights_P = weights_times(some, setting, present and present[at_P[better]]).total_L
+    weights_P = weights_times(placements[better], setting, present and present[at_P[better]]).total_L
     cheaper = passing_P[better] + weights_P < limit_P[better]
     better, weights_P = better[cheaper], weights_P[cheaper]
     plans = [
@@ -241,21 +238,23 @@ def _take_better(
 
 def _level(best: _Timed, some: Ints, loads_LE: Floats, setting: Setting) -> None:
     """The same copies; holders that are busier than the mean give away what need not come to them."""
-    at_P = some[[best.plans[layer].nearest_first for layer in some.tolist()]]
+    at_P = some[_uneven(best.load_LD[some]) & [best.plans[layer].nearest_first for layer in some.tolist()]]
+    if not len(at_P):
+        return
+    plans = [best.plans[layer] for layer in at_P.tolist()]
+    placements, weight_PED = Placements.of(*(plan.placement for plan in plans)), np.array([plan.weights_ED for plan in plans])
     for _ in range(LEVELLING_ROUNDS):
-        at_P = at_P[_imbalances(best.load_LD[at_P]) >= EVEN_ENOUGH]
-        if not len(at_P):
-            return
-        load_PD, plans = best.load_LD[at_P], [best.plans[layer] for layer in at_P.tolist()]
-        less_PD = np.minimum(load_PD.mean(axis=1, keepdims=True) / np.maximum(load_PD, 1.0), 4.0)
-        weight_PED = np.stack([plan.weights_ED for plan in plans]) * less_PD[:, None]
-        placements = Placements.of(*(plan.placement for plan in plans))
+        load_PD = best.load_LD[at_P]
+        weight_PED *= np.minimum(load_PD.mean(axis=1, keepdims=True) / np.maximum(load_PD, 1.0), 4.0)[:, None]
         found = flows_of(placements, setting.topology, loads_LE[at_P], weight_PED)
         passing_P, weights_P = _passing(found, setting), best.weights_L[at_P]  # the weights' way is the same
         better = np.flatnonzero(passing_P + weights_P < best.total_L[at_P] * LESS)
-        levelled = [Plan(plans[place].placement, weight_PED[place]) for place in better.tolist()]
-        at_P = at_P[better]
-        best.take(at_P, levelled, found.entries_D[better], passing_P[better], weights_P[better])
+        levelled = [Plan(best.plans[at_P[place]].placement, weight_PED[place]) for place in better.tolist()]
+        best.take(at_P[better], levelled, found.entries_D[better], passing_P[better], weights_P[better])
+        better = better[_uneven(found.entries_D[better])]
+        if not len(better):
+            return
+        at_P, placements, weight_PED = at_P[better], placements[better], weight_PED[better]
 
 
 def _take_fewest(
@@ -264,7 +263,7 @@ def _take_fewest(
     """Copies each of which serves all that it can, where `best` is uneven or waits for its copies, and they take less time."""
     topology, devices = setting.topology, setting.topology.devices
     waits_P = best.weights_L[some] >= (1 - LESS) * best.total_L[some]
-    at_P = some[waits_P | (_imbalances(best.load_LD[some]) >= EVEN_ENOUGH)]
+    at_P = some[waits_P | _uneven(best.load_LD[some])]
     entries_P = loads_LE[at_P].sum(axis=1)
     owned_P = [np.bincount(owner_LE[layer], weights=loads_LE[layer]).max() for layer in at_P.tolist()]
     busiest_P = np.minimum(np.array(owned_P), HEADROOM * entries_P / devices)
@@ -273,7 +272,7 @@ def _take_fewest(
     if not len(at_P):
         return
     plans = [llep(loads_LE[layer], owner_LE[layer], setting) for layer in at_P.tolist()]
-    placements, weight_PED = Placements.of(*(plan.placement for plan in plans)), np.stack([plan.weights_ED for plan in plans])
+    placements, weight_PED = Placements.of(*(plan.placement for plan in plans)), np.array([plan.weights_ED for plan in plans])
     _take_better(best, at_P, placements, weight_PED, loads_LE, setting, present, nearest_first=False)
 
 

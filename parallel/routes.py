@@ -67,14 +67,14 @@ def routes_of(placements: Placements, topology: Topology) -> Routes:
     reached = np.flatnonzero(place_C)
     forth_M, last_M, owner_M = place_C[reached], nodes_E[expert_C[reached]], start_C[reached]
     back_M = last_M - forth_M
-    sources = [owner_M + forth_M // 2, owner_M + np.where(back_M == 1, 0, last_M - back_M // 2)]
+    forth_from_M, back_from_M = owner_M + forth_M // 2, owner_M + np.where(back_M == 1, 0, last_M - back_M // 2)
     hop_M = np.frexp(np.concatenate([forth_M, back_M]))[1].astype(np.int64) - 1
-    across, inside = int(hop_M.max(initial=-1)) + 1, np.count_nonzero(led_H)
+    across, inside = int(hop_M.max(initial=-1)) + 1, int(np.count_nonzero(led_H))
     return Routes(
         across=across,
         hop_M=np.concatenate([hop_M, np.full(inside, across)]),
-        expert_M=np.concatenate([np.tile(expert_C[reached], 2), expert_H[led_H]]),
-        half_M=np.concatenate([np.repeat([0, 1], len(reached)), np.full(inside, WHOLE)]),
-        source_M=np.concatenate([leader_C[np.concatenate(sources)], leader_H[led_H]]),
-        target_M=np.concatenate([np.tile(leader_C[reached], 2), device_H[led_H]]),
+        expert_M=np.concatenate([expert_C[reached], expert_C[reached], expert_H[led_H]]),
+        half_M=np.repeat([0, 1, WHOLE], [len(reached), len(reached), inside]),
+        source_M=np.concatenate([leader_C[forth_from_M], leader_C[back_from_M], leader_H[led_H]]),
+        target_M=np.concatenate([leader_C[reached], leader_C[reached], device_H[led_H]]),
     )
