@@ -66,6 +66,11 @@ class WarmupConfig(Record):
     lr: float = Field(gt=0)
 
 
+def is_whole(top_k: int | None, top_p: float, min_p: float) -> bool:
+    """Whether these leave nothing out of the distribution that tokens are drawn from."""
+    return top_k is None and top_p == 1 and min_p == 0
+
+
 class RolloutConfig(Record):
     """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
 
@@ -117,8 +122,7 @@ class RolloutConfig(Record):
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out of the distribution that is sampled from."""
-        return self.top_k is None and self.top_p == 1 and self.min_p == 0
+        return is_whole(self.top_k, self.top_p, self.min_p)
 
     @property
     def engines_apart(self) -> int:
