@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from trainer.config.record import Record
 from trainer.config.run import RunConfig, TraceConfig
 
+LEAST_TEMPERATURE = 1e-3  # logits over much less are infinite in float32
 TEXT = "{text}"  # where a text stands in a template
 MOST_TRACED_TOKENS = 1000  # decoding steps, of each of which a trace has thousands of events
 
@@ -82,7 +83,7 @@ class RolloutConfig(Record):
     max_turns: int = Field(gt=0)  # of the model, where the task is a conversation
     max_staleness: int = Field(ge=0)  # rounds; an older group starts anew
     stale: Literal["regenerate", "drop"]  # what becomes of it; dropped, its prompt is passed over
-    temperature: float = Field(ge=1e-3)  # of the softmax; logits over much less are infinite in float32
+    temperature: float = Field(ge=LEAST_TEMPERATURE)  # of the softmax
     top_k: int | None = Field(gt=0)  # only the k likeliest tokens are drawn; null: all
     top_p: float = Field(gt=0, le=1)  # only the likeliest tokens that make up this share
     min_p: float = Field(ge=0, lt=1)  # only tokens at least this likely relative to the likeliest
