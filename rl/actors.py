@@ -161,10 +161,14 @@ class RayPool:
 
     @contextmanager
     def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        with self.learning(), advancing(self, tokens, samples) as done:
+            yield done
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
         self._learning = True
         try:
-            with advancing(self, tokens, samples) as done:
-                yield done
+            yield
         finally:
             self._learning = False
 

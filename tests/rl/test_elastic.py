@@ -7,7 +7,8 @@ The pool is the one of a run. Ray is played by this process: calls answer at onc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,9 @@ from launch.cli import load
 from rl.actors import Elastic, Patience, RayPool
 from rl.april import RoundResult, rollout_round
 from rl.engine.receipt import Receipt
+from rl.links import Links
 from rl.trajectory import RolloutBuffer, Sample, Segment
+from rl.turns import TurnPool
 from tests.rl.test_april import ScriptedPool, configs, final_length, play, prompts, score, token
 from trainer.cluster import Processes, ProcessLost
 from trainer.config.rl import RLConfig, RolloutConfig, SyncConfig
@@ -53,6 +56,9 @@ class Rank:
     def pid(self) -> int:
         return 0
 
+    def send(self) -> None:
+        """What `Told` offers."""
+
 
 class ScriptedEngine(ScriptedPool):
     """Holds weights, and generates what `ScriptedPool` does with log-probabilities that name their version."""
@@ -73,6 +79,13 @@ class ScriptedEngine(ScriptedPool):
             assert torch.equal(self.weights_N["w"], weights_of(self.version))
         share = updates[-1].weights.changed_share if updates and isinstance(updates[-1].weights, WeightDelta) else None
         return Receipt(updates[-1].nbytes, share, None) if updates else None
+
+    def gpu(self) -> None:
+        """It has none."""
+
+    def take(self, version: int) -> Receipt:
+        self.version = version
+        return Receipt(0, None, None)
 
     def _segment(self, sample: Sample, count: int) -> Segment:
         tokens = tuple(token(sample.uid, sample.length + place) for place in range(count))
@@ -186,6 +199,9 @@ class Cloud:
 
     perf_counter = monotonic
 
+    def sleep(self, seconds: float) -> None:
+        self.tick()
+
     def wait(self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
         if timeout != 0:
             self.tick()
@@ -279,6 +295,51 @@ def test_the_histories_have_joins_losses_returns_and_engines_that_are_given_up()
         assert sum(one[f"rollout/engines_{key}"] for run in runs for one in run.counts) > 10, key
     assert {one["rollout/engines"] for run in runs for one in run.counts} >= set(range(1, MOST + 1))
     assert sum(run.given_up for run in runs) > 0 and any(run.attempts > 1 for run in runs)
+
+
+class Told(Links):
+    """The direct way of the weights, to engines that each rank shows its memory; `versions` are those that it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(timeout_s=0.0)
+        self.versions: list[int] = []
+
+    def connect(self, ranks: Processes, engines: Mapping[str, Any]) -> None:
+        """There is nothing to connect."""
+
+    def offers(self, ranks: Processes, version: int, check: bool) -> Any:
+        self.versions.append(version)
+        return version
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_an_engine_that_returns_while_the_ranks_learn_gets_what_they_have_when_that_is_done(
+    talks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In conversations too. What ranks hold meanwhile is of no version."""
+    cloud = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(10**9, slots=9))
+    for module in ("rl.actors.ray", "rl.actors.time", "trainer.cluster.ray"):
+        monkeypatch.setattr(module, cloud)
+    logs, links, said = {f"engine/{number}": Path("/dev/null") for number in range(2)}, Told(), list[str]()
+    pool = RayPool(cloud.start, logs, Patience(0.0, 1e9, 9), said.append, links)
+    ranks = Processes({"trainer/0": Actor(cloud, Rank(), started=True)})
+    config = SyncConfig(transport="direct", anchor_every=1, check=False)
+    pool.load_weights(ranks, 0, config)
+    asked = list(links.versions)
+    pool.submit([Sample(uid, 0, (1, 2)) for uid in range(4)])
+    lost = cloud.actors["engine/1"]
+    lost.kill()
+    with (TurnPool(pool, lambda samples: samples) if talks else pool).going_on(0, 4):
+        while (now := cloud.actors["engine/1"]) is lost or not now.started:
+            time.sleep(0.001)
+        events = cloud.events
+        while cloud.events < events + 100:
+            time.sleep(0.001)
+        assert pool.engines == [0] and links.versions == asked
+    pool.drain()
+    pool.load_weights(ranks, 1, config)
+    assert pool.engines == [0, 1] and links.versions == [*asked, 1]
+    assert {actor.body.version for actor in cloud.actors.values()} == {1}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
