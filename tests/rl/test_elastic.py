@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -298,18 +298,66 @@ def test_the_histories_have_joins_losses_returns_and_engines_that_are_given_up()
 
 
 class Told(Links):
-    """The direct way of the weights, to engines that each rank shows its memory; `versions` are those that it was asked for."""
+    """The direct way of the weights: `versions` are those that were asked for, and `meanwhile` happens as they are offered."""
 
-    def __init__(self) -> None:
+    def __init__(self, broadcasts: bool) -> None:
         super().__init__(timeout_s=0.0)
-        self.versions: list[int] = []
+        self.broadcasts, self.versions = broadcasts, list[int]()
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def connect(self, ranks: Processes, engines: Mapping[str, Any]) -> None:
         """There is nothing to connect."""
 
     def offers(self, ranks: Processes, version: int, check: bool) -> Any:
         self.versions.append(version)
+        self.meanwhile()
         return version
+
+
+def directly(cloud: Cloud, links: Links, patch: pytest.MonkeyPatch) -> tuple[RayPool, Processes]:
+    """Two engines, and a rank that brings them its weights."""
+    for module in ("rl.actors.ray", "rl.actors.time", "trainer.cluster.ray"):
+        patch.setattr(module, cloud)
+    logs = {f"engine/{number}": Path("/dev/null") for number in range(2)}
+    ranks = Processes({"trainer/0": Actor(cloud, Rank(), started=True)})
+    return RayPool(cloud.start, logs, Patience(0.0, 1e9, 9), lambda text: None, links), ranks
+
+
+DIRECT = SyncConfig(transport="direct", anchor_every=1, check=False)
+
+
+@pytest.mark.parametrize("broadcasts", [False, True])
+def test_an_engine_that_died_while_the_ranks_learned_is_replaced_whatever_the_way_of_the_weights(
+    broadcasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked it anything since. In a broadcast all others would wait for it."""
+    cloud, links = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(9, slots=9)), Told(broadcasts)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
+    cloud.actors["engine/1"].kill()
+    assert pool.load_weights(ranks, 1, DIRECT)["sync/version"] == 1
+    assert pool.engines == [0] and pool.counts()["rollout/engines_lost"] == 1
+    while pool.engines != [0, 1]:
+        assert pool.advance(1) == []
+    for actor in cloud.actors.values():
+        actor.kill()
+    assert pool.load_weights(ranks, 2, DIRECT)["sync/version"] == 2, "one is waited for"
+
+
+def test_an_engine_that_is_lost_in_the_middle_of_a_broadcast_ends_the_attempt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait in it for as long as a collective may take, which is no fault of theirs."""
+    cloud, links = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(9, slots=9)), Told(broadcasts=True)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
+
+    def lost() -> None:
+        cloud.actors["engine/0"].silent = True
+        cloud.actors["engine/1"].kill()
+
+    links.meanwhile = lost
+    with pytest.raises(ProcessLost, match="engine/1 died"):
+        pool.load_weights(ranks, 1, DIRECT)
+    assert not cloud.actors["engine/0"].dead and pool.counts()["rollout/engines_lost"] == 0
 
 
 @pytest.mark.parametrize("talks", [False, True])
@@ -318,13 +366,9 @@ def test_an_engine_that_returns_while_the_ranks_learn_gets_what_they_have_when_t
 ) -> None:
     """In conversations too. What ranks hold meanwhile is of no version."""
     cloud = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(10**9, slots=9))
-    for module in ("rl.actors.ray", "rl.actors.time", "trainer.cluster.ray"):
-        monkeypatch.setattr(module, cloud)
-    logs, links, said = {f"engine/{number}": Path("/dev/null") for number in range(2)}, Told(), list[str]()
-    pool = RayPool(cloud.start, logs, Patience(0.0, 1e9, 9), said.append, links)
-    ranks = Processes({"trainer/0": Actor(cloud, Rank(), started=True)})
-    config = SyncConfig(transport="direct", anchor_every=1, check=False)
-    pool.load_weights(ranks, 0, config)
+    links = Told(broadcasts=False)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
     asked = list(links.versions)
     pool.submit([Sample(uid, 0, (1, 2)) for uid in range(4)])
     lost = cloud.actors["engine/1"]
@@ -337,7 +381,7 @@ def test_an_engine_that_returns_while_the_ranks_learn_gets_what_they_have_when_t
             time.sleep(0.001)
         assert pool.engines == [0] and links.versions == asked
     pool.drain()
-    pool.load_weights(ranks, 1, config)
+    pool.load_weights(ranks, 1, DIRECT)
     assert pool.engines == [0, 1] and links.versions == [*asked, 1]
     assert {actor.body.version for actor in cloud.actors.values()} == {1}  # type: ignore[attr-defined]
 
