@@ -21,8 +21,9 @@ from rl.april import complete
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
 from rl.engine.sampler import Sampling
-from rl.trajectory import Sample, fresh_group
+from rl.trajectory import UIDS_PER_GROUP, Sample, fresh_group
 from trainer.config.model import ModelConfig
+from trainer.config.rl import LEAST_TEMPERATURE
 from trainer.model.hf import load_pretrained
 from trainer.starting_point import starting_point, tokenizer_of
 from trainer.state import choose_dtype
@@ -80,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.generate", description="Continues prompts with a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="a run folder, a checkpoint, or a folder in the Hugging Face layout")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='text to continue; "" begins with nothing')
-    parser.add_argument("--samples", type=_count, default=1, help="completions of each prompt")
+    parser.add_argument("--samples", type=_samples, default=1, help="completions of each prompt")
     parser.add_argument("--tokens", type=_count, default=64, help="of a completion, at most")
-    parser.add_argument("--temperature", type=_positive, default=1.0)
+    parser.add_argument("--temperature", type=_temperature, default=1.0)
     parser.add_argument("--top-k", type=_count, help="only the k likeliest tokens")
     parser.add_argument("--top-p", type=_share, default=1.0, help="only the likeliest tokens that make up this share")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the draws")
     asked = parser.parse_args(argv)
     sampling = Sampling(asked.temperature, asked.seed, asked.top_k, asked.top_p)
     return guarded(lambda: show(asked.checkpoint, asked.prompts, asked.samples, asked.tokens, sampling))
@@ -94,6 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} should be at least 1")
+    return number
+
+
+def _samples(text: str) -> int:
+    if (number := _count(text)) >= UIDS_PER_GROUP:
+        raise argparse.ArgumentTypeError(f"{number} should be less than {UIDS_PER_GROUP}")
+    return number
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{number} should be at least 0 and less than 2^63")
+    return number
+
+
+def _temperature(text: str) -> float:
+    if (number := _positive(text)) < LEAST_TEMPERATURE:
+        raise argparse.ArgumentTypeError(
+            f"{number} should be at least {LEAST_TEMPERATURE}; --top-k 1 takes the likeliest token"
+        )
     return number
 
 

@@ -14,7 +14,7 @@ from rl.engine.engine import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers
-from rl.token_task import TokenTask
+from rl.token_task import TokenTask, check_prompts
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, require_port, run_attempts
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RLConfig
@@ -42,6 +42,7 @@ def reinforce(config: RLConfig) -> Path | None:
             require_port(config.cluster.host, port, "rollout.metrics_port", "rollout.metrics_port=0")
     task = make_task(config.task, config.seed)
     check_task(task, config.warmup.steps)
+    check_prompts(task, tokenizer, config)
     for name in config.rollout.stop_tokens:
         tokenizer.id_of(name)  # says so before anything is started, if there is none
     run = RunDir.open(config, "rl")

@@ -161,10 +161,14 @@ class RayPool:
 
     @contextmanager
     def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        with self.learning(), advancing(self, tokens, samples) as done:
+            yield done
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
         self._learning = True
         try:
-            with advancing(self, tokens, samples) as done:
-                yield done
+            yield
         finally:
             self._learning = False
 
@@ -200,15 +204,20 @@ class RayPool:
         return receipts
 
     def _bring(self, links: Links, version: int, config: SyncConfig) -> list[Receipt]:
-        """Of the engines that are not lost by it. Raises ProcessLost when one is while ranks broadcast, which are then in the
-        middle of it; no rank waits for who reads what is shown."""
-        ranks, present = self._ranks, self._present
+        """Of the engines that are not lost by it. All are called first, so that one that died while the ranks learned is no
+        loss for these. Where ranks broadcast, who is lost in the middle of it holds up all others: then it raises ProcessLost.
+        No rank waits for who reads what is shown."""
+        ranks, present = self._ranks, list(self._ask(lambda actor: actor.gpu.remote()))
+        if not present:
+            return []
         links.connect(ranks, self.actors)
         offers = links.offers(ranks, version, config.check)
         sent = {name: actor.send.remote() for name, actor in ranks.actors.items()}
-        receipts = self._ask(lambda actor: actor.take.remote(offers))
-        if len(receipts) < len(present) and links.broadcasts:
-            raise ProcessLost("an engine was lost while it took weights from the ranks")
+        taken = {place: place.actor.take.remote(offers) for place in present}
+        if links.broadcasts:
+            answers = gather(sent | {place.name: ref for place, ref in taken.items()}, ranks.logs)
+            return [answers[place.name] for place in present]
+        receipts = self._wait_for(taken)
         gather(sent, ranks.logs)
         return list(receipts.values())
 

@@ -59,6 +59,9 @@ class OverlappingPool(EnginePool, Protocol):
         The list has those done when the block ends; nothing else may be called within it.
         """
 
+    def learning(self) -> AbstractContextManager[None]:
+        """While the block runs the ranks learn: what they hold is of no version, and no engine may get it."""
+
 
 Prompts = Callable[[int], Sequence[int]]  # index of a prompt -> its token ids
 Learn = Callable[[Sequence[Group]], None]

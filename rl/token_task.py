@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kernels.errors import UserError
-from rl.april import OverlappingPool, complete
+from rl.april import OverlappingPool, complete, submitted_groups
 from rl.chat import Chat
 from rl.engine.stops import Stops
 from rl.evaluation import EVAL_GROUP, Judged, estimate
@@ -18,6 +18,32 @@ from rl.trajectory import Sample, fresh_group
 from rl.turns import TurnPool, with_reply
 from trainer.config.rl import RLConfig
 from trainer.tokenizer import Tokenizer
+
+SHOWN = 80  # characters of a prompt in a message
+MOST_CHECKED = 1 << 16  # prompts, of which those with fewer bytes than there may be tokens take microseconds
+
+
+def check_prompts(task: Task, tokenizer: Tokenizer, config: RLConfig) -> None:
+    """Raises UserError where a prompt that the run will draw leaves no room for a response, and not in the round that draws it.
+
+    Looks at the first MOST_CHECKED prompts of training, and at those of the evaluations.
+    """
+    rollout, frame = config.rollout, Chat.of(config.chat, tokenizer).prompt
+    room = config.loop.sequence_length - rollout.max_new_tokens
+    drawn = min(MOST_CHECKED, config.loop.rounds * rollout.groups + submitted_groups(rollout.groups, rollout))
+    texts = {task.held_out(index).text for index in range(config.task.eval_prompts)}
+    texts |= {task.prompt(index).text for index in range(drawn)}
+    around = len(frame.before) + len(frame.behind)
+    lengths = {text: len(frame.around(text)) for text in texts if around + len(text.encode()) > room}  # no token without a byte
+    too_long = {text: length for text, length in lengths.items() if length > room}
+    if too_long:
+        text, longest = max(too_long.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{len(too_long)} of {len(texts)} distinct prompts have more than {room} tokens, up to {longest} "
+            f"({text[:SHOWN]!r}), and leave no room for rollout.max_new_tokens = {rollout.max_new_tokens} in "
+            f"loop.sequence_length = {config.loop.sequence_length}; raise it to {longest + rollout.max_new_tokens}, lower "
+            "rollout.max_new_tokens, or leave these prompts out"
+        )
 
 
 @dataclass(frozen=True)

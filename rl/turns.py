@@ -6,8 +6,8 @@ checkpoint treat a conversation like any other sample, and an engine continues i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 from rl.april import OverlappingPool
@@ -41,8 +41,13 @@ class TurnPool:
         replied = self.replied([sample for sample in stopped if sample.status == "finished"])  # since the last `advance`
         return [sample for sample in stopped if sample.status != "finished"] + list(replied)
 
-    def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
-        return advancing(self, tokens, samples)
+    @contextmanager
+    def going_on(self, tokens: int, samples: int) -> Iterator[list[Sample]]:
+        with self.learning(), advancing(self, tokens, samples) as done:
+            yield done
+
+    def learning(self) -> AbstractContextManager[None]:
+        return self.pool.learning()
 
 
 def with_reply(sample: Sample, reply: Sequence[int], max_new_tokens: int) -> Sample:

@@ -23,8 +23,10 @@ from rich.table import Table
 from launch.benchmarks.models import ModelOptions, floor_bytes
 from launch.benchmarks.options import Listed, OneOrMore
 from launch.benchmarks.record import one_row
+from launch.benchmarks.timing import WorkClock
 from launch.machines import read_group
 from rl.april import Prompts, Score, rollout_round, submitted_groups
+from rl.engine.decoder import Step
 from rl.engine.engine import Engine, EngineSettings
 from rl.engine.pool import LocalPool
 from rl.engine.rows import Row
@@ -71,6 +73,7 @@ class Round:
     waiting_tokens: int  # in the buffer when it ended
     length_bias: float  # mean length of trained samples over that of drawn ones
     floor_bytes: float  # that decoding had to read
+    device_seconds: float  # in which a step or a prefill was under way
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,11 @@ class Rounds:
         return 1 - sum(one.busy_slots * one.seconds for one in self.rounds) / self.seconds / self.slots
 
     @property
+    def engine_idle(self) -> float:
+        """The time of the rounds in which neither a step nor a prefill is under way on the engine's device."""
+        return 1 - sum(one.device_seconds for one in self.rounds) / self.seconds
+
+    @property
     def idle_of_steps(self) -> float:
         """The same over the decoding steps of the rounds, whatever prefill takes between them."""
         return 1 - self.generated / sum(one.decode_steps for one in self.rounds) / self.slots
@@ -133,6 +141,15 @@ class ForcedEngine(Engine):
         self.decoded_tokens = 0
         self.recomputed_tokens = 0
         self.context_tokens = 0  # whose keys the decoded tokens needed, each its own
+        self.work = WorkClock(device)
+
+    def _step(self) -> Step:
+        with self.work:
+            return super()._step()
+
+    def _prefill(self) -> None:
+        with self.work:
+            super()._prefill()
 
     def _status(self, row: Row) -> Status:
         self.decoded_tokens += 1
@@ -239,7 +256,7 @@ def one_round(
 ) -> tuple[Round, tuple[Group, ...]]:
     """A round, and the groups that it trains. The time of `score` is part of it."""
     engine = pool.engine
-    recomputed, busy, floor = engine.recomputed_tokens, pool.busy_slot_seconds, pool.floor_bytes
+    recomputed, busy, floor, worked = engine.recomputed_tokens, pool.busy_slot_seconds, pool.floor_bytes, engine.work.seconds
     started = time.perf_counter()
     result = rollout_round(pool, buffer, prompts, config, version, score)
     seconds = time.perf_counter() - started
@@ -255,6 +272,7 @@ def one_round(
         waiting_tokens=_tokens((*buffer.recycled, *buffer.surplus)),
         length_bias=result.metrics["rollout/length_bias"],
         floor_bytes=pool.floor_bytes - floor,
+        device_seconds=engine.work.seconds - worked,
     )
     return done, result.groups
 
@@ -288,8 +306,9 @@ def table(case: Rounds) -> Table:
         "generated tokens/s": f"{generated / case.seconds:,.0f}",
         "of sync": f"{case.trained_rate / case.sync_rate:.2f}x",
         "generated of sync": f"{generated / case.seconds / case.sync_rate:.2f}x",
-        "idle": f"{case.idle_share:.1%}",
+        "slots idle": f"{case.idle_share:.1%}",
         "of steps": f"{case.idle_of_steps:.1%}",
+        "engine idle": f"{case.engine_idle:.1%}",
         "of floor": f"{case.floor_s / case.seconds:.0%}",
         "stale": f"{sum(one.stale_share * one.trained_tokens for one in rounds) / case.trained:.0%}",
         "oldest": f"{max(one.staleness for one in rounds)}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -148,6 +148,9 @@ class TinyPool:
 
     def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
         return advancing(self, tokens, samples)
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _ended(self, row: _Row) -> bool:
         return row.response[-1] == EOS or len(row.response) >= self._longest

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,6 +54,46 @@ class Ceilings:
     tflops: float
     copy: str
     copy_tbytes: float  # TB/s, bytes read plus bytes written
+
+
+class WorkClock:
+    """How long a device had something to do that was given to it in `with clock:` blocks, one behind the other.
+
+    On a GPU between two events of its stream, so without the time in which a launch waits for what runs before it; on a CPU the
+    time of the blocks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = self._began = 0.0
+        self._open = deque[tuple[torch.cuda.Event, torch.cuda.Event]]()  # not added up yet
+
+    def __enter__(self) -> None:
+        if not self._on_gpu:
+            self._began = time.perf_counter()
+            return
+        while self._open and self._open[0][1].query():  # so that few are open
+            self._add(*self._open.popleft())
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        self._open.append((first, last))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._on_gpu:
+            self._open[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def _add(self, first: torch.cuda.Event, last: torch.cuda.Event) -> None:
+        last.synchronize()
+        self._seconds += first.elapsed_time(last) / 1000
+
+    @property
+    def seconds(self) -> float:
+        """Of all blocks, after the device is done with them."""
+        while self._open:
+            self._add(*self._open.popleft())
+        return self._seconds
 
 
 def interleaved(

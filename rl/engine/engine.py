@@ -190,7 +190,7 @@ class Engine:
                 self._change_rows()
             self._grow()
             if self._rows:
-                self._look(then=self._decoder.step(len(self._rows)))
+                self._look(then=self._step())
             elif not self._filling:
                 break
         self._look(then=None)
@@ -198,6 +198,10 @@ class Engine:
         done, self._done = self._done, []
         self._finished += len(done)
         return done
+
+    def _step(self) -> Step:
+        """A token of every row, under way."""
+        return self._decoder.step(len(self._rows))
 
     def drain(self) -> list[Sample]:
         """Stops, and returns every sample that is not done with the tokens it has; the slots and the queue are empty then."""

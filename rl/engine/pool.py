@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rl.april import EnginePool, OverlappingPool
@@ -62,6 +62,9 @@ class LocalPool:
 
     def going_on(self, tokens: int, samples: int) -> AbstractContextManager[list[Sample]]:
         return advancing(self, tokens, samples)
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()  # whoever learns brings them new weights when that is done
 
 
 @contextmanager

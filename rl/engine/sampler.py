@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.race import race
+from trainer.config.rl import is_whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Sampling:
     @property
     def whole(self) -> bool:
         """Whether nothing is left out, so that log-probabilities are the model's."""
-        return self.top_k is None and self.top_p == 1 and self.min_p == 0
+        return is_whole(self.top_k, self.top_p, self.min_p)
 
 
 class Drawn(NamedTuple):

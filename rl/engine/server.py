@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -95,6 +95,9 @@ class ServerPool:
         started = time.perf_counter()
         yield []
         self.busy_s += time.perf_counter() - started
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the server reads weights from files
 
     def drain(self) -> list[Sample]:
         """Closes all requests, so that the server stops; some samples may have ended since the last `advance`."""

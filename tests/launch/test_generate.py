@@ -58,7 +58,14 @@ def test_what_is_printed_repeats_and_mistakes_are_named(tmp_path: Path, capsys: 
     assert sum(line.startswith("prompt 1: ") for line in printed[0]) == 3
     assert main([folder, "def", "--tokens", "1000"]) == 2
     assert "and --tokens 1000 make 100" in capsys.readouterr().err
-    wrong = [("--temperature", "0", "0.0 should be larger than 0"), ("--top-p", "2", "2.0 should be at most 1")]
+    wrong = [
+        ("--temperature", "0", "0.0 should be larger than 0"),
+        ("--temperature", "1e-38", "should be at least 0.001; --top-k 1 takes the likeliest token"),
+        ("--top-p", "2", "2.0 should be at most 1"),
+        ("--samples", "65536", "65536 should be less than 65536"),
+        ("--seed", str(1 << 63), "should be at least 0 and less than 2^63"),
+        ("--seed", "-1", "-1 should be at least 0"),
+    ]
     for option, value, said in wrong:
         with pytest.raises(SystemExit):
             main([folder, "def", option, value])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import read_options
 from launch.benchmarks.peers import Generation, GenerationPeer
 from launch.benchmarks.rollout import DEFAULTS, Rollout, RolloutOptions, measure, table
-from launch.benchmarks.timing import Ceilings
+from launch.benchmarks.timing import Ceilings, WorkClock
 
 
 def test_the_table_shows_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +86,53 @@ def test_a_response_has_its_own_length_however_often_it_was_interrupted() -> Non
     assert any(one.stale_share > 0 and one.recomputed_tokens > 0 for one in april.rounds), "some were interrupted"
     assert all(0 <= share < 1 for case in (sync, april) for share in (case.idle_share, case.idle_of_steps))
     assert april.sync_rate == sync.trained_rate
+    for one in (*sync.rounds, *april.rounds):  # the one device of this machine is the host, which does the rest besides
+        assert 0 < one.device_seconds < one.seconds
+    assert april.engine_idle == 1 - sum(one.device_seconds for one in april.rounds) / april.seconds
+
+
+class Stream:
+    """Of a GPU that takes 4 ms for what is given to it in a block, while the host goes on: times in ms."""
+
+    def __init__(self) -> None:
+        self.host = self.done = 0.0
+
+    def event(self, enable_timing: bool) -> StreamEvent:
+        return StreamEvent(self)
+
+
+class StreamEvent:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def record(self) -> None:
+        self.at = max(self.stream.host, self.stream.done)
+
+    def query(self) -> bool:
+        return self.at <= self.stream.host
+
+    def synchronize(self) -> None:
+        self.stream.host = max(self.stream.host, self.at)
+
+    def elapsed_time(self, later: StreamEvent) -> float:
+        return later.at - self.at
+
+
+def test_a_device_works_from_when_it_gets_to_a_block_until_it_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    clock = WorkClock(torch.device("cuda"))
+    for began in (0, 1, 20, 21, 22):  # two steps without a gap, a wait for the host, three more
+        stream.host = began
+        with clock:
+            stream.done = max(stream.host, stream.done) + 4
+    assert clock.seconds == pytest.approx(0.020) == clock.seconds and stream.host == 32
+    on_host = WorkClock(torch.device("cpu"))
+    began = time.perf_counter()
+    with on_host:
+        time.sleep(0.02)
+    time.sleep(0.02)
+    assert 0.02 <= on_host.seconds <= time.perf_counter() - began - 0.02
 
 
 def test_every_generated_token_is_trained_waits_or_is_counted_as_discarded() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +103,9 @@ class ScriptedPool:
         for _ in range(self.ahead):
             if len(done) < samples:
                 done += self.advance(tokens)
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def drain(self) -> list[Sample]:
         unfinished = [s.extended(self._segment(s, fresh), "partial") if fresh else s for s, fresh in self.queue]

@@ -11,10 +11,14 @@ import pytest
 from pyarrow import parquet
 
 from kernels.errors import UserError
+from launch.cli import load
 from rl.rewards.dataset import Dataset
 from rl.rewards.task import Task, is_held_out
 from rl.rewards.tasks import check_task, make_task
-from trainer.config.rl import TaskConfig
+from rl.token_task import check_prompts
+from tests.rl.test_turns import tokenizer  # noqa: F401 - fixture
+from trainer.config.rl import RLConfig, TaskConfig
+from trainer.tokenizer import Tokenizer
 
 ROWS = [
     {
@@ -138,3 +142,23 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_worker_makes_the_task_without_reading_the_file(tmp_path: Path) -> None:
     task = dataset(tmp_path / "missing.jsonl", verifier="exact")
     assert isinstance(task, Dataset)
+
+
+def test_a_prompt_that_leaves_no_room_is_found_before_the_round_that_draws_it(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
+    """Also in training, where it may come after hours: options of a run that is continued cannot change."""
+    long = next(text for n in range(99) if not is_held_out(text := f"{n} " + "zq " * 40))
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"What is {n}?", "answer": "1"} for n in range(60)] + [{"prompt": long, "answer": "1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dataset(path, verifier="exact")
+    sizes = ["rollout.groups=8", "loop.rounds=8", "rollout.max_new_tokens=32", "task.eval_prompts=4"]
+
+    def config(length: int) -> RLConfig:
+        return load(RLConfig, "rl", ["checkpoint=a", *sizes, f"loop.sequence_length={length}"])
+
+    tokens = 1 + len(tokenizer.encode(long))  # with <bos>
+    check_prompts(task, tokenizer, config(tokens + 32))
+    with pytest.raises(
+        UserError, match=f"1 of .* up to {tokens} .*max_new_tokens = 32 .*{tokens + 31}; raise it to {tokens + 32}"
+    ):
+        check_prompts(task, tokenizer, config(tokens + 31))

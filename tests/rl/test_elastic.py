@@ -7,7 +7,8 @@ The pool is the one of a run. Ray is played by this process: calls answer at onc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,9 @@ from launch.cli import load
 from rl.actors import Elastic, Patience, RayPool
 from rl.april import RoundResult, rollout_round
 from rl.engine.receipt import Receipt
+from rl.links import Links
 from rl.trajectory import RolloutBuffer, Sample, Segment
+from rl.turns import TurnPool
 from tests.rl.test_april import ScriptedPool, configs, final_length, play, prompts, score, token
 from trainer.cluster import Processes, ProcessLost
 from trainer.config.rl import RLConfig, RolloutConfig, SyncConfig
@@ -53,6 +56,9 @@ class Rank:
     def pid(self) -> int:
         return 0
 
+    def send(self) -> None:
+        """What `Told` offers."""
+
 
 class ScriptedEngine(ScriptedPool):
     """Holds weights, and generates what `ScriptedPool` does with log-probabilities that name their version."""
@@ -73,6 +79,13 @@ class ScriptedEngine(ScriptedPool):
             assert torch.equal(self.weights_N["w"], weights_of(self.version))
         share = updates[-1].weights.changed_share if updates and isinstance(updates[-1].weights, WeightDelta) else None
         return Receipt(updates[-1].nbytes, share, None) if updates else None
+
+    def gpu(self) -> None:
+        """It has none."""
+
+    def take(self, version: int) -> Receipt:
+        self.version = version
+        return Receipt(0, None, None)
 
     def _segment(self, sample: Sample, count: int) -> Segment:
         tokens = tuple(token(sample.uid, sample.length + place) for place in range(count))
@@ -186,6 +199,9 @@ class Cloud:
 
     perf_counter = monotonic
 
+    def sleep(self, seconds: float) -> None:
+        self.tick()
+
     def wait(self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
         if timeout != 0:
             self.tick()
@@ -279,6 +295,95 @@ def test_the_histories_have_joins_losses_returns_and_engines_that_are_given_up()
         assert sum(one[f"rollout/engines_{key}"] for run in runs for one in run.counts) > 10, key
     assert {one["rollout/engines"] for run in runs for one in run.counts} >= set(range(1, MOST + 1))
     assert sum(run.given_up for run in runs) > 0 and any(run.attempts > 1 for run in runs)
+
+
+class Told(Links):
+    """The direct way of the weights: `versions` are those that were asked for, and `meanwhile` happens as they are offered."""
+
+    def __init__(self, broadcasts: bool) -> None:
+        super().__init__(timeout_s=0.0)
+        self.broadcasts, self.versions = broadcasts, list[int]()
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def connect(self, ranks: Processes, engines: Mapping[str, Any]) -> None:
+        """There is nothing to connect."""
+
+    def offers(self, ranks: Processes, version: int, check: bool) -> Any:
+        self.versions.append(version)
+        self.meanwhile()
+        return version
+
+
+def directly(cloud: Cloud, links: Links, patch: pytest.MonkeyPatch) -> tuple[RayPool, Processes]:
+    """Two engines, and a rank that brings them its weights."""
+    for module in ("rl.actors.ray", "rl.actors.time", "trainer.cluster.ray"):
+        patch.setattr(module, cloud)
+    logs = {f"engine/{number}": Path("/dev/null") for number in range(2)}
+    ranks = Processes({"trainer/0": Actor(cloud, Rank(), started=True)})
+    return RayPool(cloud.start, logs, Patience(0.0, 1e9, 9), lambda text: None, links), ranks
+
+
+DIRECT = SyncConfig(transport="direct", anchor_every=1, check=False)
+
+
+@pytest.mark.parametrize("broadcasts", [False, True])
+def test_an_engine_that_died_while_the_ranks_learned_is_replaced_whatever_the_way_of_the_weights(
+    broadcasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked it anything since. In a broadcast all others would wait for it."""
+    cloud, links = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(9, slots=9)), Told(broadcasts)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
+    cloud.actors["engine/1"].kill()
+    assert pool.load_weights(ranks, 1, DIRECT)["sync/version"] == 1
+    assert pool.engines == [0] and pool.counts()["rollout/engines_lost"] == 1
+    while pool.engines != [0, 1]:
+        assert pool.advance(1) == []
+    for actor in cloud.actors.values():
+        actor.kill()
+    assert pool.load_weights(ranks, 2, DIRECT)["sync/version"] == 2, "one is waited for"
+
+
+def test_an_engine_that_is_lost_in_the_middle_of_a_broadcast_ends_the_attempt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait in it for as long as a collective may take, which is no fault of theirs."""
+    cloud, links = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(9, slots=9)), Told(broadcasts=True)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
+
+    def lost() -> None:
+        cloud.actors["engine/0"].silent = True
+        cloud.actors["engine/1"].kill()
+
+    links.meanwhile = lost
+    with pytest.raises(ProcessLost, match="engine/1 died"):
+        pool.load_weights(ranks, 1, DIRECT)
+    assert not cloud.actors["engine/0"].dead and pool.counts()["rollout/engines_lost"] == 0
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_an_engine_that_returns_while_the_ranks_learn_gets_what_they_have_when_that_is_done(
+    talks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In conversations too. What ranks hold meanwhile is of no version."""
+    cloud = Cloud(Random(0), 2, 0.0, lambda: ScriptedEngine(10**9, slots=9))
+    links = Told(broadcasts=False)
+    pool, ranks = directly(cloud, links, monkeypatch)
+    pool.load_weights(ranks, 0, DIRECT)
+    asked = list(links.versions)
+    pool.submit([Sample(uid, 0, (1, 2)) for uid in range(4)])
+    lost = cloud.actors["engine/1"]
+    lost.kill()
+    with (TurnPool(pool, lambda samples: samples) if talks else pool).going_on(0, 4):
+        while (now := cloud.actors["engine/1"]) is lost or not now.started:
+            time.sleep(0.001)
+        events = cloud.events
+        while cloud.events < events + 100:
+            time.sleep(0.001)
+        assert pool.engines == [0] and links.versions == asked
+    pool.drain()
+    pool.load_weights(ranks, 1, DIRECT)
+    assert pool.engines == [0, 1] and links.versions == [*asked, 1]
+    assert {actor.body.version for actor in cloud.actors.values()} == {1}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from trainer.config.record import Record
 from trainer.config.run import RunConfig, TraceConfig
 
+LEAST_TEMPERATURE = 1e-3  # logits over much less are infinite in float32
 TEXT = "{text}"  # stands for the text in a template
 MOST_TRACED_TOKENS = 1000  # decoding steps; a trace has thousands of events for each
 
@@ -66,6 +67,11 @@ class WarmupConfig(Record):
     lr: float = Field(gt=0)
 
 
+def is_whole(top_k: int | None, top_p: float, min_p: float) -> bool:
+    """Whether these leave nothing out of the distribution that tokens are drawn from."""
+    return top_k is None and top_p == 1 and min_p == 0
+
+
 class RolloutConfig(Record):
     """APRIL: submit `over_provision * groups` groups, stop at `groups` finished ones, recycle the rest."""
 
@@ -79,7 +85,7 @@ class RolloutConfig(Record):
     max_turns: int = Field(gt=0)  # of the model, if the task is a conversation
     max_staleness: int = Field(ge=0)  # in rounds; what happens to older groups is `stale`
     stale: Literal["regenerate", "drop"]  # start them again, or drop them and their prompts
-    temperature: float = Field(ge=1e-3)  # of the softmax; logits divided by much less are infinite in float32
+    temperature: float = Field(ge=LEAST_TEMPERATURE)  # of the softmax
     top_k: int | None = Field(gt=0)  # sample only from the k most likely tokens; null: from all
     top_p: float = Field(gt=0, le=1)  # only the most likely tokens that together have this probability
     min_p: float = Field(ge=0, lt=1)  # only tokens with at least this probability relative to the most likely one
@@ -119,8 +125,7 @@ class RolloutConfig(Record):
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out of the distribution that is sampled from."""
-        return self.top_k is None and self.top_p == 1 and self.min_p == 0
+        return is_whole(self.top_k, self.top_p, self.min_p)
 
     @property
     def engines_apart(self) -> int:
