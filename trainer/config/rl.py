@@ -78,9 +78,7 @@ class RolloutConfig(Record):
     groups: int = Field(gt=0)  # N finished groups end a round
     samples_per_group: int = Field(gt=0, lt=1 << 16)  # n; 1 if samples are not compared within their group
     over_provision: float = Field(ge=1)  # N' / N; 1 waits for every sample
-    refills: int = Field(
-        ge=0
-    )  # times that more prompts replace groups of equal rewards (DAPO's dynamic sampling); 0: keep them
+    refills: int = Field(ge=0)  # draws of prompts for groups of equal rewards (DAPO's dynamic sampling); 0: keep such groups
     max_new_tokens: int = Field(gt=0)  # of a response, the environment's replies included
     max_turns: int = Field(gt=0)  # of the model, if the task is a conversation
     max_staleness: int = Field(ge=0)  # in rounds; what happens to older groups is `stale`
