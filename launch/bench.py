@@ -6,11 +6,14 @@ Without a name it runs every benchmark that has competitors (benchmarks/overview
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ from launch.benchmarks.options import SHAPES, FileOptions, Options, read_options
 from launch.benchmarks.peers import GENERATION_PEERS, PACKAGES
 from launch.benchmarks.timing import measure_ceilings
 
+CTRL_C, SIGTERM = 130, 143  # exit codes, as shells have them
 TABLE_WIDTH = 200  # columns where the output is no terminal
 
 
@@ -157,28 +161,54 @@ def usage(names: Sequence[str]) -> str:
     return "\n".join([*lines, "", "A size that is given replaces that of the model. Lists are written a,b."])
 
 
+def run(arguments: Sequence[str]) -> int:
+    """What the arguments ask for; the exit code. UserError for a benchmark that is none, or an option that is none of its."""
+    if not arguments:
+        return compare()
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        close = get_close_matches(name, BENCHMARKS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"{name} is no benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
+    bench(name, rest)
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """By SIGTERM, as `timeout` and SLURM send it: what ends at Ctrl-C ends in the same way."""
+
+
+@contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """Raises `Terminated` in the `with` block once: those who send a signal to a group may send it twice."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 2 for a person's mistake, 130 for Ctrl-C."""
+    """The exit code: 2 for a person's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         print(usage([name for name in BENCHMARKS if name in arguments] or list(BENCHMARKS)))
         return 0
     try:
-        if not arguments:
-            return compare()
-        name, *rest = arguments
-        if name not in BENCHMARKS:
-            close = get_close_matches(name, BENCHMARKS, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{name} is no benchmark; {hint}choices: {', '.join(BENCHMARKS)}")
-        bench(name, rest)
+        with ending_at_sigterm():
+            return run(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; the file holds the cases that were finished", file=sys.stderr)
-        return 130
-    return 0
+    except KeyboardInterrupt as error:
+        name, code = ("SIGTERM", SIGTERM) if isinstance(error, Terminated) else ("Ctrl-C", CTRL_C)
+        print(f"\nstopped by {name}; the file holds the cases that were finished", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

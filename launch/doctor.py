@@ -269,7 +269,7 @@ def check_tracking(logger: LoggerConfig, environment: Mapping[str, str]) -> Chec
     key = f"WANDB_API_KEY is {'set' if there else 'not set'}"
     if logger.wandb == "online" and not there:
         return Check(
-            "W&B", "warn", f"online, {key}", "set WANDB_API_KEY, or the run may wait for a login; or logger.wandb=offline"
+            "W&B", "warn", f"online, {key}", "set WANDB_API_KEY or log in (`wandb login`), or runs are tracked offline"
         )
     mode = ("online" if there else "offline") if logger.wandb == "auto" else logger.wandb
     return Check("W&B", "ok", f"{mode}; {key}")

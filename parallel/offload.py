@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,11 @@ def _cpu_adam(settings: AdamWSettings) -> Any:
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # after RANK and WORLD_SIZE are set; it also takes a second
 
+    class Unwrapped(DeepSpeedCPUAdam):
+        add_param_group = unwrap(torch.optim.Optimizer.add_param_group)  # as in adamw.py: its wrapper imports torch.compile
+
     try:
-        optimizer = DeepSpeedCPUAdam(
+        optimizer = Unwrapped(
             [torch.empty(0)], betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
         )
     except RuntimeError as error:

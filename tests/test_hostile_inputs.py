@@ -307,6 +307,33 @@ def test_links_that_lead_outside_are_refused(written: Path, tmp_path: Path) -> N
         read_model(own)
 
 
+STRANGE_NAMES = ["x" * 300, "state/" + "a/" * 3000 + "b", "\ud800", "a\0b", "", "/etc/passwd", "../../secret", "a\nb"]
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+def test_a_name_that_no_file_of_a_checkpoint_has_is_damage(written: Path, tmp_path: Path, name: str) -> None:
+    """And so a run goes on from the checkpoint before."""
+    own = tmp_path / "step_000003"
+    shutil.copytree(written, own)
+    record = json.loads((own / "meta.json").read_text())
+    record["files"][f"{name}.safetensors" if name else ""] = record["files"].pop("state/rank_00000.safetensors")
+    (own / "meta.json").write_text(json.dumps(record))
+    for read in (read_model, checkpoint.verify, checkpoint.read):
+        with pytest.raises(checkpoint.Damaged, match=r"is no name of a file in its folder") as refused:
+            read(own)
+        assert len(str(refused.value).encode()) < 1000 and "\n" not in str(refused.value)
+
+
+def test_a_link_that_leads_to_itself_is_damage(written: Path, tmp_path: Path) -> None:
+    own = tmp_path / "step_000003"
+    shutil.copytree(written, own)
+    state = own / "state" / "rank_00000.safetensors"
+    state.unlink()
+    state.symlink_to(state.name)
+    with pytest.raises(checkpoint.Damaged, match=r"state/rank_00000\.safetensors"):
+        read_model(own)
+
+
 def test_a_tensor_of_another_shape_is_refused_and_not_stretched(written: Path, tmp_path: Path) -> None:
     own = tmp_path / "step_000003"
     shutil.copytree(written, own)
@@ -462,7 +489,9 @@ def test_folders_of_others(exported: Path, data: st.DataObject, name: str) -> No
         read_or_refused(lambda: load_pretrained(own, torch.float32))
 
 
-@pytest.mark.parametrize("file", ["../model/model.safetensors", "/etc/passwd", "a\0b", 3, None, ["a"], ".."])
+@pytest.mark.parametrize(
+    "file", ["../model/model.safetensors", "/etc/passwd", "a\0b", 3, None, ["a"], "..", "x" * 300, "\ud800", ""]
+)
 def test_an_index_names_files_of_its_folder_only(exported: Path, tmp_path: Path, file: object) -> None:
     own = tmp_path / "model"
     shutil.copytree(exported, own)

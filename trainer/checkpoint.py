@@ -38,6 +38,7 @@ from trainer.json_text import first_problem, parsed
 from trainer.model.transformer import require_plausible
 
 FORMAT = 5
+FILE = re.compile(r"[\w.@-]{1,99}(/[\w.@-]{1,99})?", re.ASCII)  # the name of one of its files: what any disk can hold
 FRAGMENT = re.compile(r"(.+)@(\d{1,18})")  # the name of a tensor, and where in it, flattened, the values of this one begin
 
 
@@ -137,9 +138,12 @@ def parse_record(text: str, file: Path) -> tuple[CheckpointMeta, dict[str, Check
     if found_format != FORMAT:
         raise UserError(f"{file.parent} has checkpoint format {found_format}; this version reads format {FORMAT}")
     try:
-        return META.validate_python(record), SUMS.validate_python(files)
+        meta, sums = META.validate_python(record), SUMS.validate_python(files)
     except ValidationError as error:
         raise _no_record(file, first_problem(error)) from None
+    if strange := [name for name in sums if not FILE.fullmatch(name)]:
+        raise _no_record(file, f"{strange[0][:99]!r} is no name of a file in its folder")
+    return meta, sums
 
 
 def _no_record(file: Path, reason: str) -> Damaged:
@@ -148,7 +152,11 @@ def _no_record(file: Path, reason: str) -> Damaged:
 
 def _damage(folder: Path, name: str, expected: Checksum) -> str | None:
     path = folder / name
-    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except RuntimeError:
+        return f"{name} is a link that leads to itself"
+    if not inside:
         return f"meta.json names a file outside its folder: {name}"
     if not path.is_file():
         return f"{name} is missing"

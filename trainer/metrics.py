@@ -55,6 +55,9 @@ class Metric:
     stage: Stage | None = None  # the only stage that logs it; None: those of its group
 
     def text(self, value: float) -> str:
+        """By `format`; shares below 1 % and prices below a cent by two significant digits, so that only 0 reads as 0."""
+        if self.unit in ("share", "$") and 0 < abs(value) < 0.01:
+            return f"{100 * value:.2g}%" if self.format.endswith("%") else f"{value:.2g}"
         return format(value, self.format)
 
 

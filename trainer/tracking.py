@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,8 @@ class Tracker:
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
         try:
-            run = self._init_wandb(mode)
+            with _nobody_at_the_keyboard():
+                run = self._init_wandb(mode)
         except (CommError, UsageError) as error:
             folder = shown(self.run.path / "wandb")
             self.say(f"W&B cannot be reached ({error}); tracking offline, `wandb sync {folder}/offline-run-*` sends it later")
@@ -254,6 +256,18 @@ def _behind(error: BaseException | None) -> Iterator[None]:
         if error is None:
             raise
         print(unwritten, flush=True)
+
+
+@contextmanager
+def _nobody_at_the_keyboard() -> Iterator[None]:
+    """At a terminal W&B would ask for a login that it does not find, and wait; whoever began the run may have left."""
+    terminal = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
 
 
 def _append(file: Path, line: str) -> None:

@@ -51,8 +51,14 @@ def run(names: Sequence[str], folder: Path = Path()) -> Iterator[tuple[str, Path
             yield name, NEEDS_TWO
             continue
         out = folder / f"bench-{name}.json"
-        done = subprocess.run([sys.executable, "-m", "launch.bench", name, f"out={out}", *told])
-        yield name, out if done.returncode == 0 else f"ended with code {done.returncode}"
+        benchmark = subprocess.Popen([sys.executable, "-m", "launch.bench", name, f"out={out}", *told])
+        try:
+            code = benchmark.wait()
+        except BaseException:  # a signal, which it need not have had: it ends its ranks
+            benchmark.terminate()
+            benchmark.wait()
+            raise
+        yield name, out if code == 0 else f"ended with code {code}"
 
 
 def lines(record: dict[str, Any]) -> Iterator[Line]:

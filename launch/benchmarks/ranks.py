@@ -40,7 +40,16 @@ def on_ranks(
     mp.get_context("forkserver").set_forkserver_preload([work.__module__])
     queue = mp.get_context(method).SimpleQueue()
     with TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (work, ranks, options, cases, kind, folder, queue, hosts), nprocs=ranks, start_method=method)
+        arguments = (work, ranks, options, cases, kind, folder, queue, hosts)
+        started = mp.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method=method)
+        try:
+            while not started.join():
+                pass
+        except BaseException:  # a signal, which the ranks need not have had: nobody would wait for them, or leave their hosts
+            for process in started.processes:
+                process.kill()
+                process.join()
+            raise
         found: Found = queue.get()
     return found
 

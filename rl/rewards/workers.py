@@ -257,7 +257,7 @@ class _Worker:
 
     def __post_init__(self) -> None:
         self.socket, theirs = socket.socketpair()
-        self.received = b""
+        self.received = bytearray()  # grows in place: a flood of 64 MiB in small pieces would be copied a thousand times
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # What the driver can import, a worker can.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -306,7 +306,7 @@ class _Worker:
             self.ended = True
         if not self.received.endswith(b"\n"):
             return None
-        line, self.received = self.received, b""
+        line, self.received = bytes(self.received), bytearray()
         found = understood(self.method if self.ready else "ready", line)
         if isinstance(found, str):
             self.strange = found

@@ -20,7 +20,6 @@ os.environ["DS_ACCELERATOR"] = KIND
 import_deepspeed()
 for module in (
     *("deepspeed.runtime.zero.muon.muon_optimizer", "torch.fx.experimental.symbolic_shapes"),  # with the first update
-    "torch._dynamo.trace_rules",  # with the optimizer of parallel.offload
     *("rl.engine.engine", "trainer.worker"),
     *("hypothesis", "pytest"),  # of the files whose functions the ranks run
 ):

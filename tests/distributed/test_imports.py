@@ -7,24 +7,26 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.topology import join, leave
-from tests.models import random_batch, spec, tiny_model
+from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import cross_entropy
 from trainer.step import Trainer
 
 
-def test_an_update_imports_no_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_an_update_imports_no_compiler(offload: str, tmp_path: Path) -> None:
     """In a process of its own: the server that other ranks are forked from has imported what some of them need."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        assert fresh.submit(_compilers_after_an_update, tmp_path / "store").result() == set()
+        assert fresh.submit(_compilers_after_an_update, tmp_path / "store", offload).result() == set()
 
 
-def _compilers_after_an_update(store: Path) -> set[str]:
+def _compilers_after_an_update(store: Path, offload: str) -> set[str]:
     world = join(dist.FileStore(str(store), 1), 0, 1, torch.device("cpu"), timeout_s=60)
     assert "deepspeed" not in sys.modules, "its import would be none of the update's"
-    Trainer(spec(tiny_model()), world).learn(random_batch(0), cross_entropy, 1e-2)
+    Trainer(spec(tiny_model(), parallel=parallel(offload=offload)), world).learn(random_batch(0), cross_entropy, 1e-2)
     leave(world)
     return {"torch._dynamo", "torch._inductor"} & sys.modules.keys()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from launch.benchmarks.hosts import hosts
 from launch.benchmarks.ranks import on_ranks
 from parallel.placement import Topology
 from parallel.topology import World
+from tests.end_to_end.commands import WAIT_S, start
 
 
 def able() -> bool:
@@ -35,7 +38,10 @@ def networks(world: World, options: None, cases: None) -> list[str]:
     return told
 
 
-@pytest.mark.skipif(not able(), reason="needs root and network namespaces")
+needs_hosts = pytest.mark.skipif(not able(), reason="needs root and network namespaces")
+
+
+@needs_hosts
 def test_ranks_have_networks_of_their_own_that_are_gone_afterwards() -> None:
     with hosts(1000, within_mbit=2000) as names:
         assert all(Path(f"/var/run/netns/{name}").exists() for name in names)
@@ -44,6 +50,25 @@ def test_ranks_have_networks_of_their_own_that_are_gone_afterwards() -> None:
     assert not any(Path(f"/var/run/netns/{name}").exists() for name in names)
     with hosts(None) as names:
         assert names == []
+
+
+@pytest.mark.parametrize("link", [[], pytest.param(["link_mbit=700"], marks=[needs_hosts])])
+def test_a_benchmark_that_is_ended_by_sigterm_leaves_no_rank_and_no_host(link: list[str], tmp_path: Path) -> None:
+    """As `timeout` ends it; only the command itself has the signal."""
+    command = [*("schedule", "repeats=1000000", "rank_tokens=64", "around=nothing", *link), f"out={tmp_path}/bench.json"]
+    benchmark = start("bench", *command)
+    deadline, ranks = time.monotonic() + WAIT_S, list[psutil.Process]()
+    while len(ranks) < 2:
+        assert benchmark.poll() is None and time.monotonic() < deadline, "two ranks do not begin"
+        time.sleep(0.05)
+        servers = psutil.Process(benchmark.pid).children()
+        ranks = [one for one in psutil.Process(benchmark.pid).children(recursive=True) if one not in servers]
+    assert len(list(Path("/var/run/netns").glob(f"tessera{benchmark.pid}?"))) == (2 if link else 0)
+    benchmark.terminate()
+    said, _ = benchmark.communicate(timeout=WAIT_S)
+    assert benchmark.returncode == 143 and "stopped by SIGTERM" in said and "Traceback" not in said, said
+    assert not psutil.wait_procs(ranks, timeout=5)[1], "ranks go on"
+    assert not list(Path("/var/run/netns").glob(f"tessera{benchmark.pid}?"))
 
 
 def test_who_may_not_make_hosts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,7 @@ def test_a_cosine_router_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ("qwen", {"use_sliding_window": True, "sliding_window": 4}, r"use_sliding_window=True \(only False\)"),
         ("qwen", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
         ("qwen", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type=linear"),
+        ("qwen", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type=yarn"),
         ("qwen", {"attention_bias": True}, "attention_bias=True"),
         ("qwen", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ("qwen", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\], but only the first layers"),

@@ -111,6 +111,24 @@ def test_every_step_line_says_how_the_devices_were_used(stage: Stage) -> None:
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        *(
+            ("perf/mfu", 0.0, "0.0%"),
+            ("perf/mfu", 0.000_041_9, "0.0042%"),
+            ("perf/mfu", 0.0047, "0.47%"),
+            ("perf/mfu", 0.01, "1.0%"),
+        ),
+        *(("perf/gpu_idle_share", 0.003, "0.3%"), ("perf/mfu", 5e-324, "4.9e-322%"), ("moe/replay_changed", 0.9996, "99.96%")),
+        *(("perf/dollars_per_million_tokens", 0.0012, "0.0012"), ("perf/dollars_per_million_tokens", 0.012, "0.01")),
+    ],
+)
+def test_a_small_share_or_price_does_not_read_as_0(key: str, value: float, text: str) -> None:
+    """As the MFU of a tiny model on a large GPU."""
+    assert METRICS[key].text(value) == text
+
+
 def test_every_metric_is_in_a_group_and_every_group_has_a_stage_that_logs_it() -> None:
     assert {key.partition("/")[0] for key in METRICS} == set(GROUPS)
     both = [metric.key for stage in AXES for metrics in metrics_of(stage).values() for metric in metrics]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from wandb.errors import UsageError
 
 from kernels.errors import UserError
 from launch.cli import load
@@ -286,6 +289,33 @@ def test_without_a_network_wandb_goes_offline_and_says_so(
         tracker.log(1, {"train/loss": 1.0})
     out = capsys.readouterr().out
     assert "W&B cannot be reached (" in out and "wandb sync" in out and read_status(run.path)["state"] == "finished"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_wandb_finds_nobody_to_ask_for_a_login(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a login it would ask, and wait without end, where it finds a terminal."""
+    terminal, found, init = Terminal(), dict[str, bool](), Tracker._init_wandb
+
+    def look(self: Tracker, mode: str) -> Any:
+        found[mode] = sys.stdin.isatty()
+        if mode == "online":
+            raise UsageError("No API key configured. Use `wandb login` to log in.")
+        return init(self, mode)
+
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr(Tracker, "_init_wandb", look)
+    with Tracker(run, "pretrain", logger("online"), total_steps=1, devices=2) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        assert sys.stdin is terminal
+    assert found == {"online": False, "offline": True}
+    assert re.search(r"W&B cannot be reached \(.*wandb login.*\); tracking offline, `wandb sync ", capsys.readouterr().out)
+    assert list((run.path / "wandb").glob("offline-run-*"))
 
 
 def test_the_real_wandb_writes_offline_into_the_run_without_the_key(

@@ -279,7 +279,7 @@ def _family_named(content: Mapping[str, Any], path: Path) -> Family:
 
 def _rotary(family: Family, known: Mapping[str, Any]) -> tuple[float, float, list[str]]:
     """theta, the share of a head that turns, and the settings of the rotary embedding that we do not have."""
-    rotary = known.get("rope_parameters") or known.get("rope_scaling") or {}
+    rotary = known.get("rope_scaling") or known.get("rope_parameters") or {}  # in the order that transformers has
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     usual_share = 0.5 if family is GLM4_MOE else 1.0
     share = rotary.get("partial_rotary_factor", known.get("partial_rotary_factor", usual_share))

@@ -7,6 +7,7 @@ for one of the architectures of families.py loads here.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from trainer.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 4 << 30
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PLAIN = re.compile(r"[ -.0-~]{1,255}")  # the name of a file in a folder: ASCII but for the slash
 
 
 # ---------------------------------------------------------------- writing
@@ -199,7 +201,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def _is_plain(file: object) -> bool:
     """Links are followed all the same: caches of downloads are made of them."""
-    return isinstance(file, str) and Path(file).name == file and "\0" not in file
+    return isinstance(file, str) and PLAIN.fullmatch(file) is not None
 
 
 def _check_names(targets: Mapping[str, Tensor], files: Mapping[str, Path], folder: Path) -> None:
