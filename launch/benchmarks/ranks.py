@@ -18,6 +18,7 @@ from parallel.topology import World, join, leave
 
 REPEATS = 20
 TIMEOUT_S = 120.0
+LOOK_S = 0.1  # between two looks at whether the ranks have a result, or are done
 Options = TypeVar("Options")
 Cases = TypeVar("Cases")
 Found = TypeVar("Found")
@@ -42,16 +43,17 @@ def on_ranks(
     with TemporaryDirectory() as folder:
         arguments = (work, ranks, options, cases, kind, folder, queue, hosts)
         started = mp.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method=method)
+        found: list[Found] = []
         try:
-            while not started.join():
-                pass
+            while not started.join(timeout=LOOK_S):
+                if not queue.empty():  # a rank does not end before all of its result is read
+                    found.append(queue.get())
         except BaseException:  # a signal, which the ranks need not have had: nobody would wait for them, or leave their hosts
             for process in started.processes:
                 process.kill()
                 process.join()
             raise
-        found: Found = queue.get()
-    return found
+    return found[0] if found else queue.get()
 
 
 def _rank(

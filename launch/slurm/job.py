@@ -138,7 +138,9 @@ def main() -> int:
     try:
         code = watch(driver, nodes, head, heard)
         if code == REQUEUE:
-            requeue(asked.max_requeues)  # first of all: SLURM may be about to kill this process
+            if driver.poll() is not None:  # a step that is still there when its job is requeued holds the nodes for KillWait
+                end(nodes)
+            requeue(asked.max_requeues)  # else first of all: SLURM may be about to kill this process
             with suppress(subprocess.TimeoutExpired):  # until then the driver, which has the signal, has time
                 driver.wait(GRACE_S)
     finally:

@@ -4,6 +4,7 @@ one of RL that has no time left to stop."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,8 @@ def test_stopped_robbed_of_a_node_preempted_and_each_time_requeued_it_learns_the
     start_again(slurm, job, 1, log)
     stopped_at = max(series(runs / "job", "train/loss"))
     assert f"stopped by SIGUSR1 after step {stopped_at}" in log.read_text()
+    # SLURM says so of a step that is still there when its job is requeued: it would keep the nodes for KillWait.
+    assert " DUE TO JOB REQUEUE" not in "".join(re.findall(r"\*\*\* STEP .*", log.read_text()))
     wait_for(reached(runs / "job", stopped_at + 3), "3 more steps", log)
     slurm.kill_node("n2")
     wait_for(said(log, "n2 of the 2 nodes does not answer"), "the lost node is named", log)
