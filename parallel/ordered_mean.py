@@ -83,7 +83,7 @@ class PeerMeans:
 
     def __init__(self, world: World, most: int, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
         """`most`: numbers of a message. `group`: of the ranks, in which nothing else is under way."""
-        self.world, self._dtype = world, dtype
+        self.world = world
         part = -(-most // world.size)
         messages = part * world.size
         self._memory = PeerMemory(world, (messages + part) * dtype.itemsize, group)
