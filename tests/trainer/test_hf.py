@@ -295,9 +295,17 @@ def lose_a_tensor(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def quantize_a_tensor(folder: Path, dtype: torch.dtype) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(dtype)
+    save_file(state, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda folder: quantize_a_tensor(folder, torch.int8), "model.norm.weight is int8, as of a quantized model"),
+        (lambda folder: quantize_a_tensor(folder, torch.float8_e4m3fn), "model.norm.weight is float8_e4m3fn, as of a"),
         (damage_tensors, "model.safetensors is damaged: "),
         (lose_a_tensor, "lacks model.norm.weight"),
         (

@@ -38,6 +38,7 @@ from trainer.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 4 << 30
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN = re.compile(r"[ -.0-~]{1,255}")  # the name of a file in a folder: ASCII but for the slash
 
 
@@ -221,7 +222,11 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: ModelConfig
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(target.shape):
                     raise UserError(f"{path}: {name} is {shape}, but config.json makes it {tuple(target.shape)}")
-                target.copy_(our_features(name, file.get_tensor(name), config))
+                value = file.get_tensor(name)
+                if value.dtype not in FLOATS:
+                    kind = str(value.dtype).removeprefix("torch.")
+                    raise UserError(f"{path}: {name} is {kind}, as of a quantized model; take the weights before quantization")
+                target.copy_(our_features(name, value, config))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
