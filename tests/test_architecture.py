@@ -15,7 +15,7 @@ PURE = {  # mathematics that must be testable without any process group
     "parallel/balance.py": {"torch", "typing", "__future__"},
     **{
         f"parallel/{name}.py": {"numpy", "parallel", "__future__"}
-        | {"bisect", "collections", "dataclasses", "functools", "heapq", "itertools", "typing"}
+        | {"bisect", "collections", "dataclasses", "functools", "heapq", "itertools", "math", "typing"}
         for name in ("placement", "flows", "routes", "layer_cost", "packing", "copy_numbers", "planning", "policies", *SCHEDULE)
     },
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},

@@ -346,7 +346,7 @@ def test_a_tensor_of_another_shape_is_refused_and_not_stretched(written: Path, t
 
 def test_a_record_that_has_no_end_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "meta.json")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.read_meta(tmp_path)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -42,18 +45,38 @@ def on_ranks(
     queue = mp.get_context(method).SimpleQueue()
     with TemporaryDirectory() as folder:
         arguments = (work, ranks, options, cases, kind, folder, queue, hosts)
-        started = mp.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method=method)
         found: list[Found] = []
+        processes: list[Any] = []
         try:
+            with signals_afterwards():
+                started = mp.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method=method)
+                processes += started.processes
             while not started.join(timeout=LOOK_S):
                 if not queue.empty():  # a rank does not end before all of its result is read
                     found.append(queue.get())
         except BaseException:  # a signal, which the ranks need not have had: nobody would wait for them, or leave their hosts
-            for process in started.processes:
+            for process in processes:
                 process.kill()
                 process.join()
             raise
     return found[0] if found else queue.get()
+
+
+@contextmanager
+def signals_afterwards() -> Iterator[None]:
+    """Ctrl-C and SIGTERM in the `with` block act after it: half-started processes would be nobody's to end."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        yield
+        return
+    before = {one: signal.signal(one, lambda number, frame: arrived.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    for number in arrived:
+        signal.raise_signal(number)
 
 
 def _rank(
