@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,16 @@ LONG = ("test_moe_layer.py", "test_router.py", "test_trainer.py")  # a minute or
 BEGUN = time.monotonic()
 MINUTES = float(os.environ.get("TESSERA_TEST_MINUTES", "inf"))  # after which no test begins, where a run of all would be ended
 COMPILED = pytest.StashKey[dict[str, Future[subprocess.CompletedProcess[str]]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` all runs on the CPU, also where there are GPUs: what the tests expect is exact there, and in float32.
+
+    Ctrl-C acts also behind a shell that has it ignored, as in `make test &`: some tests send it, to themselves and to others.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
