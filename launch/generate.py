@@ -18,9 +18,10 @@ from rich.text import Text
 from kernels.errors import UserError
 from launch.cli import guarded
 from rl.april import complete
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import UIDS_PER_GROUP, Sample, fresh_group
 from trainer.config.model import ModelConfig
 from trainer.config.rl import LEAST_TEMPERATURE

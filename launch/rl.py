@@ -10,7 +10,7 @@ import torch
 from launch.cli import main, print_plan
 from launch.picture import draw_schedule
 from launch.report import write_report
-from rl.engine.engine import check_generates
+from rl.engine.settings import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
 from rl.rewards.workers import RewardWorkers

@@ -24,9 +24,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rl.engine.actor import EngineActor
-from rl.engine.engine import EngineSettings
 from rl.engine.pool import advancing, deal
 from rl.engine.receipt import Receipt, sync_metrics
+from rl.engine.settings import EngineSettings
 from rl.links import Links
 from rl.trajectory import Sample
 from trainer.cluster import Processes, ProcessLost, gather, reason_of, told_by

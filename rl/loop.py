@@ -13,9 +13,9 @@ from typing import Any
 
 from rl.actors import RayPool
 from rl.april import rollout_round
-from rl.engine.engine import EngineSettings
 from rl.engine.pool import SyncedPool
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.evaluation import EVAL_GROUP
 from rl.packing import Rows, documents_of, pack_demonstrations, policy_batches
 from rl.staged import stage

@@ -30,8 +30,8 @@ from launch.report import write_report
 from launch.watch import watch
 from parallel.topology import World
 from rl.engine.completions import BadReply, Completion
-from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.rewards.dataset import Dataset
 from rl.rewards.workers import understood
 from rl.trajectory import RolloutBuffer, Sample

@@ -27,10 +27,11 @@ from launch.benchmarks.timing import WorkClock
 from launch.machines import read_group
 from rl.april import Prompts, Score, rollout_round, submitted_groups
 from rl.engine.decoder import Step
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.pool import LocalPool
 from rl.engine.rows import Row
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Status
 from trainer.config.model import ModelConfig
 from trainer.config.rl import RolloutConfig
@@ -143,6 +144,11 @@ class ForcedEngine(Engine):
         self.context_tokens = 0  # whose keys the decoded tokens needed, each its own
         self.work = WorkClock(device)
 
+    @property
+    def decodes_on(self) -> bool:
+        """Whether a step is under way between two calls."""
+        return self._running is not None
+
     def _step(self) -> Step:
         with self.work:
             return super()._step()
@@ -169,16 +175,19 @@ class TimedPool(LocalPool):
     def __init__(self, engine: ForcedEngine) -> None:
         super().__init__([engine])
         self.engine = engine
+        self.returned = 0.0  # when `advance` did
         self.busy_slot_seconds = 0.0
         self.floor_bytes = 0.0
 
     def advance(self, tokens: int) -> list[Sample]:
         engine = self.engine
-        decoded, context, started = engine.decoded_tokens, engine.context_tokens, time.perf_counter()
+        decoded, context = engine.decoded_tokens, engine.context_tokens
+        started = self.returned if engine.decodes_on else time.perf_counter()
         done = super().advance(tokens)
+        self.returned = time.perf_counter()
         # Fewer than `tokens` steps only where all that was left has finished; the slots are idle then.
         rows = (engine.decoded_tokens - decoded) / tokens
-        self.busy_slot_seconds += (time.perf_counter() - started) * rows
+        self.busy_slot_seconds += (self.returned - started) * rows
         self.floor_bytes += tokens * floor_bytes(
             engine.config, rows, (engine.context_tokens - context) / tokens, engine.dtype.itemsize
         )

@@ -24,7 +24,7 @@ from rl.actors import Patience, RayPool
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
 from rl.engine.actor import EngineActor
-from rl.engine.engine import EngineSettings
+from rl.engine.settings import EngineSettings
 from rl.links import Links
 from rl.packing import documents_of, policy_batches
 from rl.rewards.task import Prompt

@@ -24,9 +24,10 @@ from launch.benchmarks.models import floor_bytes, model_config, random_weights
 from launch.benchmarks.options import Listed
 from launch.benchmarks.peers import Generation, generation_rates
 from launch.benchmarks.record import one_row
-from launch.benchmarks.timing import Ceilings
-from rl.engine.engine import PREFILL_TOKENS, Engine, EngineSettings
+from launch.benchmarks.timing import Ceilings, wait_for
+from rl.engine.engine import PREFILL_TOKENS, Engine
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.config.model import ModelConfig
 from trainer.model.transformer import LanguageModel, parameter_counts
@@ -122,12 +123,13 @@ def _generate(
     start = time.perf_counter()
     chunks = -(-batch * (options.prompt - 1) // PREFILL_TOKENS)  # the first rows decode while the last are filled
     engine.advance(chunks)
+    wait_for(device)
     prefill_ms = (time.perf_counter() - start) * 1000
     times = []
     for first in range(chunks, options.response, LOOK_EVERY):
         tokens = min(LOOK_EVERY, options.response - first)
         start = time.perf_counter()
-        engine.advance(tokens)  # returns when the tokens are there
+        engine.advance(tokens)  # returns when the tokens before the last are there, and the last of the time before
         times.append((time.perf_counter() - start) * 1000 / tokens)
     lengths = [item.length for item in engine.drain()]
     assert len(lengths) == batch and min(lengths) > options.response - chunks, "all rows decoded all the time"

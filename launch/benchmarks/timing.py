@@ -108,11 +108,11 @@ def interleaved(
             call(number)
     started = time.perf_counter()
     _round(calls, 0, device, before)
-    _wait(device)
+    wait_for(device)
     round_seconds = time.perf_counter() - started
     rounds = repeats or min(MOST_ROUNDS, max(LEAST_ROUNDS, math.ceil(LEAST_SECONDS / round_seconds)))
     taken = [_round(calls, number, device, before) for number in range(rounds)]
-    _wait(device)
+    wait_for(device)
     return {name: _summary([one[name]() for one in taken]) for name in calls}
 
 
@@ -156,7 +156,7 @@ def captured(call: Call, sets: int) -> Call:
     return lambda number: graphs[number % sets].replay()
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -10,9 +10,10 @@ from torch.distributed import TCPStore
 from torch.profiler import record_function
 
 from parallel.topology import use_interface_to
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.metrics import serve_state
 from rl.engine.receipt import Receipt
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.config.model import ModelConfig
 from trainer.hangs import SHARE, StackWatch, watched

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels.errors import UserError
-from rl.engine.engine import EngineSettings
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample, Segment, Status
 from trainer.json_text import first_problem
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,11 +28,10 @@ from rl.engine.kv_cache import PagedAttention, PagedCache, PageTable
 from rl.engine.metrics import EngineState
 from rl.engine.receipt import Receipt
 from rl.engine.rows import Row, next_chunk
-from rl.engine.sampler import Sampling
-from rl.engine.stops import Stops
+from rl.engine.settings import EngineSettings, check_generates
 from rl.routed_experts import RoutedExperts
 from rl.trajectory import Sample, Segment, Status
-from trainer.config.model import ExpertChoiceRouter, ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.model.transformer import LanguageModel
 from trainer.weight_delta import WeightDelta, apply
 from trainer.weight_links import Offer, Receiver, span_digests
@@ -41,45 +40,6 @@ from trainer.weights import digests, unpack
 
 PREFILL_TOKENS = 8192  # of one forward pass
 IDLE_SHARE = 16  # one slot in this many may hold a row that is done, so that the rows change seldom
-
-
-def check_generates(config: ModelConfig) -> None:
-    """Raises UserError for a model whose tokens need those after them."""
-    if isinstance(config.router, ExpertChoiceRouter):
-        raise UserError(
-            "model.router.kind=expert_choice lets experts choose among all tokens of a batch, those after a token included, "
-            "and in generation there are none yet: such a model cannot generate, nor go into RL; pretrain one with "
-            "model.router.kind=top_k, noisy_top_k, cosine or group_limited"
-        )
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine needs to know besides the model; picklable, the same for every engine of a pool."""
-
-    slots: int  # sequences decoded at once
-    max_length: int  # prompt and response tokens of a sequence
-    max_new_tokens: int  # response tokens of a sample, interruptions included
-    cache_tokens: int | None  # that the cache holds; None: max_length for every slot
-    sampling: Sampling
-    eos_id: int
-    stop_ids: frozenset[int] = frozenset()  # tokens that end a turn besides <eos>
-    stops: Stops | None = None  # and strings that do
-    record_routing: bool = False  # keeps the experts of every token for the trainer
-
-    def ends(self, token: int) -> bool:
-        """Whether the token ends a turn, whatever text is before it."""
-        return token == self.eos_id or token in self.stop_ids
-
-    def check(self, samples: Sequence[Sample]) -> None:
-        """Raises UserError when one may grow beyond `max_length`."""
-        for sample in samples:
-            assert not sample.done, f"sample {sample.uid} is {sample.status} already"
-            if len(sample.prompt_ids) + self.max_new_tokens > self.max_length:
-                raise UserError(
-                    f"a prompt of {len(sample.prompt_ids)} tokens and rollout.max_new_tokens = {self.max_new_tokens} "
-                    f"exceed loop.sequence_length = {self.max_length}; raise it or lower rollout.max_new_tokens"
-                )
 
 
 class Engine:
@@ -110,6 +70,8 @@ class Engine:
         self._waiting: deque[Sample] = deque()
         self._filling: deque[Row] = deque()  # their prefix is not in the cache yet
         self._rows: list[Row] = []  # what the decoder decodes, in its order; some may be done
+        # A GPU is given the next step before the last one is looked at, so it does not wait for the host.
+        self._ahead = device.type == "cuda"
         self._running: Step | None = None  # of exactly these rows, not looked at yet
         self._done: list[Sample] = []  # not returned yet
         self._version: int | None = None
@@ -181,7 +143,10 @@ class Engine:
 
     @torch.inference_mode()
     def advance(self, tokens: int) -> list[Sample]:
-        """Decodes up to `tokens` tokens for every active row; freed slots are refilled on the way. Returns the samples done."""
+        """Decodes up to `tokens` tokens for every active row; freed slots are refilled on the way. Returns the samples done.
+
+        A GPU is left at the last step, which is looked at next time: what the caller does in between costs it nothing.
+        """
         assert self._version is not None, "no weights are loaded"
         for _ in range(tokens):
             self._admit()
@@ -193,8 +158,12 @@ class Engine:
                 self._look(then=self._step())
             elif not self._filling:
                 break
-        self._look(then=None)
-        self._remove_done()
+        if not self._decoding:
+            self._look(then=None)
+        if self._running is None:
+            self._remove_done()
+        for row in self._rows:
+            self._return(row)
         done, self._done = self._done, []
         self._finished += len(done)
         return done
@@ -204,10 +173,15 @@ class Engine:
         return self._decoder.step(len(self._rows))
 
     def drain(self) -> list[Sample]:
-        """Stops, and returns every sample that is not done with the tokens it has; the slots and the queue are empty then."""
+        """Stops, and returns every sample that `advance` has not returned; the slots and the queue are empty then.
+
+        They have the tokens that they got, and those that got their last one in the step that was running are done.
+        """
         samples = self._stop()
+        done, self._done = self._done, []
+        self._finished += len(done)
         self._interrupted += len(samples)
-        return samples
+        return done + samples
 
     def state(self) -> EngineState:
         """What it is doing, for whoever asks, from any thread."""
@@ -215,7 +189,7 @@ class Engine:
             generated_tokens=self._generated,
             finished_samples=self._finished,
             interrupted_samples=self._interrupted,
-            running_samples=len(self._rows) + len(self._filling),
+            running_samples=self._decoding + len(self._filling),
             waiting_samples=len(self._waiting),
             pages=self._pages.total,
             pages_used=self._pages.total - self._pages.free,
@@ -223,8 +197,9 @@ class Engine:
         )
 
     def _stop(self) -> list[Sample]:
+        """Those that are not done; those that are, `advance` or `drain` returns."""
         self._look(then=None)
-        assert not self._done and all(row.status == "partial" for row in self._rows), "advance returns what is done"
+        self._remove_done()
         unfinished = [self._leave(row) for row in (*self._rows, *self._filling)]
         unfinished += self._waiting
         self._rows, self._filling = [], deque()
@@ -233,9 +208,14 @@ class Engine:
 
     # ------------------------------------------------------------ the rows
 
+    @property
+    def _decoding(self) -> int:
+        """Rows that are not done."""
+        return sum(row.status == "partial" for row in self._rows)
+
     def _should_change_rows(self) -> bool:
         """Whether rows that are done leave and rows whose prefix is in the cache enter; then the device waits for the host."""
-        idle = sum(row.status != "partial" for row in self._rows)
+        idle = len(self._rows) - self._decoding
         ready = bool(self._filling) and not self._filling[0].to_fill
         return ready or idle > len(self._rows) // IDLE_SHARE
 
@@ -248,18 +228,31 @@ class Engine:
 
     def _remove_done(self) -> None:
         """Takes the rows that are done out; nothing may be running."""
-        done = [self._leave(row) for row in self._rows if row.status != "partial"]
+        done = [row for row in self._rows if row.status != "partial"]
+        for row in done:
+            self._return(row)
+            self._pages.release(row.pages)
         if done:
-            self._done += done
             self._rows = [row for row in self._rows if row.status == "partial"]
             self._set_rows()
+
+    def _return(self, row: Row) -> None:
+        """Gives the sample of a row that is done to the caller, once. It keeps its slot and pages while a step is running."""
+        if row.status != "partial" and not row.returned:
+            self._done.append(self._sample(row))
+            row.returned = True
 
     def _set_rows(self) -> None:
         self._decoder.set_rows([row.state for row in self._rows], [row.pages for row in self._rows])
 
     def _leave(self, row: Row) -> Sample:
         """The sample with what was generated; its pages are free."""
+        sample = self._sample(row)
         self._pages.release(row.pages)
+        return sample
+
+    def _sample(self, row: Row) -> Sample:
+        """The sample with what was generated."""
         if not row.tokens:
             return row.sample
         assert self._version is not None
@@ -281,12 +274,12 @@ class Engine:
         return RoutedExperts.of(self._cache.experts_PLK[torch.tensor(places, device=self._device)])
 
     def _look(self, then: Step | None) -> None:
-        """Takes the result of the running step in; `then` is running from now on.
+        """Takes the result of the running step in; `then` is running from now on, if it goes ahead of the host.
 
-        A GPU is given the next step before the last one is looked at, so a row that is done decodes a token in vain.
+        A row that is done decodes a token in vain then.
         """
-        looked = (self._running,) if self._device.type == "cuda" else (self._running, then)
-        self._running = then if self._device.type == "cuda" else None
+        looked = (self._running,) if self._ahead else (self._running, then)
+        self._running = then if self._ahead else None
         for step in looked:
             if step is None:
                 continue
@@ -319,7 +312,7 @@ class Engine:
 
     def _grow(self) -> None:
         """Sees to it that every row has a page for the token it decodes next; the youngest rows make room if none is free."""
-        ahead = 2 if self._device.type == "cuda" else 1  # with the step that is running
+        ahead = 2 if self._ahead else 1  # with the step that is running
         needs = [self._missing(row, ahead) for row in self._rows]
         if sum(needs) > self._pages.free:
             self._look(then=None)
@@ -348,7 +341,7 @@ class Engine:
     def _admit(self) -> None:
         """Moves waiting samples into free slots; those that have no token left to generate are done."""
         slots = self._settings.slots
-        free = slots - len(self._rows) - len(self._filling) + sum(row.status != "partial" for row in self._rows)
+        free = slots - self._decoding - len(self._filling)
         # Prefilling for each freed slot at once would cost a small forward pass a token; a part of the slots may idle.
         if free < min(len(self._waiting), max(1, slots // IDLE_SHARE)):
             return

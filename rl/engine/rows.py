@@ -26,6 +26,7 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     whole_logprobs: list[float] = field(default_factory=list)  # none where nothing is left out of the distribution
     status: Status = "partial"
+    returned: bool = False  # done, and the caller has it
 
     @property
     def generated(self) -> int:

@@ -25,7 +25,7 @@ import aiohttp
 
 from kernels.errors import UserError
 from rl.engine.completions import BadReply, Completion, parse
-from rl.engine.engine import EngineSettings
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.cluster import Processes
 from trainer.config.rl import RolloutConfig, SyncConfig

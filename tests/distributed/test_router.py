@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.topology import World
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import fresh_group
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_trainer import learn as learn_steps

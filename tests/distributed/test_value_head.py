@@ -16,8 +16,9 @@ from kernels.vocab_loss import token_logprobs
 from parallel.topology import World
 from rl.algorithms import PolicyObjective
 from rl.april import rollout_round
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.extras import PROXIMAL, REFERENCE, RETURNS, VALUES
 from rl.packing import Document, Rows, documents_of, pack, policy_batches
 from rl.returns import with_token_advantages

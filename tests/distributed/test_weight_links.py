@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.topology import World
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from tests.distributed.ranks import run_ranks
 from tests.models import spec, tiny_model
 from trainer.model.transformer import LanguageModel

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rl.engine.actor import EngineActor
-from rl.engine.engine import EngineSettings
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from tests.gpu.needs import gpus, hopper
 from tests.models import tiny_model

@@ -14,8 +14,9 @@ import torch
 from aiohttp import web
 
 from rl.april import complete
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.sampler import Sampling, kept
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.hf import load_pretrained

@@ -19,9 +19,10 @@ from launch.cli import load
 from rl.actors import Patience, RayPool
 from rl.april import complete
 from rl.engine.actor import EngineActor
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.receipt import Receipt, sync_metrics
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from tests.models import random_batch, spec, tiny_model
 from tests.processes import process_of

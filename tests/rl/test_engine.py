@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from kernels.vocab_loss import token_logprobs
-from rl.april import complete
-from rl.engine.engine import Engine, EngineSettings
+from rl.april import EnginePool, complete
+from rl.engine.engine import Engine
 from rl.engine.kv_cache import PageTable
 from rl.engine.pool import LocalPool, deal
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.packing import Document, pack
 from rl.trajectory import Sample
 from tests.models import tiny_model
@@ -31,6 +32,7 @@ from trainer.weights import PackedTensors
 from trainer.weights import pack as pack_weights
 
 CPU = torch.device("cpu")
+AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
 EOS, TEMPERATURE, MAX_NEW, LENGTH = 1, 0.8, 24, 40
 SAMPLING = Sampling(TEMPERATURE, seed=5)
 CONFIG = tiny_model(
@@ -50,10 +52,21 @@ def settings(**changes: Any) -> EngineSettings:
     return EngineSettings(**{**values, "sampling": SAMPLING, **changes})
 
 
-def engine_for(model: LanguageModel, slots: int = 8, version: int = 0, max_new: int = MAX_NEW, **changes: Any) -> Engine:
+def engine_for(
+    model: LanguageModel, slots: int = 8, version: int = 0, max_new: int = MAX_NEW, ahead: bool = False, **changes: Any
+) -> Engine:
+    """With `ahead`, steps overlap with what the host does as they do on a GPU."""
     engine = Engine(CONFIG, settings(slots=slots, max_new_tokens=max_new, **changes), CPU, torch.float32)
+    engine._ahead = ahead
     engine.load_weights(model.state(), version)
     return engine
+
+
+def interrupted(pool: EnginePool, samples: list[Sample], tokens: int) -> tuple[list[Sample], list[Sample]]:
+    """Those of the samples that are done after `tokens` more tokens, and those that are not."""
+    pool.submit(samples)
+    stopped = [*pool.advance(tokens), *pool.drain()]
+    return [sample for sample in stopped if sample.done], [sample for sample in stopped if not sample.done]
 
 
 def requests(count: int) -> list[Sample]:
@@ -127,12 +140,15 @@ def test_with_other_routers_logprobs_equal_the_trainers_too(router: dict[str, An
     assert_like_the_trainer(model, complete(engine, requests(20), advance_tokens=5))
 
 
+@AHEAD
 @pytest.mark.parametrize(("slots", "advance"), [(1, 7), (3, 2), (64, 100)])
 def test_tokens_do_not_depend_on_slots_or_on_how_far_an_advance_goes(
-    model: LanguageModel, uninterrupted: list[Sample], slots: int, advance: int
+    model: LanguageModel, uninterrupted: list[Sample], slots: int, advance: int, ahead: bool
 ) -> None:
-    again = complete(engine_for(model, slots), requests(20), advance)
+    engine = engine_for(model, slots, ahead=ahead)
+    again = complete(engine, requests(20), advance)
     assert [item.response_ids for item in again] == [item.response_ids for item in uninterrupted]
+    assert engine.drain() == [] and engine.state().pages_used == 0
 
 
 def test_tokens_do_not_depend_on_the_batch_or_the_number_of_engines(model: LanguageModel, uninterrupted: list[Sample]) -> None:
@@ -142,14 +158,18 @@ def test_tokens_do_not_depend_on_the_batch_or_the_number_of_engines(model: Langu
     assert [item.response_ids for item in complete(pool, requests(20), 5)] == [item.response_ids for item in uninterrupted]
 
 
-def test_interruptions_change_neither_tokens_nor_logprobs(model: LanguageModel, uninterrupted: list[Sample]) -> None:
-    engine, waiting, done = engine_for(model, slots=6), requests(20), []
+@AHEAD
+def test_interruptions_change_neither_tokens_nor_logprobs(
+    model: LanguageModel, uninterrupted: list[Sample], ahead: bool
+) -> None:
+    engine, waiting, done = engine_for(model, slots=6, ahead=ahead), requests(20), list[Sample]()
     for _ in range(40):
-        engine.submit(waiting[::-1])
-        done += engine.advance(4)
-        waiting = sorted(engine.drain(), key=lambda item: item.uid)
+        ended, waiting = interrupted(engine, waiting[::-1], 4)
+        waiting.sort(key=lambda item: item.uid)
+        done += ended
         if not waiting:
             break
+    assert engine.state().pages_used == 0
     done.sort(key=lambda item: item.uid)
     assert [item.response_ids for item in done] == [item.response_ids for item in uninterrupted]
     assert [item.status for item in done] == [item.status for item in uninterrupted]
@@ -157,12 +177,11 @@ def test_interruptions_change_neither_tokens_nor_logprobs(model: LanguageModel, 
     assert_like_the_trainer(model, done)
 
 
-def test_segments_carry_the_version_they_were_sampled_under(model: LanguageModel) -> None:
+@AHEAD
+def test_segments_carry_the_version_they_were_sampled_under(model: LanguageModel, ahead: bool) -> None:
     other = LanguageModel.initialize(CONFIG, seed=1, batch_invariant=True)
-    engine = engine_for(model, slots=32, version=3)
-    engine.submit(requests(12))
-    done = engine.advance(6)
-    unfinished = engine.drain()
+    engine = engine_for(model, slots=32, version=3, ahead=ahead)
+    done, unfinished = interrupted(engine, requests(12), 6)
     assert unfinished and all(item.versions == (3,) * 6 for item in unfinished)
     engine.load_weights(other.state(), 4)
     continued = complete(engine, unfinished, 6)
@@ -174,8 +193,9 @@ def test_segments_carry_the_version_they_were_sampled_under(model: LanguageModel
         assert list(item.logprobs[6:]) == expected[6:], "the prefix is encoded by the new weights"
 
 
-def test_drain_returns_queued_samples_untouched_and_empties_the_engine(model: LanguageModel) -> None:
-    engine = engine_for(model, slots=2)
+@AHEAD
+def test_drain_returns_queued_samples_untouched_and_empties_the_engine(model: LanguageModel, ahead: bool) -> None:
+    engine = engine_for(model, slots=2, ahead=ahead)
     engine.submit(requests(6))
     assert engine.drain() == requests(6)
     engine.submit(requests(6))
@@ -186,9 +206,10 @@ def test_drain_returns_queued_samples_untouched_and_empties_the_engine(model: La
     assert engine.drain() == [] and engine.advance(3) == []
 
 
-def test_weights_may_change_under_running_samples(model: LanguageModel) -> None:
+@AHEAD
+def test_weights_may_change_under_running_samples(model: LanguageModel, ahead: bool) -> None:
     other = LanguageModel.initialize(CONFIG, seed=1, batch_invariant=True)
-    engine = engine_for(model, slots=32)
+    engine = engine_for(model, slots=32, ahead=ahead)
     engine.submit(requests(12))
     done = engine.advance(6)
     engine.load_weights(other.state(), 1)
@@ -362,9 +383,8 @@ def test_bfloat16_logprobs_on_a_gpu_are_the_trainers_bit_for_bit(
     waiting = [Sample(uid=index, group=index // 4, prompt_ids=prompts[index // 4]) for index in range(40)]
     done: list[Sample] = []
     while waiting:  # every sample is interrupted at least once, and graphs of many sizes are replayed
-        engine.submit(waiting)
-        done += engine.advance(67)
-        waiting = engine.drain()
+        ended, waiting = interrupted(engine, waiting, 67)
+        done += ended
     assert len(done) == 40 and max(len(item.segments) for item in done) > 1
     for item, expected in zip(done, trainer_logprobs(model, done, 600), strict=True):
         assert list(item.whole_logprobs or item.logprobs) == expected, "bit for bit"

@@ -27,7 +27,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_policy_update import own_rows
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
-from tests.rl.test_engine import CONFIG, CPU, EOS, MAX_NEW, engine_for, requests, settings
+from tests.rl.test_engine import CONFIG, CPU, EOS, MAX_NEW, engine_for, interrupted, requests, settings
 from tests.rl.test_turns import replied
 from trainer.batch import TrainBatch
 from trainer.config.rl import RLConfig
@@ -87,10 +87,11 @@ def test_tokens_keep_the_experts_of_the_weights_that_went_on_from_them(model: La
     models = [model, LanguageModel.initialize(CONFIG, seed=1, batch_invariant=True)]
     waiting, done, version = requests(20), list[Sample](), 0
     while waiting:
-        pool = TurnPool(engine_for(models[version % 2], slots=20, version=version, record_routing=True), replied)
-        pool.submit(waiting)
-        done += pool.advance(advance)
-        buffer = RolloutBuffer([Group(sample.group, (sample,)) for sample in pool.drain()])
+        engine = engine_for(models[version % 2], slots=20, version=version, record_routing=True, ahead=version % 4 > 1)
+        pool = TurnPool(engine, replied)
+        ended, waiting = interrupted(pool, waiting, advance)
+        done += ended
+        buffer = RolloutBuffer([Group(sample.group, (sample,)) for sample in waiting])
         state = json.loads(json.dumps(buffer.to_state()))
         waiting = [sample for group in RolloutBuffer.from_state(state).recycled for sample in group.samples]
         version += 1
@@ -244,9 +245,8 @@ def test_records_in_bfloat16_on_a_gpu_are_the_trainers_choices() -> None:
     waiting = [Sample(uid, uid // 4, tuple(2 + (uid // 4 + place) % 18 for place in range(56))) for uid in range(40)]
     done: list[Sample] = []
     while waiting:
-        engine.submit(waiting)
-        done += engine.advance(67)
-        waiting = engine.drain()
+        ended, waiting = interrupted(engine, waiting, 67)
+        done += ended
     for sample in done:
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids][:-1]], device=cuda)
         output = forward(model, ids, torch.zeros_like(ids, dtype=torch.int32))

@@ -16,7 +16,7 @@ from launch.cli import load
 from rl.april import complete
 from rl.engine.sampler import Sampling, kept, sample
 from rl.trajectory import Sample
-from tests.rl.test_engine import CONFIG, engine_for, requests, trainer_logprobs
+from tests.rl.test_engine import CONFIG, engine_for, interrupted, requests, trainer_logprobs
 from trainer.config.rl import RLConfig
 from trainer.model.attention import BatchInvariantAttention, positions_of
 from trainer.model.transformer import LanguageModel
@@ -153,9 +153,8 @@ def test_an_engines_logprobs_are_of_the_distribution_that_it_draws_from_and_besi
     sampling = CASES[case]
     engine, waiting, done = engine_for(model, slots=6, sampling=sampling), requests(20), list[Sample]()
     while waiting:
-        engine.submit(waiting)
-        done += engine.advance(5)
-        waiting = engine.drain()
+        ended, waiting = interrupted(engine, waiting, 5)
+        done += ended
     done.sort(key=lambda item: item.uid)
     smallest = 1.0
     for item, expected in zip(done, trainer_logprobs(model, done, temperature=sampling.temperature), strict=True):

@@ -15,8 +15,9 @@ from kernels.errors import UserError
 from parallel.topology import World
 from rl.algorithms import PolicyObjective
 from rl.april import RoundResult, rollout_round
-from rl.engine.engine import Engine, EngineSettings
+from rl.engine.engine import Engine
 from rl.engine.sampler import Sampling
+from rl.engine.settings import EngineSettings
 from rl.extras import PROXIMAL
 from rl.packing import Rows, documents_of, pack, policy_batches
 from rl.staged import appended, stage, staged

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from launch.cli import load
 from rl.april import complete
-from rl.engine.engine import EngineSettings
+from rl.engine.settings import EngineSettings
 from rl.engine.stops import Stops
 from rl.loop import Reinforcement
 from rl.rewards.calculator import Calculator
@@ -21,7 +21,7 @@ from rl.token_task import TokenTask
 from rl.trajectory import Sample, Segment
 from rl.turns import TurnPool, with_reply
 from tests.rl.completion_server import CompletionServer, Events
-from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, engine_for, requests
+from tests.rl.test_engine import AHEAD, CONFIG, EOS, MAX_NEW, assert_like_the_trainer, engine_for, interrupted, requests
 from tests.rl.test_server import pool_at
 from tests.rl.test_turns import in_tokens, tokenizer  # noqa: F401 - fixtures
 from trainer.config.rl import RLConfig
@@ -98,15 +98,15 @@ def test_a_response_is_the_unstopped_one_up_to_the_token_that_completes_a_string
     assert_like_the_trainer(model, stopped)
 
 
+@AHEAD
 @pytest.mark.parametrize("advance", [1, 2, 3])
 def test_strings_that_span_interruptions_end_the_same_responses(
-    model: LanguageModel, stopped: list[Sample], advance: int
+    model: LanguageModel, stopped: list[Sample], advance: int, ahead: bool
 ) -> None:
-    engine, waiting, done = engine_for(model, slots=6, stops=STOPS), requests(40), []
+    engine, waiting, done = engine_for(model, slots=6, stops=STOPS, ahead=ahead), requests(40), list[Sample]()
     while waiting:
-        engine.submit(waiting)
-        done += engine.advance(advance)
-        waiting = engine.drain()
+        ended, waiting = interrupted(engine, waiting, advance)
+        done += ended
     done.sort(key=lambda item: item.uid)
     assert [(s.response_ids, s.logprobs, s.status) for s in done] == [(s.response_ids, s.logprobs, s.status) for s in stopped]
     assert any(len(s.segments[-1].token_ids) == 1 and s.response_ids[-1] in (6, 7, 9, 19) for s in done), "a string was cut"
@@ -117,14 +117,14 @@ def replied(samples: Sequence[Sample]) -> list[Sample]:
     return [with_reply(s, (17, 4, 18), MAX_NEW) if len(s.turns) < 5 else s for s in samples]
 
 
+@AHEAD
 @pytest.mark.parametrize("advance", [1, 100])
-def test_each_turn_ends_at_its_own_string_and_replies_end_nothing(model: LanguageModel, advance: int) -> None:
-    engine = engine_for(model, slots=40, stops=STOPS)
-    pool, waiting, done = TurnPool(engine, replied), requests(40), []
+def test_each_turn_ends_at_its_own_string_and_replies_end_nothing(model: LanguageModel, advance: int, ahead: bool) -> None:
+    engine = engine_for(model, slots=40, stops=STOPS, ahead=ahead)
+    pool, waiting, done = TurnPool(engine, replied), requests(40), list[Sample]()
     while waiting:
-        pool.submit(waiting)
-        done += pool.advance(advance)
-        waiting = pool.drain()
+        ended, waiting = interrupted(pool, waiting, advance)
+        done += ended
     by_string = 0
     for sample in done:
         for number, turn in enumerate(sample.turns):

@@ -23,7 +23,7 @@ from rl.turns import TurnPool, with_reply
 from tests.rl.algorithm import algorithm_config
 from tests.rl.scorers import Talking
 from tests.rl.test_april import rollout_config
-from tests.rl.test_engine import CONFIG, EOS, LENGTH, MAX_NEW, engine_for, requests, trainer_logprobs
+from tests.rl.test_engine import AHEAD, CONFIG, EOS, LENGTH, MAX_NEW, engine_for, interrupted, requests, trainer_logprobs
 from trainer.config.rl import RLConfig
 from trainer.config.run import TokenizerConfig
 from trainer.model.transformer import LanguageModel
@@ -75,12 +75,13 @@ def test_the_models_logprobs_are_the_trainers_behind_a_reply_too(model: Language
             assert found == (wanted if sampled else 0), "bit for bit"
 
 
-def test_interruptions_and_checkpoints_change_nothing(model: LanguageModel, uninterrupted: list[Sample]) -> None:
-    pool, waiting, done = TurnPool(engine_for(model, slots=6), replied), requests(40), []
+@AHEAD
+def test_interruptions_and_checkpoints_change_nothing(model: LanguageModel, uninterrupted: list[Sample], ahead: bool) -> None:
+    pool, waiting, done = TurnPool(engine_for(model, slots=6, ahead=ahead), replied), requests(40), list[Sample]()
     for _ in range(60):
-        pool.submit(waiting)
-        done += pool.advance(3)
-        drained = sorted(pool.drain(), key=lambda item: item.uid)
+        ended, waiting = interrupted(pool, waiting, 3)
+        done += ended
+        drained = sorted(waiting, key=lambda item: item.uid)
         groups = [replace(fresh_group(sample.group, (1,), 1), samples=(sample,)) for sample in drained]
         state = json.loads(json.dumps(RolloutBuffer(groups).to_state()))
         waiting = [sample for group in RolloutBuffer.from_state(state).recycled for sample in group.samples]
