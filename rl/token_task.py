@@ -24,7 +24,8 @@ MOST_CHECKED = 1 << 16  # prompts, of which those with fewer bytes than there ma
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: RLConfig) -> None:
-    """Raises UserError where a prompt that the run will draw leaves no room for a response, and not in the round that draws it.
+    """Raises UserError where a prompt that the run will draw has no token or leaves no room for a response, and not in the
+    round that draws it.
 
     Looks at the first MOST_CHECKED prompts of training, and at those of the evaluations. A round uses up `rollout.groups`
     prompts, or more where groups are replaced or dropped.
@@ -38,6 +39,11 @@ def check_prompts(task: Task, tokenizer: Tokenizer, config: RLConfig) -> None:
     texts = {task.held_out(index).text for index in range(config.task.eval_prompts)}
     texts |= {task.prompt(index).text for index in range(drawn)}
     around = len(frame.before) + len(frame.behind)
+    if not around and "" in texts:
+        raise UserError(
+            "a prompt of the task is empty and nothing stands before it, so there is no token to go on from; "
+            "set chat.bos=true, or leave such prompts out"
+        )
     lengths = {text: len(frame.around(text)) for text in texts if around + len(text.encode()) > room}  # no token without a byte
     too_long = {text: length for text, length in lengths.items() if length > room}
     if too_long:

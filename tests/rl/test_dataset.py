@@ -150,6 +150,15 @@ def test_a_worker_makes_the_task_without_reading_the_file(tmp_path: Path) -> Non
     assert isinstance(task, Dataset)
 
 
+def test_an_empty_prompt_needs_a_token_before_it(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in ["", *map(str, range(60))]))
+    task = dataset(path, verifier="exact")
+    check_prompts(task, tokenizer, load(RLConfig, "rl", ["checkpoint=a"]))
+    with pytest.raises(UserError, match=r"a prompt of the task is empty .*chat.bos=true"):
+        check_prompts(task, tokenizer, load(RLConfig, "rl", ["checkpoint=a", "chat.bos=false"]))
+
+
 def test_a_prompt_that_leaves_no_room_is_found_before_the_round_that_draws_it(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
     """Also in training, where it may come after hours: options of a run that is continued cannot change."""
     long = next(text for n in range(99) if not is_held_out(text := f"{n} " + "zq " * 40))
