@@ -10,7 +10,8 @@ count. Once the groups in progress can no longer make N, more are drawn, over-pr
 up and all is finished, groups without signal fill the round, so a round ends even if the task is too easy or too hard.
 
 Two differences from the published code: groups that finish together with the N-th one are kept for the next round, and a
-group is regenerated, or dropped (`stale`), when its oldest token is more than `max_staleness` rounds behind.
+group is regenerated, or dropped (`stale`), when its oldest token is more than `max_staleness` rounds behind. So is a group that
+was kept, where only tokens of the newest weights are learned (algorithm.off_policy=mask): it has none.
 
 Engines move in lockstep by a number of tokens, not by the clock, so a round is a pure function of its inputs.
 
@@ -90,13 +91,18 @@ def rollout_round(
     weight_version: int,
     score: Score,
     meanwhile: Learn | None = None,
+    *,
+    newest_only: bool = False,
 ) -> RoundResult:
     """Runs one round under the weights `weight_version` (they count rounds) and leaves the rest of the work in `buffer`.
 
     The engines must be empty and hold these weights. `meanwhile` gets the groups of the result as soon as they are there, and
-    the engines go on generating until it returns. Raises UserError when not one sample of the round could be judged.
+    the engines go on generating until it returns. With `newest_only` nothing else than tokens of these weights is learned, as
+    under off_policy=mask, so finished groups that have none are stale too. Raises UserError when not one sample of the round
+    could be judged.
     """
-    stale = buffer.expire(weight_version - config.max_staleness, drop=config.stale == "drop")
+    newest = weight_version if newest_only else None
+    stale = buffer.expire(weight_version - config.max_staleness, drop=config.stale == "drop", newest=newest)
     dropped = buffer.dropped
     first_drawn = buffer.next_group
     judged: dict[int, Group] = {}

@@ -128,7 +128,8 @@ class Reinforcement:
             metrics: dict[str, Value] = {}
             update = partial(self._update, ranks, version, began, metrics)
             overlapped = update if config.rollout.overlap else None
-            result = rollout_round(task.turns(pool), buffer, task.prompt_ids, config.rollout, version, task.score, overlapped)
+            asked = task.turns(pool), buffer, task.prompt_ids, config.rollout, version, task.score, overlapped
+            result = rollout_round(*asked, newest_only=config.algorithm.off_policy == "mask")
             if config.algorithm.off_policy == "staged":
                 result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:

@@ -24,16 +24,26 @@ MOST_CHECKED = 1 << 16  # prompts, of which those with fewer bytes than there ma
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: RLConfig) -> None:
-    """Raises UserError where a prompt that the run will draw leaves no room for a response, and not in the round that draws it.
+    """Raises UserError where a prompt that the run will draw has no token or leaves no room for a response, and not in the
+    round that draws it.
 
-    Looks at the first MOST_CHECKED prompts of training, and at those of the evaluations.
+    Looks at the first MOST_CHECKED prompts of training, and at those of the evaluations. A round uses up `rollout.groups`
+    prompts, or more where groups are replaced or dropped.
     """
     rollout, frame = config.rollout, Chat.of(config.chat, tokenizer).prompt
     room = config.loop.sequence_length - rollout.max_new_tokens
-    drawn = min(MOST_CHECKED, config.loop.rounds * rollout.groups + submitted_groups(rollout.groups, rollout))
+    submitted = submitted_groups(rollout.groups, rollout)
+    keeps_all = rollout.refills == 0 and rollout.stale == "regenerate"
+    used_up = rollout.groups if keeps_all else (1 + rollout.refills) * submitted
+    drawn = min(MOST_CHECKED, config.loop.rounds * used_up + submitted)
     texts = {task.held_out(index).text for index in range(config.task.eval_prompts)}
     texts |= {task.prompt(index).text for index in range(drawn)}
     around = len(frame.before) + len(frame.behind)
+    if not around and "" in texts:
+        raise UserError(
+            "a prompt of the task is empty and nothing stands before it, so there is no token to go on from; "
+            "set chat.bos=true, or leave such prompts out"
+        )
     lengths = {text: len(frame.around(text)) for text in texts if around + len(text.encode()) > room}  # no token without a byte
     too_long = {text: length for text, length in lengths.items() if length > room}
     if too_long:

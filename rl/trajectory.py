@@ -136,10 +136,6 @@ class Sample:
         """Response tokens so far."""
         return sum(len(segment.token_ids) for segment in self.segments)
 
-    @property
-    def oldest_version(self) -> int | None:
-        return min((segment.weight_version for segment in self.segments if segment.sampled), default=None)
-
     def extended(self, segment: Segment, status: Status) -> Sample:
         """This sample with one more segment and the status it has after it."""
         assert not self.done, f"sample {self.uid} is {self.status} already"
@@ -172,9 +168,9 @@ class Group:
         return all(sample.done for sample in self.samples)
 
     @property
-    def oldest_version(self) -> int | None:
-        versions = [sample.oldest_version for sample in self.samples]
-        return min((version for version in versions if version is not None), default=None)
+    def versions(self) -> set[int]:
+        """Those that the model's tokens were sampled under."""
+        return {segment.weight_version for sample in self.samples for segment in sample.segments if segment.sampled}
 
     def restarted(self) -> Group:
         return Group(self.id, tuple(sample.restarted() for sample in self.samples))
@@ -233,9 +229,16 @@ class RolloutBuffer:
         """Those that the round under way has given up."""
         return self._dropped
 
-    def expire(self, version: int, *, drop: bool) -> list[Group]:
-        """The groups that have a token from before `version`, as they were. They start again, or with `drop` are gone."""
-        stale = [g for g in (*self._surplus, *self._recycled) if g.oldest_version is not None and g.oldest_version < version]
+    def expire(self, oldest: int, *, drop: bool, newest: int | None = None) -> list[Group]:
+        """The groups that have a token from before `oldest`, and the finished ones that have none from `newest` on, as they
+        were. They start again, or with `drop` are gone."""
+
+        def is_stale(group: Group) -> bool:
+            versions = group.versions
+            useless = newest is not None and group.done and max(versions, default=newest) < newest
+            return useless or min(versions, default=oldest) < oldest
+
+        stale = [group for group in (*self._surplus, *self._recycled) if is_stale(group)]
         ids = {group.id for group in stale}
         self._surplus = deque(group for group in self._surplus if group.id not in ids)
         kept = [group for group in self._recycled if group.id not in ids]

@@ -51,6 +51,15 @@ class BadReply(UserError):
     """The server answered what it must not, so nothing of the answer can be trusted."""
 
 
+class BrokenOff(BadReply):
+    """It says that it failed in the middle of an answer. What came before is good, and another request may go on from it."""
+
+
+def may_pass(status: object) -> bool:
+    """Whether a status of HTTP is of a server that has too much to do or failed by itself: later it may answer."""
+    return isinstance(status, int) and (status == 429 or status >= 500)
+
+
 def parse(data: bytes) -> Event:
     try:
         event = Event.model_validate_json(data)
@@ -60,7 +69,9 @@ def parse(data: bytes) -> Event:
             f"that knows return_token_ids. It sent {data[:200]!r}"
         ) from None
     if event.error is not None:
-        raise BadReply(f"the completion server reports an error: {str(event.error)[:500]}")
+        code = event.error.get("code") if isinstance(event.error, dict) else None
+        kind = BrokenOff if may_pass(code) else BadReply
+        raise kind(f"the completion server reports an error: {str(event.error)[:500]}")
     if not event.choices and b'"usage"' not in data:
         raise BadReply(f"the completion server's answer has neither choices nor usage: {data[:200]!r}")
     return event

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from kernels.errors import UserError
-from rl.engine.completions import BadReply, Completion, parse
+from rl.engine.completions import BadReply, BrokenOff, Completion, may_pass, parse
 from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.cluster import Processes
@@ -234,7 +234,7 @@ class ServerPool:
         """One request; returns why it broke off, where it did. Raises BadReply for an answer that must not be."""
         try:
             async with self._session.post(f"{self._url}/completions", json=work.request(self._model)) as response:
-                if response.status == 429 or response.status >= 500:
+                if may_pass(response.status):
                     return f"status {response.status}: {(await _whole(response))[:200].decode(errors='replace')}"
                 if response.status != 200:
                     said = (await _whole(response))[:500].decode(errors="replace")
@@ -243,6 +243,8 @@ class ServerPool:
                     work.take(data)
                     if work.stopped:
                         break  # closes the connection, at which the server stops
+        except BrokenOff as error:
+            return str(error)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"{type(error).__name__} {error}".strip()
         return "the answer stopped before the sample ended"

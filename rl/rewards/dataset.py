@@ -17,6 +17,7 @@ from rl.rewards.verifiers import Option, last_match, make_verifier
 from trainer.sources import encodable, json_records, missing_field
 
 EPOCHS_KEPT = 4  # orders of the rows in memory; recycled groups ask for earlier ones
+SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Dataset:
     `template` is what the model reads, with {prompt} for the text in `prompt_field`. The answer is that of `answer_field`, JSON
     where it is not text; with `answer_pattern`, a regular expression, its last match there (group 1 of it if there is one).
     `demonstration_field` has completions for the warm-up; rows without one take no part in it. With `must_end`, a completion
-    that was cut off is worth 0. All other options are the verifier's, see rl/rewards/verifiers.py.
+    that was cut off is worth 0. All other options are the verifier's, see rl/rewards/verifiers.py; a function of one's own that
+    takes a completion and the answer is a verifier too, by its import path.
     """
 
     def __init__(
@@ -129,19 +131,33 @@ class Dataset:
             if record.get(field) is None:
                 names = [name for name, value in record.items() if value is not None]
                 raise UserError(missing_field(where, field, names, f"task.options.{option}"))
-        text, answer = (_text(record[field], field, where) for field in (self.prompt_field, self.answer_field))
+        text = _text_only(record[self.prompt_field], self.prompt_field, where, "task.options.prompt_field")
+        answer = _text(record[self.answer_field], self.answer_field, where)
         if self.answer_pattern:
             found = last_match(self.answer_pattern, answer)
             if found is None:
                 raise UserError(f"{where}: task.options.answer_pattern {self.answer_pattern!r} is not in the answer {answer!r}")
             answer = found
-        shown = record.get(self.demonstration_field) if self.demonstration_field else None
-        demonstration = None if shown is None else _text(shown, self.demonstration_field, where)
+        field = self.demonstration_field
+        shown = record.get(field) if field else None
+        demonstration = None if shown is None else _text_only(shown, field, where, "task.options.demonstration_field")
         return Row(Prompt(self.template.replace("{prompt}", text), answer), demonstration)
 
 
 def _text(value: object, field: str, where: str) -> str:
     return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), field, where)
+
+
+def _text_only(value: object, field: str, where: str, option: str) -> str:
+    """A text for the model. Raises UserError where it is another value, such as the messages of a chat, whose JSON nobody
+    wants a model to read or to imitate."""
+    if not isinstance(value, str):
+        shown = json.dumps(value, ensure_ascii=False, default=str)[:SHOWN]
+        raise UserError(
+            f"{where}: field {field!r} is {shown} and not text; set {option} to a field of text. Where these are messages of a "
+            "chat, write their text to a field, and choose the template around it: chat=chatml"
+        )
+    return encodable(value, field, where)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

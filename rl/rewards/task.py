@@ -7,8 +7,9 @@ nothing but the index, and every process can draw it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -61,6 +62,19 @@ class Conversation(Task, Protocol):
 
         It is also over after rollout.max_turns turns of the model. The same arguments must give the same reply.
         """
+
+
+def imported(path: str, option: str, known: Iterable[str]) -> object:
+    """What is at "package.module:name", None if the module has no such name. Raises UserError where there is no such module."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as problem:
+        raise UserError(
+            f"{option} is {path!r}, and module {problem.name!r} cannot be imported; "
+            f"check PYTHONPATH, or take one of: {', '.join(sorted(known))}"
+        ) from problem
+    return vars(module).get(name)
 
 
 def is_held_out(text: str) -> bool:

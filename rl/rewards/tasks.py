@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 
 from kernels.errors import UserError
 from rl.rewards.calculator import Calculator
 from rl.rewards.dataset import Dataset
 from rl.rewards.lists import Brackets, Countdown, Sort
-from rl.rewards.task import Task
+from rl.rewards.task import Task, imported
 from trainer.config.rl import TaskConfig
 
 TASKS: dict[str, type[Task]] = {
@@ -27,7 +26,7 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
     Raises UserError when there is no such task, when the class lacks a method of `Task`, or when it does not take an option.
     """
-    task_class = _imported(config.name) if ":" in config.name else TASKS.get(config.name)
+    task_class = _own_class(config.name) if ":" in config.name else TASKS.get(config.name)
     if task_class is None:
         raise UserError(
             f"task.name is {config.name!r}; known tasks: {', '.join(sorted(TASKS))}. "
@@ -53,16 +52,9 @@ def check_task(task: Task, warmup_steps: int) -> None:
         task.demonstration(0)
 
 
-def _imported(path: str) -> type:
+def _own_class(path: str) -> type:
     module_name, _, class_name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as problem:
-        raise UserError(
-            f"task.name is {path!r}, and module {problem.name!r} cannot be imported; "
-            f"check PYTHONPATH, or take one of: {', '.join(sorted(TASKS))}"
-        ) from problem
-    found = vars(module).get(class_name)
+    found = imported(path, "task.name", TASKS)
     if not inspect.isclass(found):
         raise UserError(f"task.name is {path!r}, but module {module_name} has no class {class_name!r}")
     missing = [name for name in METHODS if not callable(inspect.getattr_static(found, name, None))]

@@ -7,6 +7,7 @@ when a verifier is made, since the time of the first score is limited.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 
 from kernels.errors import UserError
 from rl.rewards.sandbox import Isolation, Limits, Outcome, check_isolation, run_program
+from rl.rewards.task import imported
 
-Verifier = Callable[[str, str], float]  # completion, answer -> reward in [0, 1]; raises for an answer that is no answer
+# completion, answer -> reward in [0, 1], or None where it could not be judged; raises for an answer that is no answer
+Verifier = Callable[[str, str], float | None]
 Option = int | float | str | bool
 MATH_CHARACTERS = 4000  # of the end of a completion, where the result is
 JSON_LEVELS = 64  # of arrays and objects in each other; a schema that refers to itself takes Python's stack for each
@@ -187,9 +190,17 @@ VERIFIERS: dict[str, Callable[..., Verifier]] = {
 
 
 def make_verifier(name: str, options: Mapping[str, Option]) -> Verifier:
-    """Raises UserError when there is no such verifier or it does not take an option."""
+    """A key of VERIFIERS, or "package.module:function" for a function of one's own that takes (completion, answer, **options).
+
+    Raises UserError when there is no such verifier or it does not take an option.
+    """
+    if ":" in name:
+        return _own_function(name, options)
     if name not in VERIFIERS:
-        raise UserError(f"task.options.verifier is {name!r}; known verifiers: {', '.join(sorted(VERIFIERS))}")
+        raise UserError(
+            f"task.options.verifier is {name!r}; known verifiers: {', '.join(sorted(VERIFIERS))}. "
+            'For a function of your own give its import path, "package.module:function"'
+        )
     kind = VERIFIERS[name]
     try:
         inspect.signature(kind).bind(**options)
@@ -199,6 +210,21 @@ def make_verifier(name: str, options: Mapping[str, Option]) -> Verifier:
             f"verifier {name} cannot be made with {options}: {problem}; it takes: {known or 'no options'}"
         ) from problem
     return kind(**options)
+
+
+def _own_function(path: str, options: Mapping[str, Option]) -> Verifier:
+    found = imported(path, "task.options.verifier", VERIFIERS)
+    if not inspect.isroutine(found):
+        module, _, name = path.partition(":")
+        raise UserError(f"task.options.verifier is {path!r}, but module {module} has no function {name!r}")
+    try:
+        inspect.signature(found).bind("completion", "answer", **options)
+    except TypeError as problem:
+        raise UserError(
+            f"verifier {path} cannot be called with a completion, an answer and {dict(options)}: {problem}; it takes "
+            f"{inspect.signature(found)}"
+        ) from problem
+    return functools.partial(found, **options)
 
 
 def last_match(pattern: str, text: str) -> str | None:

@@ -15,6 +15,11 @@ from pathlib import Path
 from rl.rewards.task import Prompt
 
 
+def as_long(completion: str, answer: str, credit: float = 0.0) -> float | None:
+    """A verifier: whether the completion is as long as the answer. Nobody can judge none."""
+    return None if not completion else max(credit, float(len(completion) == len(answer)))
+
+
 class Scripted:
     """Scores `reward X` by X, and does what other completions say."""
 

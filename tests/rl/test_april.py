@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from rl.april import RoundResult, Score, complete, rollout_round, submitted_groups
+from rl.packing import documents_of
 from rl.trajectory import UIDS_PER_GROUP, Group, RolloutBuffer, Sample, Segment
+from tests.rl.algorithm import algorithm_config
 from trainer.config.rl import RolloutConfig
 
 
@@ -316,6 +318,23 @@ def test_a_stale_group_starts_anew_or_makes_room_for_another_and_is_counted(stal
     assert result.groups[0].id == (1 if stale == "drop" else 0) and buffer.next_group == result.groups[0].id + 1
     assert result.dropped == ((group,) if stale == "drop" else ())
     assert {version for sample in result.groups[0].samples for version in sample.versions} == {2}
+
+
+@pytest.mark.parametrize("stale", ["regenerate", "drop"])
+def test_where_old_tokens_are_masked_every_group_of_a_round_has_new_ones(stale: str) -> None:
+    """A kept surplus group has none: a round of such groups alone had nothing to learn, and the run ended."""
+    config = rollout_config(groups=2, over_provision=4.0, stale=stale)
+    buffer, algorithm, used, expired = RolloutBuffer(), algorithm_config(off_policy="mask"), list[int](), 0.0
+    for version in range(12):
+        pool = ScriptedPool(version, 64, config.max_new_tokens)
+        result = rollout_round(pool, buffer, prompts, config, version, score, newest_only=True)
+        assert all(version in group.versions for group in result.groups)
+        assert documents_of(result.groups, algorithm, version, config.max_new_tokens)
+        used += [group.id for group in (*result.groups, *result.dropped)]
+        waiting = [group.id for group in (*buffer.recycled, *buffer.surplus)]
+        assert sorted(used + waiting) == list(range(buffer.next_group)), "each prompt is used once, dropped or still waits"
+        expired += result.metrics["rollout/stale_groups"]
+    assert expired
 
 
 def test_metrics_have_their_keys_and_a_missing_reward_stays_missing() -> None:

@@ -116,6 +116,12 @@ def test_a_template_and_answers_that_are_no_text(file: Path) -> None:
             "line 1: task.options.answer_pattern '#' is not in the answer",
         ),
         ('{"prompt": "a", "answer": "b"}\n', {}, "none is held out"),
+        (
+            '{"prompt": [{"role": "user", "content": "2 + 2"}], "answer": 4}\n',
+            {},
+            r"line 1: field 'prompt' is \[{\"role\": \"user\", .* and not text; set task.options.prompt_field .* chat=chatml",
+        ),
+        ('{"prompt": "a", "answer": "b", "shown": {}}\n', {"demonstration_field": "shown"}, "field 'shown' is {} and not text"),
         ("", {"answer_pattern": "("}, "is no regular expression"),
         ("", {"template": "Q:"}, "it needs {prompt}"),
         ("", {"verifer": "math"}, "unexpected keyword argument 'verifer'; it takes: pattern, ignore_case"),
@@ -144,6 +150,15 @@ def test_a_worker_makes_the_task_without_reading_the_file(tmp_path: Path) -> Non
     assert isinstance(task, Dataset)
 
 
+def test_an_empty_prompt_needs_a_token_before_it(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in ["", *map(str, range(60))]))
+    task = dataset(path, verifier="exact")
+    check_prompts(task, tokenizer, load(RLConfig, "rl", ["checkpoint=a"]))
+    with pytest.raises(UserError, match=r"a prompt of the task is empty .*chat.bos=true"):
+        check_prompts(task, tokenizer, load(RLConfig, "rl", ["checkpoint=a", "chat.bos=false"]))
+
+
 def test_a_prompt_that_leaves_no_room_is_found_before_the_round_that_draws_it(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
     """Also in training, where it may come after hours: options of a run that is continued cannot change."""
     long = next(text for n in range(99) if not is_held_out(text := f"{n} " + "zq " * 40))
@@ -153,8 +168,8 @@ def test_a_prompt_that_leaves_no_room_is_found_before_the_round_that_draws_it(to
     task = dataset(path, verifier="exact")
     sizes = ["rollout.groups=8", "loop.rounds=8", "rollout.max_new_tokens=32", "task.eval_prompts=4"]
 
-    def config(length: int) -> RLConfig:
-        return load(RLConfig, "rl", ["checkpoint=a", *sizes, f"loop.sequence_length={length}"])
+    def config(length: int, *changes: str) -> RLConfig:
+        return load(RLConfig, "rl", ["checkpoint=a", *sizes, f"loop.sequence_length={length}", *changes])
 
     tokens = 1 + len(tokenizer.encode(long))  # with <bos>
     check_prompts(task, tokenizer, config(tokens + 32))
@@ -162,3 +177,8 @@ def test_a_prompt_that_leaves_no_room_is_found_before_the_round_that_draws_it(to
         UserError, match=f"1 of .* up to {tokens} .*max_new_tokens = 32 .*{tokens + 31}; raise it to {tokens + 32}"
     ):
         check_prompts(task, tokenizer, config(tokens + 31))
+    few = config(tokens + 31, "rollout.groups=2", "loop.rounds=2", "task.eval_prompts=1")
+    check_prompts(task, tokenizer, few)  # draws 8 of them at most
+    for more in ("rollout.refills=30", "rollout.over_provision=30 rollout.stale=drop"):
+        with pytest.raises(UserError, match="leave no room"):
+            check_prompts(task, tokenizer, config(tokens + 31, "rollout.groups=2", "loop.rounds=2", *more.split()))

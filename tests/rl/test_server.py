@@ -139,6 +139,24 @@ def test_a_server_that_breaks_off_is_asked_again_for_the_rest(model: LanguageMod
     assert_like_the_trainer(model, done)
 
 
+def test_a_server_that_reports_a_failure_of_its_own_within_a_stream_is_asked_again_for_the_rest(model: LanguageModel) -> None:
+    """As for a status: vLLM and SGLang write an event with its code where the answer has begun."""
+    failure = b'data: {"error": {"message": "engine restarts", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
+
+    def failing(number: int, events: Events) -> Events:
+        return [*events[:3], failure] if number == 0 else events
+
+    with CompletionServer(model, EOS, mutate=failing) as server, pool_at(server) as pool:
+        done = complete(pool, requests(1), 1)
+        assert [len(body["prompt"]) - len(done[0].prompt_ids) for body in server.bodies] == [0, 3]
+    assert_like_the_trainer(model, done)
+    refused = failure.replace(b"500", b"400")
+    with CompletionServer(model, EOS, mutate=lambda number, events: [refused]) as server, pool_at(server) as pool:
+        pool.submit(requests(1))
+        with pytest.raises(BadReply, match="engine restarts"):
+            pool.advance(1)
+
+
 def test_a_server_that_falls_silent_is_asked_again_for_the_rest(model: LanguageModel) -> None:
     def silent(number: int, events: Events) -> Events:
         return [*events[:3], HOLD, *events[3:]] if number == 0 else events

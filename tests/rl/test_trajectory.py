@@ -46,12 +46,12 @@ def fresh(index: int) -> Group:
 
 def test_sample_properties_join_the_segments_in_order() -> None:
     sample = Sample(uid=3, group=0, prompt_ids=(9,))
-    assert (sample.length, sample.oldest_version, sample.done) == (0, None, False)
+    assert (sample.length, sample.versions, sample.done) == (0, (), False)
     sample = sample.extended(Segment((4, 5), (-0.5, -0.25), 2), "partial").extended(Segment((6,), (-1.0,), 4), "finished")
     assert sample.response_ids == (4, 5, 6)
     assert sample.logprobs == (-0.5, -0.25, -1.0)
     assert sample.versions == (2, 2, 4)
-    assert (sample.length, sample.oldest_version, sample.done) == (3, 2, True)
+    assert (sample.length, sample.done) == (3, True)
 
 
 def test_whole_logprobs_are_those_of_the_segments_that_have_others_and_a_reply_has_none() -> None:
@@ -129,3 +129,5 @@ def test_what_expires_is_a_whole_group_that_starts_anew_with_its_uids_or_is_gone
         assert buffer.surplus == (kept[1],)
         assert buffer.recycled == (*(() if drop else (fresh(3), fresh(1))), kept[0])
         assert buffer.expire(5, drop=drop) == []
+        assert buffer.expire(5, drop=drop, newest=5) == [], "a group with a token of version 5 is of use, and an unfinished one"
+        assert buffer.expire(5, drop=drop, newest=6) == [kept[1]]

@@ -18,7 +18,7 @@ from rl.rewards.task import Conversation, Prompt, Task, is_held_out
 from rl.rewards.tasks import TASKS
 from rl.rewards.workers import RewardWorkers
 from rl.token_task import TokenTask
-from rl.trajectory import RolloutBuffer, Sample, Segment, fresh_group
+from rl.trajectory import Group, RolloutBuffer, Sample, Segment, fresh_group
 from rl.turns import TurnPool, with_reply
 from tests.rl.algorithm import algorithm_config
 from tests.rl.scorers import Talking
@@ -120,7 +120,7 @@ def test_a_reply_that_leaves_no_room_ends_the_sample() -> None:
     assert with_reply(sample, (), 5) == sample
     going_on = with_reply(sample, (4, 4), 5)
     assert (going_on.status, going_on.turns, going_on.sampled) == ("partial", ((5, EOS), (4, 4)), (True, True, False, False))
-    assert going_on.oldest_version == 3
+    assert Group(0, (going_on,)).versions == {3}
 
 
 # ---------------------------------------------------------------- the calculator

@@ -191,3 +191,21 @@ def test_a_wrong_verifier_is_an_error_that_says_what_there_is() -> None:
     assert make_verifier("bleu", {"max_order": 2})("a b, c", "a b, c") == pytest.approx(1)
     assert make_verifier("bleu", {})("", "a") == 0
     assert set(VERIFIERS) >= {"math", "exact", "regex", "json_schema", "code_tests", "code_io", "bleu"}
+
+
+def test_a_function_of_ones_own_is_a_verifier_by_its_import_path(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "answer": "x" * (1 + n % 9)}) + "\n" for n in range(99)))
+    own = {"path": str(path), "verifier": "tests.rl.scorers:as_long"}
+    task = TaskConfig(name="dataset", options=own, eval_prompts=1)
+    responses = [Response(Prompt("a", "xyz"), (text,), True) for text in ("abc", "ab", "")]
+    with RewardWorkers(task, 0, RewardConfig(workers=1, timeout_s=60.0, memory_gib=4.0), tmp_path.joinpath, print) as workers:
+        assert workers.score(responses) == [1.0, 0.0, None]
+        assert sum(workers.counts().values()) == 0
+    assert make_verifier(own["verifier"], {"credit": 0.5})("ab", "xyz") == 0.5
+    with pytest.raises(UserError, match="has no function 'Scripted'"):
+        make_verifier("tests.rl.scorers:Scripted", {})
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'credits'; it takes .*credit: "):
+        make_verifier(own["verifier"], {"credits": 1})
+    with pytest.raises(UserError, match=r"verifier is 'nowhere:as_long', and module 'nowhere' cannot be .* math, regex"):
+        make_verifier("nowhere:as_long", {})
