@@ -33,6 +33,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.record import Record
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
+from trainer.console import tell, write_any_text
 from trainer.estimate import budget_lines
 from trainer.guard import UpdateRefused
 from trainer.memory import keep_imports
@@ -51,22 +52,23 @@ def guarded(work: Callable[[], object]) -> int:
 
     Those are said in words. Anything else that goes wrong is ours and keeps its stack trace.
     """
+    write_any_text()
     try:
         work()
     except UserError as error:
-        print(error, file=sys.stderr)
+        tell(str(error), sys.stderr)
         return 2
     except (ProcessLost, UpdateRefused) as error:
-        print(error, file=sys.stderr)
+        tell(str(error), sys.stderr)
         return 1
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        tell(str(error), sys.stderr)
         return CTRL_C
     except Stopped as error:
-        print(error, file=sys.stderr)
+        tell(str(error), sys.stderr)
         return REQUEUE
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        tell("\nstopped by Ctrl-C; resume=auto goes on from the last checkpoint", sys.stderr)
         return CTRL_C
     return 0
 

@@ -81,7 +81,7 @@ def show(checkpoint: Path, prompts: Sequence[str], samples: int, new_tokens: int
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.generate", description="Continues prompts with a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="a run folder, a checkpoint, or a folder in the Hugging Face layout")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='text to continue; "" begins with nothing')
+    parser.add_argument("prompts", nargs="+", type=_text, metavar="PROMPT", help='text to continue; "" begins with nothing')
     parser.add_argument("--samples", type=_samples, default=1, help="completions of each prompt")
     parser.add_argument("--tokens", type=_count, default=64, help="of a completion, at most")
     parser.add_argument("--temperature", type=_temperature, default=1.0)
@@ -91,6 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     sampling = Sampling(asked.temperature, asked.seed, asked.top_k, asked.top_p)
     return guarded(lambda: show(asked.checkpoint, asked.prompts, asked.samples, asked.tokens, sampling))
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"character {error.start + 1} is not UTF-8; set the terminal's encoding to UTF-8"
+        ) from None
+    return text
 
 
 def _count(text: str) -> int:

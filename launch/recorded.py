@@ -35,8 +35,9 @@ class Run:
             raise UserError(f"{shown(path)} has no records yet; the report needs at least one step")
         for key in (LOAD, LENGTHS):
             require_one_shape([record[key] for record in records if key in record], key, path / "metrics.jsonl")
+        config = read_config(path)
         text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        return cls(path, status["kind"], status, read_config(path), text, records)
+        return cls(path, status["kind"], status, config, text, records)
 
     def numbers(self, key: str) -> list[float]:
         return [y for _, y in self.points(key)]

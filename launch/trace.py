@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kernels.errors import UserError
 from launch.cli import guarded
 from trainer.config.rl import MOST_TRACED_TOKENS
-from trainer.run_dir import read_status, shown, traces_of, write_atomically
+from trainer.run_dir import is_open, read_status, shown, traces_of, write_atomically
 from trainer.tracing import MOST_STEPS, REQUEST, TraceRequest
 
 LOOK_S = 0.2
@@ -29,8 +29,8 @@ def trace(run: Path, request: TraceRequest) -> Path:
         UserError: the run is not going on, ends before, is asked for another trace already, or cannot make this one.
     """
     run = run.resolve()
-    before, file = set(traces_of(run)), run / REQUEST
     _require_running(run)
+    before, file = set(traces_of(run)), run / REQUEST
     if file.exists():
         raise UserError(f"{shown(file)} asks for a trace already; wait for that one, or remove the file")
     log = _driver_log(run)
@@ -65,7 +65,10 @@ def _failure(log: Path, start: int) -> str | None:
 
 
 def _require_running(run: Path) -> None:
-    if (state := read_status(run)["state"]) != "running":
+    state = read_status(run)["state"]
+    if state == "running" and not is_open(run):
+        state = "not going on, though it says so: no command has it open, so it was killed"
+    if state != "running":
         raise UserError(f"{shown(run)} is {state}; only a run in progress can be traced")
 
 

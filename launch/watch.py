@@ -133,8 +133,9 @@ def picture(run: Path, curves: Curves, now: float) -> Panel:
     told = messages(run, status["attempt"])
     if told:
         parts.append(Text("\n".join(told), style="dim"))
-    title = f"[{COLOURS[state]}]{state}[/], attempt {status['attempt']}: {shown(run)}"
-    return Panel(Group(*parts), title=title, title_align="left", subtitle=f"revision {status['git']}", subtitle_align="right")
+    title = Text.assemble((state, COLOURS[state]), f", attempt {status['attempt']}: {shown(run)}")
+    revision = Text(f"revision {status['git']}")
+    return Panel(Group(*parts), title=title, title_align="left", subtitle=revision, subtitle_align="right")
 
 
 def _progress(stage: Stage, state: str, curves: Curves, total: int, now: float) -> Table:

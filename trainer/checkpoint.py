@@ -307,19 +307,29 @@ def available(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What a person has named as a checkpoint, and may not be allowed to look into. Raises UserError for that."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"checkpoint={path} cannot be read: {error.strerror or error}") from None
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint that a person means by a run folder, its checkpoints folder, or the checkpoint itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be read.
     """
-    if (path / "meta.json").is_file():
-        return path
-    for checkpoints in (path / "checkpoints", path):
-        found = available(checkpoints)
-        if found:
-            return found[-1]
-    reason = "does not exist" if not path.exists() else "holds no checkpoint"
+    with readable(path):
+        if (path / "meta.json").is_file():
+            return path
+        for checkpoints in (path / "checkpoints", path):
+            found = available(checkpoints)
+            if found:
+                return found[-1]
+        reason = "does not exist" if not path.exists() else "holds no checkpoint"
     raise UserError(
         f"checkpoint={path} {reason}. Give a run folder, one of its checkpoints, or a folder in the Hugging Face layout"
     )

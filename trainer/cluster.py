@@ -52,7 +52,7 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
     `config.address`.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or Ray does not start here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the ranks beside any other program
@@ -70,16 +70,24 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
     say("starting Ray on this machine")
-    ray.init(
-        address="local",  # never one that somebody else has started on this machine
-        num_cpus=max(places + 1, os.cpu_count() or 1),
-        include_dashboard=config.dashboard,
-        dashboard_host=config.host,
-        dashboard_port=config.dashboard_port if config.dashboard else None,
-        object_store_memory=config.object_store_mib * 2**20,
-        _node_ip_address=config.host,
-        **common,
-    )
+    try:
+        ray.init(
+            address="local",  # never one that somebody else has started on this machine
+            num_cpus=max(places + 1, os.cpu_count() or 1),
+            include_dashboard=config.dashboard,
+            dashboard_host=config.host,
+            dashboard_port=config.dashboard_port if config.dashboard else None,
+            object_store_memory=config.object_store_mib * 2**20,
+            _node_ip_address=config.host,
+            **common,
+        )
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises where its processes do not come up, by itself
+            raise
+        raise UserError(
+            f"Ray does not start on this machine: {SENTENCE_END.split(str(error), maxsplit=1)[0]}. Look for what takes its "
+            "processors, memory or /tmp, then try again; Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def _say_of_ray(say: Say, report: Mapping[str, Any], ignore_prefix: bool) -> None:

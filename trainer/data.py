@@ -75,7 +75,7 @@ def prepare(source: AnySource, tokenizer_config: TokenizerConfig, say: Say) -> C
     with an empty side, and for a disk that is full or read-only.
     """
     files = list_files(source)
-    cache_dir = source.cache_dir.expanduser().resolve()
+    cache_dir = source.cache_dir.resolve()
     folder = cache_dir / "corpora" / _key(source, files, tokenizer_config)
     if folder.exists():
         return open_corpus(folder)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from kernels.errors import UserError
 from trainer.config.run import RunConfig
@@ -53,6 +53,12 @@ HARMLESS |= {"rollout.cache_tokens", "rollout.metrics_port"}
 HARMLESS_ENDINGS = ("checkpoint_every", ".keep_checkpoints", ".eval_every", ".micro_rows", ".recompute")
 
 
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("it should have a time zone")
+    return text
+
+
 @dataclass(frozen=True)
 class Status:
     """What status.json holds."""
@@ -60,7 +66,7 @@ class Status:
     kind: Stage
     state: State
     attempt: Annotated[int, Field(ge=1)]
-    created: str
+    created: Annotated[str, AfterValidator(_moment)]
     id: str
     git: str
 
@@ -257,16 +263,18 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
     runs = config.runs_dir.absolute()
     if config.run_name is not None:
         path = runs / config.run_name
-        if path.exists() and not (path / "status.json").exists():
+        with _writable(path):
+            there, begun = path.exists(), (path / "status.json").exists()
+        if there and not begun:
             raise UserError(f"no run has begun in {shown(path)}: it has no status.json. Remove it, or choose another run_name")
-        return path if path.exists() else None
+        return path if there else None
     folders = [file.parent for file in runs.glob("*/status.json") if not file.parent.is_symlink()]
     try:
         found = [(read_status(folder), folder) for folder in folders]
     except UserError as error:
         raise UserError(f"{error}. Which run should continue? Name it with run_name=..., or move that folder away") from None
     unfinished = [(s["created"], folder) for s, folder in found if s["kind"] == kind and s["state"] != "finished"]
-    return max(unfinished)[1] if unfinished else None
+    return max(unfinished, key=lambda one: (datetime.fromisoformat(one[0]), one[1]))[1] if unfinished else None
 
 
 def _new_folder(config: RunConfig, kind: str) -> Path:
@@ -305,6 +313,18 @@ def _locked(path: Path) -> IO[str]:
         way_out = "wait for it to end, or start a new run with resume=never"
         raise UserError(f"{shown(path)} is in use by another command; {way_out}") from None
     return lock
+
+
+def is_open(path: Path) -> bool:
+    """Whether a command has this run open now; one that was killed leaves a status.json that says running."""
+    if not (path / ".lock").exists():
+        return False
+    with open(path / ".lock", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def write_atomically(file: Path, text: str) -> None:

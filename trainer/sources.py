@@ -53,13 +53,14 @@ def list_files(source: AnySource) -> list[SourceFile]:
     if isinstance(source, StdlibSource):
         return _list_stdlib()
     suffix = SUFFIXES[source.kind]
-    cache_dir = source.cache_dir.expanduser().resolve()
+    cache_dir = source.cache_dir.resolve()
     files: dict[Path, SourceFile] = {}
     for pattern in source.paths:
         try:
             found = [(path.resolve(), named) for path, named in _match(pattern, suffix)]
-        except OSError as error:
-            raise UserError(f"data.paths: {pattern} cannot be read: {error.strerror or error}") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: of ~somebody whom this machine does not know
+            reason = error.strerror or error if isinstance(error, OSError) else error
+            raise UserError(f"data.paths: {pattern} cannot be read: {reason}") from error
         found = [(path, named) for path, named in found if named or not path.is_relative_to(cache_dir)]
         if not found:
             raise UserError(_nothing_matches(pattern, suffix))
@@ -241,6 +242,10 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             schema = table.schema_arrow
             if field not in schema.names:
                 raise UserError(missing_field(str(path), field, schema.names, "data.field"))
+            if (columns := schema.names.count(field)) > 1:
+                raise UserError(
+                    f"{path} has {columns} columns {field!r}; write it again with one, or set data.field to another"
+                )
             _require_string_column(schema.field(field).type, field, path)
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():

@@ -18,7 +18,9 @@ from trainer.tokenizer import Tokenizer
 def settled(path: Path, config: RunConfig, kind: str) -> Path:
     """The folder where `path`, the checkpoint of this configuration, leads through a link such as runs/latest-pretrain, which
     means another run as soon as one starts: the folder of now, or of a run that goes on its own."""
-    if not any(part.is_symlink() for part in (path, *path.parents)):
+    with checkpoint.readable(path):
+        linked = any(part.is_symlink() for part in (path, *path.parents))
+    if not linked:
         return path
     earlier = continued_config(config, kind)
     return Path(shown(path.resolve())) if earlier is None else Path(earlier["checkpoint"])
@@ -26,11 +28,12 @@ def settled(path: Path, config: RunConfig, kind: str) -> Path:
 
 def starting_point(path: Path) -> tuple[Path, ModelConfig]:
     """The folder that `checkpoint=path` means and its model; its tokenizer is there, too."""
-    if (path / "config.json").is_file():
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
-        tensor_files(path)  # of what was copied in part this is known before anything starts
-        return path, read_config(path)
+    with checkpoint.readable(path):
+        if (path / "config.json").is_file():
+            if not (path / "tokenizer.json").is_file():
+                raise UserError(f"{path} has no tokenizer.json; copy the tokenizer of the model there")
+            tensor_files(path)  # of what was copied in part this is known before anything starts
+            return path, read_config(path)
     found = checkpoint.resolve(path)
     return found, checkpoint.model_of(found, checkpoint.read_meta(found))
 

@@ -1,4 +1,5 @@
-"""Stops a run from outside without loss: on SIGTERM, SIGUSR1 or Ctrl-C it finishes the step and writes a checkpoint.
+"""Stops a run from outside without loss: on SIGTERM, SIGUSR1, Ctrl-C, or when its terminal is closed (SIGHUP), it finishes the
+step and writes a checkpoint.
 
 A second Ctrl-C ends it at once. An attempt also stops in this way when its ranks should move, because the cluster changes
 (places.py); then the run goes on at once, unless it is bound to its nodes.
@@ -45,7 +46,8 @@ class Moved(RuntimeError):
 
 
 class StopRequest:
-    """Listens for SIGNALS and Ctrl-C in a `with` block. In `deferred` one is kept for later, elsewhere it ends the run at once.
+    """Listens for SIGNALS, SIGHUP and Ctrl-C in a `with` block. In `deferred` one is kept for later; elsewhere it ends the run
+    at once.
 
     Each is said at once. Further ones leave alone what ends already, but a second Ctrl-C raises KeyboardInterrupt anywhere.
     """
@@ -59,9 +61,10 @@ class StopRequest:
         self._look: Callable[[], Move | None] = _nothing
 
     def __enter__(self) -> Self:
-        # A shell has what it starts in the background ignore Ctrl-C, which is meant for others then.
-        heeded = SIGNALS if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else (*SIGNALS, signal.SIGINT)
-        self._before = {number: signal.getsignal(number) for number in heeded}
+        # A shell has what it starts in the background ignore Ctrl-C, which is meant for others then, and nohup has it ignore
+        # the end of the terminal.
+        heeded = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.getsignal(number) for number in (*SIGNALS, *heeded)}
         self.listen()
         return self
 

@@ -170,8 +170,11 @@ class Traces:
         except ValidationError as error:
             self.say(f"{shown(file)} is not a request for a trace: {error.errors(include_url=False)[0]['msg']}")
             return None
+        except OSError as error:  # another user's, or just now taken back
+            self.say(f"the trace that {shown(file)} asks for cannot be made: {error.strerror}")
+            return None
         finally:
-            file.unlink()
+            file.unlink(missing_ok=True)
         for kind, asked, found in (("rank", wanted.ranks, self.ranks), ("engine", wanted.engines, self.engines())):
             if asked != "all" and not set(asked) <= set(found):
                 self.say(f"a trace of {kind}s {list(asked)} was asked for; there are {_numbered(kind, found)}")
@@ -201,7 +204,7 @@ class Traces:
                 merge_nodes(written, staging)
                 shutil.rmtree(folder, ignore_errors=True)  # of an attempt before this one
                 staging.replace(folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a full disk cuts what the profiler writes, which does not say so
             failure = str(error)
         if failure is not None:
             shutil.rmtree(staging, ignore_errors=True)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from kernels.errors import UserError
 from trainer.config.run import LoggerConfig
+from trainer.console import tell
 from trainer.hangs import tail
 from trainer.memory import resident_gib
 from trainer.metrics import AXES, UNKNOWN, USE, Stage, Value, Values, clock, console_line, emit, seconds_left
@@ -84,7 +85,7 @@ class Tracker:
         if error is None:
             changes = summary(self.stage, read_records(self.run.metrics_file))
             if changes:
-                print(summary_table(changes), flush=True)
+                tell(summary_table(changes))
         with _behind(error):
             self.say(f"{'finished' if error is None else 'stopped'}: {shown(self.run.path)}")
 
@@ -93,7 +94,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """A line on the console and in the log. UserError if that cannot be written."""
         line = f"{clock(time.monotonic() - self.started):>7}  {text}"
-        print(line, flush=True)
+        tell(line)
         _append(self.run.log_file("driver"), line)
 
     def begin(self, step: int) -> None:
@@ -255,7 +256,7 @@ def _behind(error: BaseException | None) -> Iterator[None]:
     except UserError as unwritten:
         if error is None:
             raise
-        print(unwritten, flush=True)
+        tell(str(unwritten))
 
 
 @contextmanager
@@ -272,7 +273,7 @@ def _nobody_at_the_keyboard() -> Iterator[None]:
 
 def _append(file: Path, line: str) -> None:
     try:
-        with open(file, "a", encoding="utf-8") as out:
+        with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:
             out.write(line + "\n")
     except OSError as error:
         raise UserError(f"{shown(file)} cannot be written: {error.strerror}; make room for it") from error

@@ -22,11 +22,12 @@ from launch.pretrain import pretrain as pretrain_a_model
 from launch.rl import reinforce
 from rl.engine.sampler import Sampling
 from tests.end_to_end.commands import untrained
+from trainer.checkpoint import resolve
 from trainer.config.model import CosineRouter
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, StdlibSource, TextSource
 from trainer.run_dir import RunDir
-from trainer.starting_point import settled
+from trainer.starting_point import settled, starting_point
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -394,6 +395,28 @@ def test_a_checkpoint_named_by_a_link_is_the_folder_of_now_or_that_of_the_run(
     assert of(*asked) == Path("runs/b")
     assert of("checkpoint=runs/latest-pretrain/checkpoints/step_000006") == Path("runs/b/checkpoints/step_000006")
     assert of("checkpoint=runs/a") == Path("runs/a")
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_is_a_message() -> None:
+    wrong = r"checkpoint=a+ cannot be read: File name too long"
+    for command in (starting_point, resolve):
+        with pytest.raises(UserError, match=wrong):
+            command(Path("a" * 300))
+    with pytest.raises(UserError, match=wrong):
+        pretrain_a_model(pretrain(f"checkpoint={'a' * 300}"))
+
+
+def test_without_a_home_in_the_environment_the_cache_is_in_that_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TESSERA_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    assert pretrain().data.cache_dir == Path("~/.cache/tessera").expanduser()
+
+
+def test_a_folder_may_be_in_a_home() -> None:
+    config = pretrain("runs_dir='~/runs'", "checkpoint='~/runs/a'")
+    assert (config.runs_dir, config.checkpoint) == (Path.home() / "runs", Path.home() / "runs" / "a")
+    with pytest.raises(UserError, match=r"runs_dir.*\(~nobody-here/x\) is in a home that this machine does not know"):
+        pretrain("runs_dir='~nobody-here/x'")
 
 
 def test_a_folder_that_was_copied_in_part_is_a_message_before_anything_starts(tmp_path: Path) -> None:

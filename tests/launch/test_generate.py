@@ -70,3 +70,6 @@ def test_what_is_printed_repeats_and_mistakes_are_named(tmp_path: Path, capsys: 
         with pytest.raises(SystemExit):
             main([folder, "def", option, value])
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([folder, "caf\udce9"])  # as Python has what is not UTF-8 on a command line
+    assert "character 4 is not UTF-8" in capsys.readouterr().err

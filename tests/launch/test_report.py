@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -194,6 +195,13 @@ def test_a_run_without_records_is_a_message(tmp_path: Path) -> None:
     run = RunDir.open(load(PretrainConfig, "pretrain", [f"runs_dir={tmp_path}"]), "pretrain")
     with pytest.raises(UserError, match="has no records yet"):
         write_report([run.path], tmp_path / "r.html")
+
+
+def test_a_run_without_its_configuration_is_a_message(pretrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(pretrained, copy := tmp_path / "copy")
+    (copy / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"copy/config\.yaml cannot be read: No such file"):
+        write_report([copy], tmp_path / "r.html")
 
 
 def test_a_place_that_cannot_be_written_is_a_message(pretrained: Path, tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_the_command_shows_a_finished_run_and_refuses_what_is_none(run: RunDir, 
     assert wrong.returncode == 2 and "is not a run folder" in wrong.stderr
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    config = load(PretrainConfig, "pretrain", ["run_name=base"]).model_copy(update={"runs_dir": tmp_path / "[old] [" / "x]"})
+    run = opened(config, "pretrain")
+    assert "[old] [/x]/base" in text(run, Curves(run.metrics_file))
+
+
 def test_messages_are_the_last_ones(run: RunDir) -> None:
     run.log_file("trainer/0").write_text("".join(f"2026 WARNING tessera: number {n}\n" for n in range(50)))
     told = messages(run.path, 1)

@@ -122,6 +122,15 @@ def test_a_mistake_of_the_user_is_not_tried_again() -> None:
     assert attempts == [1]
 
 
+def test_a_ray_that_does_not_start_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")  # as Ray does
+
+    monkeypatch.setattr("trainer.cluster.ray.init", init)
+    with pytest.raises(UserError, match=r"Ray does not start .*: The current node timed out during startup\. Look for what"):
+        start_ray(cluster(host="10.0.0.1"), 2, lambda text: None)
+
+
 def test_a_dashboard_port_in_use_is_an_error() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

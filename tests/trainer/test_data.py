@@ -129,12 +129,13 @@ def test_max_mib_cuts_between_characters(tmp_path_factory: pytest.TempPathFactor
         ("nowhere/x", r"nowhere/x does not exist \(looked from .*correct the path"),
         ("text/*.md", r"\*.md matches no file"),
         ("empty", r"the folder .*empty has no visible file below it"),
+        ("~nobody-here/x", r"~nobody-here/x cannot be read: Could not determine home directory"),
     ],
 )
 def test_paths_that_bring_nothing_are_errors(folder: Path, name: str, message: str) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        list(documents(text_source(folder, folder / name)))
+        list(documents(text_source(folder, name if name.startswith("~") else folder / name)))
 
 
 def test_jsonl_reads_the_field_of_every_line(tmp_path: Path) -> None:
@@ -181,6 +182,9 @@ def test_wrong_parquet_files_are_errors(tmp_path: Path) -> None:
         list(documents(parquet_source(tmp_path / "a.parquet", "contents")))
     with pytest.raises(UserError, match=r"a.parquet: column 'id' has type int64, not string"):
         list(documents(parquet_source(tmp_path / "a.parquet", "id")))
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d.parquet has 2 columns 'text'; write it again with one"):
+        list(documents(parquet_source(tmp_path / "d.parquet")))
     (tmp_path / "b.parquet").write_text("no parquet at all")
     with pytest.raises(UserError, match=r"b.parquet is not a Parquet file that can be read"):
         list(documents(parquet_source(tmp_path / "b.parquet")))

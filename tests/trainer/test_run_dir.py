@@ -16,7 +16,7 @@ from launch.cli import load
 from trainer import run_dir
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
-from trainer.run_dir import RunDir, continued_config, git_revision, read_status, write_atomically
+from trainer.run_dir import RunDir, continued, continued_config, git_revision, read_status, write_atomically
 
 
 def config(runs: Path, *arguments: str) -> PretrainConfig:
@@ -89,6 +89,16 @@ def test_resume_continues_the_newest_unfinished_run_of_its_kind(tmp_path: Path) 
     assert run.note.endswith("attempt 2") and read_status(run.path)["state"] == "running"
     assert run.log_file("trainer/0") == second.path / "logs" / "attempt_2" / "trainer_0.log"
     assert second.log_file("trainer/0") != run.log_file("trainer/0")
+
+
+def test_the_newest_run_is_the_last_one_also_where_a_clock_was_set_back_an_hour(tmp_path: Path) -> None:
+    for name, created in [("summer", "2026-10-25T02:50:00.000+02:00"), ("winter", "2026-10-25T02:10:00.000+01:00")]:
+        file = finished(tmp_path, f"run_name={name}").path / "status.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"created": created}))
+    assert continued(config(tmp_path, "resume=auto"), "pretrain") == tmp_path / "winter"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": "2026-10-25T02:10:00"}))
+    with pytest.raises(UserError, match=r"winter/status\.json is damaged: created: .*time zone"):
+        read_status(tmp_path / "winter")
 
 
 def test_resume_finds_a_run_by_its_name_and_a_run_that_was_killed(tmp_path: Path) -> None:
@@ -213,6 +223,11 @@ def test_a_place_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.* cannot be written: .*runs_dir="):
         RunDir.open(config(tmp_path / "file" / "runs"), "pretrain")
+
+
+def test_a_place_that_cannot_be_looked_into_is_a_message_when_a_run_is_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written: File name too long.* runs_dir="):
+        continued(config(tmp_path / ("a" * 300), "resume=auto", "run_name=mine"), "pretrain")
 
 
 def test_a_full_disk_is_a_message_and_leaves_the_old_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

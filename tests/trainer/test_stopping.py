@@ -18,7 +18,7 @@ from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped
 STEP = "the end of this step"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP])
 def test_a_signal_in_the_loop_is_kept_until_the_loop_asks(number: signal.Signals) -> None:
     with StopRequest() as stop, stop.deferred(STEP):
         stop.obey("after step 1")
@@ -98,15 +98,18 @@ def test_ctrl_c_outside_the_loop_is_an_orderly_stop_until_it_comes_again() -> No
             signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_is_not_heeded_where_the_shell_has_had_it_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_the_end_of_a_terminal_are_not_heeded_where_shell_or_nohup_have_had_them_ignored(
+    number: signal.Signals,
+) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             assert not stop.asked()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_a_command_that_was_interrupted_says_so_and_does_not_ask_to_be_started_again(

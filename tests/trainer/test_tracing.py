@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import socket
@@ -196,9 +197,48 @@ def test_a_trace_that_cannot_be_written_is_said_and_leaves_nothing(run: RunDir) 
     assert run.traces.is_file()
 
 
+class CutShort(Ranks):
+    """As on a full disk, of which PyTorch's profiler says nothing."""
+
+    def _traced(self, worker: TrainWorker, folder: Path) -> Any:
+        traced = super()._traced(worker, folder)
+        traced.events.write_bytes(traced.events.read_bytes()[:400])
+        return traced
+
+
+def test_a_trace_that_was_cut_short_is_said_and_leaves_nothing(run: RunDir) -> None:
+    said = list[str]()
+    steps(Traces(TraceConfig(range=(1, 1), ranks="all", memory=False), run, 3, said.append), CutShort(), 1, 2)
+    assert len(said) == 1 and "cannot be written" in said[0] and "goes on" in said[0]
+    assert list(run.traces.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), FileNotFoundError(errno.ENOENT, "gone")])
+def test_a_request_that_another_user_made_or_has_taken_back_is_said(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(file: Path) -> bytes:
+        file.unlink()
+        raise error
+
+    ranks, said = Ranks(), list[str]()
+    (run.path / REQUEST).write_text(request(1).model_dump_json())
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    steps(Traces(UNTRACED, run, 3, said.append), ranks, 1, 2)
+    assert not ranks.asked and len(said) == 1
+    assert said[0].startswith("the trace that ") and said[0].endswith(f"asks for cannot be made: {error.strerror}")
+
+
 def test_the_command_refuses_a_run_that_is_over(run: RunDir) -> None:
     run.close("finished")
     with pytest.raises(UserError, match="traced is finished; only a run in progress can be traced"):
+        trace(run.path, request(1))
+    assert not (run.path / REQUEST).exists()
+
+
+def test_the_command_does_not_wait_for_a_run_that_was_killed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.trace.time.sleep", lambda seconds: run.lock.close())
+    with pytest.raises(UserError, match="traced is not going on, though it says so: no command has it open"):
         trace(run.path, request(1))
     assert not (run.path / REQUEST).exists()
 

@@ -23,6 +23,7 @@ from tests.listening import beyond_loopback
 from tests.wandb_server import ENTITY, SECRET, WandbServer, at
 from trainer import tracking
 from trainer.config.run import LoggerConfig, PretrainConfig
+from trainer.console import write_any_text
 from trainer.metrics import UNKNOWN, USE
 from trainer.records import Change, read_records
 from trainer.run_dir import RunDir, read_status
@@ -183,6 +184,21 @@ def test_an_undeclared_key_writes_nothing(run: RunDir) -> None:
     ):
         tracker.log(1, {"train/los": 1.0})
     assert not run.metrics_file.exists()
+
+
+def test_a_console_that_is_gone_ends_no_run_and_neither_does_a_name_that_is_no_text(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        write_any_text()
+        with Tracker(run, "pretrain", OFF, total_steps=1, devices=1) as tracker:
+            tracker.log(1, {"train/loss": 3.0})
+            tracker.say("such as b\udcff.txt")
+    assert read_status(run.path)["state"] == "finished"
+    assert "such as b\\udcff.txt" in run.log_file("driver").read_text()
 
 
 def test_a_log_that_cannot_be_written_is_a_message(run: RunDir) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from trainer.config.record import Record
-from trainer.config.run import RunConfig, TraceConfig
+from trainer.config.run import RunConfig, TraceConfig, UserPath
 
 LEAST_TEMPERATURE = 1e-3  # logits over much less are infinite in float32
 TEXT = "{text}"  # stands for the text in a template
@@ -241,7 +240,7 @@ class EngineTraceConfig(TraceConfig):
 
 
 class RLConfig(RunConfig):
-    checkpoint: Path  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
+    checkpoint: UserPath  # a run folder, one of its checkpoints, or a folder in the Hugging Face layout
     task: TaskConfig
     chat: ChatConfig
     reward: RewardConfig

@@ -13,6 +13,16 @@ from trainer.config.model import ModelConfig
 from trainer.config.record import Record
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"({path}) is in a home that this machine does not know; write the whole path") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]  # may begin with ~, which no shell replaces after a name with a dot
+
+
 class TokenizerConfig(Record):
     vocab_size: int = Field(ge=260)  # includes the 256 bytes and the special tokens
     train_mib: float = Field(gt=0)  # how much text the tokenizer is trained on
@@ -24,7 +34,7 @@ class Source(Record):
 
     validation_share: float = Field(gt=0, lt=1)  # documents held out, chosen by a hash of their text
     max_mib: float | None = Field(default=None, gt=0)  # stop reading after this much text; null reads everything
-    cache_dir: Path  # token arrays and trained tokenizers, keyed by what they were made from
+    cache_dir: UserPath  # token arrays and trained tokenizers, keyed by what they were made from
 
 
 class StdlibSource(Source):
@@ -250,7 +260,7 @@ class RunConfig(Record):
     seed: int = Field(ge=0, lt=2**63)
     dry_run: bool  # print the resolved configuration and the estimates, then stop
     resume: Literal["never", "auto"]  # auto: continue `run_name`, or the newest unfinished run of this kind
-    runs_dir: Path
+    runs_dir: UserPath
     run_name: Annotated[str, AfterValidator(_folder_name)] | None  # null: kind, date and time
     optimizer: OptimizerConfig
     balance: BalanceConfig
@@ -279,7 +289,7 @@ class PretrainConfig(RunConfig):
 
     # Start from its weights, model and tokenizer: a run folder, one of its checkpoints, or a folder in the Hugging Face layout;
     # null: random weights of `model`.
-    checkpoint: Path | None
+    checkpoint: UserPath | None
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig

@@ -1,0 +1,28 @@
+"""What the console cannot show is written in another way, and a console that is gone is none."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import pytest
+
+from trainer.console import tell, write_any_text
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\u2581\udcff"), ("utf-8", b"\xe2\x96\x81\\udcff")])
+def test_text_that_the_console_does_not_know_is_escaped(monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="strict"))
+    write_any_text()
+    tell("\u2581\udcff")
+    assert written.getvalue() == shown + b"\n"
+
+
+def test_a_console_that_is_gone_is_not_written_to_any_more() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        tell("nobody reads this", stream)
+        stream.write("nor this")  # and it closes without an error: what was left over has gone nowhere
