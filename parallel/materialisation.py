@@ -232,17 +232,21 @@ class Materialisation:
         return torch.from_numpy(np.stack([*missing, *self.loads]))
 
     def machine(self) -> Tensor:
-        """The copies that travel under the attention and those that there is room for, and the costs after; float64."""
+        """The ranks of a node, the copies that travel under the attention and those that there is room for, and the costs
+        after; float64."""
         if self.setting is None:
-            return torch.full((2 + NUMBERS,), UNKNOWN, dtype=torch.float64)
-        budget = self.setting.budget
-        return torch.tensor([budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
+            return torch.full((3 + NUMBERS,), UNKNOWN, dtype=torch.float64)
+        budget, per_node = self.setting.budget, self.shards.world.ranks_per_node
+        return torch.tensor([per_node, budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
 
     def load_state(self, loads: Tensor, machine: Tensor) -> None:
-        """Restores what `state` and `machine` gave and places copies as then. Collective."""
+        """Restores what `state` and `machine` gave and places copies as then, except for what this run's settings say
+        otherwise. Where nodes have other numbers of ranks, links are others, too, and measured again. Collective."""
         self.loads = deque((step for step in loads.cpu().numpy() if (step >= 0).all()), maxlen=WINDOW)
-        overlap, memory, *costs = machine.tolist()
-        if memory != UNKNOWN:
+        settings, (per_node, overlap, memory, *costs) = self.settings, machine.tolist()
+        if self._measures and per_node == self.shards.world.ranks_per_node:
+            overlap = overlap if settings.overlap is None else settings.overlap
+            memory = memory if settings.memory is None else settings.memory
             self._know(int(overlap), int(memory), LayerCosts.from_numbers(costs))
         self.place()
 
