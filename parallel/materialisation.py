@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.expert_arena import Layout
+from parallel.expert_arena import Layout, copies_kept
 from parallel.expert_shards import ExpertShards
 from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
@@ -201,9 +201,10 @@ class Materialisation:
         arena, topology = self.shards.arena, self.shards.world.topology
         pairs = list(zip(self.plans, loads_LE, strict=True))
         owners = [Plan(without_copies(plan.placement.owner_E, topology.devices)) for plan in self.plans]
+        extra_LD = np.stack([plan.placement.extra_D for plan in self.plans])
         found = {
-            "moe/copies_per_layer": float(np.mean([plan.placement.extra_D.sum() for plan in self.plans])),
-            "moe/copies_mib": arena.most_copies * arena.expert_bytes / MIB,
+            "moe/copies_per_layer": float(extra_LD.sum(axis=1).mean()),
+            "moe/copies_mib": copies_kept(extra_LD, rematerialise=arena.rematerialise) * arena.expert_bytes / MIB,
             "moe/rank_imbalance": _mean_imbalance([device_loads(plan, topology, e) for plan, e in pairs]),
             "moe/rank_imbalance_owners": _mean_imbalance(
                 [device_loads(plan, topology, e) for plan, e in zip(owners, loads_LE, strict=True)]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the machine is used again, and options of the run that goes on with it count."""
+"""What a checkpoint says of the machine is used again, options of the run that goes on with it count, and so do copies."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from parallel.expert_arena import ExpertShape
 from parallel.expert_optimizer import DeviceAdamW
 from parallel.expert_shards import ExpertShards
 from parallel.expert_states import StatesInMemory
+from parallel.flows import Plan
 from parallel.layer_cost import LayerCosts, Link
-from parallel.materialisation import Materialisation, MaterialisationSettings
-from parallel.placement import even_owners
+from parallel.materialisation import MIB, Materialisation, MaterialisationSettings
+from parallel.placement import even_owners, without_copies
 from parallel.policies import POLICIES
 from parallel.topology import World
 
@@ -61,3 +62,12 @@ def test_on_other_nodes_the_machine_is_measured_again() -> None:
     resumed.load_state(LOADS, elsewhere)
     assert resumed.setting is None and resumed.shards.arena.attention is not None
     assert torch.equal(resumed.state()[-1:], LOADS) and not any(plan.placement.extra_D.any() for plan in resumed.plans)
+
+
+def test_copies_are_counted_as_gates_have_left_them() -> None:
+    resumed = materialisation(None, None)
+    resumed.load_state(LOADS, MACHINE)
+    resumed.plans[0] = Plan(without_copies(resumed.shards.owner_LE[0], RANKS))  # as `calibrate` does
+    metrics = resumed.ahead(np.ones((LAYERS, EXPERTS)), updates=3).metrics
+    assert metrics["moe/copies_per_layer"] == 3 / LAYERS
+    assert metrics["moe/copies_mib"] == 3 * resumed.shards.arena.expert_bytes / MIB
