@@ -173,7 +173,7 @@ class ExpertArena:
         that a GPU still has to do.
         """
         extra_LD = np.stack([placement.extra_D for placement in placements])
-        kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
+        most_copies = copies_kept(extra_LD, rematerialise=rematerialise)
         if shares_LED is None:
             shares_LED = [placement.copies_ED.astype(np.float64) for placement in placements]
         own, copy, slots_L = 0, self.owned, list[dict[int, int]]()
@@ -183,14 +183,13 @@ class ExpertArena:
             copy += 0 if rematerialise else here
         row_LE = _own_rows(np.stack([placement.owner_E for placement in placements]))
         layers = self._layers(placements, shares_LED, slots_L, row_LE, stays_L or [False] * len(placements))
-        return Layout(layers, row_LE, int(kept_D.max()), int(extra_LD.max()), rematerialise)
+        return Layout(layers, row_LE, most_copies, int(extra_LD.max()), rematerialise)
 
     def take(self, layout: Layout) -> None:
         """From here on experts lie so. No weights move yet. Raises ValueError where a rank has no room for its copies."""
         if layout.most_copies > self.copies:
             raise ValueError(f"a rank would keep {layout.most_copies} copies and has room for {self.copies}")
-        self.layers, self.rematerialise = list(layout.layers), layout.rematerialise
-        self.most_copies, self._row_LE = layout.most_copies, layout.row_LE
+        self.layers, self.rematerialise, self._row_LE = list(layout.layers), layout.rematerialise, layout.row_LE
         self.transport.expect_gradients(layout.most_in_layer)
         self.outdated()
 
@@ -359,6 +358,12 @@ class ExpertArena:
                 arrived = reduce.finish()
             for expert, gradients in arrived:
                 self._add_gradients(self.layers[layer].slots[expert], gradients)
+
+
+def copies_kept(extra_LD: Ints, *, rematerialise: bool) -> int:
+    """On the rank that keeps most, of the copies that ranks have of each layer."""
+    kept_D = extra_LD.max(axis=0) if rematerialise else extra_LD.sum(axis=0)
+    return int(kept_D.max())
 
 
 def _own_rows(owner_LE: Ints) -> Ints:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.expert_arena import Layout
+from parallel.expert_arena import Layout, copies_kept
 from parallel.expert_shards import ExpertShards
 from parallel.flows import Plan, device_loads, imbalance, shares
 from parallel.layer_cost import NUMBERS, LayerCosts, Setting, hidden_copies
@@ -201,9 +201,10 @@ class Materialisation:
         arena, topology = self.shards.arena, self.shards.world.topology
         pairs = list(zip(self.plans, loads_LE, strict=True))
         owners = [Plan(without_copies(plan.placement.owner_E, topology.devices)) for plan in self.plans]
+        extra_LD = np.stack([plan.placement.extra_D for plan in self.plans])
         found = {
-            "moe/copies_per_layer": float(np.mean([plan.placement.extra_D.sum() for plan in self.plans])),
-            "moe/copies_mib": arena.most_copies * arena.expert_bytes / MIB,
+            "moe/copies_per_layer": float(extra_LD.sum(axis=1).mean()),
+            "moe/copies_mib": copies_kept(extra_LD, rematerialise=arena.rematerialise) * arena.expert_bytes / MIB,
             "moe/rank_imbalance": _mean_imbalance([device_loads(plan, topology, e) for plan, e in pairs]),
             "moe/rank_imbalance_owners": _mean_imbalance(
                 [device_loads(plan, topology, e) for plan, e in zip(owners, loads_LE, strict=True)]
@@ -232,17 +233,21 @@ class Materialisation:
         return torch.from_numpy(np.stack([*missing, *self.loads]))
 
     def machine(self) -> Tensor:
-        """The copies that travel under the attention and those that there is room for, and the costs after; float64."""
+        """The ranks of a node, the copies that travel under the attention and those that there is room for, and the costs
+        after; float64."""
         if self.setting is None:
-            return torch.full((2 + NUMBERS,), UNKNOWN, dtype=torch.float64)
-        budget = self.setting.budget
-        return torch.tensor([budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
+            return torch.full((3 + NUMBERS,), UNKNOWN, dtype=torch.float64)
+        budget, per_node = self.setting.budget, self.shards.world.ranks_per_node
+        return torch.tensor([per_node, budget.overlap, budget.memory, *self.setting.costs.numbers], dtype=torch.float64)
 
     def load_state(self, loads: Tensor, machine: Tensor) -> None:
-        """Restores what `state` and `machine` gave and places copies as then. Collective."""
+        """Restores what `state` and `machine` gave and places copies as then, except for what this run's settings say
+        otherwise. Where nodes have other numbers of ranks, links are others, too, and measured again. Collective."""
         self.loads = deque((step for step in loads.cpu().numpy() if (step >= 0).all()), maxlen=WINDOW)
-        overlap, memory, *costs = machine.tolist()
-        if memory != UNKNOWN:
+        settings, (per_node, overlap, memory, *costs) = self.settings, machine.tolist()
+        if self._measures and per_node == self.shards.world.ranks_per_node:
+            overlap = overlap if settings.overlap is None else settings.overlap
+            memory = memory if settings.memory is None else settings.memory
             self._know(int(overlap), int(memory), LayerCosts.from_numbers(costs))
         self.place()
 

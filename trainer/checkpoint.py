@@ -37,7 +37,7 @@ from trainer.config.model import ModelConfig
 from trainer.json_text import first_problem, parsed
 from trainer.model.transformer import require_plausible
 
-FORMAT = 5
+FORMAT = 6
 FILE = re.compile(r"[\w.@-]{1,99}(/[\w.@-]{1,99})?", re.ASCII)  # the name of one of its files: what any disk can hold
 FRAGMENT = re.compile(r"(.+)@(\d{1,18})")  # the name of a tensor, and where in it, flattened, the values of this one begin
 

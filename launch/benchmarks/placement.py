@@ -90,7 +90,7 @@ class PlacementOptions(TokenOptions):
     memory: PositiveInt = Field(description="copies that a device has room for")
     trace: Listed[Trace] = Field(description="how loads are drawn; none where a run is replayed")
     run: Path | None = Field(None, description="the folder of a run, whose recorded loads are replayed too")
-    steps: PositiveInt = Field(description="of each drawn trace")
+    steps: int = Field(ge=2, description="of each drawn trace; what the first has is where plans begin")
     layers: PositiveInt = Field(description="of each drawn trace, with popular experts of their own")
     reshard_every: NonNegativeInt = Field(description="steps from one look at who should own what to the next; 0: never")
 

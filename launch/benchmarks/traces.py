@@ -75,6 +75,8 @@ def recorded(run_dir: Path, entries: int) -> Floats:
     steps = [record[LOAD] for record in read_records(file) if LOAD in record]
     if not steps:
         raise UserError(f"{file} has no record of {LOAD}")
+    if len(steps) == 1:
+        raise UserError(f"{file} has one record of {LOAD}; a step is planned from those before it, so name a run with more")
     require_one_shape(steps, LOAD, file)
     shares_SLE = np.array(steps, dtype=np.float64)
     shares_SLE /= np.maximum(shares_SLE.sum(axis=2, keepdims=True), 1e-12)

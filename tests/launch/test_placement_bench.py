@@ -72,6 +72,15 @@ def test_a_run_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "trace names no loads to replay" in capsys.readouterr().err
 
 
+def test_a_single_step_is_not_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"out={tmp_path / 'placement.json'}"
+    assert main([*SMALL, "steps=1", out]) == 2
+    assert "steps" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "moe/load": [[0.7, 0.1, 0.1, 0.1]]}) + "\n")
+    assert main([*SMALL, "experts=4", "devices=4", "trace=", f"run={tmp_path}", out]) == 2
+    assert "has one record of moe/load; a step is planned from those before it" in capsys.readouterr().err
+
+
 @given(st.lists(st.floats(1e-6, 1.0), min_size=4, max_size=20), st.integers(1, 4))
 def test_no_expert_gets_more_than_one_choice_of_a_token(popularity: list[float], top_k: int) -> None:
     popularity_E = np.array(popularity)
