@@ -36,10 +36,14 @@ COMPILED = pytest.StashKey[dict[str, Future[subprocess.CompletedProcess[str]]]](
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile DeepSpeed's operators, one after the other, beside the tests that do without them and behind them."""
+    """Starts the server of ranks, and begins to compile DeepSpeed's operators, one after the other, beside the tests that do
+    without them and behind them."""
     keep_imports()
     if session.config.option.collectonly:
         return
+    ranks = sys.modules.get("tests.distributed.ranks")
+    if ranks is not None:  # tests that were collected use it
+        ranks.start_server()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     compiling = partial(subprocess.run, env=environment, capture_output=True, text=True)
     turns = ThreadPoolExecutor(1)
