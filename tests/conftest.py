@@ -47,10 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile DeepSpeed's operators, one after the other, beside the tests that do without them and behind them."""
+    """Starts the server of ranks, and begins to compile DeepSpeed's operators, one after the other, beside the tests that do
+    without them and behind them."""
     keep_imports()
     if session.config.option.collectonly:
         return
+    ranks = sys.modules.get("tests.distributed.ranks")
+    if ranks is not None:  # tests that were collected use it
+        ranks.start_server()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     compiling = partial(subprocess.run, env=environment, capture_output=True, text=True)
     turns = ThreadPoolExecutor(1)
@@ -93,8 +97,11 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is quick first, then what waits for a compiler, then several ranks, then whole commands; of each LONG first."""
-    turns = {"distributed": 2, "end_to_end": 3}
+    """What is quick first, then what waits for a compiler, then whole commands, then several ranks; of each LONG first.
+
+    Of whole commands one worker has nearly all, one after the other: the rest is for the other one beside it.
+    """
+    turns = {"end_to_end": 2, "distributed": 3}
 
     def turn(item: pytest.Item) -> tuple[int, bool]:
         waits = item.get_closest_marker("cpu_adam") is not None

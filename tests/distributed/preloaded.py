@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import cache
 from importlib import import_module
 
+import cpuinfo
 import torch
 
 from parallel.dense import import_deepspeed
@@ -20,12 +22,18 @@ os.environ["DS_ACCELERATOR"] = KIND
 import_deepspeed()
 for module in (
     *("deepspeed.runtime.zero.muon.muon_optimizer", "torch.fx.experimental.symbolic_shapes"),  # with the first update
+    "numpy.random",
     *("rl.engine.engine", "trainer.worker"),
     *("hypothesis", "pytest"),  # of the files whose functions the ranks run
 ):
     import_module(module)
 
-if KIND == "cpu":  # it asks a GPU for its version, which opens CUDA
+if KIND == "cpu":  # some of these ask a GPU for its version, which opens CUDA
     import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - which operators can be built here, it looks once
+    import_module("deepspeed.module_inject.auto_ep_layer")  # with the first trainer, and Triton with it
+    import_module("torch._dynamo")  # with the first layer that is recomputed; two seconds of torch.utils.checkpoint
+
+cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)  # DeepSpeed asks it twice in each rank that loads an operator
+cpuinfo.get_cpu_info()  # with programs that take most of a second
 
 gc.freeze()  # ranks look for garbage among what is theirs, and share these pages

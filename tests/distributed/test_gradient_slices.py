@@ -23,7 +23,7 @@ from parallel.schedule.generalised import LINK
 from parallel.schedule.pipeline import ATTENTION, COMPUTE, COPIES, GRADIENTS
 from parallel.scheduling import ANNOUNCE, FILE, SLICES, WAITING
 from parallel.topology import World
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases, run_ranks
 from tests.distributed.test_trainer import LR, NOISY, own_state
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
@@ -157,7 +157,7 @@ def check_means(by_rank: list[list[list[tuple[list[Tensor], Any, list[Span]]]]],
 
 @pytest.mark.parametrize("size", [2, 4])
 @settings(max_examples=2, deadline=None)
-@given(cases=st.lists(drawn_cases(), min_size=8, max_size=8))
+@given(cases=st.lists(drawn_cases(), min_size=2, max_size=10))  # the first of the examples is the smallest
 def test_means_have_the_same_bits_for_any_slices_and_slices_one_order(size: int, cases: list[Case]) -> None:
     check_means(run_ranks(reduce_all, size, cases), cases, size)
 
@@ -186,8 +186,8 @@ def told(schedule: str | int, **changes: Any) -> TrainerSpec:
 
 
 UPDATES: list[dict[str, Any]] = [
-    {"micro_rows": 1, "freeze_router": True, "recompute": True, "parallel": {"zero_stage": 1, "rematerialise": True}},
-    {"micro_rows": 1, "parallel": {"zero_stage": 2}, "model": {"tie_embeddings": False, "router": NOISY.router}},
+    {"micro_rows": 2, "freeze_router": True, "recompute": True, "parallel": {"zero_stage": 1, "rematerialise": True}},
+    {"micro_rows": 2, "parallel": {"zero_stage": 2}, "model": {"tie_embeddings": False, "router": NOISY.router}},
     {"micro_rows": 2, "dtype": "bfloat16", "value_decay": 0.5, "parallel": {"zero_stage": 2}},
     {"micro_rows": 4, "dtype": "bfloat16", "parallel": {"zero_stage": 1}},
     {"micro_rows": 2, "parallel": {"zero_stage": 2, "transport": "peer_memory"}},
@@ -256,7 +256,7 @@ def planned(world: World, schedule: str, folder: str) -> dict[str, Any]:
 
 
 def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_path: Path) -> None:
-    whole, by_rank = run_ranks(planned, 2, "off", str(tmp_path)), run_ranks(planned, 2, "auto", str(tmp_path))
+    whole, by_rank = run_cases(planned, 2, [(schedule, str(tmp_path)) for schedule in ("off", "auto")])
     assert by_rank[0]["sums"] == by_rank[1]["sums"] is not None
     for zero, sliced in zip(whole, by_rank, strict=True):
         assert zero["norms"] == sliced["norms"]

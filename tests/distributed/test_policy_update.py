@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from parallel.topology import World
 from rl.algorithms import PolicyObjective
 from rl.extras import PROXIMAL
 from rl.packing import Document, policy_batches
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases, run_ranks
 from tests.models import spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from trainer.batch import TrainBatch
@@ -51,9 +52,10 @@ def alone(model: LanguageModel, document: Document) -> tuple[Tensor, Tensor]:
     return logprobs[-len(document.response_ids) :], entropy[-len(document.response_ids) :]
 
 
-def random_documents(told: TrainerSpec, count: int) -> list[Document]:
+@cache
+def random_documents(count: int) -> list[Document]:
     """Responses whose stored log-probabilities are near those of the model, some of their tokens not learned."""
-    draw, model, documents = random.Random(0), model_of(told), []
+    draw, model, documents = random.Random(0), model_of(spec(tiny_model())), []
     for _ in range(count):
         prompt, response = (tuple(draw.randrange(61) for _ in range(draw.randint(1, n))) for n in (6, LONGEST))
         learned = (True, *(draw.random() < 0.8 for _ in response[1:]))
@@ -121,11 +123,14 @@ def update(world: World, told: TrainerSpec, batch: TrainBatch, config: Algorithm
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_equals_a_loop_over_responses_for_any_rows_micro_batches_and_ranks(case: str) -> None:
     config = algorithm_config(**CASES[case])
-    documents = random_documents(spec(tiny_model()), count=14)
+    documents = random_documents(14)
     loss, norm = loop_over_responses(spec(tiny_model()), documents, config)
-    for size, micro_rows, length in ((1, 8, 64), (1, 1, 16), (2, 2, 24)):
-        (batch,) = batches_of(documents, config, length, size)
-        for metrics in run_ranks(update, size, spec(tiny_model(), micro_rows=micro_rows), batch, config):
+    for size, layouts in ((1, [(8, 64), (1, 16)]), (2, [(2, 24)])):
+        cases = [
+            (spec(tiny_model(), micro_rows=micro_rows), *batches_of(documents, config, length, size), config)
+            for micro_rows, length in layouts
+        ]
+        for metrics in (found for by_rank in run_cases(update, size, cases) for found in by_rank):
             assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)
             assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
             assert metrics["train/tokens"] == sum(sum(document.learned) for document in documents)
@@ -147,7 +152,7 @@ def two_updates(world: World, told: TrainerSpec, batches: list[TrainBatch], conf
 def test_the_clip_acts_on_the_second_update_of_a_round_and_ranks_agree() -> None:
     config = algorithm_config(updates_per_round=2, clip_low=0.02, clip_high=0.02)
     told = spec(tiny_model(), micro_rows=2)
-    documents = random_documents(told, count=14)
+    documents = random_documents(14)
     batches = batches_of(documents, config, 24, 2)
     assert len(batches) == 2
     (alone_proximal, alone_told), *_ = run_ranks(two_updates, 1, told, batches, config)
@@ -164,7 +169,7 @@ def test_the_clip_acts_on_the_second_update_of_a_round_and_ranks_agree() -> None
 
 
 def test_a_round_has_no_more_updates_than_responses_and_loses_none() -> None:
-    documents = random_documents(spec(tiny_model()), count=3)
+    documents = random_documents(3)
     for updates, expected in ((1, 1), (2, 2), (5, 3)):
         batches = batches_of(documents, algorithm_config(updates_per_round=updates, aggregation="constant"), 24, 1)
         assert len(batches) == expected

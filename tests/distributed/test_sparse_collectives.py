@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel.placement import Placement
 from parallel.sparse_collectives import SparseAllGather, SparseReduceScatter, gather_plan
 from parallel.topology import World
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases
 
 EXPERTS, CASES = 6, 10
 
@@ -58,7 +58,7 @@ def gather_and_reduce(world: World, dtype: torch.dtype) -> list[tuple[dict[int, 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (4, torch.bfloat16), (8, torch.float32)])
 def test_copies_are_exact_and_gradients_are_sums(size: int, dtype: torch.dtype) -> None:
-    by_rank, again = run_ranks(gather_and_reduce, size, dtype), run_ranks(gather_and_reduce, size, dtype)
+    by_rank, again = run_cases(gather_and_reduce, size, [(dtype,), (dtype,)])
     for seed in range(CASES):
         planned, _ = placement(seed, size)
         summed = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
 from tests import checkpoints
 from tests.checkpoints import file_size_limit
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases, run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer import checkpoint
 from trainer.batch import cross_entropy
@@ -50,18 +51,20 @@ COSINE = tiny_model(router={"kind": "cosine", "size": 6, "temperature": 0.3})
 CHOICE = tiny_model(router={"kind": "expert_choice", "most_experts": 6}, selection_bias=False)
 
 
-def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+@cache
+def plain_loop(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """The same updates in one process without DeepSpeed, exchange or micro-batches."""
-    model = LanguageModel.initialize(spec.model, spec.seed)
-    pairs = [[p[layer].clone().requires_grad_() for layer in range(spec.model.num_moe_layers)] for p in expert_parts(model)]
+    told = spec(config)
+    model = LanguageModel.initialize(config, told.seed)
+    pairs = [[p[layer].clone().requires_grad_() for layer in range(config.num_moe_layers)] for p in expert_parts(model)]
     parameters = [*model.dense.parameters(), *pairs[0], *pairs[1]]
-    optimizer = adamw(parameters, spec.adamw)
+    optimizer = adamw(parameters, told.adamw)
     set_lr(optimizer, LR)
     history = []
     for step in range(STEPS):
         batch = random_batch(step)
         model.experts = ExpertWeights(torch.stack(pairs[0]), torch.stack(pairs[1]))
-        noisy = spec.model.router.kind == "noisy_top_k"
+        noisy = config.router.kind == "noisy_top_k"
         output = model.dense(
             batch.tokens_BS,
             positions_of(batch.documents_BS),
@@ -69,15 +72,15 @@ def plain_loop(spec: TrainerSpec) -> tuple[list[dict[str, float]], dict[str, Ten
             PackedAttention(batch.documents_BS, batch.documents_BS.device),
             model.experts.layers(),
             model.bias_LE,
-            noise=router_noise(spec.seed, step, range(8), 12, model.bias_LE.device) if noisy else None,
+            noise=router_noise(told.seed, step, range(8), 12, model.bias_LE.device) if noisy else None,
         )
         logprobs, _ = token_logprobs(output.hidden_BSD.flatten(0, 1), model.dense.head_VD, batch.targets_BS.flatten())
         loss = -(logprobs * batch.weights_BS.flatten()).sum() / batch.weights_BS.sum()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, spec.adamw.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, told.adamw.clip_norm)
         optimizer.step()
-        model.bias_LE = updated_bias(model.bias_LE, output.counts_LE, spec.balance.rule, spec.balance.rate)
+        model.bias_LE = updated_bias(model.bias_LE, output.counts_LE, told.balance.rule, told.balance.rate)
         history.append({"train/loss": loss.item(), "train/grad_norm": norm.item()})
     model.experts = ExpertWeights(torch.stack(pairs[0]).detach(), torch.stack(pairs[1]).detach())
     return history, {name: t.detach().clone() for name, t in named_tensors(model)}
@@ -153,7 +156,7 @@ def train(world: World, spec: TrainerSpec) -> tuple[list[dict[str, Any]], dict[s
 )
 def test_updates_equal_a_plain_loop_for_any_number_of_ranks(size: int, changes: dict[str, Any]) -> None:
     told = spec(**{"model": tiny_model(), **changes})
-    expected_history, expected = plain_loop(told)
+    expected_history, expected = plain_loop(told.model)
     results = run_ranks(train, size, told)
     for history, _ in results:
         for step, wanted in enumerate(expected_history):
@@ -214,7 +217,7 @@ def whole(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(
     tmp_path: Path, dtype: str, model: ModelConfig
 ) -> None:
-    told = spec(model, micro_rows=2, dtype=dtype)
+    told = spec(model, micro_rows=4, dtype=dtype)
     written = run_ranks(save_and_go_on, 2, told, str(tmp_path))
     expected = whole([state for state, _ in written])
     for size in (1, 2, 4) if dtype == "float32" else (2,):
@@ -239,37 +242,46 @@ def test_a_checkpoint_of_two_ranks_loads_bit_for_bit_on_one_two_and_four(
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_checkpoints_with_and_without_offload_load_each_other_bit_for_bit(tmp_path: Path, size: int) -> None:
-    told = {offload: spec(tiny_model(), micro_rows=2, parallel=parallel(offload=offload)) for offload in ("none", "cpu")}
-    losses = {}
+    told = {offload: spec(tiny_model(), micro_rows=4, parallel=parallel(offload=offload)) for offload in ("none", "cpu")}
+    written = written_by(told, size, tmp_path)
+    pairs = [("none", "cpu"), ("cpu", "none"), ("cpu", "cpu")]
+    for (offload, loading), loaded in zip(pairs, loaded_by(told, size, pairs, tmp_path), strict=True):
+        require_equal(whole([s for s, _ in loaded]), whole([s for s, _ in written[offload]]), same_ranks=True)
+        if loading == offload:
+            assert loaded[0][1] == written[offload][0][1], "with offload a run does not go on bit for bit"
+        assert loaded[0][1] == pytest.approx(written[offload][0][1], rel=1e-5)
+    assert written["cpu"][0][1] == pytest.approx(written["none"][0][1], rel=1e-5)
+
+
+Found = list[tuple[dict[str, Tensor], list[float]]]  # by rank: what save_and_go_on and load_and_go_on return
+
+
+def written_by(told: dict[str, TrainerSpec], size: int, folder: Path) -> dict[str, Found]:
     for offload in told:
-        (tmp_path / offload).mkdir()
-        written = run_ranks(save_and_go_on, size, told[offload], str(tmp_path / offload))
-        losses[offload] = written[0][1]
-        for loading in ["none", "cpu"] if offload == "cpu" else ["cpu"]:
-            loaded = run_ranks(load_and_go_on, size, told[loading], str(tmp_path / offload))
-            require_equal(whole([s for s, _ in loaded]), whole([s for s, _ in written]), same_ranks=True)
-            if loading == offload:
-                assert loaded[0][1] == written[0][1], "with offload a run does not go on bit for bit"
-            assert loaded[0][1] == pytest.approx(written[0][1], rel=1e-5)
-    assert losses["cpu"] == pytest.approx(losses["none"], rel=1e-5)
+        (folder / offload).mkdir()
+    cases = [(one, str(folder / offload)) for offload, one in told.items()]
+    return dict(zip(told, run_cases(save_and_go_on, size, cases), strict=True))
+
+
+def loaded_by(told: dict[str, TrainerSpec], size: int, pairs: list[tuple[str, str]], folder: Path) -> list[Found]:
+    """Of (who has written, who loads), by other processes than those that have written."""
+    return run_cases(load_and_go_on, size, [(told[loading], str(folder / offload)) for offload, loading in pairs])
 
 
 @pytest.mark.aio
 def test_on_disk_a_run_has_the_bits_of_memory_and_checkpoints_go_both_ways(tmp_path: Path) -> None:
     told = {
-        offload: spec(tiny_model(), micro_rows=2, parallel=parallel(offload=offload, nvme_dir=DISK, reshard_every=1))
+        offload: spec(tiny_model(), micro_rows=4, parallel=parallel(offload=offload, nvme_dir=DISK, reshard_every=1))
         for offload in ("cpu", "nvme")
     }
-    states, losses = {}, {}
-    for offload in told:
-        (tmp_path / offload).mkdir()
-        written = run_ranks(save_and_go_on, 2, told[offload], str(tmp_path / offload))
-        states[offload], losses[offload] = whole([state for state, _ in written]), written[0][1]
+    written = written_by(told, 2, tmp_path)
+    states = {offload: whole([state for state, _ in found]) for offload, found in written.items()}
+    losses = {offload: found[0][1] for offload, found in written.items()}
     assert torch.equal(states["nvme"][OWNERS], states["cpu"][OWNERS])
     require_equal(states["nvme"], states["cpu"], same_ranks=False)  # each has measured the machine for itself
     assert losses["nvme"] == losses["cpu"]
-    for offload, loading in (("cpu", "nvme"), ("nvme", "cpu")):
-        loaded = run_ranks(load_and_go_on, 2, told[loading], str(tmp_path / offload))
+    pairs = [("cpu", "nvme"), ("nvme", "cpu")]
+    for (offload, _), loaded in zip(pairs, loaded_by(told, 2, pairs, tmp_path), strict=True):
         require_equal(whole([state for state, _ in loaded]), states[offload], same_ranks=True)
         assert loaded[0][1] == losses["cpu"], "a run does not go on bit for bit"
 

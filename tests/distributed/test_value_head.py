@@ -25,7 +25,7 @@ from rl.returns import with_token_advantages
 from rl.trajectory import RolloutBuffer
 from rl.update import learn
 from tests.checkpoints import named_state, write
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases, run_ranks
 from tests.models import parallel, spec, tiny_model
 from tests.rl.algorithm import algorithm_config
 from tests.rl.test_april import each, rollout_config
@@ -62,7 +62,7 @@ def batch_of(seed: int) -> TrainBatch:
 
 def told(**changes: Any) -> TrainerSpec:
     model = tiny_model(**changes.pop("model", {}))
-    return spec(model, value_decay=DECAY, **{"micro_rows": 2, **changes})
+    return spec(model, value_decay=DECAY, **{"micro_rows": 4, **changes})
 
 
 def meta_of(trainer: Trainer, step: int) -> CheckpointMeta:
@@ -198,8 +198,8 @@ def test_the_head_alone_learns_where_the_policy_is_frozen() -> None:
 def test_the_value_loss_moves_the_trunk_by_its_coefficient(coefficient: float) -> None:
     """AdamW's first moment of the embedding is that of the policy loss plus coefficient * d mean(0.5 (V - R)^2)."""
     batch, learned = batch_with_returns(), batch_of(0).weights_BS > 0
-    ((changes, metrics),) = run_ranks(one_update, 1, told(), batch, False, coefficient)
-    ((policy, plain),) = run_ranks(one_update, 1, told(), batch, False, 0.0)
+    cases = [(told(), batch, False, each) for each in (coefficient, 0.0)]
+    ((changes, metrics),), ((policy, plain),) = run_cases(one_update, 1, cases)
     head = head_of(told())
     model, inputs = hidden_states(told(), batch, head)
     returns = batch.extras[RETURNS]

@@ -41,7 +41,7 @@ sizes = pytest.mark.parametrize("size", [1, pytest.param(2, marks=gpus(2))])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_float32_updates_on_gpus_equal_the_plain_loop_on_a_cpu(size: int, offload: str) -> None:
     told = spec(tiny_model(), micro_rows=2, parallel=parallel(offload=offload))
-    expected_history, expected = plain_loop(told)
+    expected_history, expected = plain_loop(told.model)
     results = run_ranks(train, size, told, kind="cuda")
     for step, wanted in enumerate(expected_history):
         assert results[0][0][step]["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
@@ -54,7 +54,7 @@ def test_float32_updates_on_gpus_equal_the_plain_loop_on_a_cpu(size: int, offloa
 @pytest.mark.parametrize("model", [NOISY, COSINE, CHOICE], ids=["noisy_top_k", "cosine", "expert_choice"])
 def test_each_router_on_a_gpu_gives_the_updates_of_a_cpu(model: ModelConfig) -> None:
     told = spec(model, micro_rows=8, recompute=True)
-    expected, _ = plain_loop(told)
+    expected, _ = plain_loop(told.model)
     for found, wanted in zip(run_ranks(train, 1, told, kind="cuda")[0][0], expected, strict=True):
         assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
         assert found["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-4)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel.topology import World
 from tests.checkpoints import named_state
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_cases, run_ranks
 from tests.models import parallel, random_batch, spec, tiny_model
 from trainer.batch import Predictions, TokenLoss, TrainBatch, cross_entropy
 from trainer.guard import FaultFinder, Guard, LossWindow, UpdateRefused, first_fault, keep_batch, zscore
@@ -118,19 +118,19 @@ def learn(world: World, told: TrainerSpec, poison: float | None, numbers: list[i
     return {"metrics": metrics, "raised": raised, "state": state}
 
 
-CASES = {
-    "zero1": {},
-    "zero2": {"parallel": parallel(zero_stage=2)},
-    "bfloat16": {"dtype": "bfloat16"},
-    "offload": {"parallel": parallel(offload="cpu")},
+CASES: dict[str, dict[str, Any]] = {
+    "zero1": {"micro_rows": 4},
+    "zero2": {"micro_rows": 2, "parallel": parallel(zero_stage=2)},
+    "bfloat16": {"micro_rows": 2, "dtype": "bfloat16"},
+    "offload": {"micro_rows": 4, "parallel": parallel(offload="cpu")},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_skipped_update_leaves_no_trace(tmp_path: Path, case: str) -> None:
-    told = spec(tiny_model(), micro_rows=2, guard=replace(STOP, skip_nonfinite=1), **CASES[case])
-    skipped = run_ranks(learn, 2, told, math.nan, [0, BAD, 2, 3], str(tmp_path))
-    without = run_ranks(learn, 2, told, None, [0, 2, 3], str(tmp_path / "unused"))
+    told = spec(tiny_model(), guard=replace(STOP, skip_nonfinite=1), **CASES[case])
+    poisoned = (told, math.nan, [0, BAD, 2, 3], str(tmp_path))
+    skipped, without = run_cases(learn, 2, [poisoned, (told, None, [0, 2, 3], str(tmp_path / "unused"))])
     for rank in range(2):
         found, expected = skipped[rank], without[rank]
         assert found["raised"] is None
@@ -152,9 +152,9 @@ def test_a_skipped_update_leaves_no_trace(tmp_path: Path, case: str) -> None:
 
 
 def test_all_ranks_stop_together_and_name_rank_and_layer(tmp_path: Path) -> None:
-    told = spec(tiny_model(), micro_rows=2, guard=STOP)
-    results = run_ranks(learn, 2, told, math.inf, [0, BAD], str(tmp_path))
-    before = run_ranks(learn, 2, told, None, [0], str(tmp_path))
+    told = spec(tiny_model(), micro_rows=4, guard=STOP)
+    cases = [(told, math.inf, [0, BAD], str(tmp_path)), (told, None, [0], str(tmp_path))]
+    results, before = run_cases(learn, 2, cases)
     for found, expected in zip(results, before, strict=True):
         assert found["raised"] == results[0]["raised"], "ranks disagree"
         for name, tensor in expected["state"].items():
