@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from trainer.config.run import PretrainConfig
 from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest
 
 STEP = "the end of this step"
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """The end of the terminal acts, also in tests that nohup has started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP])
