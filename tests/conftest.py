@@ -97,11 +97,8 @@ def room(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is quick first, then what waits for a compiler, then whole commands, then several ranks; of each LONG first.
-
-    Of whole commands one worker has nearly all, one after the other: the rest is for the other one beside it.
-    """
-    turns = {"end_to_end": 2, "distributed": 3}
+    """What is quick first, then what waits for a compiler, then several ranks, then whole commands; of each LONG first."""
+    turns = {"distributed": 2, "end_to_end": 3}
 
     def turn(item: pytest.Item) -> tuple[int, bool]:
         waits = item.get_closest_marker("cpu_adam") is not None
