@@ -129,7 +129,7 @@ class Reinforcement:
             update = partial(self._update, ranks, version, began, metrics)
             overlapped = update if config.rollout.overlap else None
             asked = task.turns(pool), buffer, task.prompt_ids, config.rollout, version, task.score, overlapped
-            result = rollout_round(*asked, newest_only=config.algorithm.off_policy == "mask")
+            result = rollout_round(*asked, newest_only=config.algorithm.newest_only)
             if config.algorithm.off_policy == "staged":
                 result = stage(ranks, result, buffer, version, **self.rows)
             if overlapped is None:

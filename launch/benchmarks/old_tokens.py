@@ -238,8 +238,8 @@ def run(config: RLConfig, policy: TinyPolicy, seed: int, prompts: int) -> TinyRu
         return mean(task.score(complete(pool, samples, rollout.advance_tokens)))
 
     for pool.version in range(config.loop.rounds):
-        newest_only = config.algorithm.off_policy == "mask"
-        result = rollout_round(pool, buffer, task.prompt_ids, rollout, pool.version, task.score, newest_only=newest_only)
+        asked = pool, buffer, task.prompt_ids, rollout, pool.version, task.score
+        result = rollout_round(*asked, newest_only=config.algorithm.newest_only)
         lr = learning_rate(pool.version, config.loop.rounds, optimizer)
         rounds.append(result.metrics | learn(config, policy, adamw, lr, result.groups, pool.version))
         rewards[pool.version + 1] = (

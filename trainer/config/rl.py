@@ -217,6 +217,11 @@ class AlgorithmConfig(Record):
     def kl_in_reward(self) -> bool:
         return self.kl_coefficient > 0 and self.kl_estimator == "k1"
 
+    @property
+    def newest_only(self) -> bool:
+        """Whether nothing is learned but tokens of the newest weights."""
+        return self.off_policy == "mask"
+
 
 class LoopConfig(Record):
     rounds: int = Field(gt=0)
