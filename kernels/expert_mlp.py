@@ -21,7 +21,7 @@ from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
 from kernels.limits import require_hopper, require_multiple, takes_kernels
 from kernels.linear import linear
-from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
+from kernels.rows import Tokens, combine_rows, combine_rows_and_partials
 from kernels.sigmoid import sigmoid
 
 WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
@@ -150,7 +150,7 @@ def check_hopper(x_TD: Tensor, gate_up_SCD: Tensor, down_SDF: Tensor) -> None:
 
 
 class _HopperMLP(torch.autograd.Function):
-    """kernels/hopper: forward in 4 launches, backward in 7."""
+    """kernels/hopper: forward in 3 launches, backward in 5."""
 
     @staticmethod
     def forward(
@@ -173,7 +173,7 @@ class _HopperMLP(torch.autograd.Function):
             weights_TK = weights_TK.float().contiguous()
         h = x_TD
         if order.entry_N.shape[0]:
-            h, a_NF = rows.up(_spread(x_TD, order, ctx.top_k), gate_up_SCD, slots_E, order)
+            h, a_NF = rows.up(Tokens(x_TD, ctx.top_k), gate_up_SCD, slots_E, order)
             y_ND = rows.down(a_NF, down_SDF, slots_E, order)
             y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
         else:
@@ -227,22 +227,13 @@ def _hopper_backward(
     # where gradients of the matrices go: to the experts' slots, or one after the other
     slots, out_E = (order.counts_E.shape[0], None) if ctx.gradients is not None else (gate_up_SCD.shape[0], slots_E)
     sum_gate_up, sum_down = (ctx.sums and ctx.sums()) or (None, None)
-    dy, dy_ND = ring.clippable(order.entry_N.shape[0], x_TD.shape[1], x_TD)
-    spread_rows(dy_TD.contiguous(), order.place_N, ctx.top_k, dy_ND)
-    d_h, weighted_NF, dots_PN = rows.d_hidden(dy_ND, h, weights_TK, down_SDF, slots_E, order)
+    x, dy = Tokens(x_TD, ctx.top_k), Tokens(dy_TD, ctx.top_k)
+    d_h, weighted_NF, dots_PN = rows.d_hidden(dy, h, weights_TK, down_SDF, slots_E, order)
     d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order, sum_down) if need[2] else None
-    del dy, dy_ND, weighted_NF
-    d_gate_up = None
-    if need[1]:
-        d_gate_up = columns.d_weights(d_h, _spread(x_TD, order, ctx.top_k), slots, out_E, order, sum_gate_up)
+    del weighted_NF
+    d_gate_up = columns.d_weights(d_h, x, slots, out_E, order, sum_gate_up) if need[1] else None
     d_x = d_weights_TK = None
     if need[0]:
         d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
         d_x, d_weights_TK = combine_rows_and_partials(d_rows_ND, order.place_N, ctx.top_k, dots_PN)
     return d_x, d_weights_TK, d_gate_up, d_down
-
-
-def _spread(x_TD: Tensor, order: ExpertOrder, top_k: int) -> Tensor:
-    rows_ND = x_TD.new_empty(order.entry_N.shape[0], x_TD.shape[1])
-    spread_rows(x_TD if x_TD.stride(1) == 1 else x_TD.contiguous(), order.place_N, top_k, rows_ND)
-    return rows_ND

@@ -21,7 +21,7 @@ from kernels.expert_mlp import Sums, check_hopper, swiglu
 from kernels.expert_order import ExpertOrder
 from kernels.limits import takes_kernels
 from kernels.linear import product
-from kernels.rows import combine_rows, combine_rows_and_partials, spread_rows
+from kernels.rows import Tokens, combine_rows, combine_rows_and_partials, spread_rows
 
 
 @dataclass(frozen=True)
@@ -207,15 +207,20 @@ class BackwardPass:
         del self._dy, self._weighted
         return d_down_EDF
 
-    def gate_up(self, x_RD: Tensor, place_RK: Tensor) -> Tensor:
-        """d_gate_up_ECD, likewise, once `tokens` is done too."""
+    def gate_up(self, x_RD: Tensor, place_RK: Tensor | None = None) -> Tensor:
+        """d_gate_up_ECD, likewise, once `tokens` is done too. Without places the rows are in the order of the weights', and
+        kernels gather them."""
         self._d_x = None
+        if place_RK is None and self._kernels:
+            tokens = Tokens(x_RD, self._weights_RK.shape[1])
+            return self._weight_gradient(self._d_h, tokens, self._experts.gate_up_SCD, self._sum_gate_up)
         x_ND = x_RD.new_empty(self._entries, x_RD.shape[1])
         if self._entries:
-            spread_rows(x_RD, place_RK.flatten(), place_RK.shape[1], x_ND)
+            place_N = self._order.place_N if place_RK is None else place_RK.flatten()
+            spread_rows(x_RD, place_N, self._weights_RK.shape[1], x_ND)
         return self._weight_gradient(self._d_h, x_ND, self._experts.gate_up_SCD, self._sum_gate_up)
 
-    def _weight_gradient(self, left: Room, right_NB: Tensor, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
+    def _weight_gradient(self, left: Room, right: Tensor | Tokens, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
         order = self._order
         count = order.counts_E.shape[0]
         if not self._entries:
@@ -223,10 +228,11 @@ class BackwardPass:
         if self._kernels:
             from kernels.hopper import columns
 
-            return columns.d_weights(left.allocation, right_NB, count, None, order, sums)
+            return columns.d_weights(left.allocation, right, count, None, order, sums)
+        assert isinstance(right, Tensor)
         d_EAB = matrices_SAB.new_empty(count, *matrices_SAB.shape[1:])
         for expert, (places, _, _) in enumerate(self._experts.in_turn(order)):
-            torch.mm(left.rows[places].t(), right_NB[places], out=d_EAB[expert])
+            torch.mm(left.rows[places].t(), right[places], out=d_EAB[expert])
         return d_EAB
 
 

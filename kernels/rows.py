@@ -7,12 +7,35 @@ other. This file is the reference in plain torch; CUDA takes kernels/triton_rows
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.errors import UserError
 
 LANE = 8  # numbers of 16 bits that one access moves
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of tokens in place of rows of entries, for products that gather: each entry takes that of token `entry // top_k`."""
+
+    rows_TD: Tensor
+    top_k: int
+
+    def aligned(self) -> Tensor:
+        """`rows_TD` where copies of 16 bytes can load them. Raises UserError where 32 bits cannot count the numbers."""
+        rows = self.rows_TD
+        apart = max(rows.stride(0), rows.shape[1])
+        if rows.shape[0] * apart >= 2**31:
+            raise UserError(
+                f"{rows.shape[0]} tokens of {apart} numbers each are more than the {2**31 - 1} numbers that experts can gather "
+                f"from; give at most {(2**31 - 1) // apart} tokens at once"
+            )
+        if rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.data_ptr() % 16 == 0:
+            return rows
+        return rows.clone(memory_format=torch.contiguous_format)
 
 
 def spread_rows(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> None:

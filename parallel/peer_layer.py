@@ -72,5 +72,5 @@ class _Layer(torch.autograd.Function):
         d_down_EDF = computing.down()
         results = exchange.results()
         computing.tokens(place_RK, dots_PN, order, (results.own_RD, results.own_RK))
-        run.gradients(computing.gate_up(x_RD, place_RK), d_down_EDF)
+        run.gradients(computing.gate_up(x_RD), d_down_EDF)
         return exchange.summed(results), exchange.picked(results), None, None, None

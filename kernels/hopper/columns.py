@@ -2,7 +2,8 @@
 
     out_SAB[slot of e] = left_RA[rows of e]^T @ right_RB[rows of e]
 
-The products of the first experts may be added to float32 sums instead, without another pass over memory.
+The products of the first experts may be added to float32 sums instead, without another pass over memory. Either operand may be
+the rows of tokens: then they are gathered on the way into shared memory.
 
 Shape letters: R rows sorted by expert, A and B columns, E experts, S slots. An expert without rows gets zeros.
 
@@ -16,23 +17,24 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from kernels.accumulate import Sum
 from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
+    GATHERERS,
     GROUP,
     HALF,
     PIECE,
-    REGISTERS,
+    REGISTERS_WITH_GATHERERS,
     ROWS,
-    WARPS,
-    acquire,
+    WARPS_WITH_GATHERERS,
     allocate_ring,
     blocks,
     clipped,
+    free_stage,
     multiply,
     multiprocessors,
     pieces_of,
@@ -41,6 +43,7 @@ from kernels.hopper.ring import (
     swizzled,
 )
 from kernels.launches import cdiv
+from kernels.rows import Tokens
 
 WIDTH = 256
 
@@ -62,6 +65,8 @@ def locate(experts, tile, m_tiles, n_tiles):
 
 @gluon.jit
 def producer(ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, N: gl.constexpr):
+    """Loads the operands that have views; the others are gathered."""
+    size: gl.constexpr = ((0 if left_desc is None else ROWS) + (0 if right_desc is None else N)) * DEPTH * 2
     step = 0
     for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         tile = tile_at(turn)
@@ -69,14 +74,54 @@ def producer(ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, 
             expert, m, n = locate(experts, tile, m_tiles, n_tiles)
             end = gl.load(experts[2] + expert)
             for row in range(end - gl.load(experts[1] + expert).to(gl.int32), end, DEPTH):
-                stage, ready = acquire(ring, step, (ROWS + N) * DEPTH * 2)
-                valid = gl.minimum(end - row, DEPTH)  # rows of the next expert come as zeros
-                for half in gl.static_range(2):
-                    left = ring[0].index(2 * stage + half).reshape((1, DEPTH, HALF))
-                    at = [row + valid, DEPTH - valid, m * ROWS + half * HALF]
-                    tma.async_copy_global_to_shared(left_desc, at, ready, left)
-                tma.async_copy_global_to_shared(right_desc, [row, n * N], ready, ring[1].index(stage))
+                stage, ready = free_stage(ring, step)
+                mbarrier.expect(ready, size)
+                if left_desc is not None:
+                    valid = gl.minimum(end - row, DEPTH)  # rows of the next expert come as zeros
+                    for half in gl.static_range(2):
+                        left = ring[0].index(2 * stage + half).reshape((1, DEPTH, HALF))
+                        at = [row + valid, DEPTH - valid, m * ROWS + half * HALF]
+                        tma.async_copy_global_to_shared(left_desc, at, ready, left)
+                if right_desc is not None:
+                    tma.async_copy_global_to_shared(right_desc, [row, n * N], ready, ring[1].index(stage))
                 step += 1
+
+
+@gluon.jit
+def gatherer(ring, tokens, stride, width, entries, experts, num_tiles, m_tiles, n_tiles, N: gl.constexpr, K: gl.constexpr,
+             LEFT: gl.constexpr):  # fmt: skip
+    """Loads left or right tiles from the tokens' rows, `stride` numbers apart; rows of the next expert come as zeros."""
+    if tokens is not None:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHERERS, 1], [1, 0])
+        r = gl.arange(0, DEPTH, gl.SliceLayout(1, layout))
+        c = gl.arange(0, HALF if LEFT else N, gl.SliceLayout(0, layout))
+        step = 0
+        for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
+            tile = tile_at(turn)
+            if tile < num_tiles:
+                expert, m, n = locate(experts, tile, m_tiles, n_tiles)
+                column = (m * ROWS if LEFT else n * N) + c
+                end = gl.load(experts[2] + expert)
+                start = end - gl.load(experts[1] + expert).to(gl.int32)
+                token = gl.load(entries + start + r, mask=start + r < end, other=0) // K
+                for row in range(start, end, DEPTH):
+                    place = (token * stride)[:, None] + column[None, :]
+                    there = (row + r < end)[:, None]
+                    # Those of the next step, while this one waits for its stage.
+                    token = gl.load(entries + row + DEPTH + r, mask=row + DEPTH + r < end, other=0) // K
+                    stage, ready = free_stage(ring, step)
+                    if LEFT:
+                        for half in gl.static_range(2):
+                            mask = there & (column + half * HALF < width)[None, :]
+                            async_copy.async_copy_global_to_shared(
+                                ring[0].index(2 * stage + half), tokens + (place + half * HALF), mask=mask
+                            )
+                    else:
+                        async_copy.async_copy_global_to_shared(
+                            ring[1].index(stage), tokens + place, mask=there & (column < width)[None, :]
+                        )
+                    async_copy.mbarrier_arrive(ready, increment_count=False)
+                    step += 1
 
 
 @gluon.jit
@@ -106,7 +151,7 @@ def send_out(product, results, out_desc, row, column):
 
 @gluon.jit
 def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles,
-             height, columns, N: gl.constexpr, FRESH: gl.constexpr):  # fmt: skip
+             height, columns, N: gl.constexpr, FRESH: gl.constexpr, GATHERS: gl.constexpr):  # fmt: skip
     step = 0
     for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         tile = tile_at(turn)
@@ -114,7 +159,7 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot
             expert, m, n = locate(experts, tile, m_tiles, n_tiles)
             steps = gl.cdiv(gl.load(experts[1] + expert).to(gl.int32), DEPTH)
             slot = expert if slots is None else gl.load(slots + expert)
-            product, step = multiply(ring, step, steps, SECOND, True, True, N)
+            product, step = multiply(ring, step, steps, SECOND, True, True, N, GATHERS)
             row = m * ROWS + SECOND * HALF
             if row < height:
                 if sums[0] is None:
@@ -130,44 +175,61 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, experts, slots, slot
 
 
 @gluon.jit(do_not_specialize=["summed", "num_tiles"], do_not_specialize_on_alignment=["by_load", "counts", "ends", "slots"])
-def kernel(left_desc, right_desc, out_desc, by_load, counts, ends, slots, slot_rows, totals, summed, num_tiles, m_tiles,
-           n_tiles, height, columns, N: gl.constexpr, FRESH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+def kernel(left_desc, right_desc, tokens, stride, entries, out_desc, by_load, counts, ends, slots, slot_rows, totals, summed,
+           num_tiles, m_tiles, n_tiles, height, columns, N: gl.constexpr, K: gl.constexpr, FRESH: gl.constexpr,
+           LAYOUT: gl.constexpr):  # fmt: skip
     experts, sums = (by_load, counts, ends), (totals, summed)  # in a tuple Triton would look at numbers and alignment again
-    ring, results, others = allocate_ring((DEPTH, HALF), (DEPTH, N), LAYOUT)
+    gathers: gl.constexpr = tokens is not None
+    ring, results, others = allocate_ring((DEPTH, HALF), (DEPTH, N), LAYOUT, gathers)
+    left: gl.constexpr = left_desc is None
     gl.warp_specialize(
         [
             (consumer, (0, ring, results, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height,
-                        columns, N, FRESH)),
+                        columns, N, FRESH, gathers)),
             (consumer, (1, ring, others, out_desc, experts, slots, slot_rows, sums, num_tiles, m_tiles, n_tiles, height,
-                        columns, N, FRESH)),
+                        columns, N, FRESH, gathers)),
             (producer, (ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, N)),
+            (gatherer, (ring, tokens, stride, height if left else columns, entries, experts, num_tiles, m_tiles, n_tiles, N, K,
+                        left)),
         ],
-        WARPS,
-        REGISTERS,
+        WARPS_WITH_GATHERERS,
+        REGISTERS_WITH_GATHERERS,
     )  # fmt: skip
 
 
 def d_weights(
-    left: Tensor, right_RB: Tensor, num_slots: int, slots_E: Tensor | None, order: ExpertOrder, sums: Sum | None = None
+    left: Tensor | Tokens,
+    right: Tensor | Tokens,
+    num_slots: int,
+    slots_E: Tensor | None,
+    order: ExpertOrder,
+    sums: Sum | None = None,
 ) -> Tensor:
-    """out_SAB in bfloat16; `left` is left_RA as a `clippable` allocation. Slots that no expert has get zeros.
+    """out_SAB in bfloat16; `left` is left_RA as a `clippable` allocation, `right` right_RB, or one of them the tokens that its
+    rows are. Slots that no expert has get zeros.
 
     With `sums` the gradients of as many experts as those have, the first ones, are added there in float32, and what is returned
     begins with the expert after them; `slots_E` is None then.
     """
-    height, columns, num_experts = left.shape[1], right_RB.shape[1], order.counts_E.shape[0]
+    tokens = next((side for side in (left, right) if isinstance(side, Tokens)), None)
+    a, b = (side.rows_TD if isinstance(side, Tokens) else side for side in (left, right))
+    height, columns, num_experts = a.shape[1], b.shape[1], order.counts_E.shape[0]
     summed = 0 if sums is None else len(sums.total_EAB)
     if sums is not None:
         assert slots_E is None and sums.total_EAB.shape == (summed, height, columns), sums.total_EAB.shape
         assert sums.total_EAB.dtype == torch.float32 and sums.total_EAB.is_contiguous(), sums.total_EAB.dtype
     fresh = torch.empty if slots_E is None else torch.zeros
-    out_SAB = fresh(max(num_slots - summed, 1), height, columns, dtype=left.dtype, device=left.device)
+    out_SAB = fresh(max(num_slots - summed, 1), height, columns, dtype=a.dtype, device=a.device)
     width = WIDTH if columns > 128 else 128
     m_tiles, n_tiles = cdiv(height, ROWS.value), cdiv(columns, width)
     matrix, slot_rows = stacked_rows(out_SAB, "the gradient")
-    kernel[(multiprocessors(left.device),)](
-        clipped(left, (DEPTH.value, HALF.value)),
-        blocks(right_RB, (DEPTH.value, width)),
+    gathers = None if tokens is None else tokens.aligned()
+    kernel[(multiprocessors(a.device),)](
+        None if tokens is left else clipped(a, (DEPTH.value, HALF.value)),
+        None if tokens is right else blocks(b, (DEPTH.value, width)),
+        gathers,
+        0 if gathers is None else gathers.stride(0),
+        order.entry_N,
         blocks(matrix, (HALF.value, PIECE.value)),
         order.by_load_E,
         order.counts_E,
@@ -182,6 +244,7 @@ def d_weights(
         height,
         columns,
         N=width,
+        K=0 if tokens is None else tokens.top_k,
         FRESH=sums is not None and sums.fresh,
         LAYOUT=swizzled(2),
         num_warps=4,

@@ -6,6 +6,9 @@ right tile and writes its results itself. `ready` says that a stage is loaded, `
 Only the ring couples the consumers: one multiplies while the other writes its results, and the loads of the next tile run ahead
 of both.
 
+An operand may be rows of tokens instead of rows of entries. Then two more warps load it from where the tokens' rows are, with
+copies of 16 bytes by each thread, since the accelerator of Hopper does not gather (SonicMoE, arXiv 2512.14080, section 4).
+
 A ring is the tuple (left, right, ready, read); left is (2 * STAGES, .., ..): each consumer's half of a stage by itself.
 """
 
@@ -39,6 +42,9 @@ BUFFERS = gl.constexpr(2)  # for results, of each consumer
 GROUP = gl.constexpr(16)  # row tiles that share column tiles, see `place`
 WARPS = gl.constexpr((4, 1))  # of the second consumer and the producer; the first consumer has the kernel's own 4
 REGISTERS = gl.constexpr((232, 40))  # of a thread; with the first consumer's 232 that is the whole register file
+GATHERERS = gl.constexpr(2)  # warps that gather; registers are given to four warps at once, so the producer's are theirs, too
+WARPS_WITH_GATHERERS = gl.constexpr((4, 1, 2))
+REGISTERS_WITH_GATHERERS = gl.constexpr((232, 40, 40))
 
 
 @gluon.jit
@@ -70,8 +76,9 @@ def stage_of(step):
 
 
 @gluon.jit
-def allocate_ring(LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
+def allocate_ring(LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr, GATHERS: gl.constexpr):
     """The ring for half left tiles of shape LEFT and right tiles of shape RIGHT, and the result buffers of the consumers."""
+    loads: gl.constexpr = 1 + 32 * GATHERERS if GATHERS else 1  # every thread that gathers says when its copies are done
     left = gl.allocate_shared_memory(gl.bfloat16, (2 * STAGES, LEFT[0], LEFT[1]), layout)
     right = gl.allocate_shared_memory(gl.bfloat16, (STAGES, RIGHT[0], RIGHT[1]), layout)
     results = gl.allocate_shared_memory(gl.bfloat16, (BUFFERS, HALF, PIECE), layout)
@@ -79,7 +86,7 @@ def allocate_ring(LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr)
     ready = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), 1)
+        mbarrier.init(ready.index(stage), loads)
         mbarrier.init(read.index(stage), 2)
     fence_async_shared()
     return (left, right, ready, read), results, others
@@ -125,7 +132,8 @@ def drain(ring, step, steps):
 
 
 @gluon.jit
-def multiply(ring, step, steps, SECOND: gl.constexpr, LEFT_COLUMNS: gl.constexpr, RIGHT_COLUMNS: gl.constexpr, N: gl.constexpr):
+def multiply(ring, step, steps, SECOND: gl.constexpr, LEFT_COLUMNS: gl.constexpr, RIGHT_COLUMNS: gl.constexpr,
+             N: gl.constexpr, GATHERS: gl.constexpr):  # fmt: skip
     """(this consumer's product over `steps` steps, (HALF, N) float32; the next step).
 
     LEFT_COLUMNS: left tiles lie as (DEPTH, HALF), the transpose of the operand. RIGHT_COLUMNS: right tiles lie as (DEPTH, N).
@@ -134,6 +142,8 @@ def multiply(ring, step, steps, SECOND: gl.constexpr, LEFT_COLUMNS: gl.constexpr
     product = gl.zeros((HALF, N), gl.float32, layout)
     for i in range(steps):
         stage = await_stage(ring, step)
+        if GATHERS:
+            fence_async_shared()  # single-thread copies write as threads do, products read as the accelerator does
         left = ring[0].index(2 * stage + SECOND)
         right = ring[1].index(stage)
         if LEFT_COLUMNS:

@@ -13,8 +13,7 @@ Bounds at R = 262144, D = 2048, F = 768, E = 128 (Qwen3-30B-A3B, 32768 tokens), 
 operations 4RDF, 2RDF, 2RDF, 4RDF: 2.10, 1.05, 1.05, 2.10 ms; bytes, each operand once, 3.1, 1.9, 3.9, 2.7 GB: 0.7, 0.4, 0.9,
 0.6 ms. So the tensor cores bound all four.
 
-Rows are copied into expert order first (kernels/rows.py): a producer that gathers them itself, with single-thread copies
-in place of bulk ones, took 2.8 ms for the product `up` where the copy (0.3 ms) and the product (2.4 ms) took 2.7.
+The left rows of `up` and `d_hidden` may be those of tokens: then they are gathered on the way into shared memory.
 """
 
 from __future__ import annotations
@@ -23,19 +22,21 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
+    GATHERERS,
     GROUP,
     HALF,
     PIECE,
-    REGISTERS,
+    REGISTERS_WITH_GATHERERS,
     ROWS,
-    WARPS,
+    STAGES,
+    WARPS_WITH_GATHERERS,
     acquire,
     allocate_ring,
     await_stage,
@@ -58,6 +59,7 @@ from kernels.hopper.ring import (
     write,
 )
 from kernels.launches import cdiv, early
+from kernels.rows import Tokens
 
 NARROW_GAIN = 0.9  # narrow tiles read the rows twice as often, so they must share by a tenth better
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -101,7 +103,8 @@ def hidden_up(ring, stage, HALF_INDEX: gl.constexpr):
 
 
 @gluon.jit
-def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr):
+def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr, N: gl.constexpr,
+             GATHERS: gl.constexpr):  # fmt: skip
     """`loads` is the views (left, right, gates, ups)."""
     m_tiles = gl.load(tiles[0])
     step = 0
@@ -111,12 +114,15 @@ def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND:
         slot_row = slot * slot_rows
         for k in range(0, depth, DEPTH):
             stage, ready = free_stage(ring, step)
-            if rows_left > HALF:
-                mbarrier.expect(ready, (ROWS + N) * DEPTH * 2)
-                tma.async_copy_global_to_shared(loads[0], [row + HALF, k], ready, ring[0].index(2 * stage + 1))
-            else:  # nobody multiplies the other half, and while decoding its way from the cache would count
-                mbarrier.expect(ready, (HALF + N) * DEPTH * 2)
-            tma.async_copy_global_to_shared(loads[0], [row, k], ready, ring[0].index(2 * stage))
+            if GATHERS:
+                mbarrier.expect(ready, N * DEPTH * 2)
+            else:
+                if rows_left > HALF:
+                    mbarrier.expect(ready, (ROWS + N) * DEPTH * 2)
+                    tma.async_copy_global_to_shared(loads[0], [row + HALF, k], ready, ring[0].index(2 * stage + 1))
+                else:  # nobody multiplies the other half, and while decoding its way from the cache would count
+                    mbarrier.expect(ready, (HALF + N) * DEPTH * 2)
+                tma.async_copy_global_to_shared(loads[0], [row, k], ready, ring[0].index(2 * stage))
             right = ring[1].index(stage)
             if KIND == "up":
                 gate_row = slot_row + n * (N // 2)
@@ -131,6 +137,32 @@ def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND:
             for piece in gl.static_range(N // PIECE):
                 load_hidden(ring, loads[2], loads[3], step, row, n * N + piece * PIECE)
                 step += 1
+
+
+@gluon.jit
+def gatherer(ring, tokens, stride, entries, tiles, depth, n_tiles, KIND: gl.constexpr, N: gl.constexpr, K: gl.constexpr):
+    """Loads the left tiles from the tokens' rows, `stride` numbers apart: eight threads 128 bytes of a row."""
+    if tokens is not None:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHERERS, 1], [1, 0])
+        r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        column = gl.arange(0, DEPTH, gl.SliceLayout(0, layout))
+        tile_of = ring[0]._reinterpret(gl.bfloat16, (STAGES, ROWS, DEPTH), ring[0].type.layout)
+        m_tiles = gl.load(tiles[0])
+        step = 0
+        for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+            _, _, row, rows_left = locate(tiles, tile, m_tiles, n_tiles)
+            token = gl.load(entries + row + r, mask=r < rows_left, other=-K) // K  # -1 in place of one
+            place = (token * stride)[:, None] + column[None, :]
+            for k in range(0, depth, DEPTH):
+                stage, ready = free_stage(ring, step)
+                async_copy.async_copy_global_to_shared(tile_of.index(stage), tokens + (place + k), mask=(token >= 0)[:, None])
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+                step += 1
+            if KIND == "d_hidden":
+                for piece in gl.static_range(N // PIECE):  # noqa: B007 -- Triton gives _ one type
+                    stage, ready = free_stage(ring, step)
+                    async_copy.mbarrier_arrive(ready, increment_count=False)
+                    step += 1
 
 
 @gluon.jit
@@ -224,7 +256,7 @@ def store_d_swiglu(product, ring, step, results, stores, weights, entries, dots,
 
 @gluon.jit
 def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles,
-             KIND: gl.constexpr, N: gl.constexpr):  # fmt: skip
+             KIND: gl.constexpr, N: gl.constexpr, GATHERS: gl.constexpr):  # fmt: skip
     m_tiles = gl.load(tiles[0])
     steps = gl.cdiv(depth, DEPTH)
     gl.assume(steps > 0)  # or the assembler cannot tell that the products before a result are done, and runs them one by one
@@ -235,7 +267,8 @@ def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots
         row += SECOND * HALF
         valid = gl.minimum(left - SECOND * HALF, HALF)
         if valid > 0:
-            product, step = multiply(ring, step, steps, SECOND, False, KIND == "d_hidden" or KIND == "d_rows", N)
+            columns: gl.constexpr = KIND == "d_hidden" or KIND == "d_rows"
+            product, step = multiply(ring, step, steps, SECOND, False, columns, N, GATHERS)
             if KIND == "up":
                 store_swiglu(product, results, stores, row, valid, n * (N // 2), hidden)
             elif KIND == "d_hidden":
@@ -253,23 +286,31 @@ def consumer(SECOND: gl.constexpr, ring, results, stores, weights, entries, dots
     do_not_specialize=["rows"],
     do_not_specialize_on_alignment=["num_tiles", "tile_expert", "tile_row", "ends", "slots"],
 )
-def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, weights, entries, dots, rows,
-           num_tiles, tile_expert, tile_row, ends, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr,
-           N: gl.constexpr, LAYOUT: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc, up_desc, tokens, stride, weights, entries,
+           dots, rows, num_tiles, tile_expert, tile_row, ends, slots, slot_rows, depth, hidden, n_tiles, KIND: gl.constexpr,
+           N: gl.constexpr, K: gl.constexpr, LAYOUT: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     begin(EARLY)
     tiles = (num_tiles, tile_expert, tile_row, ends)
     loads = (left_desc, right_desc, gate_in_desc, up_in_desc)  # Triton does not launch with tuples of views
     stores = (out_desc, gate_desc, up_desc)
     right: gl.constexpr = (DEPTH, N) if KIND == "d_hidden" or KIND == "d_rows" else (N, DEPTH)
-    ring, results, others = allocate_ring((HALF, DEPTH), right, LAYOUT)
+    gathers: gl.constexpr = tokens is not None
+    ring, results, others = allocate_ring((HALF, DEPTH), right, LAYOUT, gathers)
     gl.warp_specialize(
         [
-            (consumer, (0, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N)),
-            (consumer, (1, ring, others, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N)),
-            (producer, (ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND, N)),
+            (
+                consumer,
+                (0, ring, results, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N, gathers),
+            ),
+            (
+                consumer,
+                (1, ring, others, stores, weights, entries, dots, rows, tiles, depth, hidden, n_tiles, KIND, N, gathers),
+            ),
+            (producer, (ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND, N, gathers)),
+            (gatherer, (ring, tokens, stride, entries, tiles, depth, n_tiles, KIND, N, K)),
         ],
-        WARPS,
-        REGISTERS,
+        WARPS_WITH_GATHERERS,
+        REGISTERS_WITH_GATHERERS,
     )
 
 
@@ -278,16 +319,20 @@ def kernel(left_desc, right_desc, gate_in_desc, up_in_desc, out_desc, gate_desc,
 
 
 def up(
-    x_RD: Tensor, gate_up_SCD: Tensor, slots_E: Tensor | None, order: ExpertOrder, into: tuple[Tensor, Tensor] | None = None
+    x: Tensor | Tokens,
+    gate_up_SCD: Tensor,
+    slots_E: Tensor | None,
+    order: ExpertOrder,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(h_RC as a `clippable` allocation, a_RF)."""
-    rows, hidden = x_RD.shape[0], gate_up_SCD.shape[1] // 2
-    h, out = into or (clippable(rows, 2 * hidden, x_RD)[0], clippable(rows, hidden, x_RD)[0])
-    width = _even_width(2 * hidden, order, x_RD.device)
+    """(h_RC as a `clippable` allocation, a_RF); `x` is x_RD or the tokens that its rows are."""
+    rows, hidden = order.entry_N.shape[0], gate_up_SCD.shape[1] // 2
+    h, out = into or (clippable(rows, 2 * hidden, gate_up_SCD)[0], clippable(rows, hidden, gate_up_SCD)[0])
+    width = _even_width(2 * hidden, order, gate_up_SCD.device)
     weights, slot_rows = stacked_rows(gate_up_SCD, "gate_up")
     right = blocks(weights, (width // 2, DEPTH.value))
     n_tiles = cdiv(2 * hidden, width)
-    _launch("up", width, order, slots_E, slot_rows, x_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=h)
+    _launch("up", width, order, slots_E, slot_rows, x, right, out, hidden=hidden, n_tiles=n_tiles, h=h)
     return h, out[HALF.value :]
 
 
@@ -303,7 +348,7 @@ def down(a_RF: Tensor, down_SDF: Tensor, slots_E: Tensor | None, order: ExpertOr
 
 
 def d_hidden(
-    dy_RD: Tensor,
+    dy: Tensor | Tokens,
     h: Tensor,
     weights_N: Tensor | None,
     down_SDF: Tensor,
@@ -311,18 +356,19 @@ def d_hidden(
     order: ExpertOrder,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_h_RC as a `clippable` allocation, weight * a_RF, partial sums dots_PR float32); `h` is what `up` returned.
+    """(d_h_RC as a `clippable` allocation, weight * a_RF, partial sums dots_PR float32); `h` is what `up` returned, `dy` is
+    dy_RD or the tokens whose gradients its rows are.
 
     `weights_N` is float32, by entry; None is a weight of one.
     """
-    rows, hidden = dy_RD.shape[0], down_SDF.shape[2]
-    d_h, out = into or (clippable(rows, 2 * hidden, dy_RD)[0], clippable(rows, hidden, dy_RD)[0])
+    rows, hidden = order.entry_N.shape[0], down_SDF.shape[2]
+    d_h, out = into or (clippable(rows, 2 * hidden, down_SDF)[0], clippable(rows, hidden, down_SDF)[0])
     width = _width(hidden)
     n_tiles = cdiv(hidden, width)
-    dots_PR = dy_RD.new_empty(n_tiles, rows, dtype=torch.float32)
+    dots_PR = down_SDF.new_empty(n_tiles, rows, dtype=torch.float32)
     weights, slot_rows = stacked_rows(down_SDF, "down")
     right = blocks(weights, (DEPTH.value, width))
-    _launch("d_hidden", width, order, slots_E, slot_rows, dy_RD, right, out, hidden=hidden, n_tiles=n_tiles, h=d_h,
+    _launch("d_hidden", width, order, slots_E, slot_rows, dy, right, out, hidden=hidden, n_tiles=n_tiles, h=d_h,
             h_in=h[HALF.value :], weights_N=weights_N, dots=dots_PR)  # fmt: skip
     return d_h, out[HALF.value :], dots_PR
 
@@ -367,7 +413,7 @@ def _launch(
     order: ExpertOrder,
     slots_E: Tensor | None,
     slot_rows: int,
-    left: Tensor,
+    left: Tensor | Tokens,
     right: TensorDescriptor,
     out: Tensor,
     *,
@@ -379,28 +425,34 @@ def _launch(
     dots: Tensor | None = None,
 ) -> None:
     half = (HALF.value, PIECE.value)
-    kernel[(multiprocessors(left.device),)](
-        blocks(left, half),
+    tokens = left.aligned() if isinstance(left, Tokens) else None
+    like = left.rows_TD if isinstance(left, Tokens) else left
+    rows = order.entry_N.shape[0] if isinstance(left, Tokens) else left.shape[0]
+    kernel[(multiprocessors(like.device),)](
+        blocks(like, half) if tokens is None else None,
         right,
         *((None, None) if h_in is None else (blocks(matrix, half) for matrix in gate_and_up(h_in))),
         clipped(out, half),
         *((None, None) if h is None else (clipped(matrix, half) for matrix in gate_and_up(h))),
+        tokens,
+        0 if tokens is None else tokens.stride(0),
         weights_N,
         order.entry_N,
         dots,
-        left.shape[0],
+        rows,
         order.num_tiles,
         order.tile_expert_M,
         order.tile_row_M,
         order.ends_E,
         slots_E,
         slot_rows,
-        left.shape[1],
+        like.shape[1],
         hidden,
         n_tiles,
         KIND=kind,
         N=width,
+        K=left.top_k if isinstance(left, Tokens) else 0,
         LAYOUT=swizzled(2),
         num_warps=4,
-        **early(left.device, left.shape[0]),
+        **early(like.device, rows),
     )

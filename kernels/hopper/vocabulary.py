@@ -135,7 +135,7 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_log
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
         m, n = place(tile, m_tiles, n_tiles, GROUP)
         row = m * ROWS + SECOND * HALF
-        product, step = multiply(ring, step, steps, SECOND, False, False, N)
+        product, step = multiply(ring, step, steps, SECOND, False, False, N, False)
         if constants is None:
             statistics(product, partials, target_logit, targets, n, row, rows, vocabulary, scale, N)
         else:
@@ -147,7 +147,7 @@ def consumer(SECOND: gl.constexpr, ring, results, out_desc, partials, target_log
 def kernel(hidden_desc, head_desc, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles, first_column, depth,
            rows, vocabulary, scale, N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Statistics of the logits where `constants` is None, else their gradient."""
-    ring, results, others = allocate_ring((HALF, DEPTH), (N, DEPTH), LAYOUT)
+    ring, results, others = allocate_ring((HALF, DEPTH), (N, DEPTH), LAYOUT, False)
     gl.warp_specialize(
         [
             (consumer, (0, ring, results, out_desc, partials, target_logit, constants, targets, m_tiles, n_tiles, first_column,

@@ -26,6 +26,7 @@ from triton.runtime import driver
 from kernels.accumulate import Sum
 from kernels.expert_order import expert_order
 from kernels.hopper import columns, ring, rows, vocabulary
+from kernels.rows import Tokens
 
 TARGET = "sm_90a"
 
@@ -87,6 +88,11 @@ def launch_everything() -> Iterator[str]:
         yield f"up, F={hidden}"
         rows.down(a_RF, down_SDF, slots, order)
         yield f"down, F={hidden}"
+        tokens = Tokens(torch.zeros(3, size, dtype=torch.bfloat16), 2)
+        rows.up(tokens, gate_up_SCD, slots, order)
+        yield f"up of tokens, F={hidden}"
+        rows.d_hidden(tokens, h, torch.ones(6), down_SDF, slots, order)
+        yield f"d_hidden of tokens, F={hidden}"
         for weights_N in (None, torch.ones(6)):
             d_h, weighted_RF, _ = rows.d_hidden(like, h, weights_N, down_SDF, slots, order)
             yield f"d_hidden, F={hidden}, {'no ' if weights_N is None else ''}weights"
@@ -104,6 +110,10 @@ def launch_everything() -> Iterator[str]:
         dy, _ = ring.clippable(6, size, like)
         columns.d_weights(dy, weighted_RF, 3, slots, order)
         yield f"gradient of down, F={hidden}"
+        columns.d_weights(tokens, weighted_RF, 3, slots, order)
+        yield f"gradient of down from tokens, F={hidden}"
+        columns.d_weights(d_h, tokens, 3, slots, order)
+        yield f"gradient of gate_up from tokens, F={hidden}"
     hidden_TD, head_VD = torch.zeros(300, 128, dtype=torch.bfloat16), torch.zeros(1000, 128, dtype=torch.bfloat16)
     targets_T = torch.zeros(300, dtype=torch.int64)
     with patch.object(vocabulary, "reduce_kernel", {(10,): lambda *args, **options: None}):

@@ -22,6 +22,7 @@ from kernels.hopper import columns, ring, rows
 from kernels.host_device import to_device
 from kernels.peers import LANE_BYTES, PeerChoices, PeerRows, capacity_for
 from kernels.ragged import ragged
+from kernels.rows import Tokens
 from kernels.triton_attention import BLOCK, launch_attention, launch_put
 from kernels.triton_destinations import launch_destinations
 from kernels.triton_expert_order import order_with_kernels
@@ -77,20 +78,25 @@ def ordered(chosen_TK: torch.Tensor, experts: int) -> ExpertOrder:
 
 
 def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, weights_RK: torch.Tensor) -> None:
-    """kernels/expert_mlp._HopperMLP."""
+    """kernels/expert_mlp._HopperMLP, and with rows of entries, as kernels/expert_passes.py."""
     gate_up_SCD = torch.zeros(len(slots_E), 2 * EXPERT_HIDDEN, HIDDEN, dtype=torch.bfloat16)
     down_SDF = torch.zeros(len(slots_E), HIDDEN, EXPERT_HIDDEN, dtype=torch.bfloat16)
     dy, rows_ND = ring.clippable(order.entry_N.shape[0], HIDDEN, x_RD)
     launch_spread(x_RD, order.place_N, TOP_K, rows_ND)
+    tokens = Tokens(x_RD, TOP_K)
     h, a_NF = rows.up(rows_ND, gate_up_SCD, slots_E, order)
+    rows.up(tokens, gate_up_SCD, slots_E, order)
     y_ND = rows.down(a_NF, down_SDF, slots_E, order)
     launch_combine(y_ND, order.place_N, TOP_K, weights_RK, None, torch.empty_like(x_RD), None)
     d_h, weighted_NF, dots_PN = rows.d_hidden(rows_ND, h, weights_RK, down_SDF, slots_E, order)
+    rows.d_hidden(tokens, h, weights_RK, down_SDF, slots_E, order)
     own = len(slots_E) // 2
     for fresh in (True, False) if own else ():
         sums = Sum(torch.zeros(own, HIDDEN, EXPERT_HIDDEN), fresh)
         columns.d_weights(dy, weighted_NF, len(slots_E), None, order, sums)
     columns.d_weights(d_h, rows_ND, len(slots_E), None, order)
+    columns.d_weights(tokens, weighted_NF, len(slots_E), None, order)
+    columns.d_weights(d_h, tokens, len(slots_E), None, order)
     d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)
     launch_combine(d_rows_ND, order.place_N, TOP_K, None, dots_PN, torch.empty_like(x_RD), torch.empty_like(weights_RK))
 

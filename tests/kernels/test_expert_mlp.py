@@ -348,8 +348,15 @@ def test_gradients_only_where_they_are_wanted_and_in_any_layout() -> None:
         assert [t.grad is not None for t in some] == [i == index for i in range(4)]
         grad = some[index].grad
         assert grad is not None and torch.equal(grad, wanted[index])
-    wide = torch.cat([case.x_TD, case.x_TD], dim=1)
-    assert torch.equal(expert_mlp(wide[:, :128], case.order, *inputs[1:]), y.detach())
+    wide = torch.cat([case.x_TD[:, :4], case.x_TD, case.x_TD], dim=1)
+    for view in (
+        wide[:, 4:132],
+        wide[:, 132:].contiguous(),
+        torch.cat([wide[:, 4:]] * 2)[:200, :128],
+        case.x_TD.t().contiguous().t(),
+    ):
+        assert torch.equal(view, case.x_TD)
+        assert torch.equal(expert_mlp(view, case.order, *inputs[1:]), y.detach()), (view.stride(), view.data_ptr() % 16)
 
 
 @gpu

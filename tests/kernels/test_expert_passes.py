@@ -62,7 +62,7 @@ def in_place(case: Case, d_y_TD: Tensor, order: ExpertOrder, sums: tuple[Sum, Su
     dots_PN = back.hidden(order)
     d_down = back.down()
     back.tokens(place_TK, dots_PN, order, (d_x_TD, d_weights_TK))
-    return [y_TD, d_x_TD, d_weights_TK, back.gate_up(case.x_TD, place_TK), d_down]
+    return [y_TD, d_x_TD, d_weights_TK, back.gate_up(case.x_TD), d_down]
 
 
 def check(case: Case, starts: list[list[int]], share: float, tolerance: float) -> None:
