@@ -258,7 +258,7 @@ def _parse(layout: str, origin: str) -> tokenizers.Tokenizer:
     kinds = _component_kinds(fields.get("decoder"))
     if "ByteLevel" not in kinds:
         raise UserError(f"tokenizer {origin} is not byte-level: its decoder is {', '.join(kinds) or 'missing'}; {wanted}")
-    with _BareExceptionIsUserError(f"{origin} cannot be read by tokenizers {tokenizers.__version__}"):
+    with _LibraryErrorIsUserError(f"{origin} cannot be read by tokenizers {tokenizers.__version__}"):
         return tokenizers.Tokenizer.from_str(layout)
     raise AssertionError("unreachable: the block returns or raises")
 
@@ -271,8 +271,9 @@ def _component_kinds(component: object) -> list[str]:
     return [str(component.get("type")), *inner]
 
 
-class _BareExceptionIsUserError:
-    """`tokenizers` raises Exception itself for a bad file. That one type, and none of its subclasses, becomes a UserError."""
+class _LibraryErrorIsUserError:
+    """`tokenizers` raises Exception itself for a bad file, or the panic of its Rust, which is no Exception and has no name to
+    import. These two, and no subclass of Exception, become a UserError."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -281,5 +282,5 @@ class _BareExceptionIsUserError:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is Exception:
+        if kind is Exception or (kind is not None and kind.__module__ == "pyo3_runtime"):
             raise UserError(f"{self._what}: {error}; update tokenizers, or set tokenizer.file to another file") from error

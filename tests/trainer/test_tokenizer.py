@@ -163,6 +163,12 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
             b'{"model": {"type": "Martian"}, "decoder": {"type": "ByteLevel"}}',
             "cannot be read by tokenizers .*; update",
         ),
+        (
+            # its Rust panics: 'b' is shorter than the prefix
+            b'{"model": {"type": "BPE", "continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": '
+            b'["a b"]}, "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}}',
+            "cannot be read by tokenizers .*: slice index starts at .*; update",
+        ),
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:
