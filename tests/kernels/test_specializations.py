@@ -10,4 +10,4 @@ from tests.kernels.programs import said_by
 def test_kernels_of_a_layer_are_compiled_once_for_all_numbers_of_tokens_and_experts() -> None:
     told = json.loads(said_by("tests.kernels.specializations"))
     assert told["more"] == {}
-    assert {"hopper.rows.kernel", "hopper.columns.kernel", "triton_expert_order._order_kernel"} <= told["first"].keys()
+    assert {"hopper.row_tiles.kernel", "hopper.columns.kernel", "triton_expert_order._order_kernel"} <= told["first"].keys()
