@@ -10,8 +10,7 @@ import torch
 
 from kernels.errors import UserError
 from launch.cli import main, print_plan
-from launch.picture import draw_schedule
-from launch.report import write_report
+from launch.report import conclude
 from trainer.cluster import check_cluster, choose_ranks, rank_choices, run_attempts
 from trainer.config.run import PretrainConfig
 from trainer.data import prepare
@@ -48,8 +47,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         training = Pretraining(config, model, start_from, corpus, choices, dtype, run, tracker, stop, memory)
         at_stop = training.checkpoints.bring_to_disk
         run_attempts(config.cluster, ranks, training.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
-    write_report([run.path], run.path / "report.html")
-    draw_schedule(run.path)
+    conclude(run.path)
     return run.path
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from kernels.errors import UserError
 from launch.cli import guarded
 from launch.figures import figures
+from launch.picture import draw_schedule
 from launch.recorded import HEADINGS, Run
 from trainer.records import summary
 from trainer.run_dir import shown, write_atomically
+from trainer.stopping import finished_first
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -35,6 +37,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise UserError(f"the report {shown(out)} cannot be written: {error.strerror}") from error
     return out
+
+
+def conclude(run: Path) -> None:
+    """The pages and pictures that a run folder gets once the run has ended; who stops the process meanwhile waits for them."""
+    with finished_first("the report"):
+        write_report([run], run / "report.html")
+        draw_schedule(run)
 
 
 # ---------------------------------------------------------------- the page

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from launch.cli import main, print_plan
-from launch.picture import draw_schedule
-from launch.report import write_report
+from launch.report import conclude
 from rl.engine.settings import check_generates
 from rl.loop import Reinforcement
 from rl.rewards.tasks import check_task, make_task
@@ -57,8 +56,7 @@ def reinforce(config: RLConfig) -> Path | None:
             work = Reinforcement(config, model, in_tokens, start_from, choices, dtype, run, tracker, stop, memory)
             at_stop = work.checkpoints.bring_to_disk
             run_attempts(config.cluster, ranks + apart, work.attempt, lambda: tracker.began, stop, at_stop, tracker.say)
-    write_report([run.path], run.path / "report.html")
-    draw_schedule(run.path)
+    conclude(run.path)
     return run.path
 
 

@@ -139,6 +139,15 @@ class StopRequest:
             raise Moved(self.move, where)
 
 
+@contextmanager
+def finished_first(what: str) -> Iterator[None]:
+    """For what takes seconds and should not be left half done: a signal that comes meanwhile acts after it, as without us."""
+    with StopRequest() as stop, stop.deferred(f"{what} to be written"):
+        yield
+    if stop.signal is not None:
+        signal.raise_signal(signal.SIGINT if stop.signal == "Ctrl-C" else signal.Signals[stop.signal])
+
+
 def _nothing() -> None:
     return None
 

@@ -14,7 +14,7 @@ import pytest
 from launch.cli import CTRL_C, guarded, load
 from trainer.cluster import run_attempts
 from trainer.config.run import PretrainConfig
-from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest
+from trainer.stopping import REQUEUE, SIGNALS, Interrupted, Move, Moved, Stopped, StopRequest, finished_first
 
 STEP = "the end of this step"
 
@@ -35,6 +35,36 @@ def test_a_signal_in_the_loop_is_kept_until_the_loop_asks(number: signal.Signals
         assert stop.signal == number.name
         with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; resume=auto goes on"):
             stop.obey("after step 2")
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP])
+def test_a_signal_acts_after_what_is_finished_first(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    came: list[int] = []
+    before = signal.signal(number, lambda sent, _: came.append(sent))
+    try:
+        with finished_first("the report"):
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert came == []
+        assert came == [number]
+        with finished_first("the report"):
+            pass
+        assert came == [number]
+    finally:
+        signal.signal(number, before)
+    assert capfd.readouterr().err == f"\n{number.name}: waiting for the report to be written\n"
+
+
+def test_ctrl_c_acts_after_what_is_finished_first_and_the_second_at_once() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), finished_first("the report"):
+        signal.raise_signal(signal.SIGINT)
+        done.append("once")
+    with pytest.raises(KeyboardInterrupt), finished_first("the report"):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("twice")
+    assert done == ["once"]
 
 
 def test_a_signal_outside_the_loop_stops_at_once() -> None:
