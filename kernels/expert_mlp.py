@@ -173,7 +173,7 @@ class _HopperMLP(torch.autograd.Function):
             weights_TK = weights_TK.float().contiguous()
         h = x_TD
         if order.entry_N.shape[0]:
-            h, a_NF = rows.up(Tokens(x_TD, ctx.top_k), gate_up_SCD, slots_E, order)
+            h, a_NF = rows.up(Tokens.of(x_TD, ctx.top_k), gate_up_SCD, slots_E, order)
             y_ND = rows.down(a_NF, down_SDF, slots_E, order)
             y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
         else:
@@ -227,11 +227,13 @@ def _hopper_backward(
     # where gradients of the matrices go: to the experts' slots, or one after the other
     slots, out_E = (order.counts_E.shape[0], None) if ctx.gradients is not None else (gate_up_SCD.shape[0], slots_E)
     sum_gate_up, sum_down = (ctx.sums and ctx.sums()) or (None, None)
-    x, dy = Tokens(x_TD, ctx.top_k), Tokens(dy_TD, ctx.top_k)
+    dy = Tokens.of(dy_TD, ctx.top_k)
     d_h, weighted_NF, dots_PN = rows.d_hidden(dy, h, weights_TK, down_SDF, slots_E, order)
     d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order, sum_down) if need[2] else None
     del weighted_NF
-    d_gate_up = columns.d_weights(d_h, x, slots, out_E, order, sum_gate_up) if need[1] else None
+    d_gate_up = None
+    if need[1]:
+        d_gate_up = columns.d_weights(d_h, Tokens.of(x_TD, ctx.top_k), slots, out_E, order, sum_gate_up)
     d_x = d_weights_TK = None
     if need[0]:
         d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)

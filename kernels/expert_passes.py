@@ -211,14 +211,15 @@ class BackwardPass:
         """d_gate_up_ECD, likewise, once `tokens` is done too. Without places the rows are in the order of the weights', and
         kernels gather them."""
         self._d_x = None
+        top_k = self._weights_RK.shape[1]
+        x: Tensor | Tokens
         if place_RK is None and self._kernels:
-            tokens = Tokens(x_RD, self._weights_RK.shape[1])
-            return self._weight_gradient(self._d_h, tokens, self._experts.gate_up_SCD, self._sum_gate_up)
-        x_ND = x_RD.new_empty(self._entries, x_RD.shape[1])
-        if self._entries:
-            place_N = self._order.place_N if place_RK is None else place_RK.flatten()
-            spread_rows(x_RD, place_N, self._weights_RK.shape[1], x_ND)
-        return self._weight_gradient(self._d_h, x_ND, self._experts.gate_up_SCD, self._sum_gate_up)
+            x = Tokens.of(x_RD, top_k)
+        else:
+            x = x_RD.new_empty(self._entries, x_RD.shape[1])
+            if self._entries:
+                spread_rows(x_RD, self._order.place_N if place_RK is None else place_RK.flatten(), top_k, x)
+        return self._weight_gradient(self._d_h, x, self._experts.gate_up_SCD, self._sum_gate_up)
 
     def _weight_gradient(self, left: Room, right: Tensor | Tokens, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
         order = self._order

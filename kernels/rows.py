@@ -21,12 +21,12 @@ LANE = 8  # numbers of 16 bits that one access moves
 class Tokens:
     """Rows of tokens in place of rows of entries, for products that gather: each entry takes that of token `entry // top_k`."""
 
-    rows_TD: Tensor
+    rows_TD: Tensor  # where copies of 16 bytes can load them
     top_k: int
 
-    def aligned(self) -> Tensor:
-        """`rows_TD` where copies of 16 bytes can load them. Raises UserError where 32 bits cannot count the numbers."""
-        rows = self.rows_TD
+    @classmethod
+    def of(cls, rows: Tensor, top_k: int) -> Tokens:
+        """Of rows in any layout. Raises UserError where 32 bits cannot count the numbers."""
         apart = max(rows.stride(0), rows.shape[1])
         if rows.shape[0] * apart >= 2**31:
             raise UserError(
@@ -34,8 +34,8 @@ class Tokens:
                 f"from; give at most {(2**31 - 1) // apart} tokens at once"
             )
         if rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.data_ptr() % 16 == 0:
-            return rows
-        return rows.clone(memory_format=torch.contiguous_format)
+            return cls(rows, top_k)
+        return cls(rows.clone(memory_format=torch.contiguous_format), top_k)
 
 
 def spread_rows(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> None:

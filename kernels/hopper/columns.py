@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, tma
 
 from kernels.accumulate import Sum
 from kernels.expert_order import ExpertOrder
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
-    GATHERERS,
+    GATHERED,
     GROUP,
     HALF,
     PIECE,
     REGISTERS_WITH_GATHERERS,
     ROWS,
     WARPS_WITH_GATHERERS,
+    acquire,
     allocate_ring,
     blocks,
     clipped,
@@ -74,8 +75,7 @@ def producer(ring, left_desc, right_desc, experts, num_tiles, m_tiles, n_tiles, 
             expert, m, n = locate(experts, tile, m_tiles, n_tiles)
             end = gl.load(experts[2] + expert)
             for row in range(end - gl.load(experts[1] + expert).to(gl.int32), end, DEPTH):
-                stage, ready = free_stage(ring, step)
-                mbarrier.expect(ready, size)
+                stage, ready = acquire(ring, step, size)
                 if left_desc is not None:
                     valid = gl.minimum(end - row, DEPTH)  # rows of the next expert come as zeros
                     for half in gl.static_range(2):
@@ -92,9 +92,8 @@ def gatherer(ring, tokens, stride, width, entries, experts, num_tiles, m_tiles, 
              LEFT: gl.constexpr):  # fmt: skip
     """Loads left or right tiles from the tokens' rows, `stride` numbers apart; rows of the next expert come as zeros."""
     if tokens is not None:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHERERS, 1], [1, 0])
-        r = gl.arange(0, DEPTH, gl.SliceLayout(1, layout))
-        c = gl.arange(0, HALF if LEFT else N, gl.SliceLayout(0, layout))
+        r = gl.arange(0, DEPTH, gl.SliceLayout(1, GATHERED))
+        c = gl.arange(0, HALF if LEFT else N, gl.SliceLayout(0, GATHERED))
         step = 0
         for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
             tile = tile_at(turn)
@@ -223,12 +222,10 @@ def d_weights(
     width = WIDTH if columns > 128 else 128
     m_tiles, n_tiles = cdiv(height, ROWS.value), cdiv(columns, width)
     matrix, slot_rows = stacked_rows(out_SAB, "the gradient")
-    gathers = None if tokens is None else tokens.aligned()
     kernel[(multiprocessors(a.device),)](
         None if tokens is left else clipped(a, (DEPTH.value, HALF.value)),
         None if tokens is right else blocks(b, (DEPTH.value, width)),
-        gathers,
-        0 if gathers is None else gathers.stride(0),
+        *((None, 0) if tokens is None else (tokens.rows_TD, tokens.rows_TD.stride(0))),
         order.entry_N,
         blocks(matrix, (HALF.value, PIECE.value)),
         order.by_load_E,

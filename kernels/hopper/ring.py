@@ -43,7 +43,8 @@ GROUP = gl.constexpr(16)  # row tiles that share column tiles, see `place`
 WARPS = gl.constexpr((4, 1))  # of the second consumer and the producer; the first consumer has the kernel's own 4
 REGISTERS = gl.constexpr((232, 40))  # of a thread; with the first consumer's 232 that is the whole register file
 GATHERERS = gl.constexpr(2)  # warps that gather; registers are given to four warps at once, so the producer's are theirs, too
-WARPS_WITH_GATHERERS = gl.constexpr((4, 1, 2))
+GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [GATHERERS.value, 1], [1, 0]))  # eight threads 128 bytes of a row
+WARPS_WITH_GATHERERS = gl.constexpr((4, 1, GATHERERS.value))
 REGISTERS_WITH_GATHERERS = gl.constexpr((232, 40, 40))
 
 

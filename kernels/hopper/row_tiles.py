@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from kernels.hopper.ring import (
     BUFFERS,
     DEPTH,
-    GATHERERS,
+    GATHERED,
     GROUP,
     HALF,
     PIECE,
@@ -115,11 +115,10 @@ def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND:
 
 @gluon.jit
 def gatherer(ring, tokens, stride, entries, tiles, depth, n_tiles, KIND: gl.constexpr, N: gl.constexpr, K: gl.constexpr):
-    """Loads the left tiles from the tokens' rows, `stride` numbers apart: eight threads 128 bytes of a row."""
+    """Loads the left tiles from the tokens' rows, `stride` numbers apart."""
     if tokens is not None:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHERERS, 1], [1, 0])
-        r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        column = gl.arange(0, DEPTH, gl.SliceLayout(0, layout))
+        r = gl.arange(0, ROWS, gl.SliceLayout(1, GATHERED))
+        column = gl.arange(0, DEPTH, gl.SliceLayout(0, GATHERED))
         tile_of = ring[0]._reinterpret(gl.bfloat16, (STAGES, ROWS, DEPTH), ring[0].type.layout)
         m_tiles = gl.load(tiles[0])
         step = 0

@@ -150,17 +150,15 @@ def _launch(
     dots: Tensor | None = None,
 ) -> None:
     half = (HALF.value, PIECE.value)
-    tokens = left.aligned() if isinstance(left, Tokens) else None
-    like = left.rows_TD if isinstance(left, Tokens) else left
-    rows = order.entry_N.shape[0] if isinstance(left, Tokens) else left.shape[0]
-    kernel[(multiprocessors(like.device),)](
-        blocks(like, half) if tokens is None else None,
+    matrix, top_k = (left.rows_TD, left.top_k) if isinstance(left, Tokens) else (left, 0)
+    rows = order.entry_N.shape[0]
+    kernel[(multiprocessors(out.device),)](
+        None if top_k else blocks(matrix, half),
         right,
-        *((None, None) if h_in is None else (blocks(matrix, half) for matrix in gate_and_up(h_in))),
+        *((None, None) if h_in is None else (blocks(part, half) for part in gate_and_up(h_in))),
         clipped(out, half),
-        *((None, None) if h is None else (clipped(matrix, half) for matrix in gate_and_up(h))),
-        tokens,
-        0 if tokens is None else tokens.stride(0),
+        *((None, None) if h is None else (clipped(part, half) for part in gate_and_up(h))),
+        *((matrix, matrix.stride(0)) if top_k else (None, 0)),
         weights_N,
         order.entry_N,
         dots,
@@ -171,13 +169,13 @@ def _launch(
         order.ends_E,
         slots_E,
         slot_rows,
-        like.shape[1],
+        matrix.shape[1],
         hidden,
         n_tiles,
         KIND=kind,
         N=width,
-        K=left.top_k if isinstance(left, Tokens) else 0,
+        K=top_k,
         LAYOUT=swizzled(2),
         num_warps=4,
-        **early(like.device, rows),
+        **early(out.device, rows),
     )

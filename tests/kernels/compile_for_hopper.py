@@ -88,7 +88,7 @@ def launch_everything() -> Iterator[str]:
         yield f"up, F={hidden}"
         rows.down(a_RF, down_SDF, slots, order)
         yield f"down, F={hidden}"
-        tokens = Tokens(torch.zeros(3, size, dtype=torch.bfloat16), 2)
+        tokens = Tokens.of(torch.zeros(3, size, dtype=torch.bfloat16), 2)
         rows.up(tokens, gate_up_SCD, slots, order)
         yield f"up of tokens, F={hidden}"
         rows.d_hidden(tokens, h, torch.ones(6), down_SDF, slots, order)

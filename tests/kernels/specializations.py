@@ -83,7 +83,7 @@ def experts_pass(order: ExpertOrder, x_RD: torch.Tensor, slots_E: torch.Tensor, 
     down_SDF = torch.zeros(len(slots_E), HIDDEN, EXPERT_HIDDEN, dtype=torch.bfloat16)
     dy, rows_ND = ring.clippable(order.entry_N.shape[0], HIDDEN, x_RD)
     launch_spread(x_RD, order.place_N, TOP_K, rows_ND)
-    tokens = Tokens(x_RD, TOP_K)
+    tokens = Tokens.of(x_RD, TOP_K)
     h, a_NF = rows.up(rows_ND, gate_up_SCD, slots_E, order)
     rows.up(tokens, gate_up_SCD, slots_E, order)
     y_ND = rows.down(a_NF, down_SDF, slots_E, order)

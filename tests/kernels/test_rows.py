@@ -159,13 +159,13 @@ def test_a_gpu_replays_in_a_graph() -> None:
 
 
 def test_tokens_that_32_bits_cannot_count_are_refused() -> None:
-    assert rows.Tokens(torch.empty(2**20 - 1, 2048, device="meta"), 8).aligned().shape == (2**20 - 1, 2048)
+    assert rows.Tokens.of(torch.empty(2**20 - 1, 2048, device="meta"), 8).rows_TD.shape == (2**20 - 1, 2048)
     with pytest.raises(
         UserError, match=r"1048576 tokens of 2048 numbers each are more .*; give at most 1048575 tokens at once"
     ):
-        rows.Tokens(torch.empty(2**20, 2048, device="meta"), 8).aligned()
+        rows.Tokens.of(torch.empty(2**20, 2048, device="meta"), 8)
     with pytest.raises(UserError, match="65536 tokens of 32768 numbers each"):
-        rows.Tokens(torch.empty(2**16, 2**15, device="meta")[:, :64], 2).aligned()
+        rows.Tokens.of(torch.empty(2**16, 2**15, device="meta")[:, :64], 2)
 
 
 def test_rows_that_copies_of_16_bytes_cannot_load_are_copied() -> None:
@@ -177,6 +177,6 @@ def test_rows_that_copies_of_16_bytes_cannot_load_are_copied() -> None:
         (wide[:32].t(), False),
         (wide[:1].expand(9, 64), True),
     ):
-        found = rows.Tokens(view, 2).aligned()
+        found = rows.Tokens.of(view, 2).rows_TD
         assert torch.equal(found, view) and (found.data_ptr() == view.data_ptr()) == stays
         assert found.stride(1) == 1 and found.stride(0) % 16 == 0 and found.data_ptr() % 16 == 0
