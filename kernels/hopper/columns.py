@@ -93,32 +93,34 @@ def gatherer(ring, tokens, stride, width, entries, experts, num_tiles, m_tiles, 
     """Loads left or right tiles from the tokens' rows, `stride` numbers apart; rows of the next expert come as zeros."""
     if tokens is not None:
         r = gl.arange(0, DEPTH, gl.SliceLayout(1, GATHERED))
-        c = gl.arange(0, HALF if LEFT else N, gl.SliceLayout(0, GATHERED))
+        c = gl.arange(0, PIECE, gl.SliceLayout(0, GATHERED))
         step = 0
         for turn in range(gl.cdiv(num_tiles, gl.num_programs(0))):
             tile = tile_at(turn)
             if tile < num_tiles:
                 expert, m, n = locate(experts, tile, m_tiles, n_tiles)
-                column = (m * ROWS if LEFT else n * N) + c
+                column = m * ROWS if LEFT else n * N
                 end = gl.load(experts[2] + expert)
                 start = end - gl.load(experts[1] + expert).to(gl.int32)
-                token = gl.load(entries + start + r, mask=start + r < end, other=0) // K
+                last = gl.maximum(end - 1, 0)
+                token = gl.load(entries + gl.minimum(start + r, last)).to(gl.uint32) // K
                 for row in range(start, end, DEPTH):
-                    place = (token * stride)[:, None] + column[None, :]
-                    there = (row + r < end)[:, None]
+                    place = token.to(gl.int32) * stride
                     # Those of the next step, while this one waits for its stage.
-                    token = gl.load(entries + row + DEPTH + r, mask=row + DEPTH + r < end, other=0) // K
+                    token = gl.load(entries + gl.minimum(row + DEPTH + r, last)).to(gl.uint32) // K
                     stage, ready = free_stage(ring, step)
-                    if LEFT:
-                        for half in gl.static_range(2):
-                            mask = there & (column + half * HALF < width)[None, :]
-                            async_copy.async_copy_global_to_shared(
-                                ring[0].index(2 * stage + half), tokens + (place + half * HALF), mask=mask
-                            )
-                    else:
-                        async_copy.async_copy_global_to_shared(
-                            ring[1].index(stage), tokens + place, mask=there & (column < width)[None, :]
-                        )
+                    source = (tokens + column + place)[:, None] + c[None, :]
+                    for piece in gl.static_range((ROWS if LEFT else N) // PIECE):
+                        if column + piece * PIECE < width:
+                            if LEFT:
+                                to = ring[0].index(2 * stage + piece)
+                            else:
+                                to = ring[1].index(stage).slice(piece * PIECE, PIECE, dim=1)
+                            if row + DEPTH <= end:
+                                async_copy.async_copy_global_to_shared(to, source + piece * PIECE)
+                            else:
+                                there = (row + r < end)[:, None]
+                                async_copy.async_copy_global_to_shared(to, source + piece * PIECE, mask=there)
                     async_copy.mbarrier_arrive(ready, increment_count=False)
                     step += 1
 

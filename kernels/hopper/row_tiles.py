@@ -18,7 +18,6 @@ from kernels.hopper.ring import (
     PIECE,
     REGISTERS_WITH_GATHERERS,
     ROWS,
-    STAGES,
     WARPS_WITH_GATHERERS,
     acquire,
     allocate_ring,
@@ -117,18 +116,23 @@ def producer(ring, loads, tiles, slots, slot_rows, depth, hidden, n_tiles, KIND:
 def gatherer(ring, tokens, stride, entries, tiles, depth, n_tiles, KIND: gl.constexpr, N: gl.constexpr, K: gl.constexpr):
     """Loads the left tiles from the tokens' rows, `stride` numbers apart."""
     if tokens is not None:
-        r = gl.arange(0, ROWS, gl.SliceLayout(1, GATHERED))
-        column = gl.arange(0, DEPTH, gl.SliceLayout(0, GATHERED))
-        tile_of = ring[0]._reinterpret(gl.bfloat16, (STAGES, ROWS, DEPTH), ring[0].type.layout)
+        r = gl.arange(0, HALF, gl.SliceLayout(1, GATHERED))
+        column = gl.arange(0, DEPTH, gl.SliceLayout(0, GATHERED)).to(gl.uint32)[None, :]
         m_tiles = gl.load(tiles[0])
         step = 0
         for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
             _, _, row, rows_left = locate(tiles, tile, m_tiles, n_tiles)
-            token = gl.load(entries + row + r, mask=r < rows_left, other=-K) // K  # -1 in place of one
-            place = (token * stride)[:, None] + column[None, :]
+            # The last row again after the last one: nobody reads the results of what follows it.
+            low = gl.load(entries + row + gl.minimum(r, rows_left - 1)).to(gl.uint32) // K
+            high = gl.load(entries + row + gl.minimum(r + HALF, rows_left - 1)).to(gl.uint32) // K
+            low_place = (low * stride)[:, None] + column
+            high_place = (high * stride)[:, None] + column
             for k in range(0, depth, DEPTH):
                 stage, ready = free_stage(ring, step)
-                async_copy.async_copy_global_to_shared(tile_of.index(stage), tokens + (place + k), mask=(token >= 0)[:, None])
+                at = gl.cast(k, gl.uint32)  # added to the places first, so that no thread keeps sixteen addresses
+                async_copy.async_copy_global_to_shared(ring[0].index(2 * stage), tokens + (low_place + at))
+                if rows_left > HALF:
+                    async_copy.async_copy_global_to_shared(ring[0].index(2 * stage + 1), tokens + (high_place + at))
                 async_copy.mbarrier_arrive(ready, increment_count=False)
                 step += 1
             if KIND == "d_hidden":
