@@ -59,26 +59,31 @@ class Room:
         rows = like.new_empty(entries, width)
         return cls(rows, rows)
 
-    def cut(self, entries: int) -> Room:
-        """Of the first entries."""
-        less = self.rows.shape[0] - entries
-        return Room(self.allocation[: self.allocation.shape[0] - less], self.rows[:entries])
+
+def of_entries(x_RD: Tensor, order: ExpertOrder, top_k: int) -> Room | Tokens:
+    """The rows of all entries, sorted by expert: kernels gather them where they are, elsewhere they are copied."""
+    if takes_kernels(x_RD):
+        return Tokens.of(x_RD, top_k)
+    room = Room.of(order.entry_N.shape[0], x_RD.shape[1], x_RD)
+    if order.entry_N.shape[0]:
+        spread_rows(x_RD, order.place_N, top_k, room.rows)
+    return room
 
 
 class ForwardPass:
     """`h` is what backward needs of it: pre-activations, (N, 2F), on a GPU behind room of its kernels."""
 
-    def __init__(self, entries: int, experts: ArenaExperts, like: Tensor, room: Room | None = None) -> None:
+    def __init__(self, entries: int, experts: ArenaExperts, like: Tensor) -> None:
         """
         Args:
             like: of the dtype and width of the rows.
-            room: of as many entries, where the rows of tokens may lie already; None makes it.
         """
         self._experts, self._entries, self._kernels = experts, entries, takes_kernels(like)
         if self._kernels:
             check_hopper(like, experts.gate_up_SCD, experts.down_SDF)
-        self._h, self._a = (Room.of(entries, width, like) for width in (2 * experts.hidden, experts.hidden))
-        self._rows = room or Room.of(entries, like.shape[1], like)
+        self._h, self._a, self._rows = (
+            Room.of(entries, width, like) for width in (2 * experts.hidden, experts.hidden, like.shape[1])
+        )
 
     @property
     def h(self) -> Tensor:
@@ -94,64 +99,71 @@ class ForwardPass:
         """
         if self._entries:
             spread_rows(x_PD, place_PK.flatten(), place_PK.shape[1], self._rows.rows)
-        return self.results(place_PK, weights_PK, order)
+            self._products(self._rows, order)  # results take the place of the tokens' rows
+        return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK)
 
-    def results(self, place_PK: Tensor, weights_PK: Tensor, order: ExpertOrder, out_PD: Tensor | None = None) -> Tensor:
-        """The same of a part whose rows are at their places; into `out_PD` if it is given."""
+    def whole(self, x_RD: Tensor, weights_RK: Tensor, order: ExpertOrder, out_RD: Tensor) -> None:
+        """The same of all rows at once, into `out_RD`; kernels gather the rows."""
+        top_k = weights_RK.shape[1]
         if self._entries:
-            self._products(order)
-        return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK, out_TD=out_PD)
+            self._products(of_entries(x_RD, order, top_k), order)
+        combine_rows(self._rows.rows, order.place_N, top_k, weights_TK=weights_RK, out_TD=out_RD)
 
-    def _products(self, order: ExpertOrder) -> None:
-        """Results take the place of the tokens' rows."""
+    def _products(self, x: Room | Tokens, order: ExpertOrder) -> None:
         experts, rows_ND, h_NC = self._experts, self._rows.rows, self._h.rows
         if self._kernels:
             from kernels.hopper import rows
 
-            _, a_NF = rows.up(rows_ND, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
+            _, a_NF = rows.up(_operand(x), experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
             rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows.allocation)
             return
+        assert isinstance(x, Room)
         here = list(experts.in_turn(order))
         for places, gate_up_CD, _ in here:
-            h_NC[places] = product(rows_ND[places], gate_up_CD, h_NC.dtype)
+            h_NC[places] = product(x.rows[places], gate_up_CD, h_NC.dtype)
         activated = swiglu(_rows_at(h_NC, here))  # of all experts at once: many small operations take longer
         for (places, _, down_DF), a_NF in zip(here, _of_each(activated, here), strict=True):
             rows_ND[places] = product(a_NF, down_DF, h_NC.dtype)
 
 
 class BackwardPass:
-    """`rows` of all parts first, then `weights`, once. Or, where all rows are one part, `hidden` once they are at their places,
-    `down`, `tokens` and `gate_up`, with which what one needs is gone before the next makes room for itself."""
+    """`rows` of all parts first, then `weights`, once. Or, if the gradients of all rows are given at once, `hidden`, `down`,
+    `tokens` and `gate_up`, with which what one needs is gone before the next makes room for itself."""
 
     def __init__(
-        self, order: ExpertOrder, h: Tensor, weights_RK: Tensor, experts: ArenaExperts, sums: Sums | None = None
+        self,
+        order: ExpertOrder,
+        h: Tensor,
+        weights_RK: Tensor,
+        experts: ArenaExperts,
+        sums: Sums | None = None,
+        dy_RD: Tensor | None = None,
     ) -> None:
         """
         Args:
             order: that of all rows.
             weights_RK: float32; of its entries.
             sums: of kernels/expert_mlp.py; the kernels add there what they find.
+            dy_RD: of all rows; kernels gather them. None where they come in parts.
         """
         self._order, self._h, self._weights_RK, self._experts = order, h, weights_RK, experts
         self._kernels, self._entries, self._width = takes_kernels(h), order.entry_N.shape[0], experts.gate_up_SCD.shape[2]
-        self._d_h, self._weighted, self._dy = (
-            Room.of(self._entries, width, h) for width in (2 * experts.hidden, experts.hidden, self._width)
-        )
+        self._d_h, self._weighted = (Room.of(self._entries, width, h) for width in (2 * experts.hidden, experts.hidden))
+        if dy_RD is None:
+            self._dy: Room | Tokens = Room.of(self._entries, self._width, h)
+        else:
+            self._dy = of_entries(dy_RD, order, weights_RK.shape[1])
         self._d_x: Room | None = None
         self._sum_gate_up: Sum | None = None
         self._sum_down: Sum | None = None
         if sums is not None and self._kernels and self._entries:
             self._sum_gate_up, self._sum_down = sums() or (None, None)
 
-    @property
-    def dy_ND(self) -> Tensor:
-        """Where gradients of entries go for `hidden`."""
-        return self._dy.rows
-
     def rows(self, dy_PD: Tensor, place_PK: Tensor, order: ExpertOrder) -> tuple[Tensor, Tensor]:
         """(d_x_PD, d_weights_PK float32) of a part."""
+        assert isinstance(self._dy, Room), "the gradients of all rows were given at once"
         if self._entries:
-            spread_rows(dy_PD, place_PK.flatten(), place_PK.shape[1], self.dy_ND)
+            spread_rows(dy_PD, place_PK.flatten(), place_PK.shape[1], self._dy.rows)
         return self.tokens(place_PK, self.hidden(order), order)
 
     def tokens(
@@ -179,12 +191,14 @@ class BackwardPass:
 
             into = self._d_h.allocation, self._weighted.allocation
             weights_RK, slots_E = self._weights_RK, experts.slots_E
-            _, _, dots_PN = rows.d_hidden(self.dy_ND, self._h, weights_RK, experts.down_SDF, slots_E, order, into)
+            _, _, dots_PN = rows.d_hidden(_operand(self._dy), self._h, weights_RK, experts.down_SDF, slots_E, order, into)
             return dots_PN
+        assert isinstance(self._dy, Room)
+        dy_ND = self._dy.rows
         weights_N = self._weights_RK.flatten()[order.entry_N.long()].unsqueeze(1)
-        dots_N = weights_N.new_zeros(self._entries, dtype=torch.promote_types(self.dy_ND.dtype, torch.float32))
+        dots_N = weights_N.new_zeros(self._entries, dtype=torch.promote_types(dy_ND.dtype, torch.float32))
         here = list(experts.in_turn(order))
-        d_a = torch.cat([product(self.dy_ND[places], down_DF.t(), dots_N.dtype) for places, _, down_DF in here])
+        d_a = torch.cat([product(dy_ND[places], down_DF.t(), dots_N.dtype) for places, _, down_DF in here])
         weights = _rows_at(weights_N, here)
         with torch.enable_grad():
             h = _rows_at(self._h, here).requires_grad_()
@@ -203,25 +217,24 @@ class BackwardPass:
 
     def down(self) -> Tensor:
         """d_down_EDF of all entries, once `hidden` is done with them; of experts after those that have sums."""
-        d_down_EDF = self._weight_gradient(self._dy, self._weighted.rows, self._experts.down_SDF, self._sum_down)
+        d_down_EDF = self._weight_gradient(self._dy, self._weighted, self._experts.down_SDF, self._sum_down)
         del self._dy, self._weighted
         return d_down_EDF
 
     def gate_up(self, x_RD: Tensor, place_RK: Tensor | None = None) -> Tensor:
-        """d_gate_up_ECD, likewise, once `tokens` is done too. Without places the rows are in the order of the weights', and
-        kernels gather them."""
+        """d_gate_up_ECD, likewise, once `tokens` is done too. Without places the rows are in the order of the weights'."""
         self._d_x = None
         top_k = self._weights_RK.shape[1]
-        x: Tensor | Tokens
-        if place_RK is None and self._kernels:
-            x = Tokens.of(x_RD, top_k)
+        x: Room | Tokens
+        if place_RK is None:
+            x = of_entries(x_RD, self._order, top_k)
         else:
-            x = x_RD.new_empty(self._entries, x_RD.shape[1])
+            x = Room.of(self._entries, self._width, x_RD)
             if self._entries:
-                spread_rows(x_RD, self._order.place_N if place_RK is None else place_RK.flatten(), top_k, x)
+                spread_rows(x_RD, place_RK.flatten(), top_k, x.rows)
         return self._weight_gradient(self._d_h, x, self._experts.gate_up_SCD, self._sum_gate_up)
 
-    def _weight_gradient(self, left: Room, right: Tensor | Tokens, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
+    def _weight_gradient(self, left: Room | Tokens, right: Room | Tokens, matrices_SAB: Tensor, sums: Sum | None) -> Tensor:
         order = self._order
         count = order.counts_E.shape[0]
         if not self._entries:
@@ -229,12 +242,18 @@ class BackwardPass:
         if self._kernels:
             from kernels.hopper import columns
 
-            return columns.d_weights(left.allocation, right, count, None, order, sums)
-        assert isinstance(right, Tensor)
+            clippable = left if isinstance(left, Tokens) else left.allocation
+            return columns.d_weights(clippable, _operand(right), count, None, order, sums)
+        assert isinstance(left, Room) and isinstance(right, Room)
         d_EAB = matrices_SAB.new_empty(count, *matrices_SAB.shape[1:])
         for expert, (places, _, _) in enumerate(self._experts.in_turn(order)):
-            torch.mm(left.rows[places].t(), right[places], out=d_EAB[expert])
+            torch.mm(left.rows[places].t(), right.rows[places], out=d_EAB[expert])
         return d_EAB
+
+
+def _operand(x: Room | Tokens) -> Tensor | Tokens:
+    """As products take it on the side that they do not clip."""
+    return x if isinstance(x, Tokens) else x.rows
 
 
 Here = Sequence[tuple[slice, Tensor, Tensor]]  # of ArenaExperts.in_turn

@@ -1,7 +1,7 @@
 """Rows that lie in the memory of several ranks: pulled to this one, and summed from there.
 
-Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank, K top-k, R rows, N entries, D width. This file
-is the reference in plain torch; CUDA takes kernels/triton_peer_rows.py.
+Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank, K top-k, R rows, D width. This file is the
+reference in plain torch; CUDA takes kernels/triton_peer_rows.py.
 """
 
 from __future__ import annotations
@@ -12,29 +12,19 @@ from torch import Tensor
 from kernels.peers import PeerRows
 
 
-def pull_rows(
-    rows: PeerRows, row_V: Tensor, out_RD: Tensor | None, place_RK: Tensor | None = None, out_ND: Tensor | None = None
-) -> None:
-    """Each row once from where it lies: out[r] = row t of rank w where r = row[w * C + t] (int32).
+def pull_rows(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:
+    """Each row from where it lies: out[r] = row t of rank w where r = row[w * C + t] (int32).
 
-    With `place_RK` (int32) and `out_ND` also to its entries: out[place[r, k]] = row r. What is -1, or after the last of
-    `out_RD`, `place_RK` or `out_ND`, is not wanted. Without `out_RD` rows go to their entries alone. Outputs are contiguous.
+    What is -1, or after the last of `out_RD`, which is contiguous, is not wanted.
     """
-    assert (place_RK is None) == (out_ND is None) and (out_RD is not None or out_ND is not None), "entries have places"
     if row_V.is_cuda:
         from kernels.triton_peer_rows import launch_pull  # here, because CPU machines may lack Triton
 
-        launch_pull(rows, row_V, out_RD, place_RK, out_ND)
+        launch_pull(rows, row_V, out_RD)
         return
-    height = min(out.shape[0] for out in (out_RD, place_RK) if out is not None)
     for rank, row_C in enumerate(row_V.view(len(rows.blocks), -1)):
-        wanted_C = (row_C >= 0) & (row_C < height)
-        row_C, pulled_CD = row_C[wanted_C], rows.of_rank[rank][: row_C.shape[0]][wanted_C]
-        if out_RD is not None:
-            out_RD[row_C] = pulled_CD
-        if place_RK is not None and out_ND is not None:
-            c, k = ((place_RK[row_C] >= 0) & (place_RK[row_C] < out_ND.shape[0])).nonzero(as_tuple=True)
-            out_ND[place_RK[row_C][c, k]] = pulled_CD[c]
+        wanted_C = (row_C >= 0) & (row_C < out_RD.shape[0])
+        out_RD[row_C[wanted_C]] = rows.of_rank[rank][: row_C.shape[0]][wanted_C]
 
 
 def sum_rows(rows: PeerRows, rank_TK: Tensor, row_WT: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """The copies and sums of kernels/peer_rows.py in Triton kernels that read other GPUs' memory over NVLink.
 
-Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank, K top-k, R rows, N entries, D width.
+Shape letters: W ranks, V = W * C tokens, C of each rank, T of them on this rank, K top-k, R rows, D width.
 
 Bounds, with b bytes a number: what crosses the link, R' * D * b for the R' rows that lie elsewhere, and what passes the own
-memory of the device, up to (2 R + N) * D * b. On two H200 with 16384 tokens of 2048 bfloat16 each, nearly all wanted by both,
-67 MB cross and 738 MB pass: 0.19 ms at the 360 GB/s of a copy engine, 0.18 ms at 4.2 TB/s. Loads over the link reach 290 to 335
-GB/s. So entries are written on the way, beside what crosses; after it they would be a pass of their own. And ranks are read in
-turns: at any time rows of the own memory beside those of others, and no rank is read by all others at once.
+memory of the device, up to 3 R * D * b. On two H200 with 16384 tokens of 2048 bfloat16 each, nearly all wanted by both, 67 MB
+cross and 336 MB pass: 0.19 ms at the 360 GB/s of a copy engine, 0.08 ms at 4.2 TB/s. Loads over the link reach 290 to 335 GB/s.
+Ranks are read in turns: at any time rows of the own memory beside those of others, and no rank is read by all others at once.
 Addresses come as numbers, so the compiler has to be told what divides them; without that it loads two bytes at a time.
 """
 
@@ -23,27 +22,19 @@ from kernels.peers import LANE_BYTES, PeerRows
 POINTED = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def launch_pull(
-    rows: PeerRows, row_V: Tensor, out_RD: Tensor | None, place_RK: Tensor | None = None, out_ND: Tensor | None = None
-) -> None:
+def launch_pull(rows: PeerRows, row_V: Tensor, out_RD: Tensor) -> None:
     """kernels.peer_rows.pull_rows."""
-    for out in (out_RD, out_ND):
-        assert out is None or (out.is_contiguous() and out.dtype == rows.dtype), (out.stride(), out.dtype, rows.dtype)
-    assert place_RK is None or place_RK.is_contiguous(), "places of a row are adjacent"
+    assert out_RD.is_contiguous() and out_RD.dtype == rows.dtype, (out_RD.stride(), out_RD.dtype, rows.dtype)
     block_d, ranks = block_width(rows.width), len(rows.blocks)
     if row_V.shape[0] and rows.width:
         _pull_kernel[(row_V.shape[0], cdiv(rows.width, block_d))](
             rows.pointers_W,
             row_V,
             out_RD,
-            place_RK,
-            out_ND,
-            min(out.shape[0] for out in (out_RD, place_RK) if out is not None),
-            0 if out_ND is None else out_ND.shape[0],
+            out_RD.shape[0],
             row_V.shape[0] // ranks,
             rows.start // LANE_BYTES,
             W=ranks,
-            K=1 if place_RK is None else place_RK.shape[1],
             D=rows.width,
             BLOCK_D=block_d,
             UNIT=_unit(rows),
@@ -111,19 +102,15 @@ def _rows_of(pointers, rank, start, row, D: tl.constexpr, UNIT: tl.constexpr, DT
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), UNIT)
 
 
-@triton.jit(do_not_specialize=["height", "num_entries", "per_rank", "start"])
+@triton.jit(do_not_specialize=["height", "per_rank", "start"])
 def _pull_kernel(  # type: ignore[no-untyped-def]
     pointers,
     rows,
     out,
-    places,
-    entries,
     height,
-    num_entries,
     per_rank,
     start,
     W: tl.constexpr,
-    K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -135,14 +122,7 @@ def _pull_kernel(  # type: ignore[no-untyped-def]
     if (to >= 0) & (to < height):
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         source = _rows_of(pointers, rank, start, token, D, UNIT, DTYPE, LANE)
-        row = tl.load(source + column, mask=column < D)
-        if out is not None:
-            tl.store(out + to * D + column, row, mask=column < D)
-        if entries is not None:
-            for k in tl.static_range(K):
-                at = tl.load(places + to * K + k)
-                there = (at >= 0) & (at < num_entries)
-                tl.store(entries + at.to(tl.int64) * D + column, row, mask=there & (column < D), cache_modifier=".cs")
+        tl.store(out + to * D + column, tl.load(source + column, mask=column < D), mask=column < D)
 
 
 @triton.jit(do_not_specialize=["row_stride", "start"])

@@ -99,10 +99,10 @@ class ShardedExperts:
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
         first_rows, tokens = partial(self._slice, UNDER_LAYER), self.arena.transport.tokens
         if isinstance(tokens, PeerTokens):
-            received, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
+            x_RD, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
             sums = partial(self.arena.sums, self.layer)
             whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows)
-            y_TD = experts_in_place(x_TD, weights_TK, received, whole)
+            y_TD = experts_in_place(x_TD, weights_TK, x_RD, whole)
         else:
             sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
             run = Chunked(sent, slots, self._ready, self._return_gradients, first_rows, self.mark, self.degrees.in_sequence)

@@ -1,12 +1,11 @@
 """The token exchange without messages: ranks read each other's tokens, choices and results in place.
 
 Every rank lays out its tokens with the gate's choices. After one barrier each rank reads all choices, computes the same plan of
-which rows go where (kernels/peer_routing.py), and pulls the rows that it serves, directly to the places of their entries.
+which rows go where (kernels/peer_routing.py), and pulls the rows that it serves, each once.
 Results are written where all can read them, and each token's results are summed on its own rank. Rows and the sums of a token
 are those of token_exchange.py, bit for bit. peer_layer.py makes a layer of it.
 
-Letters: T tokens of this rank, C of each rank that there is memory for, W ranks, V = W * C, K top-k, R rows received, N entries
-of theirs, D model.
+Letters: T tokens of this rank, C of each rank that there is memory for, W ranks, V = W * C, K top-k, R rows received, D model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, cut, expert_order
-from kernels.expert_passes import Room as EntryRoom
 from kernels.host_device import to_host
 from kernels.peer_routing import lay_out, plan_rows
 from kernels.peer_rows import pick_numbers, pull_rows, sum_rows
@@ -52,14 +50,6 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Received:
-    """Rows that came to this rank."""
-
-    x_RD: Tensor  # sorted by the rank that they came from
-    x_ND: EntryRoom  # of each entry, sorted by expert
-
-
-@dataclass(frozen=True)
 class Results:
     """Where this rank writes what it gives back; after a barrier all ranks read it, until the exchange after the next."""
 
@@ -74,7 +64,6 @@ class PeerTokens:
     def __init__(self, world: World, hidden: int, dtype: torch.dtype) -> None:
         self.world, self.hidden, self.dtype = world, hidden, dtype
         self._room = self._made(FIRST_TOKENS, FIRST_TOKENS, top_k=1)
-        self._entries = 0  # N at most, so far
 
     def _made(self, tokens: int, rows: int, top_k: int) -> Room:
         """Of the same size on all ranks, for either way. Grows forward only: no backward pass has more rows than its forward
@@ -93,8 +82,9 @@ class PeerTokens:
 
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
-    ) -> tuple[Received, PeerExchange]:
-        """Tokens, with the choices that each rank serves, to their ranks. Constants to autograd.
+    ) -> tuple[Tensor, PeerExchange]:
+        """Tokens, with the choices that each rank serves, to their ranks. Constants to autograd. Returns (x_RD, sorted by the
+        rank that they came from; what brings results back).
 
         One wait for the device, in which the sizes come.
 
@@ -115,26 +105,19 @@ class PeerTokens:
             numbers = to_host(plan.numbers)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
-            x_ND = EntryRoom.of(min(self._entries, plan.slots_VK.numel()), self.hidden, x_RD)
-            place_VK = order.place_N.view(plan.slots_VK.shape)
             with world.exposed:
-                pull_rows(block.tokens, plan.row_WV[rank], x_RD, place_VK, x_ND.rows)
+                pull_rows(block.tokens, plan.row_WV[rank], x_RD)
             most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
                 break
             # All ranks see the same numbers, and drop the old blocks once the new ones are made.
             more = min(max(rows_W) * (SPARE + 1) // SPARE, self.world.size * max(most_tokens, room.tokens))
             self._room = self._made(max(most_tokens, room.tokens), max(more, room.rows), top_k)
-        if entries > x_ND.rows.shape[0]:  # on this rank; until the next barrier the tokens stay where they are
-            self._entries = entries * (SPARE + 1) // SPARE
-            x_ND = EntryRoom.of(entries, self.hidden, x_RD)
-            with world.exposed:
-                pull_rows(block.tokens, plan.row_WV[rank], None, place_VK, x_ND.rows)
         rows = rows_W[rank]
         own_WT = plan.row_WV[:, rank * room.tokens : rank * room.tokens + tokens]
         order, weights_RK = cut(order, rows * top_k, entries), plan.weights_VK[:rows]
         exchange = PeerExchange(self, rank_TK, own_WT, plan.row_WV[rank], rows, weights_RK, order)
-        return Received(x_RD[:rows], x_ND.cut(entries)), exchange
+        return x_RD[:rows], exchange
 
     # ------------------------------------------------------------ the two ways of an exchange
 
@@ -165,13 +148,15 @@ class PeerExchange:
     def place_RK(self) -> Tensor:
         return self.order.place_N.view(self.rows, self.rank_TK.shape[1])
 
-    def pull(self, d_y_TD: Tensor, out_ND: Tensor) -> None:
-        """Rows for tokens whose choices are known, to the places of their entries. Collective."""
+    def pull(self, d_y_TD: Tensor) -> Tensor:
+        """Rows for tokens whose choices are known: (R, D). Collective."""
         world, block = self.peers.world, self.peers.turn()
         block.tokens.of_rank[world.rank][: d_y_TD.shape[0]].copy_(d_y_TD)
+        out_RD = d_y_TD.new_empty(self.rows, d_y_TD.shape[1])
         with world.exposed:
             block.memory.barrier()
-            pull_rows(block.tokens, self.row_V, None, self.place_RK, out_ND)
+            pull_rows(block.tokens, self.row_V, out_RD)
+        return out_RD
 
     def results(self) -> Results:
         return self.peers.results(self.rows)

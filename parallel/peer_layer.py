@@ -1,6 +1,6 @@
 """One MoE layer of a rank that reads others' tokens and results in their memory: dispatch, experts and combine, without chunks.
 
-Rows lie at the places of their entries when they have come, and each sum of a token's entries is written where other ranks read
+Each row comes once, and products gather it for all its entries; each sum of a token's entries is written where other ranks read
 it. So nothing passes the memory of a device only to lie elsewhere, except for the tokens and the gradients of results, which
 are made elsewhere and laid out.
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from kernels.expert_mlp import Sums, WeightGradients
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.chunked_experts import Direction
-from parallel.peer_exchange import PeerExchange, Received
+from parallel.peer_exchange import PeerExchange
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class InPlace:
     first_rows: Callable[[], None]  # the rows of a backward pass are there: what else travels now delays them no more
 
 
-def experts_in_place(x_TD: Tensor, weights_TK: Tensor, received: Received, run: InPlace) -> Tensor:
+def experts_in_place(x_TD: Tensor, weights_TK: Tensor, x_RD: Tensor, run: InPlace) -> Tensor:
     """y_TD, as kernels/expert_mlp.py has it; `weights_TK` is float32. Collective; so is its backward pass, which comes whatever
     needs a gradient."""
     anchor = x_TD.new_empty(0).requires_grad_()
-    y_TD: Tensor = _Layer.apply(x_TD, weights_TK, anchor, received, run)
+    y_TD: Tensor = _Layer.apply(x_TD, weights_TK, anchor, x_RD, run)
     return y_TD
 
 
@@ -47,13 +47,13 @@ class _Layer(torch.autograd.Function):
     """No tensor of autograd's lies in a block, which the exchange after the next overwrites."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, received: Received, run: InPlace) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, x_RD: Tensor, run: InPlace) -> Tensor:
         """Tokens and weights have been dispatched; through here goes who gets their gradients."""
-        exchange, x_RD = run.exchange, received.x_RD
+        exchange = run.exchange
         run.ready("forward")
-        computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_RD, received.x_ND)
+        computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_RD)
         results = exchange.results()
-        computing.results(exchange.place_RK, exchange.weights_RK, exchange.order, results.own_RD)
+        computing.whole(x_RD, exchange.weights_RK, exchange.order, results.own_RD)
         ctx.run = run
         ctx.save_for_backward(x_RD, computing.h)
         return exchange.summed(results)
@@ -62,15 +62,15 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
         run: InPlace = ctx.run
-        exchange, order, place_RK = run.exchange, run.exchange.order, run.exchange.place_RK
+        exchange, order = run.exchange, run.exchange.order
         x_RD, h = ctx.saved_tensors
-        computing = BackwardPass(order, h, exchange.weights_RK, run.experts, run.sums)
-        exchange.pull(d_y_TD, computing.dy_ND)
+        dy_RD = exchange.pull(d_y_TD)
         run.first_rows()
         run.ready("backward")
+        computing = BackwardPass(order, h, exchange.weights_RK, run.experts, run.sums, dy_RD)
         dots_PN = computing.hidden(order)
         d_down_EDF = computing.down()
         results = exchange.results()
-        computing.tokens(place_RK, dots_PN, order, (results.own_RD, results.own_RK))
+        computing.tokens(exchange.place_RK, dots_PN, order, (results.own_RD, results.own_RK))
         run.gradients(computing.gate_up(x_RD), d_down_EDF)
         return exchange.summed(results), exchange.picked(results), None, None, None

@@ -193,10 +193,10 @@ def exchange_call(
     def whole(tokens: PeerTokens) -> object:
         """What the experts write where all ranks read it is theirs; here it is what lies there."""
         rank_TK = destination()
-        received, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
+        _, back = tokens.dispatch(x_TD, weights_TK, experts_TK, rank_TK, *here)
         for way in ("forward", "backward"):
             if way == "backward":
-                back.pull(x_TD, received.x_ND.rows)
+                back.pull(x_TD)
             back.summed(results := back.results())
         return back.picked(results)
 

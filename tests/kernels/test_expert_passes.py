@@ -13,8 +13,7 @@ from torch import Tensor
 from kernels.accumulate import Sum
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
-from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass, Room
-from kernels.rows import spread_rows
+from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from tests.kernels.test_expert_mlp import Case, different_experts, gpu, needs_hopper, without
 
 SLOTS = 3  # more than there are experts
@@ -48,20 +47,16 @@ def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int
 
 
 def in_place(case: Case, d_y_TD: Tensor, order: ExpertOrder, sums: tuple[Sum, Sum] | None = None) -> list[Tensor]:
-    """The same in one part, with rows that lie at their places and results that are written where the caller says."""
-    experts, place_TK, entries = in_an_arena(case), order.place_N.view(case.experts_TK.shape), order.entry_N.shape[0]
-    weights_TK, top_k = case.weights_TK.float(), case.experts_TK.shape[1]
-    room = Room.of(entries + 5, case.x_TD.shape[1], case.x_TD).cut(entries)
-    spread_rows(case.x_TD, order.place_N, top_k, room.rows)
+    """The same with all rows at once, and results that are written where the caller says."""
+    experts, weights_TK = in_an_arena(case), case.weights_TK.float()
     y_TD, d_x_TD = (torch.full_like(case.x_TD, torch.nan) for _ in range(2))
     d_weights_TK = torch.full_like(weights_TK, torch.nan)
-    ahead = ForwardPass(entries, experts, case.x_TD, room)
-    ahead.results(place_TK, weights_TK, order, y_TD)
-    back = BackwardPass(order, ahead.h, weights_TK, experts, lambda: sums)
-    spread_rows(d_y_TD, order.place_N, top_k, back.dy_ND)
+    ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
+    ahead.whole(case.x_TD, weights_TK, order, y_TD)
+    back = BackwardPass(order, ahead.h, weights_TK, experts, lambda: sums, d_y_TD)
     dots_PN = back.hidden(order)
     d_down = back.down()
-    back.tokens(place_TK, dots_PN, order, (d_x_TD, d_weights_TK))
+    back.tokens(order.place_N.view(weights_TK.shape), dots_PN, order, (d_x_TD, d_weights_TK))
     return [y_TD, d_x_TD, d_weights_TK, back.gate_up(case.x_TD), d_down]
 
 
