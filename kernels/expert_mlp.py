@@ -21,7 +21,7 @@ from kernels.errors import UserError
 from kernels.expert_order import ExpertOrder
 from kernels.limits import require_hopper, require_multiple, takes_kernels
 from kernels.linear import linear
-from kernels.rows import Tokens, combine_rows, combine_rows_and_partials
+from kernels.rows import combine_rows, combine_rows_and_partials, of_entries
 from kernels.sigmoid import sigmoid
 
 WeightGradients = Callable[[Tensor, Tensor], None]  # of gate_up_ECD and down_EDF, of this call's experts in their order
@@ -173,7 +173,8 @@ class _HopperMLP(torch.autograd.Function):
             weights_TK = weights_TK.float().contiguous()
         h = x_TD
         if order.entry_N.shape[0]:
-            h, a_NF = rows.up(Tokens.of(x_TD, ctx.top_k), gate_up_SCD, slots_E, order)
+            x = of_entries(x_TD, order, ctx.top_k, down_SDF.shape[2])
+            h, a_NF = rows.up(x.operand, gate_up_SCD, slots_E, order)
             y_ND = rows.down(a_NF, down_SDF, slots_E, order)
             y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
         else:
@@ -227,13 +228,15 @@ def _hopper_backward(
     # where gradients of the matrices go: to the experts' slots, or one after the other
     slots, out_E = (order.counts_E.shape[0], None) if ctx.gradients is not None else (gate_up_SCD.shape[0], slots_E)
     sum_gate_up, sum_down = (ctx.sums and ctx.sums()) or (None, None)
-    dy = Tokens.of(dy_TD, ctx.top_k)
-    d_h, weighted_NF, dots_PN = rows.d_hidden(dy, h, weights_TK, down_SDF, slots_E, order)
-    d_down = columns.d_weights(dy, weighted_NF, slots, out_E, order, sum_down) if need[2] else None
-    del weighted_NF
+    dy = of_entries(dy_TD, order, ctx.top_k, down_SDF.shape[2])
+    d_h, weighted_NF, dots_PN = rows.d_hidden(dy.operand, h, weights_TK, down_SDF, slots_E, order)
+    d_down = columns.d_weights(dy.clippable, weighted_NF, slots, out_E, order, sum_down) if need[2] else None
+    del dy, weighted_NF
     d_gate_up = None
     if need[1]:
-        d_gate_up = columns.d_weights(d_h, Tokens.of(x_TD, ctx.top_k), slots, out_E, order, sum_gate_up)
+        x = of_entries(x_TD, order, ctx.top_k, down_SDF.shape[2]).operand
+        d_gate_up = columns.d_weights(d_h, x, slots, out_E, order, sum_gate_up)
+        del x
     d_x = d_weights_TK = None
     if need[0]:
         d_rows_ND = rows.d_rows(d_h[ring.HALF.value :], gate_up_SCD, slots_E, order)

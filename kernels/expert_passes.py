@@ -21,7 +21,7 @@ from kernels.expert_mlp import Sums, check_hopper, swiglu
 from kernels.expert_order import ExpertOrder
 from kernels.limits import takes_kernels
 from kernels.linear import product
-from kernels.rows import Tokens, combine_rows, combine_rows_and_partials, spread_rows
+from kernels.rows import Room, Tokens, combine_rows, combine_rows_and_partials, of_entries, spread_rows
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,6 @@ class ArenaExperts:
         """(places of its entries in this part, gate_up_CD, down_DF) of each expert."""
         for count, end, slot in zip(order.counts_E.tolist(), order.ends_E.tolist(), self.slots_E.tolist(), strict=False):
             yield slice(end - count, end), self.gate_up_SCD[slot], self.down_SDF[slot]
-
-
-@dataclass(frozen=True)
-class Room:
-    """For rows of entries."""
-
-    allocation: Tensor  # `rows`, and before them what the kernels on a GPU need there
-    rows: Tensor
-
-    @classmethod
-    def of(cls, entries: int, width: int, like: Tensor) -> Room:
-        """Of the dtype and on the device of `like`."""
-        if takes_kernels(like):
-            from kernels.hopper.ring import clippable  # here, because CPU machines may lack Triton
-
-            return cls(*clippable(entries, width, like))
-        rows = like.new_empty(entries, width)
-        return cls(rows, rows)
-
-
-def of_entries(x_RD: Tensor, order: ExpertOrder, top_k: int) -> Room | Tokens:
-    """The rows of all entries, sorted by expert: kernels gather them where they are, elsewhere they are copied."""
-    if takes_kernels(x_RD):
-        return Tokens.of(x_RD, top_k)
-    room = Room.of(order.entry_N.shape[0], x_RD.shape[1], x_RD)
-    if order.entry_N.shape[0]:
-        spread_rows(x_RD, order.place_N, top_k, room.rows)
-    return room
 
 
 class ForwardPass:
@@ -103,10 +75,10 @@ class ForwardPass:
         return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK)
 
     def whole(self, x_RD: Tensor, weights_RK: Tensor, order: ExpertOrder, out_RD: Tensor) -> None:
-        """The same of all rows at once, into `out_RD`; kernels gather the rows."""
+        """The same of all rows at once, into `out_RD`."""
         top_k = weights_RK.shape[1]
         if self._entries:
-            self._products(of_entries(x_RD, order, top_k), order)
+            self._products(of_entries(x_RD, order, top_k, self._experts.hidden), order)
         combine_rows(self._rows.rows, order.place_N, top_k, weights_TK=weights_RK, out_TD=out_RD)
 
     def _products(self, x: Room | Tokens, order: ExpertOrder) -> None:
@@ -114,7 +86,7 @@ class ForwardPass:
         if self._kernels:
             from kernels.hopper import rows
 
-            _, a_NF = rows.up(_operand(x), experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
+            _, a_NF = rows.up(x.operand, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
             rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows.allocation)
             return
         assert isinstance(x, Room)
@@ -144,7 +116,7 @@ class BackwardPass:
             order: that of all rows.
             weights_RK: float32; of its entries.
             sums: of kernels/expert_mlp.py; the kernels add there what they find.
-            dy_RD: of all rows; kernels gather them. None where they come in parts.
+            dy_RD: of all rows; None where they come in parts.
         """
         self._order, self._h, self._weights_RK, self._experts = order, h, weights_RK, experts
         self._kernels, self._entries, self._width = takes_kernels(h), order.entry_N.shape[0], experts.gate_up_SCD.shape[2]
@@ -152,7 +124,7 @@ class BackwardPass:
         if dy_RD is None:
             self._dy: Room | Tokens = Room.of(self._entries, self._width, h)
         else:
-            self._dy = of_entries(dy_RD, order, weights_RK.shape[1])
+            self._dy = of_entries(dy_RD, order, weights_RK.shape[1], experts.hidden)
         self._d_x: Room | None = None
         self._sum_gate_up: Sum | None = None
         self._sum_down: Sum | None = None
@@ -191,7 +163,7 @@ class BackwardPass:
 
             into = self._d_h.allocation, self._weighted.allocation
             weights_RK, slots_E = self._weights_RK, experts.slots_E
-            _, _, dots_PN = rows.d_hidden(_operand(self._dy), self._h, weights_RK, experts.down_SDF, slots_E, order, into)
+            _, _, dots_PN = rows.d_hidden(self._dy.operand, self._h, weights_RK, experts.down_SDF, slots_E, order, into)
             return dots_PN
         assert isinstance(self._dy, Room)
         dy_ND = self._dy.rows
@@ -227,7 +199,7 @@ class BackwardPass:
         top_k = self._weights_RK.shape[1]
         x: Room | Tokens
         if place_RK is None:
-            x = of_entries(x_RD, self._order, top_k)
+            x = of_entries(x_RD, self._order, top_k, self._experts.hidden)
         else:
             x = Room.of(self._entries, self._width, x_RD)
             if self._entries:
@@ -242,18 +214,12 @@ class BackwardPass:
         if self._kernels:
             from kernels.hopper import columns
 
-            clippable = left if isinstance(left, Tokens) else left.allocation
-            return columns.d_weights(clippable, _operand(right), count, None, order, sums)
+            return columns.d_weights(left.clippable, right.operand, count, None, order, sums)
         assert isinstance(left, Room) and isinstance(right, Room)
         d_EAB = matrices_SAB.new_empty(count, *matrices_SAB.shape[1:])
         for expert, (places, _, _) in enumerate(self._experts.in_turn(order)):
             torch.mm(left.rows[places].t(), right.rows[places], out=d_EAB[expert])
         return d_EAB
-
-
-def _operand(x: Room | Tokens) -> Tensor | Tokens:
-    """As products take it on the side that they do not clip."""
-    return x if isinstance(x, Tokens) else x.rows
 
 
 Here = Sequence[tuple[slice, Tensor, Tensor]]  # of ArenaExperts.in_turn

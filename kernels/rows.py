@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.expert_order import ExpertOrder
+from kernels.limits import takes_kernels
 
 LANE = 8  # numbers of 16 bits that one access moves
+# The expert hidden size from which kernels do not gather: a copy of the rows takes as long as the products of about 160 hidden
+# numbers, gathering a hundredth to a tenth of all (tests/benchmarks/kernels.md).
+COPIED_FROM = 4096
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,53 @@ class Tokens:
         if rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.data_ptr() % 16 == 0:
             return cls(rows, top_k)
         return cls(rows.clone(memory_format=torch.contiguous_format), top_k)
+
+    @property
+    def operand(self) -> Tokens:
+        """As Room has it."""
+        return self
+
+    @property
+    def clippable(self) -> Tokens:
+        return self
+
+
+@dataclass(frozen=True)
+class Room:
+    """For rows of entries."""
+
+    allocation: Tensor  # `rows`, and before them what the kernels on a GPU need there
+    rows: Tensor
+
+    @classmethod
+    def of(cls, entries: int, width: int, like: Tensor) -> Room:
+        """Of the dtype and on the device of `like`."""
+        if takes_kernels(like):
+            from kernels.hopper.ring import clippable  # here, because CPU machines may lack Triton
+
+            return cls(*clippable(entries, width, like))
+        rows = like.new_empty(entries, width)
+        return cls(rows, rows)
+
+    @property
+    def operand(self) -> Tensor:
+        """As products take it."""
+        return self.rows
+
+    @property
+    def clippable(self) -> Tensor:
+        """As products take it on the side that they clip."""
+        return self.allocation
+
+
+def of_entries(x_TD: Tensor, order: ExpertOrder, top_k: int, expert_hidden: int) -> Room | Tokens:
+    """The rows of all entries, sorted by expert: a copy, or what kernels gather them from."""
+    if takes_kernels(x_TD) and expert_hidden < COPIED_FROM:
+        return Tokens.of(x_TD, top_k)
+    room = Room.of(order.entry_N.shape[0], x_TD.shape[1], x_TD)
+    if order.entry_N.shape[0]:
+        spread_rows(x_TD, order.place_N, top_k, room.rows)
+    return room
 
 
 def spread_rows(x_TD: Tensor, place_N: Tensor, top_k: int, out_ND: Tensor) -> None:

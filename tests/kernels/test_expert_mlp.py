@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.errors import UserError
 from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
+from kernels.rows import COPIED_FROM
 from tests.kernels.capture import captured
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -233,6 +234,7 @@ SHAPES = [
     (257, 8, 2, 128, 96),
     (300, 4, 2, 64, 32),
     (400, 8, 2, 192, 224),
+    (300, 4, 2, 128, COPIED_FROM),
 ]
 
 
@@ -285,6 +287,20 @@ def test_runs_repeat_bit_for_bit_whatever_lay_in_memory() -> None:
         del junk
         for ours, before in zip(case.results(), first, strict=True):
             assert torch.equal(ours, before)
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize(("size", "hidden"), [(320, 96), (2048, 768)])
+@pytest.mark.parametrize("skew", [0.0, 4.0])
+def test_gathered_rows_and_copied_ones_give_the_same_bits(
+    size: int, hidden: int, skew: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case.draw(different_experts(700, 16, 4, 3, skew), 16, size, hidden).to("cuda", torch.bfloat16)
+    gathered = case.results()
+    monkeypatch.setattr("kernels.rows.COPIED_FROM", 1)
+    for one, other in zip(gathered, case.results(), strict=True):
+        assert torch.equal(one, other)
 
 
 @gpu
