@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # Images of containers often set it. Each process would then compile all that it imports: 20 s instead of 5. So
 # make unsets it, and setup imports once what most processes do.
 unexport PYTHONDONTWRITEBYTECODE
-IMPORTED := deepspeed, launch.demo, launch.rl, matplotlib.pyplot, torch.fx.experimental.symbolic_shapes, trainer.worker, wandb
+IMPORTED := deepspeed, launch.demo, launch.rl, matplotlib.pyplot, trainer.worker, wandb
 
 .PHONY: demo test check setup clean
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.limits import require_hopper
+from kernels.pullback import pullback
 from kernels.ragged import CPU_ROWS, PAGE_TOKENS, Ragged
 
 
@@ -109,7 +110,7 @@ class _Attend(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q_THd, k_TGd, v_TGd)]
             out_THd = _plain(leaves[0], leaves[1], leaves[2], spans)
-        return (*torch.autograd.grad(out_THd, leaves, d_out_THd), None)
+        return (*pullback(out_THd, leaves, d_out_THd), None)
 
 
 def _takes_kernel(q_THd: Tensor) -> bool:

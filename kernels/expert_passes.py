@@ -21,6 +21,7 @@ from kernels.expert_mlp import Sums, check_hopper, swiglu
 from kernels.expert_order import ExpertOrder
 from kernels.limits import takes_kernels
 from kernels.linear import product
+from kernels.pullback import pullback
 from kernels.rows import Room, Tokens, combine_rows, combine_rows_and_partials, of_entries, spread_rows
 
 
@@ -175,7 +176,7 @@ class BackwardPass:
         with torch.enable_grad():
             h = _rows_at(self._h, here).requires_grad_()
             a = swiglu(h)
-            (d_h,) = torch.autograd.grad(a, h, (d_a * weights).to(a.dtype))
+        (d_h,) = pullback(a, [h], (d_a * weights).to(a.dtype))
         a = a.detach()
         parts = (_of_each(rows, here) for rows in (d_h, a * weights, (d_a * a).sum(1)))
         for (places, _, _), *found in zip(here, *parts, strict=True):

@@ -32,6 +32,6 @@ def _compilers_after_updates(store: Path) -> dict[str, set[str]]:
     assert "deepspeed" not in sys.modules, "its import would be none of the update's"
     for offload in ("none", "cpu"):
         Trainer(spec(tiny_model(), parallel=parallel(offload=offload)), world).learn(random_batch(0), cross_entropy, 1e-2)
-        found[offload] = {"torch._dynamo", "torch._inductor"} & sys.modules.keys()
+        found[offload] = {"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()
     leave(world)
     return found
