@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
+from functools import cache
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,14 @@ def check_offload(offload: str, nvme_dir: Path | None) -> None:
     expert_optimizer(offload, nvme_dir, 1, ((8, 8),), settings, torch.device("cpu"))
 
 
+@cache
+def remember_cpu() -> None:
+    """DeepSpeed asks twice for each optimizer which CPU this is, and each time that takes programs a second to find out."""
+    import cpuinfo  # it runs some of them itself
+
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+
+
 def _cpu_adam(settings: AdamWSettings) -> Any:
     """DeepSpeed's operator without parameters yet, compiled by the first process that asks for it on a machine.
 
@@ -214,6 +223,8 @@ def _cpu_adam(settings: AdamWSettings) -> Any:
         UserError: it cannot be compiled or loaded.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # after RANK and WORLD_SIZE are set; it also takes a second
+
+    remember_cpu()
 
     class Unwrapped(DeepSpeedCPUAdam):
         add_param_group = unwrap(torch.optim.Optimizer.add_param_group)  # as in adamw.py: its wrapper imports torch.compile

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gc
 import os
-from functools import cache
 from importlib import import_module
 
 import cpuinfo
 import torch
 
 from parallel.dense import import_deepspeed
+from parallel.offload import remember_cpu
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else a look at whether there are GPUs opens CUDA, and forks cannot use it
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +21,7 @@ os.environ["DS_ACCELERATOR"] = KIND
 
 import_deepspeed()
 for module in (
-    *("deepspeed.runtime.zero.muon.muon_optimizer", "torch.fx.experimental.symbolic_shapes"),  # with the first update
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # with the first update
     "numpy.random",
     *("rl.engine.engine", "trainer.worker"),
     *("hypothesis", "pytest"),  # of the files whose functions the ranks run
@@ -33,7 +33,7 @@ if KIND == "cpu":  # some of these ask a GPU for its version, which opens CUDA
     import_module("deepspeed.module_inject.auto_ep_layer")  # with the first trainer, and Triton with it
     import_module("torch._dynamo")  # with the first layer that is recomputed; two seconds of torch.utils.checkpoint
 
-cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)  # DeepSpeed asks it twice in each rank that loads an operator
-cpuinfo.get_cpu_info()  # with programs that take most of a second
+remember_cpu()
+cpuinfo.get_cpu_info()  # for all ranks
 
 gc.freeze()  # ranks look for garbage among what is theirs, and share these pages
