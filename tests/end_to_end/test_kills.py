@@ -27,7 +27,7 @@ ROUNDS = APART * (len(ROLES) + 1)
 EXACT = ("reward/mean", "reward/eval_mean", "train/loss", "train/grad_norm", "rollout/new_tokens", "rollout/length_mean")
 OPTIONS = [
     *("experiment=smoke", "rollout=sync", "warmup=none", "task.name=tests.rl.scorers:Letters", "task.options={}"),
-    *(f"loop.rounds={ROUNDS}", "logger.wandb=off", "rollout.max_new_tokens=24", "rollout.groups=3"),
+    *(f"loop.rounds={ROUNDS}", "logger.wandb=off", "rollout.max_new_tokens=12", "rollout.groups=3"),
     *("loop.checkpoint_every=2", "loop.memory_checkpoint_every=1", "loop.eval_every=3", "loop.sequence_length=64"),
     *("parallel.policy=hecate", "parallel.overlap=2", "parallel.memory=2"),  # plans that do not depend on measured times
     # Threads add up a norm in another order, and a rank with engines in places of their own gets fewer of them.
