@@ -17,6 +17,7 @@ from kernels.errors import UserError
 from launch.cli import guarded
 from trainer import checkpoint
 from trainer.model.hf import save_pretrained
+from trainer.tokenizer import Tokenizer
 from trainer.worker import read_model
 
 
@@ -24,7 +25,7 @@ def convert(source: Path, out: Path) -> None:
     folder = checkpoint.resolve(source)
     model = read_model(folder)
     try:
-        save_pretrained(model, out, folder / "tokenizer.json")
+        save_pretrained(model, out, Tokenizer.load(folder / "tokenizer.json"))
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{out} cannot be written: {reason}; make room, or name a folder elsewhere") from error

@@ -18,7 +18,7 @@ from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import settled, starting_point, tokenizer_of
+from trainer.starting_point import own_checkpoint, settled, starting_point, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
@@ -33,7 +33,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
         print_plan(config, config.model, ranks)
         return None
     check_cluster(config.cluster, ranks)
-    corpus = prepare(config.data, config.tokenizer, say=print)  # a mistake in the data leaves no run folder behind
+    tokenizer = config.tokenizer
+    if start_from is not None:
+        tokenizer = tokenizer.model_copy(update={"file": start_from / "tokenizer.json"})
+    corpus = prepare(config.data, tokenizer, say=print)  # a mistake in the data leaves no run folder behind
     run = RunDir.open(config, "pretrain")
     price = config.cluster.dollars_per_gpu_hour
     with StopRequest() as stop, Tracker(run, "pretrain", config.logger, config.train.steps, ranks, price) as tracker:
@@ -59,13 +62,12 @@ def settle(config: PretrainConfig) -> tuple[PretrainConfig, Path | None, tuple[i
 
 
 def with_checkpoint(config: PretrainConfig) -> tuple[PretrainConfig, Path | None]:
-    """With the model and the tokenizer of its checkpoint, and the folder of the weights; as it is, and None, without one."""
+    """With the model of its checkpoint, and the folder of the weights and the tokenizer; as it is, and None, without one."""
     if config.checkpoint is None:
         return config, None
     path = settled(config.checkpoint, config, "pretrain")
-    folder, model = starting_point(path)
-    tokenizer = config.tokenizer.model_copy(update={"file": folder / "tokenizer.json"})
-    config = config.model_copy(update={"checkpoint": path, "model": model, "tokenizer": tokenizer})
+    folder, model = own_checkpoint(config, "pretrain") or starting_point(path)
+    config = config.model_copy(update={"checkpoint": path, "model": model})
     try:
         config.check_model()
     except ValueError as error:

@@ -22,6 +22,7 @@ from trainer.cluster import choose_ranks
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig, RunConfig
 from trainer.run_dir import continued, shown, write_atomically
+from trainer.starting_point import own_checkpoint
 
 TEMPLATES = Path(__file__).parent / "slurm"
 COMMANDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "rl": RLConfig}
@@ -60,7 +61,8 @@ def check_run(config: RunConfig) -> None:
     A checkpoint that is not there yet may be what another job makes: that is said, and nothing that depends on it is checked.
     """
     assert isinstance(config, PretrainConfig | RLConfig)
-    if config.checkpoint is not None and not config.checkpoint.exists():
+    kind = "pretrain" if isinstance(config, PretrainConfig) else "rl"
+    if config.checkpoint is not None and not config.checkpoint.exists() and own_checkpoint(config, kind) is None:
         print(f"checkpoint={config.checkpoint} is not there; the job ends at once unless it is when the job begins")
     elif isinstance(config, PretrainConfig):
         continued(pretrain.settle(config)[0], "pretrain")

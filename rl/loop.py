@@ -104,8 +104,8 @@ class Reinforcement:
             self.tracker.say(
                 "without rollout.server_reload it keeps the weights that it has, and their tokens grow older every round"
             )
-        folder, tokenizer = self.run.path / "server_weights", self.start_from / "tokenizer.json"
-        with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, tokenizer) as pool:
+        folder = self.run.path / "server_weights"
+        with ServerPool(rollout, self.engine_settings, vocab_size(self.model), folder, self.task.tokenizer) as pool:
             held_out = range(EVAL_GROUP, EVAL_GROUP + min(SERVER_PROMPTS, self.config.task.eval_prompts))
             prompts = [self.task.prompt_ids(group) for group in held_out]
             # First halves of prompts, after which the next token is less certain.
@@ -234,7 +234,7 @@ class Reinforcement:
     @property
     def checkpoints(self) -> RunCheckpoints:
         every, keep = self.config.loop.checkpoint_every, self.config.loop.keep_checkpoints
-        tokenizer = self.start_from / "tokenizer.json"
+        tokenizer = self.task.tokenizer
         return RunCheckpoints("rl", self.model, tokenizer, every, keep, self.run, self.tracker, self.stop, self.memory)
 
     def _restore(self, ranks: Processes) -> tuple[int, RolloutBuffer]:
@@ -255,5 +255,5 @@ class Reinforcement:
 
     def _write_reference(self, ranks: Processes) -> None:
         """Writes the weights at the start of RL once; every attempt reads its reference policy from there."""
-        files = {"tokenizer.json": (self.start_from / "tokenizer.json").read_text(encoding="utf-8")}
+        files = {"tokenizer.json": self.task.tokenizer.layout}
         ranks.call("write_reference", self.run.reference, self.checkpoints.meta(0, {}), files)

@@ -58,7 +58,7 @@ META, SUMS = TypeAdapter(CheckpointMeta), TypeAdapter(dict[str, Checksum])
 
 
 def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
-    """The model of a checkpoint. Raises Damaged where the record describes none."""
+    """The model of a checkpoint. Raises Damaged where the record describes none, or one for which its files are too small."""
     try:
         model = ModelConfig(**meta.model)
     except (ValidationError, TypeError) as error:
@@ -66,7 +66,10 @@ def model_of(folder: Path, meta: CheckpointMeta) -> ModelConfig:
     if model.vocab_size is None:
         raise Damaged(f"{folder / 'meta.json'} describes a model without a vocabulary")
     files = [folder / name for name in tensor_files(_read_record(folder)[1])]
-    require_plausible(model, sum(file.stat().st_size for file in files if file.is_file()), str(folder / "meta.json"))
+    try:
+        require_plausible(model, sum(file.stat().st_size for file in files if file.is_file()), str(folder / "meta.json"))
+    except UserError as error:
+        raise Damaged(str(error)) from None
     return model
 
 
@@ -107,7 +110,19 @@ def verify(folder: Path, world: World | None = None) -> None:
         found = [None] * size
         dist.all_gather_object(found, damage)
     for damage in filter(None, found):
-        raise Damaged(f"the checkpoint {folder} is damaged: {damage}; one beside it may be whole")
+        raise _damaged(folder, damage)
+
+
+def verify_file(folder: Path, name: str) -> None:
+    """Checks one file against its checksum. Raises Damaged."""
+    files = _read_record(folder)[1]
+    damage = _damage(folder, name, files[name]) if name in files else f"meta.json does not name {name}"
+    if damage is not None:
+        raise _damaged(folder, damage)
+
+
+def _damaged(folder: Path, damage: str) -> Damaged:
+    return Damaged(f"the checkpoint {folder} is damaged: {damage}; one beside it may be whole")
 
 
 def _read_record(folder: Path) -> tuple[CheckpointMeta, dict[str, Checksum]]:

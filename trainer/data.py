@@ -51,10 +51,6 @@ class Corpus:
     folder: Path
     fingerprint: str
 
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / "tokenizer.json"
-
     def require_same(self, fingerprint: str, checkpoint: object) -> None:
         """Raises UserError unless `fingerprint`, kept in `checkpoint`, is that of this corpus."""
         if fingerprint != self.fingerprint:

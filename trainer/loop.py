@@ -111,7 +111,7 @@ class Pretraining:
     @property
     def checkpoints(self) -> RunCheckpoints:
         every, keep = self.config.train.checkpoint_every, self.config.train.keep_checkpoints
-        tokenizer = self.corpus.tokenizer_file
+        tokenizer = self.corpus.tokenizer
         return RunCheckpoints("pretrain", self.model, tokenizer, every, keep, self.run, self.tracker, self.stop, self.memory)
 
     def _restore(self, ranks: Processes) -> int:

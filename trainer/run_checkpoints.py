@@ -22,6 +22,7 @@ from trainer.memory_checkpoints import InMemory, MemoryCheckpoints
 from trainer.metrics import Stage
 from trainer.run_dir import RunDir
 from trainer.stopping import StopRequest
+from trainer.tokenizer import Tokenizer
 from trainer.tracking import Tracker
 
 
@@ -66,7 +67,7 @@ class RunCheckpoints:
 
     kind: Stage
     model: ModelConfig
-    tokenizer: Path  # the tokenizer.json that each on the disk gets a copy of
+    tokenizer: Tokenizer  # that each on the disk has a copy of
     every: int
     keep: int
     run: RunDir
@@ -109,7 +110,7 @@ class RunCheckpoints:
 
     @property
     def _files(self) -> dict[str, str]:
-        return {"config.yaml": self.run.config_text, "tokenizer.json": self.tokenizer.read_text(encoding="utf-8")}
+        return {"config.yaml": self.run.config_text, "tokenizer.json": self.tokenizer.layout}
 
     def bring_to_disk(self) -> None:
         """Of a run that stops without its ranks: the newest one in memory, if the disk has none so new. It goes with the run.

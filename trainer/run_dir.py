@@ -241,23 +241,18 @@ def continued(config: RunConfig, kind: str) -> Path | None:
     Raises:
         UserError: it is of another kind, has other options, or cannot be read.
     """
-    path = _resumable(config, kind)
-    if path is None:
-        return None
-    if (found := read_status(path)["kind"]) != kind:
-        raise UserError(f"{shown(path)} is of launch.{found}; choose another run_name for this run of launch.{kind}")
-    _require_same(path, config)
+    path = resumable(config, kind)
+    if path is not None:
+        _require_same(path, config)
     return path
 
 
-def continued_config(config: RunConfig, kind: str) -> dict[str, Any] | None:
-    """config.yaml of that run; None where this command begins one."""
-    path = _resumable(config, kind)
-    return None if path is None else read_config(path)
+def resumable(config: RunConfig, kind: str) -> Path | None:
+    """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind. None without it.
 
-
-def _resumable(config: RunConfig, kind: str) -> Path | None:
-    """The run that resume=auto means: `run_name`, or the newest unfinished one of this kind. None without it."""
+    Raises:
+        UserError: it is of another kind, or cannot be read.
+    """
     if config.resume != "auto":
         return None
     runs = config.runs_dir.absolute()
@@ -267,6 +262,8 @@ def _resumable(config: RunConfig, kind: str) -> Path | None:
             there, begun = path.exists(), (path / "status.json").exists()
         if there and not begun:
             raise UserError(f"no run has begun in {shown(path)}: it has no status.json. Remove it, or choose another run_name")
+        if there and (found := read_status(path)["kind"]) != kind:
+            raise UserError(f"{shown(path)} is of launch.{found}; choose another run_name for this run of launch.{kind}")
         return path if there else None
     folders = [file.parent for file in runs.glob("*/status.json") if not file.parent.is_symlink()]
     try:

@@ -1,8 +1,12 @@
-"""The weights that a run begins with, if not random: a checkpoint of ours, or a folder in the Hugging Face layout."""
+"""The weights that a run begins with, if not random: a checkpoint of ours, or a folder in the Hugging Face layout.
+
+A run that goes on needs what it began with no more as soon as it has a checkpoint of its own.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 
 from kernels.errors import UserError
 from trainer import checkpoint
@@ -11,7 +15,8 @@ from trainer.config.model import ModelConfig
 from trainer.config.run import RunConfig
 from trainer.estimate import vocab_size
 from trainer.model.hf import read_config, tensor_files
-from trainer.run_dir import continued_config, shown
+from trainer.run_dir import option, resumable, shown
+from trainer.run_dir import read_config as read_run_config
 from trainer.tokenizer import Tokenizer
 
 
@@ -22,8 +27,22 @@ def settled(path: Path, config: RunConfig, kind: str) -> Path:
         linked = any(part.is_symlink() for part in (path, *path.parents))
     if not linked:
         return path
-    earlier = continued_config(config, kind)
-    return Path(shown(path.resolve())) if earlier is None else Path(earlier["checkpoint"])
+    run = resumable(config, kind)
+    began = None if run is None else option(read_run_config(run), "checkpoint", str, NoneType)
+    return Path(shown(path.resolve()) if began is None else began)
+
+
+def own_checkpoint(config: RunConfig, kind: str) -> tuple[Path, ModelConfig] | None:
+    """The newest checkpoint of the run that this command goes on with, and its model; None where the run has none whose record
+    and tokenizer are whole, and must begin with its `starting_point`."""
+    run = resumable(config, kind)
+    for folder in [] if run is None else reversed(checkpoint.available(run / "checkpoints")):
+        try:
+            checkpoint.verify_file(folder, "tokenizer.json")
+            return folder, checkpoint.model_of(folder, checkpoint.read_meta(folder))
+        except checkpoint.Damaged:  # which is said where its weights are loaded, as that of the others
+            continue
+    return None
 
 
 def starting_point(path: Path) -> tuple[Path, ModelConfig]:

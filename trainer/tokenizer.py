@@ -69,7 +69,7 @@ class Tokenizer:
 
     def __init__(self, layout: str, origin: str, eos: str | None = None) -> None:
         self.layout = layout
-        self._origin, self._eos = origin, eos
+        self.origin, self._eos = origin, eos
         self._core = _parse(layout, origin)
         self._core.no_padding()
         self._core.no_truncation()
@@ -78,7 +78,7 @@ class Tokenizer:
         self.bos, self.eos, self.pad = self._find_special_tokens()
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str, str | None]]:
-        return Tokenizer, (self.layout, self._origin, self._eos)
+        return Tokenizer, (self.layout, self.origin, self._eos)
 
     @staticmethod
     def load(path: Path, eos: str | None = None) -> Tokenizer:
@@ -122,7 +122,7 @@ class Tokenizer:
         found: int | None = self._core.token_to_id(name)
         if found is None:
             there = ", ".join(token.content for token in self._core.get_added_tokens_decoder().values())
-            raise UserError(f"tokenizer {self._origin} has no token {name!r}; its added tokens are: {there or 'none'}")
+            raise UserError(f"tokenizer {self.origin} has no token {name!r}; its added tokens are: {there or 'none'}")
         return found
 
     def spelled(self) -> tuple[bytes, ...]:
@@ -145,7 +145,7 @@ class Tokenizer:
         if self._eos is not None and self._eos not in added:
             there = ", ".join(list(added)[:12]) or "none"
             raise UserError(
-                f"tokenizer {self._origin} has no token {self._eos}, which should end a text (chat.eos); its added tokens are: "
+                f"tokenizer {self.origin} has no token {self._eos}, which should end a text (chat.eos); its added tokens are: "
                 f"{there}. Name one of them, or choose chat=none"
             )
         found: list[int] = []
@@ -160,7 +160,7 @@ class Tokenizer:
         if missing:
             there = ", ".join(list(added)[:12]) or "none"
             raise UserError(
-                f"tokenizer {self._origin} lacks these special tokens: {'; '.join(missing)}. Its added tokens are: {there}. "
+                f"tokenizer {self.origin} lacks these special tokens: {'; '.join(missing)}. Its added tokens are: {there}. "
                 "Add the missing ones to its added_tokens, or set tokenizer.file=null to train a tokenizer"
             )
         bos, eos, pad = found

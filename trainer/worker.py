@@ -42,6 +42,7 @@ from trainer.model.hf import load_pretrained, save_pretrained
 from trainer.model.transformer import ExpertWeights, LanguageModel
 from trainer.state import TrainerSpec
 from trainer.step import Trainer
+from trainer.tokenizer import Tokenizer
 from trainer.tracing import Traceable
 from trainer.usage import Usage
 from trainer.weight_links import Offer, Sender, gpu_of, open_group
@@ -299,7 +300,7 @@ class TrainWorker(Traceable):
         assert self.sender is not None, "no engines are linked"
         self.sender.send()
 
-    def export(self, folder: Path, tokenizer: Path) -> None:
+    def export(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Writes the same weights to `folder` in the Hugging Face layout."""
         model = self._whole_model()
         if model is not None:

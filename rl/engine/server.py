@@ -30,6 +30,7 @@ from rl.trajectory import Sample
 from trainer.cluster import Processes
 from trainer.config.rl import RolloutConfig, SyncConfig
 from trainer.json_text import parsed
+from trainer.tokenizer import Tokenizer
 
 UNKNOWN = -1  # the version of weights that were not sent by this run
 LINE_BYTES = 1 << 24  # an event may hold a long prompt's token ids
@@ -42,7 +43,9 @@ T = TypeVar("T")
 class ServerPool:
     """Requests on their way in a thread of their own. `folder` is where weights for the server are written."""
 
-    def __init__(self, config: RolloutConfig, settings: EngineSettings, vocab_size: int, folder: Path, tokenizer: Path) -> None:
+    def __init__(
+        self, config: RolloutConfig, settings: EngineSettings, vocab_size: int, folder: Path, tokenizer: Tokenizer
+    ) -> None:
         assert config.server is not None
         self._url, self._config, self._settings, self._vocab_size = config.server, config, settings, vocab_size
         self._folder, self._tokenizer = folder, tokenizer

@@ -83,9 +83,8 @@ def untrained(folder: Path) -> Path:
     """A tiny model that knows nothing, and its tokenizer, in the Hugging Face layout; RL can begin with it."""
     texts = [Path(__file__).read_text(encoding="utf-8")]
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, train_mib=1), folder, lambda text: None)
-    tokenizer.save(folder / "tokenizer.json")
     model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size), seed=0)
-    save_pretrained(model.to(torch.device("cpu"), torch.float32), folder / "model", folder / "tokenizer.json")
+    save_pretrained(model.to(torch.device("cpu"), torch.float32), folder / "model", tokenizer)
     return folder / "model"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from statistics import fmean
@@ -152,9 +153,11 @@ def test_rl_at_a_completion_server_that_gets_the_weights_after_every_round(runs:
 
 def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, tmp_path: Path) -> None:
     """The buffer of unfinished samples, the prompt cursor, the optimizers and the value head are in the checkpoint, and the
-    reference policy in the run. Starts from an export, of a tiny model: what is compared are bits, and no skill is needed."""
+    reference policy in the run. Starts from an export, which is gone later, of a tiny model: what is compared are bits, and no
+    skill is needed."""
+    begun = untrained(tmp_path)
     common = [
-        *(f"checkpoint={untrained(tmp_path)}", "experiment=smoke", "algorithm=ppo_gae", f"runs_dir={runs}"),
+        *(f"checkpoint={begun}", "experiment=smoke", "algorithm=ppo_gae", f"runs_dir={runs}"),
         *("loop.rounds=8", "loop.checkpoint_every=2", "loop.eval_every=4"),
         *("task.name=tests.rl.scorers:Letters", "task.options={}"),  # which this model writes more or less of
         *("rollout.groups=4", "rollout.engine_slots=16", "rollout.max_new_tokens=24"),
@@ -169,6 +172,7 @@ def test_rl_stopped_killed_and_resumed_goes_on_exactly(runs: Path, tmp_path: Pat
     process = start("rl", *common, "run_name=rl-killed", at_a_terminal=True)
     wait_for_step(runs / "rl-killed", 1, process)
     assert beyond_loopback(process.pid) == {}, "ranks, engines, scorers, Ray and Prometheus"
+    shutil.rmtree(begun)
     press_ctrl_c(process)
     output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == CTRL_C and "stopped by Ctrl-C after round" in output, output

@@ -28,9 +28,8 @@ PROMPTS = ("def f(x", "", "x + 1\nreturn")
 def export(folder: Path, **changes: Any) -> Path:
     """Random weights in the Hugging Face layout."""
     tokenizer = train_tokenizer(["def f(x): return x + 12\n" * 20], TokenizerConfig(vocab_size=280, train_mib=1), folder, print)
-    tokenizer.save(folder / "tokenizer.json")
     model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size, **changes), seed=0)
-    save_pretrained(model, folder / "export", folder / "tokenizer.json")
+    save_pretrained(model, folder / "export", tokenizer)
     return folder / "export"
 
 

@@ -35,9 +35,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, task = tmp_path_factory.mktemp("model"), Countdown(seed=0)
     text = " ".join("".join((prompt.text, answer)) for prompt, answer in map(task.demonstration, range(50)))
     tokenizer = train_tokenizer([text], TokenizerConfig(vocab_size=300, train_mib=1), folder / "cache", print)
-    tokenizer.save(folder / "tokenizer.json")
     model = LanguageModel.initialize(tiny_model(vocab_size=tokenizer.vocab_size), seed=0)
-    save_pretrained(model, folder / "export", folder / "tokenizer.json")
+    save_pretrained(model, folder / "export", tokenizer)
     return folder / "export"
 
 

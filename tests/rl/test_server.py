@@ -29,9 +29,11 @@ from tests.rl.test_engine import CONFIG, EOS, MAX_NEW, assert_like_the_trainer, 
 from trainer.config.rl import RLConfig, SyncConfig
 from trainer.model.hf import save_pretrained
 from trainer.model.transformer import LanguageModel
+from trainer.tokenizer import Tokenizer
 
 FULL = SyncConfig(transport="store", anchor_every=1, check=False)
 VOCABULARY = CONFIG.vocab_size or 0
+TOKENIZER: Any = None  # the ranks of these tests write none
 ENDS = 3  # the request whose completion ends with <eos> before the limit
 
 
@@ -52,7 +54,7 @@ def pool_at(
 ) -> Iterator[ServerPool]:
     config = rollout_config(server=url or server.url, server_retries=retries, server_timeout_s=timeout_s)
     config = config.model_copy(update={key: changes.pop(key) for key in ("server_reload",) if key in changes})
-    with ServerPool(config, settings(**changes), VOCABULARY, folder, Path("tokenizer.json")) as pool:
+    with ServerPool(config, settings(**changes), VOCABULARY, folder, TOKENIZER) as pool:
         yield pool
 
 
@@ -385,7 +387,7 @@ class ScriptedRanks:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
-    def call(self, method: str, folder: Path, tokenizer: Path) -> list[None]:
+    def call(self, method: str, folder: Path, tokenizer: Tokenizer) -> list[None]:
         assert method == "export"
         save_pretrained(self.model, folder, None)
         return [None]
@@ -421,7 +423,7 @@ def test_without_a_way_to_give_it_weights_the_server_has_unknown_ones(model: Lan
 
 def test_a_server_that_does_not_load_the_weights_ends_the_run(model: LanguageModel, tmp_path: Path) -> None:
     class Forgetful(ScriptedRanks):
-        def call(self, method: str, folder: Path, tokenizer: Path) -> list[None]:
+        def call(self, method: str, folder: Path, tokenizer: Tokenizer) -> list[None]:
             folder.parent.mkdir(exist_ok=True)
             return [None]
 

@@ -45,6 +45,7 @@ from trainer.worker import SavedInMemory, named_tensors, read_model
 ALONE = World(0, 1, torch.device("cpu"), ranks_per_node=1)
 MODEL = tiny_model()
 NO_MEMORY = MemoryCheckpoints(0, print)
+TOKENIZER: Any = SimpleNamespace(layout="{}")
 
 
 def meta(step: int) -> CheckpointMeta:
@@ -357,7 +358,7 @@ class Run:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
     run, ranks = Run(tmp_path), Ranks()
     parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None}
-    checkpoints = RunCheckpoints("pretrain", MODEL, tmp_path, every=1, keep=3, memory=NO_MEMORY, **parts)
+    checkpoints = RunCheckpoints("pretrain", MODEL, TOKENIZER, every=1, keep=3, memory=NO_MEMORY, **parts)
     assert checkpoints.load_newest(ranks) is None  # type: ignore[arg-type]
     folders = [write(tmp_path, step) for step in (1, 2, 3)]
     file = folders[2] / "state" / "rank_00000.safetensors"
@@ -415,14 +416,13 @@ def test_what_is_due_after_a_step(
     tmp_path: Path, step: int, last: bool, going: set[str] | str | None, fills: bool, asked: list[str]
 ) -> None:
     """On the disk every 4, in memory every 2; a run that stops leaves its last step, in memory where it goes on at once."""
-    (tmp_path / "tokenizer.json").write_text("{}")
     ranks, stop, states = DueRanks(fills), StopRequest(), list[int]()
     memory = MemoryCheckpoints(2, print)
     memory._nodes = ["a", "b"]
     stop.move = Move("why", frozenset(going)) if isinstance(going, set) else None
     run: Any = SimpleNamespace(checkpoints=tmp_path, config_text="", git="unknown")
     tracker: Any = SimpleNamespace(say=print)
-    parts = (tmp_path / "tokenizer.json", 4, 2, run, tracker, stop, memory)
+    parts = (TOKENIZER, 4, 2, run, tracker, stop, memory)
     progress = Progress(step, {"rows": step}, lambda: {"number": states.append(step)})
     metrics = RunCheckpoints("pretrain", MODEL, *parts).after(ranks, progress, last, going is not None)  # type: ignore[arg-type]
     assert ranks.asked == asked
@@ -452,11 +452,10 @@ class OneNode(MemoryCheckpoints):
 
 
 def with_memory(folder: Path, memory: MemoryCheckpoints) -> tuple[Run, RunCheckpoints]:
-    run, tokenizer = Run(folder), folder / "tokenizer.json"
+    run = Run(folder)
     run.config_text = "seed: 0"
-    tokenizer.write_text("{}")
     parts: dict[str, Any] = {"run": run, "tracker": run, "stop": None, "memory": memory}
-    return run, RunCheckpoints("pretrain", MODEL, tokenizer, every=100, keep=2, **parts)
+    return run, RunCheckpoints("pretrain", MODEL, TOKENIZER, every=100, keep=2, **parts)
 
 
 def tear(folder: Path) -> None:

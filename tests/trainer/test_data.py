@@ -236,7 +236,7 @@ def test_a_second_call_reads_no_text(folder: Path, monkeypatch: pytest.MonkeyPat
     assert again.folder == first.folder and again.fingerprint == first.fingerprint
     assert np.array_equal(again.train.tokens, first.train.tokens)
     opened = open_corpus(first.folder)
-    assert opened.fingerprint == first.fingerprint and opened.tokenizer_file.exists()
+    assert opened.fingerprint == first.fingerprint and opened.tokenizer.layout == first.tokenizer.layout
     assert np.array_equal(opened.validation.offsets, first.validation.offsets)
 
 
@@ -260,7 +260,7 @@ def test_equal_text_elsewhere_has_an_equal_fingerprint(folder: Path) -> None:
 
 def test_a_tokenizer_file_is_used_as_it_is(folder: Path) -> None:
     trained = prepare(text_source(folder), CONFIG, silent)
-    config = TokenizerConfig(vocab_size=9999, train_mib=1, file=trained.tokenizer_file)
+    config = TokenizerConfig(vocab_size=9999, train_mib=1, file=trained.folder / "tokenizer.json")
     said: list[str] = []
     corpus = prepare(text_source(folder), config, said.append)
     assert corpus.tokenizer.layout == trained.tokenizer.layout and corpus.fingerprint == trained.fingerprint

@@ -146,7 +146,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("changes", [CONFIGS["qwen"], CONFIGS["glm"]], ids=["qwen", "glm"])
 def test_auto_tokenizer_gives_our_ids(changes: dict[str, Any], tokenizer_file: Path, tmp_path: Path) -> None:
     ours = Tokenizer.load(tokenizer_file)
-    save_pretrained(some_model(changes | {"vocab_size": 300}), tmp_path / "out", tokenizer_file)
+    save_pretrained(some_model(changes | {"vocab_size": 300}), tmp_path / "out", ours)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("def g(y):\n\treturn y - 345", "  Grüße  \n\n x=1 "):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -159,7 +159,7 @@ def test_auto_tokenizer_gives_our_ids(changes: dict[str, Any], tokenizer_file: P
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer.json has \d+ tokens, the model only 96"):
-        save_pretrained(some_model(CONFIGS["glm"]), tmp_path / "out", tokenizer_file)
+        save_pretrained(some_model(CONFIGS["glm"]), tmp_path / "out", Tokenizer.load(tokenizer_file))
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from launch.cli import load
 from trainer import run_dir
 from trainer.config.rl import RLConfig
 from trainer.config.run import PretrainConfig
-from trainer.run_dir import RunDir, continued, continued_config, git_revision, read_status, write_atomically
+from trainer.run_dir import RunDir, continued, git_revision, read_status, resumable, write_atomically
 
 
 def config(runs: Path, *arguments: str) -> PretrainConfig:
@@ -253,7 +253,7 @@ def test_a_run_whose_disk_was_full_when_it_began_says_how_to_begin_anew(
         patch.setattr(run_dir, "write_atomically", full)
         RunDir.open(config(tmp_path, "run_name=mine"), "pretrain")
     again = config(tmp_path, "run_name=mine", "resume=auto")
-    for begin in (RunDir.open, continued_config):
+    for begin in (RunDir.open, resumable):
         with pytest.raises(UserError, match=r"no run has begun in .*mine: it has no status\.json\. Remove it, or"):
             begin(again, "pretrain")
 

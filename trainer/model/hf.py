@@ -46,9 +46,9 @@ PLAIN = re.compile(r"[ -.0-~]{1,255}")  # the name of a file in a folder: ASCII 
 
 
 def save_pretrained(
-    model: LanguageModel, folder: Path, tokenizer_file: Path | None, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: LanguageModel, folder: Path, tokenizer: Tokenizer | None, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `model` to `folder`, complete or not at all; `tokenizer_file` is a tokenizer.json.
+    """Write `model` and, beside it, `tokenizer` to `folder`, complete or not at all.
 
     Replaces an earlier export of ours. Raises UserError if no architecture expresses the model, if the folder holds anything
     else, or if the tokenizer has more tokens than the model.
@@ -62,8 +62,8 @@ def save_pretrained(
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
     try:
         beside.chmod(0o755)  # mkdtemp gives it to this user alone
-        if tokenizer_file is not None:
-            special_ids = _write_tokenizer(tokenizer_file, beside, model.config)
+        if tokenizer is not None:
+            special_ids = _write_tokenizer(tokenizer, beside, model.config)
         dtype = str(model.experts.gate_up_LECD.dtype).removeprefix("torch.")
         _write_json(beside / "config.json", config_json(model.config) | special_ids | {"dtype": dtype})
         if special_ids:
@@ -93,16 +93,16 @@ def _replace(folder: Path, beside: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _write_tokenizer(file: Path, folder: Path, config: ModelConfig) -> dict[str, int]:
-    """Copies the tokenizer and describes it; returns the ids of its special tokens for the model's files."""
-    tokenizer = Tokenizer.load(file)
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, int]:
+    """Writes the tokenizer and describes it; returns the ids of its special tokens for the model's files."""
     assert config.vocab_size is not None, "a built model has a vocabulary size"
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{file} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; name the model's own tokenizer"
+            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; "
+            "name the model's own tokenizer"
         )
-    shutil.copyfile(file, folder / "tokenizer.json")
-    names = {token["id"]: token["content"] for token in _read_json(file)["added_tokens"]}
+    tokenizer.save(folder / "tokenizer.json")
+    names = {token["id"]: token["content"] for token in parsed(tokenizer.layout)["added_tokens"]}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos],
