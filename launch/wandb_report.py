@@ -41,7 +41,7 @@ def write_at_wandb(paths: Sequence[Path]) -> list[str]:
     try:
         entity = str(logger["entity"] or wandb.Api().default_entity)
         workspaces = [ensure_workspace(entity, project, stage, add_panels=True) for stage in {run.stage: 0 for run in runs}]
-        return [_save(report(runs, entity, project), runs[-1].path / FILE), *workspaces]
+        return [_save(report(runs, entity, project), runs[-1]), *workspaces]
     except Exception as error:  # of many libraries and of a server: all of it is told
         why = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
@@ -83,10 +83,13 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))
 
 
-def _save(made: Report, file: Path) -> str:
-    """Saves it in the place of the one that `file` tells of; its address, which `file` keeps."""
-    if file.exists():
-        made.id = json.loads(file.read_text(encoding="utf-8"))["id"]
+def _save(made: Report, run: Run) -> str:
+    """Saves it in the place of the one that FILE tells of, unless the folder was another W&B run then; its address, which FILE
+    keeps."""
+    file, about = run.path / FILE, run.status["id"]
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if earlier is not None and earlier["run"] == about:
+        made.id = earlier["id"]
     made.save()
-    write_atomically(file, json.dumps({"id": made.id, "url": made.url}))
+    write_atomically(file, json.dumps({"id": made.id, "url": made.url, "run": about}))
     return str(made.url)

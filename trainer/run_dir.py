@@ -16,6 +16,8 @@
         wandb_report.json       the report at W&B about it, if there is one
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
+
+A folder has a W&B run of its own: one that was copied or moved gets another when it goes on.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Status:
     state: State
     attempt: Annotated[int, Field(ge=1)]
     created: Annotated[str, AfterValidator(_moment)]
-    id: str
+    id: str  # of the W&B run
+    folder: str  # that the id belongs to; without links
     git: str
 
 
@@ -106,14 +109,18 @@ class RunDir:
             wanted = f"no run {config.run_name}" if config.run_name else f"no unfinished {kind} run"
             note = f"resume=auto found {wanted} in {shown(config.runs_dir)}: {note}"
         created = datetime.now().astimezone().isoformat("T", "milliseconds")
-        status = {"kind": kind, "state": "running", "attempt": 1, "created": created, "id": secrets.token_hex(4)}
+        status = {"kind": kind, "state": "running", "attempt": 1, "created": created} | _wandb_run(path)
         return cls._start(path, config, status, note)
 
     @classmethod
     def _reopen(cls, path: Path, config: RunConfig, kind: str) -> RunDir:
         status = read_status(path)
         status |= {"state": "running", "attempt": status["attempt"] + 1}
-        return cls._start(path, config, status, f"continuing {shown(path)}, attempt {status['attempt']}")
+        note = f"continuing {shown(path)}, attempt {status['attempt']}"
+        if (earlier := status["folder"]) != str(path.resolve()):
+            status |= _wandb_run(path)
+            note += f"; it was copied or moved from {earlier}, and is another run to W&B from now on"
+        return cls._start(path, config, status, note)
 
     @classmethod
     def _start(cls, path: Path, config: RunConfig, status: dict[str, Any], note: str) -> RunDir:
@@ -292,6 +299,11 @@ def _new_folder(config: RunConfig, kind: str) -> Path:
             continue
         return path
     raise UserError(f"{shown(candidates[0])} and 98 more of that name exist; give the run a run_name")
+
+
+def _wandb_run(path: Path) -> dict[str, str]:
+    """What status.json says of a new one."""
+    return {"id": secrets.token_hex(4), "folder": str(path.resolve())}
 
 
 def _point_to(path: Path, link: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def test_a_report_has_the_runs_curves_and_is_written_anew_in_its_place(
     with WandbServer() as server, at(server.url, tmp_path, monkeypatch):
         report, workspace = write_at_wandb([run])
         assert write_at_wandb([run])[0] == report
+        copy = shutil.copytree(run, tmp_path / "copy")
+        status = json.loads((copy / "status.json").read_text())
+        (copy / "status.json").write_text(json.dumps(status | {"id": "another"}))  # as when the copy has gone on
+        assert write_at_wandb([copy])[0] != report
     reports = [view for view in server.views.values() if view["type"] == "runs"]
-    assert len({view["id"] for view in reports}) == 1 and json.loads((run / FILE).read_text())["url"] == report
+    assert len({view["id"] for view in reports}) == 2 and json.loads((run / FILE).read_text())["url"] == report
     assert workspace.endswith("?nw=tesserapretrain")
     text = reports[0]["spec"]
     for part in (

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -359,6 +360,32 @@ def test_a_resumed_run_is_the_same_run_to_wandb(tmp_path: Path) -> None:
     assert opened[0].id == opened[1].id and [run.attempt for run in opened] == [1, 2]
     folders = list(opened[0].path.glob("wandb/offline-run-*"))
     assert len(folders) == 2 and all((folder / f"run-{opened[0].id}.wandb").is_file() for folder in folders)
+
+
+def test_a_run_that_was_copied_or_moved_is_another_run_to_wandb(tmp_path: Path) -> None:
+    """Two that go on from the same step never write into one."""
+
+    def go_on(name: str) -> RunDir:
+        opened = RunDir.open(
+            load(PretrainConfig, "pretrain", [f"runs_dir={runs}", f"run_name={name}", "resume=auto"]), "pretrain"
+        )
+        with Tracker(opened, "pretrain", logger("off"), total_steps=9, devices=1):
+            return opened
+
+    runs = tmp_path / "runs"
+    first = go_on("first")
+    shutil.copytree(first.path, runs / "copy")
+    copy = go_on("copy")
+    assert copy.id != first.id == go_on("first").id and go_on("copy").id == copy.id, "told apart, and then the same again"
+    log = copy.log_file("driver").read_text().splitlines()
+    assert len([line for line in log if f"copied or moved from {first.path}, and is another run to W&B" in line]) == 1
+    first.path.rename(runs / "moved")
+    assert len({go_on("moved").id, first.id, copy.id}) == 3
+    runs.rename(tmp_path / "elsewhere")
+    runs.symlink_to(tmp_path / "elsewhere")
+    elsewhere = go_on("copy").id
+    runs = tmp_path / "elsewhere"
+    assert go_on("copy").id == elsewhere != copy.id, "however its folder is named"
 
 
 def test_the_table_has_a_row_for_each_change() -> None:
