@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kernels.errors import UserError
 from trainer.checkpoint_files import Checksum, checksum, folder_name, step_of
+from trainer.locks import locked
 
 SHARED_MEMORY = Path("/dev/shm")
 RECORD = "meta.json"
@@ -122,7 +122,7 @@ class OwnFolder:
             for left in parent.glob("keeper-*"):
                 _remove_if_left(left)
             self.path = Path(tempfile.mkdtemp(prefix="keeper-", dir=parent))
-            self._lock = _locked(self.path / ".lock")
+            self._lock = locked(self.path / ".lock")
         # A shell reads the end of its input when this process is gone; it is nobody's child, because Ray kills those as well.
         command = ["sh", "-c", 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") > /dev/null 2>&1 &', str(self.path)]
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -132,7 +132,7 @@ class OwnFolder:
 def _remove_if_left(folder: Path) -> None:
     """Unless its keeper lives. One that was killed just now has a shell that is removing it as well."""
     with suppress(FileNotFoundError):
-        if _locked(folder / ".lock") is not None:  # closed again at once
+        if locked(folder / ".lock") is not None:  # closed again at once
             shutil.rmtree(folder)
 
 
@@ -149,14 +149,3 @@ def _parent(memory: Path) -> Path:
     if parent.is_symlink() or parent.stat().st_uid != os.getuid():
         raise UserError(f"{parent} is another user's, so checkpoints cannot be kept there; remove it")
     return parent
-
-
-def _locked(file: Path) -> Any:
-    """The open file, which nobody else has locked; None if somebody has."""
-    lock = open(file, "w")  # noqa: SIM115 - held by who asked
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock

@@ -40,6 +40,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from kernels.errors import UserError
 from trainer.config.run import RunConfig
 from trainer.json_text import first_problem, parsed_yaml
+from trainer.locks import locked
 from trainer.metrics import Stage
 from trainer.records import parsed_record
 
@@ -125,7 +126,9 @@ class RunDir:
     @classmethod
     def _start(cls, path: Path, config: RunConfig, status: dict[str, Any], note: str) -> RunDir:
         with _writable(path):
-            lock = _locked(path)
+            if (lock := locked(path / ".lock")) is None:
+                way_out = "wait for it to end, or start a new run with resume=never"
+                raise UserError(f"{shown(path)} is in use by another command; {way_out}")
             text = as_yaml(config)
             write_atomically(path / "config.yaml", text)
             status["git"] = git_revision()
@@ -311,17 +314,6 @@ def _point_to(path: Path, link: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
     temporary.replace(link)
-
-
-def _locked(path: Path) -> IO[str]:
-    lock = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the run is closed
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        way_out = "wait for it to end, or start a new run with resume=never"
-        raise UserError(f"{shown(path)} is in use by another command; {way_out}") from None
-    return lock
 
 
 def is_open(path: Path) -> bool:
