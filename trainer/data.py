@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kernels.errors import UserError
 from trainer.config.run import TokenizerConfig
 from trainer.json_text import first_problem
+from trainer.locks import locked
 from trainer.sources import MIB, AnySource, SourceFile, documents, list_files, read_documents
 from trainer.stream import TokenArray, TokenStream
 from trainer.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer
@@ -37,6 +38,7 @@ FORMAT = 1  # of the prepared folder; another number makes old folders unused
 CHUNK_BYTES = 2 * MIB  # of text that is encoded at once, which bounds the memory
 PIECE_CHARACTERS = MIB // 2  # longer documents are encoded piece by piece
 REPORT_SECONDS = 10.0
+LOCK = ".lock"
 
 Say = Callable[[str], None]
 
@@ -67,26 +69,21 @@ def prepare(source: AnySource, tokenizer_config: TokenizerConfig, say: Say) -> C
     """The corpus of a source: from `source.cache_dir` if its files are unchanged (path, size, time), else made now.
 
     A document belongs to the validation side by a hash of its text. The folder is built aside and renamed when it is complete,
-    so that concurrent builders and interrupted ones do no harm. Raises UserError for text that is missing or wrong, for a split
-    with an empty side, and for a disk that is full or read-only.
+    so that concurrent builders and interrupted ones do no harm; what killed ones have left is removed. Raises UserError for
+    text that is missing or wrong, for a split with an empty side, and for a disk that is full or read-only.
     """
     files = list_files(source)
     cache_dir = source.cache_dir.resolve()
     folder = cache_dir / "corpora" / _key(source, files, tokenizer_config)
+    _remove_left(folder.parent)
     if folder.exists():
         return open_corpus(folder)
-    aside: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        aside.chmod(0o755)  # mkdtemp gives it to this user alone; a cache may be shared
-        _build(aside, source, files, tokenizer_config, cache_dir, say)
-        _publish(aside, folder)
+        with _beside(folder) as aside:
+            _build(aside, source, files, tokenizer_config, cache_dir, say)
+            _publish(aside, folder)
     except OSError as error:  # of the cache: reading the source raises UserError
         raise UserError(_cannot_write(error, cache_dir, source, files)) from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
     return open_corpus(folder)
 
 
@@ -288,6 +285,33 @@ def _require_both_sides(num_train: int, num_validation: int, lowest_draw: float,
         f"none of the {total:,} documents falls on the {side} side with data.validation_share={source.validation_share}; "
         f"{change} or add documents"
     )
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder on the same disk, which is removed if it is not moved. What holds it is locked while this process lives, and
+    gets a name that `_remove_left` looks at when it is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        lock = locked(holder / LOCK)
+        assert lock is not None, "nobody else knows of it"
+        with lock:
+            holder = holder.rename(holder.with_name(f".{folder.name}{holder.name}"))
+            aside = holder / folder.name
+            aside.mkdir()
+            yield aside
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _remove_left(corpora: Path) -> None:
+    """Removes what processes built that were killed, whatever corpus it was to be."""
+    for holder in corpora.glob(".*.*"):
+        with suppress(OSError):  # another user's, on a disk that is read-only, or gone by now
+            if (lock := locked(holder / LOCK)) is not None:
+                with lock:
+                    shutil.rmtree(holder)
 
 
 def _publish(aside: Path, folder: Path) -> None:

@@ -6,6 +6,9 @@ import errno
 import itertools
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -291,13 +294,41 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(folder: Path
     assert prepare(text_source(folder), CONFIG, silent).train.num_documents > 0
 
 
-def test_the_rest_of_a_killed_build_is_not_read(folder: Path) -> None:
+def kill_a_build(folder: Path) -> None:
+    """In a process of its own, when all but the last file is written."""
+    code = (
+        "import os, signal, sys, trainer.data as data; from pathlib import Path; from tests.trainer import test_data as test; "
+        "data._require_both_sides = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        "data.prepare(test.text_source(Path(sys.argv[1])), test.CONFIG, print)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=Path(__file__).parents[2], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_the_rest_of_a_killed_build_is_removed_by_the_next_one(folder: Path) -> None:
+    """Of the same text or another, and also where nothing is to be built."""
+    kill_a_build(folder)
+    corpora = folder / "cache" / "corpora"
+    assert len(list(corpora.rglob("train.tokens.bin"))) == 1
+    corpus = prepare(text_source(folder, max_mib=0.0005), CONFIG, silent)
+    assert list(corpora.iterdir()) == [corpus.folder]
+    kill_a_build(folder)
+    assert len(list(corpora.iterdir())) == 2
+    assert prepare(text_source(folder, max_mib=0.0005), CONFIG, silent).fingerprint == corpus.fingerprint
+    assert list(corpora.iterdir()) == [corpus.folder]
+
+
+def test_the_rest_of_a_killed_build_that_cannot_be_removed_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
     corpus = prepare(text_source(folder), CONFIG, silent)
-    killed = corpus.folder.with_name(f".{corpus.folder.name}.killed")
-    corpus.folder.rename(killed)
-    (killed / "train.tokens.bin").write_bytes(b"half")
-    again = prepare(text_source(folder), CONFIG, silent)
-    assert again.folder == corpus.folder and again.fingerprint == corpus.fingerprint
+    (of_another_user := corpus.folder.with_name(".abc.def")).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.data, "locked", refuse)
+        assert prepare(text_source(folder), CONFIG, silent).folder == corpus.folder and of_another_user.exists()
+    prepare(text_source(folder), CONFIG, silent)
+    assert not of_another_user.exists()
 
 
 def test_a_builder_that_comes_second_uses_the_folder_of_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +336,9 @@ def test_a_builder_that_comes_second_uses_the_folder_of_the_first(folder: Path, 
     said: list[str] = []
 
     def build_while_another_does(*args: object) -> None:
+        """Neither of the same text nor of another does it remove what is built here."""
         monkeypatch.setattr(trainer.data, "_build", build)
+        prepare(text_source(folder, max_mib=0.0005), CONFIG, silent)
         first = prepare(text_source(folder), CONFIG, said.append)
         (first.folder / "mark").touch()
         build(*args)  # type: ignore[arg-type]
@@ -313,7 +346,7 @@ def test_a_builder_that_comes_second_uses_the_folder_of_the_first(folder: Path, 
     monkeypatch.setattr(trainer.data, "_build", build_while_another_does)
     corpus = prepare(text_source(folder), CONFIG, said.append)
     assert (corpus.folder / "mark").exists()
-    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+    assert len(list(corpus.folder.parent.iterdir())) == 2, "only what is complete"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
