@@ -6,7 +6,9 @@ every event of the stream, `choices[0].token_ids` and `choices[0].logprobs.token
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -58,6 +60,20 @@ class BrokenOff(BadReply):
 def may_pass(status: object) -> bool:
     """Whether a status of HTTP is of a server that has too much to do or failed by itself: later it may answer."""
     return isinstance(status, int) and (status == 429 or status >= 500)
+
+
+def retry_after(header: str | None, now: datetime) -> float:
+    """Seconds that an answer's Retry-After asks to be left alone, given as a number or as a date of HTTP (RFC 9110, 10.2.3);
+    0 where it asks for nothing that can be read."""
+    if header is None:
+        return 0.0
+    if re.fullmatch(r"\d+(\.\d+)?", header, re.ASCII):
+        return float(header)
+    try:
+        until = datetime.strptime(header, "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=UTC)
+    except ValueError:
+        return 0.0
+    return max(0.0, (until - now).total_seconds())
 
 
 def parse(data: bytes) -> Event:

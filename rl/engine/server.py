@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from kernels.errors import UserError
-from rl.engine.completions import BadReply, BrokenOff, Completion, may_pass, parse
+from rl.engine.completions import BadReply, BrokenOff, Completion, may_pass, parse, retry_after
 from rl.engine.settings import EngineSettings
 from rl.trajectory import Sample
 from trainer.cluster import Processes
@@ -217,7 +218,7 @@ class ServerPool:
 
     async def _generate(self, work: Completion) -> Completion:
         """A sample to its end. An answer that breaks off is continued from the tokens that came."""
-        failures, reason = 0, ""
+        failures, reason, asked_s = 0, "", 0.0
         async with self._slots:
             work.settle()
             while work.status == "partial":
@@ -226,19 +227,27 @@ class ServerPool:
                         f"the completion server {self._url} makes no progress with sample {work.sample.uid} in "
                         f"{failures} tries: {reason}. Look at its log, start it again, and this run with resume=auto"
                     )
-                await asyncio.sleep(min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else 0)
+                if asked_s > self._config.server_timeout_s:
+                    raise UserError(
+                        f"the completion server {self._url} wants to be asked again in {asked_s:.0f} s, which is more than "
+                        f"rollout.server_timeout_s={self._config.server_timeout_s:g}: {reason}. Raise that, or go on "
+                        "later with resume=auto"
+                    )
+                await asyncio.sleep(max(asked_s, min(0.25 * 2**failures, LONGEST_PAUSE_S)) if failures else 0)
                 before = len(work.tokens)
-                reason = await self._request(work)
+                reason, asked_s = await self._request(work)
                 work.settle()
                 failures = 0 if len(work.tokens) > before else failures + 1
         return work
 
-    async def _request(self, work: Completion) -> str:
-        """One request; returns why it broke off, where it did. Raises BadReply for an answer that must not be."""
+    async def _request(self, work: Completion) -> tuple[str, float]:
+        """One request; returns why it broke off, where it did, and for how many seconds the server asks to be left alone.
+        Raises BadReply for an answer that must not be."""
         try:
             async with self._session.post(f"{self._url}/completions", json=work.request(self._model)) as response:
                 if may_pass(response.status):
-                    return f"status {response.status}: {(await _whole(response))[:200].decode(errors='replace')}"
+                    asked_s = retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+                    return f"status {response.status}: {(await _whole(response))[:200].decode(errors='replace')}", asked_s
                 if response.status != 200:
                     said = (await _whole(response))[:500].decode(errors="replace")
                     raise BadReply(f"{response.url} answers {response.status}: {said}")
@@ -247,10 +256,10 @@ class ServerPool:
                     if work.stopped:
                         break  # closes the connection, at which the server stops
         except BrokenOff as error:
-            return str(error)
+            return str(error), 0.0
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return f"{type(error).__name__} {error}".strip()
-        return "the answer stopped before the sample ended"
+            return f"{type(error).__name__} {error}".strip(), 0.0
+        return "the answer stopped before the sample ended", 0.0
 
     async def _ask_once(self, body: dict[str, Any]) -> list[float]:
         async with self._session.post(f"{self._url}/completions", json=body) as response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,8 @@ class CompletionServer:
         self.headers: list[dict[str, str]] = []
         self.held = threading.Event()  # a request waits
         self.status = 200
+        self.retry_after: str | None = None  # beside a status that is not 200
+        self.asked: list[float] = []  # when completions were
 
     def __enter__(self) -> CompletionServer:
         self._loop = asyncio.new_event_loop()
@@ -85,8 +88,10 @@ class CompletionServer:
         body = await request.json()
         number = len(self.bodies)
         self.bodies.append(body)
+        self.asked.append(time.monotonic())
         if self.status != 200:
-            return web.json_response({"error": {"message": "there is something wrong"}}, status=self.status)
+            headers = {} if self.retry_after is None else {"Retry-After": self.retry_after}
+            return web.json_response({"error": {"message": "there is something wrong"}}, status=self.status, headers=headers)
         if not body["stream"]:
             return web.json_response({"choices": [self._likeliest(body)]})
         self.running += 1

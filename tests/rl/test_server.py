@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from launch.cli import load
 from rl.april import complete, rollout_round
-from rl.engine.completions import BadReply, Completion, parse
+from rl.engine.completions import BadReply, Completion, parse, retry_after
 from rl.engine.sampler import Sampling
 from rl.engine.server import UNKNOWN, ServerPool
 from rl.trajectory import RolloutBuffer, Sample, Segment
@@ -201,6 +202,49 @@ def test_refused_requests_are_errors_with_the_servers_words(model: LanguageModel
         wait_until(lambda: pool._ended.qsize() == 1)
         with pytest.raises(UserError, match=message):
             pool.drain()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(model: LanguageModel, status: int) -> None:
+    with CompletionServer(model, EOS) as server, pool_at(server, retries=1) as pool:
+        server.status, server.retry_after = status, "2"
+        pool.submit(requests(1))
+        wait_until(lambda: len(server.asked) == 1)
+        server.status = 200
+        done = pool.advance(1)
+        first, second = server.asked
+        assert 2 <= second - first < 30 and len(done) == 1
+    assert_like_the_trainer(model, done)
+
+
+def test_a_server_that_wants_to_be_left_alone_for_too_long_is_an_error(model: LanguageModel) -> None:
+    wrong = r"wants to be asked again in 3600 s, .* rollout\.server_timeout_s=20: status 429: .*something wrong.* resume=auto"
+    with CompletionServer(model, EOS) as server, pool_at(server, retries=1) as pool:
+        server.status, server.retry_after = 429, "3600"
+        pool.submit(requests(1))
+        with pytest.raises(UserError, match=wrong):
+            pool.advance(1)
+        assert len(server.asked) == 1
+
+
+NOW = datetime(2026, 8, 1, 14, 30, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0), ("0", 0), ("30", 30), ("1.5", 1.5), ("9" * 400, float("inf")),
+        ("Sat, 01 Aug 2026 14:31:00 GMT", 48), ("Sat, 01 Aug 2026 14:30:00 GMT", 0),  # which has passed
+        ("-3", 0), ("nan", 0), ("\uff13", 0), ("soon", 0), ("Sat, 41 Aug 2026 14:31:00 GMT", 0), ("", 0),
+    ],
+)  # fmt: skip
+def test_retry_after_is_a_number_of_seconds_or_a_date(header: str | None, seconds: float) -> None:
+    assert retry_after(header, NOW) == seconds
+
+
+@given(st.text())
+def test_no_retry_after_is_an_error(header: str) -> None:
+    assert retry_after(header, NOW) >= 0
 
 
 # ---------------------------------------------------------------- answers that cannot be true

@@ -104,7 +104,7 @@ class RolloutConfig(Record):
     metrics_port: int = Field(ge=0, lt=65536)  # of engine 0, for Prometheus; the next ports are the other engines'; 0: none
     server: Address | None  # URL of vLLM or SGLang, including /v1, that replaces our engines; or null
     server_reload: Address | None  # URL that takes {"model_path": FOLDER}: SGLang's /update_weights_from_disk
-    server_timeout_s: float = Field(gt=0)  # without receiving a byte
+    server_timeout_s: float = Field(gt=0)  # without receiving a byte, and that it may ask to be left alone (Retry-After)
     server_retries: int = Field(ge=0)  # requests in a row that return no token
 
     @model_validator(mode="after")
