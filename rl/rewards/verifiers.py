@@ -14,6 +14,7 @@ import math
 import re
 import secrets
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Regex:
 @dataclass(frozen=True)
 class Math:
     """1 if what math-verify takes for the result at the end of the completion equals the answer as mathematics: a \\boxed{},
-    LaTeX between dollars, or a number."""
+    LaTeX between dollars, or a number. Digits may be those of any script, and all may be full-width."""
 
     def __post_init__(self) -> None:
         import math_verify  # noqa: F401
@@ -71,7 +72,7 @@ class Math:
 
         # Its own timeouts are signal.alarm, and it takes an exception for a wrong answer: both are left to the worker.
         def read(text: str) -> list[object]:
-            found: list[object] = parse(text, parsing_timeout=None, raise_on_error=True)
+            found: list[object] = parse(in_ascii(text), parsing_timeout=None, raise_on_error=True)
             return found
 
         wanted = read(answer) or read(f"${answer}$")
@@ -225,6 +226,21 @@ def _own_function(path: str, options: Mapping[str, Option]) -> Verifier:
             f"{inspect.signature(found)}"
         ) from problem
     return functools.partial(found, **options)
+
+
+def in_ascii(text: str) -> str:
+    """With ASCII for decimal digits of all scripts, which math-verify finds and cannot read, and for full-width characters.
+
+    Not NFKC, which makes 42 of a 4 with a superscript 2.
+    """
+    return text if text.isascii() else "".join(map(_in_ascii, text))
+
+
+def _in_ascii(character: str) -> str:
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    wide = unicodedata.decomposition(character).startswith("<wide>")
+    return unicodedata.normalize("NFKC", character) if wide else character
 
 
 def last_match(pattern: str, text: str) -> str | None:

@@ -39,6 +39,14 @@ isolated = pytest.mark.skipif(not possible("namespaces"), reason="no user namesp
         (Math(), r"$x^2 + 2x + 1$", "$(x+1)^2$", 1),
         (Math(), r"\boxed{[1, 2)}", "[1,2)", 1),
         (Math(), "41", "42", 0),
+        (Math(), "\uff14\uff12", "42", 1),  # full-width
+        (Math(), "\\boxed{\u0664\u0662}", "42", 1),  # Arabic
+        (Math(), "The answer is \u0967,\u0966\u0966\u0966.", "1000", 1),  # Devanagari
+        (Math(), "\\boxed{\U0001d7d2\U0001d7d0}", "42", 1),  # bold
+        (Math(), "\uff14\uff11", "42", 0),
+        (Math(), "4\u00b2", "42", 0),  # squared
+        (Math(), "\uff3cboxed\uff5b\uff11\uff0f\uff12\uff5d", "0.5", 1),
+        (Math(), "42", "\uff14\uff12", 1),
         (Math(), "I do not know", "42", 0),
         (Math(), "", "42", 0),
         (JsonSchema(), '{"a": [1, 2]}', '{"properties": {"a": {"items": {"type": "integer"}}}}', 1),
@@ -77,6 +85,15 @@ latex = st.lists(
 @given(latex.map("".join) | st.text(max_size=40))
 def test_no_odd_mathematics_raises(completion: str) -> None:
     assert Math()(completion, "1/2") in (0, 1)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.text(st.characters(categories=["Nd", "Nl", "No"]), min_size=1, max_size=6),
+    st.sampled_from(["{}", "${}$", "\\boxed{{{}}}"]),
+)
+def test_no_digits_of_another_script_raise(number: str, frame: str) -> None:
+    assert Math()(frame.format(number), "1/2") in (0, 1)
 
 
 values = st.recursive(
