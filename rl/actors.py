@@ -37,8 +37,6 @@ from trainer.hangs import tail, whereabouts
 from trainer.places import WAIT_S, Placement, Say
 from trainer.run_dir import RunDir
 
-LOOK_S = 0.5  # in which an idle rank answers; those that learn do not, and are there
-
 
 @dataclass(frozen=True)
 class Patience:
@@ -303,7 +301,7 @@ class RayPool:
                 ray.get(ref)
                 self._launch(place)
         if nobody and not ready:
-            self._require_ranks()
+            self._ranks.require_alive()
             waited = time.monotonic() - max(place.since for place in asked)  # since the last one was lost
             if waited > self._patience.start_s:
                 raise ProcessLost(f"no engine has had a place for {waited:.0f} s (cluster.start_timeout_s)")
@@ -336,7 +334,7 @@ class RayPool:
             if place.starting is ref and time.monotonic() - place.since > self._patience.start_s:
                 self._replace(place, f"{place.name} has not started in {self._patience.start_s:g} s (cluster.start_timeout_s)")
         if self._absent and not ready and not self._present:
-            self._require_ranks()
+            self._ranks.require_alive()
             waited = time.monotonic() - min(place.since for place in self._absent)
             self._say(f"waiting for {' or '.join(place.name for place in self._absent)} to start ({waited:.0f} s)")
         if answers and self._links is not None and self._brought is not None:
@@ -388,7 +386,7 @@ class RayPool:
         often = f"{why}; it was lost {place.losses} times without finishing a sample"
         if place.first and place.losses > self._patience.losses:
             raise ProcessLost(often)
-        self._require_ranks()
+        self._ranks.require_alive()  # one may be lost with it, as with a node: then all start again
         self._waiting += place.held.values()
         their_samples, place.held = f"its {len(place.held)} samples go to those that are there", {}
         if self._elastic is None:
@@ -401,9 +399,3 @@ class RayPool:
         else:
             self._say(f"{why}; it starts again where there is room, and {their_samples}")
             self._seek(self._elastic, place)
-
-    def _require_ranks(self) -> None:
-        """Raises ProcessLost if a rank is dead too, as when a node is lost: then all start again."""
-        calls = {name: actor.pid.remote() for name, actor in self._ranks.actors.items()}
-        ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
-        gather({name: ref for name, ref in calls.items() if ref in ready})

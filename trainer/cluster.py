@@ -35,6 +35,7 @@ from trainer.stopping import Moved, Stopped, StopRequest
 
 T = TypeVar("T")
 MAX_AUTO_RANKS = 2
+LOOK_S = 0.5  # in which an idle process answers; one that is busy does not, and is there
 LOOPBACK = "127.0.0.1"
 SENTENCE_END = re.compile(r"[.:]?\n|\. ")
 GONE = "its connection broke, so it was killed, crashed, or its machine is lost or had no memory left"
@@ -276,6 +277,12 @@ class Processes:
         """`method(*args)` on the first one only."""
         name, actor = next(iter(self.actors.items()))
         return gather({name: getattr(actor, method).remote(*args)})[name]
+
+    def require_alive(self) -> None:
+        """Raises ProcessLost if one is dead."""
+        calls = {name: actor.pid.remote() for name, actor in self.actors.items()}
+        ready = ray.wait(list(calls.values()), num_returns=len(calls), timeout=LOOK_S)[0] if calls else []
+        gather({name: ref for name, ref in calls.items() if ref in ready})
 
 
 def _is_large(value: Any) -> bool:
