@@ -19,7 +19,10 @@ def write_any_text() -> None:
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
-    """A line on `stream`, by default the standard output, for as long as somebody can read it."""
+    """A line on `stream`, by default the standard output, for as long as somebody can read it.
+
+    What a full disk behind it does not take is lost: a run has the same lines in driver.log, and does not end for these.
+    """
     stream = sys.stdout if stream is None else stream
     try:
         print(text, file=stream, flush=True)

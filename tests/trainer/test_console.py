@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,12 @@ def test_a_console_that_is_gone_is_not_written_to_any_more() -> None:
     with open(writer, "w") as stream:
         tell("nobody reads this", stream)
         stream.write("nor this")  # and it closes without an error: what was left over has gone nowhere
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_the_console_ends_nothing() -> None:
+    code = "from trainer.console import tell; tell('a line'); tell('another')"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0 and done.stderr == b""
