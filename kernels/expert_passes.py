@@ -72,17 +72,18 @@ class ForwardPass:
         """
         if self._entries:
             spread_rows(x_PD, place_PK.flatten(), place_PK.shape[1], self._rows.rows)
-            self._products(self._rows, order)  # results take the place of the tokens' rows
+            self._products(self._rows, order)
         return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK)
 
     def whole(self, x_RD: Tensor, weights_RK: Tensor, order: ExpertOrder, out_RD: Tensor) -> None:
         """The same of all rows at once, into `out_RD`."""
         top_k = weights_RK.shape[1]
         if self._entries:
-            self._products(of_entries(x_RD, order, top_k, self._experts.hidden), order)
+            self._products(of_entries(x_RD, order, top_k, self._experts.hidden, self._rows), order)
         combine_rows(self._rows.rows, order.place_N, top_k, weights_TK=weights_RK, out_TD=out_RD)
 
     def _products(self, x: Room | Tokens, order: ExpertOrder) -> None:
+        """Results take the place of the tokens' rows, if those are copied."""
         experts, rows_ND, h_NC = self._experts, self._rows.rows, self._h.rows
         if self._kernels:
             from kernels.hopper import rows

@@ -80,11 +80,11 @@ class Room:
         return self.allocation
 
 
-def of_entries(x_TD: Tensor, order: ExpertOrder, top_k: int, expert_hidden: int) -> Room | Tokens:
-    """The rows of all entries, sorted by expert: a copy, or what kernels gather them from."""
+def of_entries(x_TD: Tensor, order: ExpertOrder, top_k: int, expert_hidden: int, room: Room | None = None) -> Room | Tokens:
+    """The rows of all entries, sorted by expert: a copy, in `room` if it is given, or what kernels gather them from."""
     if takes_kernels(x_TD) and expert_hidden < COPIED_FROM:
         return Tokens.of(x_TD, top_k)
-    room = Room.of(order.entry_N.shape[0], x_TD.shape[1], x_TD)
+    room = room or Room.of(order.entry_N.shape[0], x_TD.shape[1], x_TD)
     if order.entry_N.shape[0]:
         spread_rows(x_TD, order.place_N, top_k, room.rows)
     return room
