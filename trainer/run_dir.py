@@ -17,7 +17,7 @@
 
 `latest-pretrain` and `latest-rl` beside it point to the newest run of their kind.
 
-A folder has a W&B run of its own: one that was copied or moved gets another when it goes on.
+A folder has a W&B run of its own: a copy gets another when it goes on.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Status:
     created: Annotated[str, AfterValidator(_moment)]
     id: str  # of the W&B run
     folder: str  # that the id belongs to; without links
+    inode: int  # of that folder, which it keeps when it is moved, or seen from another machine
     git: str
 
 
@@ -110,7 +111,7 @@ class RunDir:
             wanted = f"no run {config.run_name}" if config.run_name else f"no unfinished {kind} run"
             note = f"resume=auto found {wanted} in {shown(config.runs_dir)}: {note}"
         created = datetime.now().astimezone().isoformat("T", "milliseconds")
-        status = {"kind": kind, "state": "running", "attempt": 1, "created": created} | _wandb_run(path)
+        status = {"kind": kind, "state": "running", "attempt": 1, "created": created, "id": secrets.token_hex(4)} | _place(path)
         return cls._start(path, config, status, note)
 
     @classmethod
@@ -118,9 +119,11 @@ class RunDir:
         status = read_status(path)
         status |= {"state": "running", "attempt": status["attempt"] + 1}
         note = f"continuing {shown(path)}, attempt {status['attempt']}"
-        if (earlier := status["folder"]) != str(path.resolve()):
-            status |= _wandb_run(path)
-            note += f"; it was copied or moved from {earlier}, and is another run to W&B from now on"
+        here = _place(path)
+        if not any(status[key] == value for key, value in here.items()):
+            note += f"; it was copied from {status['folder']}, and is another run to W&B from now on"
+            status["id"] = secrets.token_hex(4)
+        status |= here
         return cls._start(path, config, status, note)
 
     @classmethod
@@ -304,9 +307,9 @@ def _new_folder(config: RunConfig, kind: str) -> Path:
     raise UserError(f"{shown(candidates[0])} and 98 more of that name exist; give the run a run_name")
 
 
-def _wandb_run(path: Path) -> dict[str, str]:
-    """What status.json says of a new one."""
-    return {"id": secrets.token_hex(4), "folder": str(path.resolve())}
+def _place(path: Path) -> dict[str, str | int]:
+    """Of a folder, as status.json has it."""
+    return {"folder": str(path.resolve()), "inode": path.stat().st_ino}
 
 
 def _point_to(path: Path, link: Path) -> None:
