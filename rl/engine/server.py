@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -218,39 +219,41 @@ class ServerPool:
 
     async def _generate(self, work: Completion) -> Completion:
         """A sample to its end. An answer that breaks off is continued from the tokens that came."""
-        failures, reason, asked_s = 0, "", 0.0
+        failures = 0
         async with self._slots:
             work.settle()
             while work.status == "partial":
-                if failures > self._config.server_retries:
-                    raise UserError(
-                        f"the completion server {self._url} makes no progress with sample {work.sample.uid} in "
-                        f"{failures} tries: {reason}. Look at its log, start it again, and this run with resume=auto"
-                    )
-                if asked_s > self._config.server_timeout_s:
-                    raise UserError(
-                        f"the completion server {self._url} wants to be asked again in {asked_s:.0f} s, which is more than "
-                        f"rollout.server_timeout_s={self._config.server_timeout_s:g}: {reason}. Raise that, or go on "
-                        "later with resume=auto"
-                    )
-                await asyncio.sleep(max(asked_s, min(0.25 * 2**failures, LONGEST_PAUSE_S)) if failures else 0)
                 before = len(work.tokens)
                 reason, asked_s = await self._request(work)
                 work.settle()
                 failures = 0 if len(work.tokens) > before else failures + 1
+                if failures and work.status == "partial":
+                    await self._pause(f"sample {work.sample.uid}", failures, reason, asked_s)
         return work
+
+    async def _pause(self, what: str, failures: int, reason: str, asked_s: float) -> None:
+        """Before the next try: as long as the server asks, and longer each time. UserError after too many, and for too long."""
+        if failures > self._config.server_retries:
+            raise UserError(
+                f"the completion server {self._url} makes no progress with {what} in {failures} tries: {reason}. Look at its "
+                "log, start it again, and this run with resume=auto"
+            )
+        if asked_s > self._config.server_timeout_s:
+            raise UserError(
+                f"the completion server {self._url} wants to be asked again in {asked_s:.0f} s, which is more than "
+                f"rollout.server_timeout_s={self._config.server_timeout_s:g}: {reason}. Raise that, or go on later with "
+                "resume=auto"
+            )
+        await asyncio.sleep(max(asked_s, min(0.25 * 2**failures, LONGEST_PAUSE_S)))
 
     async def _request(self, work: Completion) -> tuple[str, float]:
         """One request; returns why it broke off, where it did, and for how many seconds the server asks to be left alone.
         Raises BadReply for an answer that must not be."""
         try:
             async with self._session.post(f"{self._url}/completions", json=work.request(self._model)) as response:
-                if may_pass(response.status):
-                    asked_s = retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
-                    return f"status {response.status}: {(await _whole(response))[:200].decode(errors='replace')}", asked_s
                 if response.status != 200:
-                    said = (await _whole(response))[:500].decode(errors="replace")
-                    raise BadReply(f"{response.url} answers {response.status}: {said}")
+                    refusal = await _read(response)
+                    return refusal.reason, refusal.asked_s
                 async for data in _events(response):
                     work.take(data)
                     if work.stopped:
@@ -262,10 +265,7 @@ class ServerPool:
         return "the answer stopped before the sample ended", 0.0
 
     async def _ask_once(self, body: dict[str, Any]) -> list[float]:
-        async with self._session.post(f"{self._url}/completions", json=body) as response:
-            data = await _whole(response)
-            if response.status != 200:
-                raise BadReply(f"{response.url} answers {response.status}: {data[:500].decode(errors='replace')}")
+        data = await self._ask("POST", f"{self._url}/completions", body)
         choices = parse(data).choices
         found = choices[0].logprobs if choices else None
         if found is None or not found.top_logprobs or not found.top_logprobs[0]:
@@ -279,20 +279,47 @@ class ServerPool:
             raise UserError(f"{self._config.server_reload} did not load {folder}: {str(reply)[:500]}")
 
     async def _json(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
-        try:
-            async with self._session.request(method, url, json=body) as response:
-                status, text = response.status, (await _whole(response)).decode(errors="replace")
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UserError(
-                f"no completion server answers at {url} ({type(error).__name__} {error}). Start one, correct the URL, or "
-                "generate with our engines: rollout.server=null"
-            ) from None
-        if status != 200:
-            raise BadReply(f"{url} answers {status}: {text[:500]}")
+        text = (await self._ask(method, url, body)).decode(errors="replace")
         try:
             return parsed(text) if text.strip() else None
         except ValueError as error:
             raise BadReply(f"{url} does not answer with JSON ({error}): {text[:200]}") from None
+
+    async def _ask(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
+        """The body of the answer, asked for again while the server is too busy."""
+        failures = 0
+        while True:
+            try:
+                async with self._session.request(method, url, json=body) as response:
+                    answer = await _read(response)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UserError(
+                    f"no completion server answers at {url} ({type(error).__name__} {error}). Start one, correct the URL, or "
+                    "generate with our engines: rollout.server=null"
+                ) from None
+            if answer.status == 200:
+                return answer.body
+            failures += 1
+            await self._pause(f"{method} {url}", failures, answer.reason, answer.asked_s)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+    asked_s: float  # for which the server asks to be left alone
+
+    @property
+    def reason(self) -> str:
+        return f"status {self.status}: {self.body[:200].decode(errors='replace')}"
+
+
+async def _read(response: aiohttp.ClientResponse) -> Answer:
+    """Raises BadReply for a status that another request would get, too."""
+    status, body = response.status, await _whole(response)
+    if status != 200 and not may_pass(status):
+        raise BadReply(f"{response.url} answers {status}: {body[:500].decode(errors='replace')}")
+    return Answer(status, body, retry_after(response.headers.get("Retry-After"), datetime.now(UTC)))
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:

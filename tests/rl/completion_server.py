@@ -41,6 +41,7 @@ class CompletionServer:
         self.held = threading.Event()  # a request waits
         self.status = 200
         self.retry_after: str | None = None  # beside a status that is not 200
+        self.busy = 0  # as often other requests than those for completions are refused
         self.asked: list[float] = []  # when completions were
 
     def __enter__(self) -> CompletionServer:
@@ -74,10 +75,18 @@ class CompletionServer:
 
     async def _models(self, request: web.Request) -> web.Response:
         self.headers.append(dict(request.headers))
+        if self._refuses():
+            return web.json_response({}, status=503)
         return web.json_response({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+    def _refuses(self) -> bool:
+        self.busy -= 1
+        return self.busy >= 0
 
     async def _load(self, request: web.Request) -> web.Response:
         folder = Path((await request.json())["model_path"])
+        if self._refuses():
+            return web.json_response({}, status=429, headers={"Retry-After": "0.1"})
         if not folder.is_dir():
             return web.json_response({"success": False, "message": f"there is no {folder}"})
         self.model = batch_invariant(load_pretrained(folder, torch.float32))

@@ -452,6 +452,21 @@ def test_new_weights_go_to_the_server_and_samples_say_which_ones_it_had(model: L
         assert [folder.name for folder in tmp_path.iterdir()] == ["version_000005"], "the folder before is not needed any more"
 
 
+def test_a_server_that_is_busy_at_the_start_and_with_new_weights_is_asked_again(model: LanguageModel, tmp_path: Path) -> None:
+    ranks: Any = ScriptedRanks(model)
+    with CompletionServer(model, EOS) as server:
+        server.busy = 2
+        with pool_at(server, folder=tmp_path, server_reload=f"{server.root}/update_weights_from_disk") as pool:
+            assert len(server.headers) == 3, "it said which model it has when asked the third time"
+            server.busy = 1
+            assert pool.load_weights(ranks, 4, FULL) == {"sync/version": 4}
+            assert len(server.loaded) == 1
+            server.busy = 99
+            message = r"no progress with POST \S+update_weights_from_disk in \d tries: status 429"
+            with pytest.raises(UserError, match=message):
+                pool.load_weights(ranks, 5, FULL)
+
+
 def test_without_a_way_to_give_it_weights_the_server_has_unknown_ones(model: LanguageModel) -> None:
     ranks: Any = ScriptedRanks(model)
     with CompletionServer(model, EOS) as server, pool_at(server) as pool:
