@@ -18,7 +18,7 @@ from trainer.estimate import budget_lines
 from trainer.loop import Pretraining
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import own_checkpoint, settled, starting_point, tokenizer_of
+from trainer.starting_point import begun_with, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tracking import Tracker
@@ -65,8 +65,7 @@ def with_checkpoint(config: PretrainConfig) -> tuple[PretrainConfig, Path | None
     """With the model of its checkpoint, and the folder of the weights and the tokenizer; as it is, and None, without one."""
     if config.checkpoint is None:
         return config, None
-    path = settled(config.checkpoint, config, "pretrain")
-    folder, model = own_checkpoint(config, "pretrain") or starting_point(path)
+    path, folder, model = begun_with(config.checkpoint, config, "pretrain")
     config = config.model_copy(update={"checkpoint": path, "model": model})
     try:
         config.check_model()

@@ -20,7 +20,7 @@ from trainer.config.rl import RLConfig
 from trainer.estimate import budget_lines
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import own_checkpoint, settled, starting_point, tokenizer_of
+from trainer.starting_point import begun_with, tokenizer_of
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ def reinforce(config: RLConfig) -> Path | None:
 def settle(config: RLConfig) -> tuple[RLConfig, Path, ModelConfig, Tokenizer, tuple[int, ...]]:
     """With the folder that its checkpoint is now; that of the weights, their model and tokenizer, and how many ranks there may
     be, the number that is wanted first. UserError where they do not fit."""
-    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
-    start_from, model = own_checkpoint(config, "rl") or starting_point(config.checkpoint)
+    path, start_from, model = begun_with(config.checkpoint, config, "rl")
+    config = config.model_copy(update={"checkpoint": path})
     check_generates(model)
     tokenizer = tokenizer_of(start_from, model, config.chat.eos)
     ranks = choose_ranks(config.cluster, config.rollout.engines_apart)

@@ -20,6 +20,13 @@ from trainer.run_dir import read_config as read_run_config
 from trainer.tokenizer import Tokenizer
 
 
+def begun_with(path: Path, config: RunConfig, kind: str) -> tuple[Path, Path, ModelConfig]:
+    """For `path`, the checkpoint of this configuration: (the folder that it leads to, `settled`; the folder of the weights and
+    the tokenizer that this command takes, and their model). Those are of the run's own newest checkpoint, if it has one."""
+    path = settled(path, config, kind)
+    return path, *(own_checkpoint(config, kind) or starting_point(path))
+
+
 def settled(path: Path, config: RunConfig, kind: str) -> Path:
     """The folder where `path`, the checkpoint of this configuration, leads through a link such as runs/latest-pretrain, which
     means another run as soon as one starts: the folder of now, or of a run that goes on its own."""

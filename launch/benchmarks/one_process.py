@@ -24,7 +24,7 @@ from trainer.cluster import Processes
 from trainer.config.rl import RLConfig, SyncConfig
 from trainer.memory_checkpoints import MemoryCheckpoints
 from trainer.run_dir import RunDir
-from trainer.starting_point import own_checkpoint, settled, starting_point
+from trainer.starting_point import begun_with
 from trainer.state import choose_dtype
 from trainer.stopping import StopRequest
 from trainer.tokenizer import Tokenizer
@@ -88,8 +88,8 @@ def reinforce_here(config: RLConfig, rounds: bool, prompts: int) -> tuple[Path, 
 
     Without `rounds` the run ends when it is warmed up.
     """
-    config = config.model_copy(update={"checkpoint": settled(config.checkpoint, config, "rl")})
-    start_from, model = own_checkpoint(config, "rl") or starting_point(config.checkpoint)
+    path, start_from, model = begun_with(config.checkpoint, config, "rl")
+    config = config.model_copy(update={"checkpoint": path})
     task, tokenizer = make_task(config.task, config.seed), Tokenizer.load(start_from / "tokenizer.json", config.chat.eos)
     dtype, _ = choose_dtype(config.loop.dtype)
     run, worker = RunDir.open(config, "rl"), TrainWorker(0)
