@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from parallel.adamw import MOMENTS
 from parallel.expert_states import ExpertState, ExpertStates
+from parallel.operators import building
 from parallel.sparse_collectives import Shapes
 
 IN_FLIGHT = 3  # experts that the host keeps: the one in use, the next and the one before
@@ -167,7 +168,8 @@ def _operator() -> Any:
     from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
 
     try:
-        return AsyncIOBuilder().load(verbose=False)
+        with building():
+            return AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # whatever DeepSpeed, torch's build or the linker raise
         reason = str(error).partition("\n")[0].partition(": [")[0].rstrip(".")  # without the compiler's command line
         raise UserError(

@@ -25,6 +25,7 @@ from parallel.adamw import AdamWSettings
 from parallel.expert_optimizer import DeviceAdamW, ExpertOptimizer
 from parallel.expert_states import ExpertState, ExpertStates, StatesInMemory
 from parallel.nvme import StatesOnDisk
+from parallel.operators import building
 from parallel.sparse_collectives import Parts, Shapes
 
 UNDER_WAY_BYTES = 512 * 2**20  # of gradients that may wait on the device for their way to the host, beside the newest
@@ -230,9 +231,10 @@ def _cpu_adam(settings: AdamWSettings) -> Any:
         add_param_group = unwrap(torch.optim.Optimizer.add_param_group)  # as in adamw.py: its wrapper imports torch.compile
 
     try:
-        optimizer = Unwrapped(
-            [torch.empty(0)], betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
-        )
+        with building():
+            optimizer = Unwrapped(
+                [torch.empty(0)], betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
+            )
     except RuntimeError as error:
         reason = str(error.__cause__ or error).partition("\n")[0].partition(": [")[0]  # without the compiler's command line
         raise UserError(

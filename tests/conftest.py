@@ -30,6 +30,7 @@ settings.load_profile("tessera")
 # DeepSpeed compiles its operators when they are first asked for; by the mark of the tests that use one, what asks for it.
 OPERATORS = {"cpu_adam": "cpu", "aio": "nvme"}
 ASK = "import sys, pathlib, tempfile, parallel.offload as o; o.check_offload(sys.argv[1], pathlib.Path(tempfile.gettempdir()))"
+COMPILING_S = 1200  # beside the tests of two workers; two minutes alone
 LONG = ("test_moe_layer.py", "test_router.py", "test_trainer.py")  # a minute or more
 BEGUN = time.monotonic()
 MINUTES = float(os.environ.get("TESSERA_TEST_MINUTES", "inf"))  # after which no test begins, where a run of all would be ended
@@ -56,7 +57,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if ranks is not None:  # tests that were collected use it
         ranks.start_server()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    compiling = partial(subprocess.run, env=environment, capture_output=True, text=True)
+    compiling = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=COMPILING_S)
     turns = ThreadPoolExecutor(1)
     session.stash[COMPILED] = {
         mark: turns.submit(compiling, ["nice", sys.executable, "-c", ASK, offload])
