@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.accumulate import add_rows
+from parallel.all_to_all import AllToAll
 from parallel.peer_memory import PeerMemory, view
 from parallel.topology import World, across_and_inside, own_group
 from parallel.two_level_exchange import has_two_levels
@@ -67,8 +68,9 @@ class MessageMeans:
         part, ranks = message_N, 1
         for level in self._levels:
             arrived = torch.empty_like(part)
-            dist.all_to_all_single(arrived, part, group=level.group, async_op=True).wait()
-            part = torch.empty_like(part[: part.numel() // level.size])
+            each = [part.numel() // level.size] * level.size
+            AllToAll(arrived, part, each, each, level.group).wait()
+            part = torch.empty_like(part[: each[0]])
             ranks *= level.size
             add_rows(arrived.view(level.size, -1), ranks if level is self._levels[-1] else 1, part)
         for level in reversed(self._levels):

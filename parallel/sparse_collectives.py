@@ -107,9 +107,10 @@ class Pending:
 
 
 def _operations(hop: Hop, send: Callable[[Message], Parts], receive: Callable[[Message], Parts]) -> list[dist.P2POp]:
-    """Messages between the same two ranks match by their order, and by tag where the transport has tags (gloo)."""
+    """Messages between the same two ranks match by their order, and by tag where the transport has tags (gloo); receives first
+    (all_to_all.py)."""
     operations = []
-    for call, messages, parts in ((dist.isend, hop.sends, send), (dist.irecv, hop.receives, receive)):
+    for call, messages, parts in ((dist.irecv, hop.receives, receive), (dist.isend, hop.sends, send)):
         for message in messages:
             for index, tensor in enumerate(parts(message)):
                 tag = 2 * (3 * message.expert + message.half) + index

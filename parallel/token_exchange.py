@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
 from kernels.rows import combine_rows, spread_rows
+from parallel.all_to_all import AllToAll
 from parallel.hooks import Change, Hooks, unchanged
 from parallel.placement import Floats
 from parallel.schedule.pipeline import Degrees
@@ -100,12 +101,12 @@ class InFlight:
         send_W, receive_W = (splits.receive_W, splits.send_W) if back else (splits.send_W, splits.receive_W)
         self._sent = sent.contiguous()  # alive until it is through
         self._received = sent.new_empty(sum(receive_W), *sent.shape[1:])
-        self._work = dist.all_to_all_single(self._received, self._sent, receive_W, send_W, group=level.group, async_op=True)
+        self._under_way = AllToAll(self._received, self._sent, receive_W, send_W, level.group)
 
     def wait(self) -> Tensor:
         """The rows. On a GPU the host does not wait, only what it starts from here on; this wait alone counts as exposed."""
         with self._world.exposed:
-            self._work.wait()
+            self._under_way.wait()
         if self._rows is None:
             self._rows = self._arrived(self._received)
         return self._rows
@@ -365,7 +366,7 @@ def _tell_counts(
     told = torch.cat([*rows_WC, served_W.unsqueeze(1)], dim=1)
     heard = torch.empty_like(told)
     with level.world.exposed:
-        dist.all_to_all_single(heard, told, group=level.group)
+        AllToAll(heard, told, [1] * members, [1] * members, level.group).wait()
     sent, received = torch.stack([told.t(), heard.t()]).tolist()
     every = [Splits(*pair) for pair in zip(sent, received, strict=True)]
     ends = [0, *accumulate(degrees)]
