@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.chunked_experts import Chunked, Direction, begins, chunked_experts, unmarked
+from parallel.cuts import backward_cut, forward_cut
 from parallel.expert_arena import ExpertArena
 from parallel.peer_exchange import PeerTokens
 from parallel.profiling import HEAD_START_CYCLES, timed
@@ -30,8 +31,9 @@ from parallel.schedule.cost import Fit, Line, fit
 from parallel.schedule.execution import ExecutionCosts, LayerWork, layer_seconds
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.stopwatch import Mark, Marks
-from parallel.token_exchange import Exchange, Leg, exchange
+from parallel.token_exchange import Exchange, exchange
 from parallel.topology import World
+from parallel.ways import Leg
 
 CHUNKS = (1, 2, 4, 8)  # in which a layer runs to see what it takes beside its parts
 PARTS = (16, 8, 4, 2, 1)  # of a micro-batch, that are timed
@@ -191,13 +193,15 @@ def _with_chunks(profile: Profile, arena: ExpertArena, tokens: int, top_k: int, 
     parts = LayerParts(arena, tokens, top_k)
     ways = [OFF, *(Degrees(chunks, chunks) for chunks in CHUNKS if chunks <= tokens)]
     turns = [[timed(partial(parts.in_chunks, way), arena.world) for way in ways] for _ in range(repeats + 1)][1:]
-    amounts = [parts.bytes[0], parts.entries, parts.bytes[-1] if len(parts.bytes) > 1 else 0]
+    apart = len(parts.bytes) == 1
+    amounts = [parts.bytes[0], parts.entries, 0 if apart else parts.bytes[1], parts.staying if apart else 0]
     most = torch.tensor([*map(median, zip(*turns, strict=True)), *amounts], dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    *seconds, row_bytes, entries, inside_bytes = most.tolist()
-    work = LayerWork(row_bytes, entries, inside_bytes)
+    *seconds, row_bytes, entries, inside_bytes, staying = most.tolist()
+    work = LayerWork(row_bytes, entries, inside_bytes, staying)
     more = [taken - layer_seconds(profile.costs, work, way) for taken, way in zip(seconds, ways, strict=True)]
-    chunks = [2 * (way.forward - 1) for way in ways[1:]]
+    cuts = [(forward_cut(way.forward, apart=apart), backward_cut(way.backward, apart=apart)) for way in ways[1:]]
+    chunks = [len(ahead) + len(back) - 2 for ahead, back in cuts]
     if len(chunks) > 1:
         least = min((more[place] - more[1]) / count for place, count in enumerate(chunks, start=1) if count)
         profile = replace(profile, chunk_s=max(least, 0.0))
@@ -236,7 +240,8 @@ class LayerParts:
         self._sent = self.announce()
         self._way = way = self._sent.forward
         self.entries = self._sent.order.entry_N.shape[0]
-        self.bytes = [arena.row_bytes * _others(leg, world.rank) for leg in way.legs]  # sent to others or received, of each leg
+        self.staying = int((rank_TK == world.rank).sum())
+        self.bytes = [arena.row_bytes * _others(leg) for leg in way.legs]  # sent to others or received, of each leg
         gate_up_SCD, down_SDF = arena.rows
         self._experts = ArenaExperts(gate_up_SCD, down_SDF, found.slots_E)
         self._setting_out = [self._x_TD]  # on each leg
@@ -330,8 +335,7 @@ def _by_word(marks: Sequence[Mark]) -> dict[tuple[str, str], float]:
     return found
 
 
-def _others(leg: Leg, rank: int) -> int:
+def _others(leg: Leg) -> int:
     """Rows that a rank sends to other members of a level, or takes from them, whichever are more."""
-    own = rank // leg.level.each % leg.level.size
     splits = leg.splits[0]
-    return max(sum(rows) - rows[own] for rows in (splits.send_W, splits.receive_W))
+    return max(sum(rows) - rows[leg.level.here] for rows in (splits.send_W, splits.receive_W))

@@ -1,18 +1,18 @@
 """One MoE layer of a rank whose tokens travel as messages: dispatch, experts and combine of each chunk while others travel.
 
 Source: FSMoE, arXiv 2501.10714, section 4: all dispatches go first, back to back; each chunk is computed when it is there, and
-its results are sent at once. Over two levels a chunk is passed on inside its node while the next crosses between nodes and the
-one before is computed, and its results are summed and cross back after the experts of the next. Backward has chunks of its own
-number, and leaves the gradients of the weights to the end, where the last chunks are on their way back. Messages have streams
-of their own on a GPU (NCCL's) and threads on a CPU (gloo's), one for each level; in which order a level has them is the same on
-all ranks, because it is that of the program.
+its results are sent at once. Rows that stay at their rank are computed while others are waited for (cuts.py). Over two levels
+a chunk is passed on inside its node while the next crosses between nodes and the one before is computed, and its results are
+summed and cross back after the experts of the next. Backward has chunks of its own number, and leaves the gradients of the
+weights to the end, where the last chunks are on their way back. Messages have streams of their own on a GPU (NCCL's) and
+threads on a CPU (gloo's), one for each level; in which order a level has them is the same on all ranks, because it is that of
+the program.
 
 Letters: T tokens of this rank, K top-k, R rows received, P of a chunk, D model.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.expert_mlp import WeightGradients
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
-from parallel.token_exchange import Exchange, InFlight, Way
+from parallel.schedule.pipeline import EXPERTS, EXPERTS_HERE
+from parallel.token_exchange import Exchange
+from parallel.ways import InFlight, Way
 
 Direction = Literal["forward", "backward"]
 
@@ -66,14 +68,15 @@ class _Layer(torch.autograd.Function):
         passing = _Passing(way, run, x_TD)
         run.ready("forward")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_TD)
-        rows: list[Tensor] = []
-        for chunk, part in enumerate(exchange.forward_parts):
-            here = way.arrived(chunk)
-            rows.append(passing.arrived(chunk))
+        rows: dict[int, Tensor] = {}
+        for chunk in way.cut.turns:
+            here, part = way.arrived(chunk), exchange.forward_parts[chunk]
+            rows[chunk] = passing.arrived(chunk)
             y_PD = computing.rows(rows[chunk], place_RK[here], weights_RK[here], part)
             passing.give_back(y_PD, chunk)
         ctx.run = run
-        ctx.save_for_backward(torch.cat(rows) if len(rows) > 1 else rows[0], computing.h, place_RK)
+        arrived_RD = torch.cat([rows[chunk] for chunk in range(len(way))]) if len(way) > 1 else rows[0]
+        ctx.save_for_backward(arrived_RD, computing.h, place_RK)
         passing.give_back_last()
         return passing.collect()
 
@@ -91,7 +94,7 @@ class _Layer(torch.autograd.Function):
         d_weights: list[Tensor] = []
         for chunk, part in enumerate(exchange.backward_parts):
             d_y_PD = passing.arrived(chunk)
-            if chunk == 0:
+            if chunk == way.cut.staying:
                 run.first_rows()
             d_x_PD, d_weights_PK = computing.rows(d_y_PD, place_RK[way.arrived(chunk)], part)
             passing.give_back(d_x_PD, chunk)
@@ -114,18 +117,19 @@ class _Passing:
     """
 
     def __init__(self, way: Way, run: Chunked, x_TD: Tensor) -> None:
-        """All chunks are sent."""
+        """All chunks are sent: first those that travel."""
         self._way, self._run = way, run
-        first, x_TD = way.legs[0], x_TD.contiguous()
-        packed = (first.pack(x_TD[first.of_chunk(chunk)], chunk) for chunk in range(len(way)))
-        # Of each leg, there and back, in the order of the chunks; gone when they are there.
-        self._crossing = deque(first.send(rows_SD, chunk) for chunk, rows_SD in enumerate(packed))
+        first, x_TD, staying = way.legs[0], x_TD.contiguous(), way.cut.staying
+        # Of each leg, there and back, by chunk; gone when they are there.
+        self._crossing: dict[int, InFlight] = {}
+        for chunk in (*range(staying, len(way)), *range(staying)):
+            self._crossing[chunk] = first.send(first.pack(x_TD[first.of_chunk(chunk)], chunk), chunk)
         run.mark("pack")
-        for message in self._crossing:
-            self.set_out(message, "dispatch")
-        self._inside: deque[InFlight] = deque()
-        self._back_inside: deque[InFlight] = deque()
-        self._back: deque[InFlight] = deque()
+        for chunk in range(staying, len(way)):
+            self.set_out(self._crossing[chunk], "dispatch")
+        self._inside: dict[int, InFlight] = {}
+        self._back_inside: dict[int, InFlight] = {}
+        self._back: dict[int, InFlight] = {}
         if len(way.legs) > 1:
             self._pass_on(0)
 
@@ -136,34 +140,41 @@ class _Passing:
             self._run.mark(name)
         return message
 
+    def _mark(self, name: str, chunk: int) -> None:
+        """Chunks that travel have numbers of their own, and what stays nothing to wait for."""
+        if chunk >= self._way.cut.staying:
+            self._run.mark(f"{name} {chunk - self._way.cut.staying + 1}")
+        elif name == EXPERTS:
+            self._run.mark(f"{EXPERTS_HERE} {chunk + 1}")
+
     def arrived(self, chunk: int) -> Tensor:
         """The rows of a chunk, to be computed."""
         if len(self._way.legs) == 1:
-            rows_PD = self._crossing.popleft().wait()
-            self._run.mark(f"dispatch {chunk + 1}")
+            rows_PD = self._crossing.pop(chunk).wait()
+            self._mark("dispatch", chunk)
             return rows_PD
         if chunk + 1 < len(self._way):
             self._pass_on(chunk + 1)
-        rows_PD = self._inside.popleft().wait()
-        self._run.mark(f"gather {chunk + 1}")
+        rows_PD = self._inside.pop(chunk).wait()
+        self._mark("gather", chunk)
         return rows_PD
 
     def _pass_on(self, chunk: int) -> None:
-        rows_PD = self._crossing.popleft().wait()
-        self._run.mark(f"dispatch {chunk + 1}")
+        rows_PD = self._crossing.pop(chunk).wait()
+        self._mark("dispatch", chunk)
         last = self._way.legs[-1]
-        self._inside.append(last.send(last.pack(rows_PD, chunk), chunk))
-        self._run.mark(f"relay {chunk + 1}")
-        self.set_out(self._inside[-1], "gather")
+        self._inside[chunk] = last.send(last.pack(rows_PD, chunk), chunk)
+        self._mark("relay", chunk)
+        self.set_out(self._inside[chunk], "gather")
 
     def give_back(self, y_PD: Tensor, chunk: int) -> None:
         """The results of a chunk, which is computed."""
         message = self._way.legs[-1].give_back(y_PD, chunk)
-        self._run.mark(f"experts {chunk + 1}")
+        self._mark(EXPERTS, chunk)
         if len(self._way.legs) == 1:
-            self._back.append(self.set_out(message, "combine"))
+            self._back[chunk] = self.set_out(message, "combine")
             return
-        self._back_inside.append(self.set_out(message, "scatter"))
+        self._back_inside[chunk] = self.set_out(message, "scatter")
         if chunk > 0:
             self._sum(chunk - 1)
 
@@ -174,18 +185,23 @@ class _Passing:
 
     def _sum(self, chunk: int) -> None:
         first, last = self._way.legs
-        rows_SD = self._back_inside.popleft().wait()
-        self._run.mark(f"scatter {chunk + 1}")
-        self._back.append(first.give_back(last.collect(rows_SD, chunk), chunk))
-        self._run.mark(f"sum {chunk + 1}")
-        self.set_out(self._back[-1], "combine")
+        rows_SD = self._back_inside.pop(chunk).wait()
+        self._mark("scatter", chunk)
+        self._back[chunk] = first.give_back(last.collect(rows_SD, chunk), chunk)
+        self._mark("sum", chunk)
+        self.set_out(self._back[chunk], "combine")
 
     def collect(self) -> Tensor:
         """(T, D): what has come back."""
-        found: list[Tensor] = []
+        first, rows, found = self._way.legs[0], list[Tensor](), list[Tensor]()
         for chunk in range(len(self._way)):
-            rows_SD = self._back.popleft().wait()
-            self._run.mark(f"combine {chunk + 1}")
-            found.append(self._way.legs[0].collect(rows_SD, chunk))
-            self._run.mark(f"collect {chunk + 1}")
-        return torch.cat(found) if len(found) > 1 else found[0]
+            rows.append(self._back.pop(chunk).wait())
+            self._mark("combine", chunk)
+            if first.apart is None:
+                found.append(first.collect(rows.pop(), chunk))
+                self._mark("collect", chunk)
+        if first.apart is None:
+            return torch.cat(found) if len(found) > 1 else found[0]
+        y_TD = first.collect_all(rows)
+        self._run.mark("collect")
+        return y_TD

@@ -55,6 +55,11 @@ class Flows:
     across_out_D: Floats
     stays: Bools  # `Plan.stays`; () or (L,)
 
+    @property
+    def staying_D(self) -> Floats:
+        """Entries of a device's own tokens that it computes."""
+        return self.entries_D - self.within_in_D - self.across_in_D
+
 
 def shares(plan: Plan, topology: Topology, device: int) -> Floats:
     """Which share of a device's entries of each expert goes to which device, (E, D); rows sum to one."""

@@ -32,8 +32,9 @@ from parallel.layer_cost import LayerCosts, Link, Setting, exchange_time, exchan
 from parallel.peer_exchange import PeerTokens
 from parallel.placement import Budget, without_copies
 from parallel.schedule.pipeline import WHOLE
-from parallel.token_exchange import Levels, boundaries, exchange
+from parallel.token_exchange import boundaries, exchange
 from parallel.topology import World
+from parallel.ways import Levels
 
 FLOAT32 = 4
 WARM_UPS, REPEATS = 2, 5

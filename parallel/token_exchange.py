@@ -1,16 +1,17 @@
-"""Tokens to the ranks that hold their experts, and the experts' results back, as messages: in chunks, over one level or two.
+"""Tokens to the ranks that hold their experts, and their results back, as messages: every rank is told what it will serve.
 
 A token goes to a rank once, whatever its K: with the choices that the rank will serve, and with their combine weights, so that
 its results are summed there and return as one row (the deduplication of DeepSeek-V3, arXiv 2412.19437, section 3.2.2, here by
 rank). A way of degree r takes the rows in r messages to each rank, each of an r-th of every rank's tokens, so that some travel
-while others are computed (FSMoE, arXiv 2501.10714, section 4). All ranks call everything here together, in the same order.
+while others are computed (FSMoE, arXiv 2501.10714, section 4); rows that stay at their rank may be apart from these (cuts.py).
+All ranks call everything here together, in the same order.
 
 Over two levels (two_level_exchange.py) a way has a leg between nodes and one inside them: who takes a row on the first passes
 it on to the ranks that serve its choices, and sums their results before one row goes back.
 
-Rows that arrive are worked on in an order that no degree changes: by how far their token stands among those of its rank, then
-by the member of the level that sent them, then by the order in which that one had them. The rows of a chunk are adjacent in it
-at any degree, and sums over rows run in it.
+Rows that arrive are worked on in an order that no degree changes: by their cell (cuts.py), then by the member of the level
+that sent them, then by the order in which that one had them. The rows of a chunk are adjacent in it at any degree, and sums
+over rows run in it.
 
 Letters: T tokens of this rank, or rows that it passes on, K top-k, S rows sent, R rows received, C chunks, P rows of one,
 D model, E experts, W members of a level.
@@ -24,18 +25,14 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
-from kernels.rows import combine_rows, spread_rows
 from parallel.all_to_all import AllToAll
-from parallel.hooks import Change, Hooks, unchanged
+from parallel.cuts import FINEST, Cut, backward_cut, forward_cut
 from parallel.placement import Floats
 from parallel.schedule.pipeline import Degrees
-from parallel.topology import World
-
-FINEST = 720_720  # parts that a rank's tokens are thought to be cut into: every degree up to 16 divides it
+from parallel.ways import Apart, Hop, InFlight, Leg, Level, Levels, Splits, Way
 
 
 def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -55,149 +52,6 @@ def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
     phase_E = np.asarray(((rank + 1) * golden + np.arange(experts) * golden * golden) % 1.0, dtype=np.float64)
     flat: Floats = (np.arange(experts)[:, None] + ends_ED).ravel()
     return flat, phase_E
-
-
-@dataclass(frozen=True)
-class Level:
-    """Ranks among which rows travel in one leg. Each member stands for `each` consecutive ranks, for which it takes rows."""
-
-    world: World
-    group: dist.ProcessGroup | None  # None: all ranks
-    size: int
-    each: int
-    hooks: Hooks  # what rows travel as
-
-    def member_of(self, rank_TK: Tensor) -> Tensor:
-        """Which member takes a choice that a rank serves; int64, -1 stays."""
-        if self.group is None:
-            return rank_TK.long()
-        if self.each > 1:
-            return rank_TK.long() // self.each
-        return torch.where(rank_TK >= 0, rank_TK.long() % self.size, -1)
-
-
-Levels = tuple[Level, ...]  # in the order in which a row passes them
-
-
-def one_level(world: World, hooks: Hooks) -> Levels:
-    """Straight to the ranks."""
-    return (Level(world, None, world.size, 1, hooks),)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Rows from this rank to each member, and from each to this one."""
-
-    send_W: list[int]
-    receive_W: list[int]
-
-
-class InFlight:
-    """Rows under way to this rank; `arrived` gives what they are when they are there."""
-
-    def __init__(self, level: Level, sent: Tensor, splits: Splits, *, back: bool = False, arrived: Change = unchanged) -> None:
-        self._world, self._arrived = level.world, arrived
-        self._rows: Tensor | None = None
-        send_W, receive_W = (splits.receive_W, splits.send_W) if back else (splits.send_W, splits.receive_W)
-        self._sent = sent.contiguous()  # alive until it is through
-        self._received = sent.new_empty(sum(receive_W), *sent.shape[1:])
-        self._under_way = AllToAll(self._received, self._sent, receive_W, send_W, level.group)
-
-    def wait(self) -> Tensor:
-        """The rows. On a GPU the host does not wait, only what it starts from here on; this wait alone counts as exposed."""
-        with self._world.exposed:
-            self._under_way.wait()
-        if self._rows is None:
-            self._rows = self._arrived(self._received)
-        return self._rows
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Rows over one level and results back, in chunks."""
-
-    level: Level
-    rows: list[int]  # C + 1; chunk i has the rows that are sent from the i-th number to before the next
-    place_TK: Tensor  # int32: the row, in its chunk's message, of a choice that is its row's first for that member; else -1
-    splits: list[Splits]  # of each chunk
-
-    def of_chunk(self, chunk: int) -> slice:
-        """Among the rows that are sent."""
-        return slice(self.rows[chunk], self.rows[chunk + 1])
-
-    def pack(self, x_PD: Tensor, chunk: int) -> Tensor:
-        """The message of a chunk's rows, in its order."""
-        place_N, top_k = self._places(chunk)
-        rows_SD = x_PD.new_empty(sum(self.splits[chunk].send_W), x_PD.shape[1])
-        spread_rows(x_PD, place_N, top_k, rows_SD)
-        return rows_SD
-
-    def send(self, rows_SD: Tensor, chunk: int) -> InFlight:
-        hooks = self.level.hooks
-        return InFlight(self.level, hooks.before_dispatch(rows_SD), self.splits[chunk], arrived=hooks.after_dispatch)
-
-    def give_back(self, y_PD: Tensor, chunk: int) -> InFlight:
-        """Results of the rows of a chunk, in the order in which they arrived."""
-        hooks = self.level.hooks
-        return InFlight(self.level, hooks.before_combine(y_PD), self.splits[chunk], back=True, arrived=hooks.after_combine)
-
-    def collect(self, rows_SD: Tensor, chunk: int) -> Tensor:
-        """Results of the rows that are sent; those of several members are added in float32."""
-        return combine_rows(rows_SD, *self._places(chunk))
-
-    def _places(self, chunk: int) -> tuple[Tensor, int]:
-        return self.place_TK[self.of_chunk(chunk)].flatten(), self.place_TK.shape[1]
-
-
-@dataclass(frozen=True)
-class Way:
-    """Rows to their ranks and results back, leg by leg."""
-
-    legs: tuple[Leg, ...]
-    row_R: Tensor  # int64: rows as they arrive, chunk by chunk; where each stands in the order in which they are worked on
-
-    def __len__(self) -> int:
-        return len(self.legs[0].splits)
-
-    def arrived(self, chunk: int) -> slice:
-        """The rows of a chunk among those that arrive."""
-        received = [sum(splits.receive_W) for splits in self.legs[-1].splits]
-        before = sum(received[:chunk])
-        return slice(before, before + received[chunk])
-
-    def there(self, x_TD: Tensor) -> Tensor:
-        """All rows of a way in one chunk, one leg after the other: (T, D) -> (R, D)."""
-        for leg in self.legs:
-            x_TD = leg.send(leg.pack(x_TD, 0), 0).wait()
-        return x_TD
-
-    def back(self, y_RD: Tensor) -> Tensor:
-        """And their results: (R, D) -> (T, D)."""
-        for leg in reversed(self.legs):
-            y_RD = leg.collect(leg.give_back(y_RD, 0).wait(), 0)
-        return y_RD
-
-
-@dataclass(frozen=True)
-class Hop:
-    """What does not depend on the chunks of a leg: numbers of all rows at once go back by it."""
-
-    level: Level
-    splits: Splits
-    row_TK: Tensor  # int64: the sent row that carries a choice; the number of rows sent, of one that is absent
-    source_R: Tensor  # int64: rows in the order in which they are worked on; where each stands by sender and order there
-
-    def give_back(self, numbers_RK: Tensor) -> InFlight:
-        """A number of each choice, in the order in which rows are worked on."""
-        sorted_RK = torch.empty_like(numbers_RK)
-        sorted_RK[self.source_R] = numbers_RK
-        return InFlight(self.level, sorted_RK, self.splits, back=True)
-
-    def collect(self, back: InFlight) -> Tensor:
-        """(T, K); 0 of absent choices."""
-        numbers_SK = back.wait()
-        numbers_SK = torch.cat([numbers_SK, numbers_SK.new_zeros(1, numbers_SK.shape[1])])  # what an absent choice finds
-        return numbers_SK.gather(0, self.row_TK)
 
 
 @dataclass(frozen=True)
@@ -240,7 +94,7 @@ class _Rows:
     experts_TK: Tensor
     rank_TK: Tensor  # who serves each choice, -1 of one that is not this row's to carry
     weights_TK: Tensor  # float32
-    cell_T: Tensor  # ascending: in which of the finest parts of its rank's tokens a row's token lies
+    cell_T: Tensor  # ascending (cuts.py)
 
 
 def exchange(
@@ -260,38 +114,41 @@ def exchange(
         rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
     """
-    tokens, chunks = rank_TK.shape[0], tuple(dict.fromkeys((degrees.forward, degrees.backward)))
+    tokens, apart = rank_TK.shape[0], len(levels) == 1
+    forward, backward = forward_cut(degrees.forward, apart=apart), backward_cut(degrees.backward, apart=apart)
+    cuts = tuple(dict.fromkeys((forward, backward)))
     cell_T = torch.arange(tokens, device=rank_TK.device) * FINEST // max(tokens, 1)
     rows, entries = _Rows(experts_TK, rank_TK, weights_TK, cell_T), 0
     hops: list[Hop] = []
-    legs: dict[int, list[Leg]] = {degree: [] for degree in chunks}
-    arrivals: dict[int, _Arrivals] = {}
+    legs: dict[Cut, list[Leg]] = {cut: [] for cut in cuts}
+    arrivals: dict[Cut, _Arrivals] = {}
     for level in levels:
-        rows, hop, cuts, entries = _hop(level, rows, chunks)
+        rows, hop, chunked, entries = _hop(level, rows, cuts, apart)
         hops.append(hop)
-        for degree, cut in zip(chunks, cuts, strict=True):
-            legs[degree].append(_leg(level, cut, arrivals.get(degree), tokens))
-            arrivals[degree] = _Arrivals(_as_they_arrive(rows.cell_T, hop.source_R, degree), cut.splits)
+        for cut, chunks in zip(cuts, chunked, strict=True):
+            legs[cut].append(_leg(level, cut, chunks, arrivals.get(cut), tokens))
+            arrivals[cut] = _Arrivals(_as_they_arrive(rows.cell_T, hop.source_R, cut), chunks.splits)
     slots_RK = torch.where(rows.experts_TK >= 0, index_E[rows.experts_TK.long()], -1)
     order = expert_order(slots_RK, num_here, num_entries=entries)
-    ways = {degree: Way(tuple(legs[degree]), arrivals[degree].row_R) for degree in chunks}
-    parts = {degree: parts_of(order, slots_RK, rows.cell_T // (FINEST // degree), degree) for degree in chunks}
+    ways = {cut: Way(tuple(legs[cut]), arrivals[cut].row_R) for cut in cuts}
+    parts = {cut: parts_of(order, slots_RK, cut.chunk_of(rows.cell_T), len(cut)) for cut in cuts}
     return Exchange(
-        forward=ways[degrees.forward],
-        backward=ways[degrees.backward],
+        forward=ways[forward],
+        backward=ways[backward],
         hops=tuple(hops),
         order=order,
-        forward_parts=parts[degrees.forward],
-        backward_parts=parts[degrees.backward],
+        forward_parts=parts[forward],
+        backward_parts=parts[backward],
         weights_RK=rows.weights_TK,
     )
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _Chunks:
     """The rows of a hop in chunks."""
 
-    place_TK: Tensor  # as of a Leg, for rows in the order in which they are worked on
+    place_TK: Tensor  # this and the next as of a Leg, for rows in the order in which they are worked on
+    apart: Apart | None
     splits: list[Splits]
 
 
@@ -303,39 +160,46 @@ class _Arrivals:
     splits: list[Splits]
 
 
-def _leg(level: Level, cut: _Cut, came: _Arrivals | None, tokens: int) -> Leg:
+def _leg(level: Level, cut: Cut, chunks: _Chunks, came: _Arrivals | None, tokens: int) -> Leg:
     """Rows are sent as they came over the leg before; from the first one this rank's tokens do."""
     if came is None:
-        degree = len(cut.splits)
-        return Leg(level, [-(-chunk * tokens // degree) for chunk in range(degree + 1)], cut.place_TK, cut.splits)
-    received = (sum(splits.receive_W) for splits in came.splits)
-    return Leg(level, [0, *accumulate(received)], cut.place_TK[came.row_R], cut.splits)
+        rows = [cut.tokens_of(chunk, tokens) for chunk in range(len(cut))]
+        return Leg(level, cut, rows, chunks.place_TK, chunks.apart, chunks.splits)
+    ends = [0, *accumulate(sum(splits.receive_W) for splits in came.splits)]
+    return Leg(level, cut, [slice(*pair) for pair in pairwise(ends)], chunks.place_TK[came.row_R], None, chunks.splits)
 
 
-def _hop(level: Level, rows: _Rows, degrees: Sequence[int]) -> tuple[_Rows, Hop, list[_Cut], int]:
-    """(the rows after it, what of it no degree changes, and what each does; choices that come with the rows)."""
+def _hop(level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool) -> tuple[_Rows, Hop, list[_Chunks], int]:
+    """(the rows after it, what of it no cut changes, and what each does; choices that come with the rows). `apart`: rows that
+    stay."""
     target_TK, top_k = level.member_of(rows.rank_TK), rows.rank_TK.shape[1]
     same_TKK = target_TK.unsqueeze(2) == target_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same target
     leaders_TK = torch.where(first_TK == torch.arange(top_k, device=target_TK.device), target_TK, -1)  # absent ones stay -1
-    rows_WC, splits, entries = _tell_counts(level, leaders_TK, target_TK, rows.cell_T, degrees)
+    cell_TK = rows.cell_T.unsqueeze(1) + FINEST * (apart * (leaders_TK != level.here).long())
+    rows_WC, splits, entries = _tell_counts(level, leaders_TK, target_TK, cell_TK, cuts)
     whole = Splits(
         [sum(counts) for counts in zip(*(one.send_W for one in splits[0]), strict=True)],
         [sum(counts) for counts in zip(*(one.receive_W for one in splits[0]), strict=True)],
     )
     sent = expert_order(leaders_TK, level.size, num_entries=sum(whole.send_W))  # by member, then in the order of the rows
     place_TK, entry_S = sent.place_N.view(target_TK.shape), sent.entry_N.long()
-    behind, source_R = _tell(level, rows, target_TK, entry_S, whole)
+    behind, source_R = _tell(level, rows, target_TK, cell_TK, entry_S, whole)
     row_TK = place_TK.long().gather(1, first_TK)
     hop = Hop(level, whole, torch.where(row_TK >= 0, row_TK, len(entry_S)), source_R)
-    cuts = [
-        _Cut(_places_in_chunks(leaders_TK, place_TK, rows.cell_T, counts_WC), split)
-        for counts_WC, split in zip(rows_WC, splits, strict=True)
-    ]
-    return behind, hop, cuts, entries
+    chunked = []
+    for cut, counts_WC, split in zip(cuts, rows_WC, splits, strict=True):
+        chunk_TK = cut.chunk_of(cell_TK)
+        places_TK = _places_in_chunks(leaders_TK, place_TK, chunk_TK, counts_WC)
+        before_C = counts_WC.sum(dim=0).cumsum(dim=0) - counts_WC.sum(dim=0)
+        all_TK = torch.where(leaders_TK >= 0, places_TK + before_C[chunk_TK], -1).int()
+        chunked.append(_Chunks(places_TK, Apart(chunk_TK, all_TK) if cut.staying else None, split))
+    return behind, hop, chunked, entries
 
 
-def _tell(level: Level, rows: _Rows, target_TK: Tensor, entry_S: Tensor, splits: Splits) -> tuple[_Rows, Tensor]:
+def _tell(
+    level: Level, rows: _Rows, target_TK: Tensor, cell_TK: Tensor, entry_S: Tensor, splits: Splits
+) -> tuple[_Rows, Tensor]:
     """(rows after a hop, where each of them stands by sender and order there). `entry_S`: for which choice a row is sent."""
     top_k = target_TK.shape[1]
     row_S = entry_S // max(top_k, 1)
@@ -343,7 +207,8 @@ def _tell(level: Level, rows: _Rows, target_TK: Tensor, entry_S: Tensor, splits:
     # A member that stands for itself alone need not be told for whom a choice is.
     chosen = (rows.experts_TK, rows.rank_TK) if level.each > 1 else (rows.experts_TK,)
     chosen_S = [torch.where(here_SK, part[row_S].int(), -1) for part in chosen]
-    told_S = torch.cat([*chosen_S, rows.weights_TK[row_S].view(torch.int32), rows.cell_T[row_S, None].int()], dim=1)
+    cell_S1 = cell_TK.flatten()[entry_S].unsqueeze(1).int()
+    told_S = torch.cat([*chosen_S, rows.weights_TK[row_S].view(torch.int32), cell_S1], dim=1)
     heard_R = InFlight(level, told_S, splits).wait()
     cell_R, source_R = heard_R[:, -1].sort(stable=True)  # the order in which rows are worked on
     experts_RK, *rank_RK, bits_RK = heard_R[source_R, :-1].split(top_k, dim=1)
@@ -352,16 +217,16 @@ def _tell(level: Level, rows: _Rows, target_TK: Tensor, entry_S: Tensor, splits:
 
 
 def _tell_counts(
-    level: Level, leaders_TK: Tensor, target_TK: Tensor, cell_T: Tensor, degrees: Sequence[int]
+    level: Level, leaders_TK: Tensor, target_TK: Tensor, cell_TK: Tensor, cuts: Sequence[Cut]
 ) -> tuple[list[Tensor], list[list[Splits]], int]:
     """(rows from here to each member in each chunk, (W, C), and what is sent and received of each chunk: each for these
-    degrees; choices that come here)."""
+    cuts; choices that come here)."""
     members = level.size
     rows_WC = []
-    for degree in degrees:
-        chunk_TK = (cell_T // (FINEST // degree)).unsqueeze(1).expand_as(leaders_TK)
-        box_N = torch.where(leaders_TK >= 0, leaders_TK * degree + chunk_TK, members * degree).flatten()
-        rows_WC.append(_count(box_N, members * degree).view(members, degree))
+    for cut in cuts:
+        chunks = len(cut)
+        box_N = torch.where(leaders_TK >= 0, leaders_TK * chunks + cut.chunk_of(cell_TK), members * chunks).flatten()
+        rows_WC.append(_count(box_N, members * chunks).view(members, chunks))
     served_W = _count(torch.where(target_TK >= 0, target_TK, members).flatten(), members)
     told = torch.cat([*rows_WC, served_W.unsqueeze(1)], dim=1)
     heard = torch.empty_like(told)
@@ -369,7 +234,7 @@ def _tell_counts(
         AllToAll(heard, told, [1] * members, [1] * members, level.group).wait()
     sent, received = torch.stack([told.t(), heard.t()]).tolist()
     every = [Splits(*pair) for pair in zip(sent, received, strict=True)]
-    ends = [0, *accumulate(degrees)]
+    ends = [0, *accumulate(len(cut) for cut in cuts)]
     return rows_WC, [every[start:end] for start, end in pairwise(ends)], sum(received[-1])
 
 
@@ -379,21 +244,18 @@ def _count(box_N: Tensor, boxes: int) -> Tensor:
     return counts.scatter_add_(0, box_N, torch.ones_like(box_N))[:-1]
 
 
-def _places_in_chunks(leaders_TK: Tensor, place_TK: Tensor, cell_T: Tensor, rows_WC: Tensor) -> Tensor:
+def _places_in_chunks(leaders_TK: Tensor, place_TK: Tensor, chunk_TK: Tensor, rows_WC: Tensor) -> Tensor:
     """`place_TK`, which counts rows by member and order, from the start of each chunk's message on. int32."""
-    degree = rows_WC.shape[1]
-    if degree == 1:
+    if rows_WC.shape[1] == 1:
         return place_TK
     start_WC = (rows_WC.flatten().cumsum(0) - rows_WC.flatten()).view(rows_WC.shape)  # by member, then by chunk
     shift_WC = rows_WC.cumsum(0) - rows_WC - start_WC
-    chunk_T1 = (cell_T // (FINEST // degree)).unsqueeze(1)
-    return torch.where(leaders_TK >= 0, place_TK + shift_WC[leaders_TK.clamp(min=0), chunk_T1], -1).int()
+    return torch.where(leaders_TK >= 0, place_TK + shift_WC[leaders_TK.clamp(min=0), chunk_TK], -1).int()
 
 
-def _as_they_arrive(cell_R: Tensor, source_R: Tensor, degree: int) -> Tensor:
+def _as_they_arrive(cell_R: Tensor, source_R: Tensor, cut: Cut) -> Tensor:
     """`row_R` of a way. `cell_R` and `source_R`: of rows in the order in which they are worked on."""
     rows = torch.arange(len(source_R), device=source_R.device)
-    if degree == 1:
+    if len(cut) == 1:
         return torch.empty_like(source_R).scatter_(0, source_R, rows)
-    chunk_R = cell_R // (FINEST // degree)
-    return (chunk_R * len(chunk_R) + source_R).argsort()  # chunk by chunk, by sender and order there
+    return (cut.chunk_of(cell_R.long()) * len(source_R) + source_R).argsort()  # chunk by chunk, by sender and order there

@@ -30,9 +30,9 @@ from parallel.sparse_collectives import (
     empty_parts,
     gather_plan,
 )
-from parallel.token_exchange import Levels, one_level
 from parallel.topology import World
 from parallel.two_level_exchange import check_two_levels, has_two_levels, two_levels
+from parallel.ways import Levels, one_level
 
 
 class Gathering(Protocol):

@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.errors import UserError
 from parallel.hooks import Hooks
 from parallel.placement import Topology
-from parallel.token_exchange import Level, Levels
 from parallel.topology import World, across_and_inside, own_group
+from parallel.ways import Level, Levels
 
 
 def two_levels(world: World, hooks: Hooks) -> Levels:

@@ -18,6 +18,7 @@ PURE = {  # mathematics that must be testable without any process group
         | {"bisect", "collections", "dataclasses", "functools", "heapq", "itertools", "math", "typing"}
         for name in ("placement", "flows", "routes", "layer_cost", "packing", "copy_numbers", "planning", "policies", *SCHEDULE)
     },
+    "parallel/cuts.py": {"torch", "dataclasses", "__future__"},
     "rl/advantages.py": {"math", "numpy", "collections", "trainer", "__future__"},
     "rl/algorithms.py": {"torch", "dataclasses", "collections", "__future__", "rl", "trainer"},
     "rl/kl.py": {"torch", "rl", "__future__"},

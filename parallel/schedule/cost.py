@@ -130,6 +130,7 @@ class ShardedWorkload:
     product_s: float  # of all entries, forward
     weights_s: float  # of all experts that have entries, beside them, forward
     two_level: bool  # tokens go to other nodes first, then on inside
+    staying: float  # share of the device's entries that its own tokens have
     exchanged: float  # 1; 0 where nothing is exchanged (layer_cost.exchanges); of a mean, in how many of its layers it is
 
 
@@ -146,6 +147,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
         two_level=setting.two_level,
+        staying=float(found.staying_D[busiest] / max(found.entries_D[busiest], 1.0)),
         exchanged=float(exchanges(found, setting)),
     )
 

@@ -1,6 +1,7 @@
 """What chunked_experts.py does with a layer, as tasks; and the number of chunks, separately for forward and backward. Pure.
 
-One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Over two levels that
+One link carries the rows of a rank, to all others at once: all dispatches, then the combines as they come. Meanwhile the rank
+computes what stays (parallel/cuts.py). Over two levels that
 link is the one between nodes, and another one carries rows within them: gathers and scatters in turns, because a chunk is
 relayed before the one ahead of it is computed. The device computes chunk after chunk, and the gradients of the weights after
 the last one, which hides what is still on its way back. Degrees are chosen by trying all of them in an exact simulation
@@ -18,12 +19,13 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
+from parallel.cuts import Cut, backward_cut, forward_cut
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology, TransportKind
 from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
 from parallel.schedule.generalised import ALONE, LINK, Around, backward_around, forward_around
-from parallel.schedule.pipeline import ACROSS, COMPUTE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
+from parallel.schedule.pipeline import ACROSS, COMPUTE, EXPERTS_HERE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
 NEARLY = 0.03
@@ -67,6 +69,7 @@ class LayerWork:
     row_bytes: float
     entries: float
     inside_bytes: float = 0.0  # on the leg within nodes, where there are two
+    staying: float = 0.0  # of the entries those of its own tokens, where they may be computed apart
 
     def differs(self, other: LayerWork, share: float) -> bool:
         """By more than this share of it."""
@@ -83,19 +86,23 @@ def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_
     sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, kind))
     if kind == "two_level":
         return LayerWork(float(sent.across_bytes), entries, float(sent.within_bytes))
-    return LayerWork(float(sent.within_bytes + sent.across_bytes), entries)
+    busiest = int(found.entries_D.argmax())
+    return LayerWork(float(sent.within_bytes + sent.across_bytes), entries, staying=float(found.staying_D[busiest]))
 
 
 def forward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
-    return _tasks(costs, work, degree, costs.forward.seconds(work.entries / degree), 0.0)
+    return _tasks(costs, work, forward_cut(degree, apart=not work.inside_bytes), costs.forward, 0.0)
 
 
 def backward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
-    rows_s = costs.backward.seconds(work.entries / degree)
-    return _tasks(costs, work, degree, rows_s, costs.weights.seconds(work.entries))
+    cut = backward_cut(degree, apart=not work.inside_bytes)
+    return _tasks(costs, work, cut, costs.backward, costs.weights.seconds(work.entries))
 
 
-def _tasks(costs: ExecutionCosts, work: LayerWork, degree: int, rows_s: float, weights_s: float) -> list[Task]:
+def _tasks(costs: ExecutionCosts, work: LayerWork, cut: Cut, rows: Line, weights_s: float) -> list[Task]:
+    degree = cut.degree
+    here_s = rows.seconds(work.staying / cut.staying) if cut.staying else 0.0
+    rows_s = rows.seconds((work.entries - work.staying * (cut.staying > 0)) / degree)
     exchange_s, copy_s = (line.seconds(work.row_bytes / degree) for line in (costs.exchange, costs.copy))
     inside_s, relay_s = (line.seconds(work.inside_bytes / degree) for line in (costs.inside, costs.relay))
     program = _Program(degree)
@@ -106,19 +113,29 @@ def _tasks(costs: ExecutionCosts, work: LayerWork, degree: int, rows_s: float, w
     gathered: list[Places] = []
     scattered: list[Places] = []
     returned: list[Places] = []
+    if cut.staying:
+        program.add(EXPERTS_HERE, 0, COMPUTE, here_s)
     for chunk in chunks:
         while len(gathered) < min(chunk + 2, degree):  # a chunk ahead of the experts
             ahead = len(gathered)
             relayed = program.add("relay", ahead, COMPUTE, relay_s, dispatched[ahead])
             gathered.append(program.add("gather", ahead, WITHIN, inside_s, relayed))
-        program.add("start", chunk, COMPUTE, costs.chunk_s if chunk else 0.0)
+        program.add("start", chunk, COMPUTE, costs.chunk_s if chunk or cut.staying else 0.0)
         computed = program.add("experts", chunk, COMPUTE, rows_s, gathered[chunk])
         scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
         while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk after them
             behind = len(returned)
             summed = program.add("sum", behind, COMPUTE, relay_s, scattered[behind])
             returned.append(program.add("combine", behind, link, exchange_s, summed))
+    if cut.staying > 1:
+        program.add("start", degree, COMPUTE, costs.chunk_s)
+        program.add(EXPERTS_HERE, 1, COMPUTE, here_s)
     program.add("weights", None, COMPUTE, weights_s, computed)
+    if cut.staying:
+        program.add(
+            "collect", None, COMPUTE, costs.copy.seconds(work.row_bytes), tuple(last for one in returned for last in one)
+        )
+        return program.tasks
     for chunk in chunks:
         program.add("collect", chunk, COMPUTE, copy_s, returned[chunk])
     return program.tasks

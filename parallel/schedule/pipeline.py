@@ -15,6 +15,7 @@ from parallel.schedule.timeline import Task, simulate
 
 COMPUTE, WITHIN, ACROSS = "compute", "within a node", "between nodes"
 MOST_CHUNKS = 16
+EXPERTS, EXPERTS_HERE = "experts", "experts here"  # of rows that came to this rank, and of those that stay
 ATTENTION, COPIES, GRADIENTS = "attention", "copies", "gradients"  # names of tasks; those of chunks end in their number
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from parallel.hooks import NONE, message_hooks
 from parallel.placement import Topology
 from parallel.schedule.pipeline import MOST_CHUNKS, Degrees
-from parallel.token_exchange import Exchange, Way, exchange
+from parallel.token_exchange import Exchange, exchange
 from parallel.topology import World
 from parallel.two_level_exchange import rows_across, two_levels
+from parallel.ways import Way
 from tests.distributed.ranks import run_ranks
 
 ROUNDING = [message_hooks(wanted, torch.float32) for wanted in ("bfloat16", "float8")]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.cuts import FINEST, backward_cut, forward_cut
 from parallel.flows import Plan
 from parallel.placement import Topology, even_owners, without_copies
 from parallel.schedule.cost import Line
@@ -24,20 +25,29 @@ from parallel.schedule.execution import (
     plan_layer,
 )
 from parallel.schedule.generalised import Around
-from parallel.schedule.pipeline import MOST_CHUNKS, OFF, WHOLE, WITHIN, Degrees
+from parallel.schedule.pipeline import COMPUTE, MOST_CHUNKS, OFF, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import simulate
-from parallel.token_exchange import FINEST
 
 starts = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
 slopes = st.floats(1e-6, 10.0)
 lines = st.builds(Line, starts, slopes)
 costs = st.builds(ExecutionCosts, lines, lines, lines, lines, lines, lines, starts, lines, lines)
 amounts = st.floats(0.0, 100.0)
-works = st.builds(LayerWork, amounts, amounts, st.one_of(st.just(0.0), amounts))  # over one level or two
+
+
+@st.composite
+def works(draw: st.DrawFn) -> LayerWork:
+    """Over one level, where part of the entries may stay, or over two."""
+    entries = draw(amounts)
+    if draw(st.booleans()):
+        return LayerWork(draw(amounts), entries, staying=entries * draw(st.floats(0.0, 1.0)))
+    return LayerWork(draw(amounts), entries, draw(st.floats(1e-3, 100.0)))
+
+
 DEGREES = range(1, MOST_CHUNKS + 1)
 
 
-@given(costs, works, st.integers(1, 40))
+@given(costs, works(), st.integers(1, 40))
 def test_no_degree_without_empty_chunks_is_clearly_faster(measured: ExecutionCosts, work: LayerWork, tokens: int) -> None:
     found = plan_layer(measured, work, tokens)
     for tasks_of, timeline, degree in (
@@ -49,7 +59,7 @@ def test_no_degree_without_empty_chunks_is_clearly_faster(measured: ExecutionCos
         assert all(seconds > (1 + NEARLY) * min(tried.values()) for one, seconds in tried.items() if one < degree)
 
 
-@given(costs, works, st.integers(1, 40), st.sampled_from(DEGREES), st.sampled_from(DEGREES))
+@given(costs, works(), st.integers(1, 40), st.sampled_from(DEGREES), st.sampled_from(DEGREES))
 def test_degrees_stay_while_they_are_nearly_the_fastest(
     measured: ExecutionCosts, work: LayerWork, tokens: int, forward: int, backward: int
 ) -> None:
@@ -64,7 +74,7 @@ def test_degrees_stay_while_they_are_nearly_the_fastest(
         assert now == (present if good else other)
 
 
-@given(costs, works, st.integers(1, 40), st.sets(st.sampled_from(DEGREES), min_size=1))
+@given(costs, works(), st.integers(1, 40), st.sets(st.sampled_from(DEGREES), min_size=1))
 def test_degrees_that_were_measured_come_first(measured: ExecutionCosts, work: LayerWork, tokens: int, tried: set[int]) -> None:
     """But for one chunk, which is what layers have at first. A layer takes what its parts say, so what was measured changes
     no time."""
@@ -83,7 +93,7 @@ def bound_s(costs: ExecutionCosts, work: LayerWork) -> float:
     return max(computed_s, 4 * costs.exchange.seconds(work.row_bytes), 4 * costs.inside.seconds(work.inside_bytes))
 
 
-@given(costs, works, st.sampled_from(DEGREES))
+@given(costs, works(), st.sampled_from(DEGREES))
 def test_every_degree_keeps_the_bound_and_the_order(measured: ExecutionCosts, work: LayerWork, degree: int) -> None:
     ahead, back = (simulate(tasks_of(measured, work, degree)) for tasks_of in (forward_tasks, backward_tasks))
     assert ahead.seconds + back.seconds >= bound_s(measured, work) * (1 - 1e-9)
@@ -103,6 +113,18 @@ def test_equal_messages_and_products_hide_all_but_the_first_and_the_last() -> No
     assert [simulate(forward_tasks(measured, work, degree)).seconds for degree in (1, 4)] == [32.0, 20.0]
     # the gradients of the weights, 16, hide the way back
     assert [simulate(backward_tasks(measured, work, degree)).seconds for degree in (1, 4)] == [40.0, 34.0]
+
+
+def test_what_stays_is_computed_while_others_are_waited_for() -> None:
+    one, none = Line(0.0, 1.0), Line(0.0, 0.0)
+    measured = ExecutionCosts(one, none, Line(0.0, 2.0), Line(0.0, 2.0), Line(0.0, 2.0), none, 0.0)
+    work = LayerWork(8.0, 8.0, staying=4.0)
+    # in two chunks: products of 4 under the first 4 there, of 8, and of 4 under the last 4 back
+    assert [simulate(forward_tasks(measured, work, degree)).seconds for degree in (1, 2)] == [32.0, 16.0]
+    names = [span.task.name for span in simulate(forward_tasks(measured, work, 2)).spans if span.task.resource == COMPUTE]
+    assert names == ["experts here 1", "experts 1", "experts 2", "experts here 2"]
+    # products of 8 under those that come, 8 of what came, and 16 of gradients of the weights; nothing is waited for
+    assert [simulate(backward_tasks(measured, work, degree)).seconds for degree in (1, 2)] == [40.0, 32.0]
 
 
 def test_links_between_and_within_nodes_carry_at_the_same_time() -> None:
@@ -127,8 +149,8 @@ def test_the_work_of_a_layer_is_that_of_its_busiest_rank() -> None:
     """Two ranks, two experts, top-1: of 30 tokens a rank gives, on average, so many as the other's expert has."""
     plan = Plan(without_copies(even_owners(2, 2), 2))
     work = layer_work(plan, np.array([40.0, 20.0]), Topology(2, 1), 1, 8, "messages")
-    assert work.entries == 40.0 and work.row_bytes == pytest.approx(20 * 8)
-    assert work.differs(LayerWork(work.row_bytes, 30.0), 0.2) and not work.differs(LayerWork(work.row_bytes, 39.0), 0.2)
+    assert work.entries == 40.0 and work.row_bytes == pytest.approx(20 * 8) and work.staying == 20.0
+    assert work.differs(replace(work, entries=30.0), 0.2) and not work.differs(replace(work, entries=39.0), 0.2)
 
 
 def test_over_two_levels_a_row_goes_to_a_node_once() -> None:
@@ -158,21 +180,24 @@ def test_what_each_chunk_costs_beside_its_parts_keeps_layers_whole_where_it_is_m
     measured = ExecutionCosts(one, none, Line(0.0, 12.0), Line(0.0, 12.0), Line(0.0, 12.0), none, 0.0)
     work = LayerWork(6.0, 1.0)
     assert plan_layer(measured, work, 100).degrees.forward > 1
-    costly = replace(measured, chunk_s=4.0)
-    assert simulate(forward_tasks(costly, work, 3)).seconds == pytest.approx(2 + 4 + 4 + 12 + 2)  # first, all experts, last
+    costly = replace(measured, chunk_s=3.0)
+    # 2 for the first rows and for the last, under which chunks start; two more do between
+    assert simulate(forward_tasks(costly, work, 3)).seconds == pytest.approx(3 + 4 + 3 + 4 + 3 + 4 + 3)
     assert plan_layer(costly, work, 100).degrees.forward == 2
     assert plan_layer(replace(measured, chunk_s=40.0), work, 100).degrees == WHOLE
 
 
-@given(costs, works, st.sampled_from(DEGREES), st.floats(0.0, 1.0))
+@given(costs, works(), st.sampled_from(DEGREES), st.floats(0.0, 1.0))
 def test_no_layer_is_faster_for_it(measured: ExecutionCosts, work: LayerWork, degree: int, chunk_s: float) -> None:
     costly = replace(measured, chunk_s=chunk_s)
     for tasks_of in (forward_tasks, backward_tasks):
         before, after = (simulate(tasks_of(one, work, degree)).seconds for one in (measured, costly))
-        assert before * (1 - 1e-12) <= after <= (before + (degree - 1) * chunk_s) * (1 + 1e-9)
+        cut_of = forward_cut if tasks_of is forward_tasks else backward_cut
+        more = len(cut_of(degree, apart=not work.inside_bytes)) - 1
+        assert before * (1 - 1e-12) <= after <= (before + more * chunk_s) * (1 + 1e-9)
 
 
-@given(costs, works, st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4), st.integers(1, 40), st.floats(0.0, 5.0))
+@given(costs, works(), st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4), st.integers(1, 40), st.floats(0.0, 5.0))
 def test_how_long_a_layer_took_counts_where_it_was_measured(
     measured: ExecutionCosts, work: LayerWork, factors: list[float], tokens: int, attention_s: float
 ) -> None:

@@ -81,5 +81,5 @@ def test_a_layer_from_published_speeds_takes_what_the_model_of_placements_says(s
     assert in_sequence_s(lines, amount) == pytest.approx(expected_s)
     assert lines.announce_s == (1 + bool(work.two_level and work.exchanged)) * announced_s
     assert work.exchanged == (not (setting.alone and plan.stays))
-    empty = ShardedWorkload(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, two_level=False, exchanged=1.0)
+    empty = ShardedWorkload(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, two_level=False, staying=0.0, exchanged=1.0)
     assert np.isfinite(in_sequence_s(*published(setting.costs, empty, 0.0, 0.0)))
