@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
 from parallel.chunked_experts import Chunked, Direction, begins, chunked_experts, unmarked
-from parallel.cuts import backward_cut, forward_cut
+from parallel.cuts import backward_cut, forward_cut, stay_apart
 from parallel.expert_arena import ExpertArena
 from parallel.peer_exchange import PeerTokens
 from parallel.profiling import HEAD_START_CYCLES, timed
@@ -193,8 +193,9 @@ def _with_chunks(profile: Profile, arena: ExpertArena, tokens: int, top_k: int, 
     parts = LayerParts(arena, tokens, top_k)
     ways = [OFF, *(Degrees(chunks, chunks) for chunks in CHUNKS if chunks <= tokens)]
     turns = [[timed(partial(parts.in_chunks, way), arena.world) for way in ways] for _ in range(repeats + 1)][1:]
-    apart = len(parts.bytes) == 1
-    amounts = [parts.bytes[0], parts.entries, 0 if apart else parts.bytes[1], parts.staying if apart else 0]
+    two_level = len(parts.bytes) > 1
+    apart = stay_apart(arena.world.size, two_level=two_level)
+    amounts = [parts.bytes[0], parts.entries, parts.bytes[1] if two_level else 0, parts.staying if apart else 0]
     most = torch.tensor([*map(median, zip(*turns, strict=True)), *amounts], dtype=torch.float64, device=arena.world.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     *seconds, row_bytes, entries, inside_bytes, staying = most.tolist()

@@ -1,9 +1,10 @@
 """How the rows of an MoE layer whose tokens travel as messages are cut into chunks. Pure.
 
-A chunk has an equal part of every rank's tokens. Straight to the ranks, a layer in several chunks has the rows that stay, those
+A chunk has an equal part of every rank's tokens. Straight to few ranks, a layer in several chunks has the rows that stay, those
 which the rank of their token serves itself, in chunks of their own, which wait for nobody: forward, half of them are computed
 while the first rows travel, and half while the last results do; backward, all while the first gradients travel, because those
-of the weights hide the last.
+of the weights hide the last. Of many ranks each serves few of its own tokens, and more chunks would only read the weights more
+often. It depends on nothing but the ranks, so that sums over rows always run in the same order.
 
 A row's cell says how far its token stands among those of its rank, from 0 to FINEST, and as much more if it travels apart from
 rows that stay.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 4  # ranks
 FINEST = 720_720  # parts that a rank's tokens are thought to be cut into: every degree up to 16 divides it
 
 
@@ -48,8 +50,13 @@ class Cut:
         return slice(-(-part * tokens // parts), -(-(part + 1) * tokens // parts))
 
 
+def stay_apart(ranks: int, *, two_level: bool) -> bool:
+    """Whether layers in several chunks have rows that stay in chunks of their own."""
+    return ranks <= FEW and not two_level
+
+
 def forward_cut(degree: int, *, apart: bool) -> Cut:
-    """`apart`: rows that stay may be, because tokens go straight to their ranks."""
+    """`apart`: as `stay_apart` says."""
     return Cut(degree, staying=2) if apart and degree > 1 else Cut(degree)
 
 

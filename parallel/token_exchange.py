@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels.expert_order import ExpertOrder, expert_order, parts_of
 from parallel.all_to_all import AllToAll
-from parallel.cuts import FINEST, Cut, backward_cut, forward_cut
+from parallel.cuts import FINEST, Cut, backward_cut, forward_cut, stay_apart
 from parallel.placement import Floats
 from parallel.schedule.pipeline import Degrees
 from parallel.ways import Apart, Hop, InFlight, Leg, Level, Levels, Splits, Way
@@ -114,7 +114,7 @@ def exchange(
         rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
     """
-    tokens, apart = rank_TK.shape[0], len(levels) == 1
+    tokens, apart = rank_TK.shape[0], stay_apart(levels[0].size, two_level=len(levels) > 1)
     forward, backward = forward_cut(degrees.forward, apart=apart), backward_cut(degrees.backward, apart=apart)
     cuts = tuple(dict.fromkeys((forward, backward)))
     cell_T = torch.arange(tokens, device=rank_TK.device) * FINEST // max(tokens, 1)

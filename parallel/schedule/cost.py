@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parallel.cuts import stay_apart
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, beside_rows_s, exchanged, exchanges
 from parallel.placement import Floats
@@ -130,7 +131,7 @@ class ShardedWorkload:
     product_s: float  # of all entries, forward
     weights_s: float  # of all experts that have entries, beside them, forward
     two_level: bool  # tokens go to other nodes first, then on inside
-    staying: float  # share of the device's entries that its own tokens have
+    staying: float  # share of the device's entries that its own tokens have, where they are apart (parallel/cuts.py)
     exchanged: float  # 1; 0 where nothing is exchanged (layer_cost.exchanges); of a mean, in how many of its layers it is
 
 
@@ -139,6 +140,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
     found, costs = flows(plan, setting.topology, loads_E), setting.costs
     sent = exchanged(found, setting)
     busiest = int((found.entries_D * costs.entry_s + found.experts_D * costs.expert_s).argmax())
+    apart = stay_apart(setting.topology.devices, two_level=setting.two_level)
     return ShardedWorkload(
         within_bytes=float(sent.within_bytes),
         across_bytes=float(sent.across_bytes),
@@ -147,7 +149,7 @@ def sharded_workload(plan: Plan, loads_E: Floats, setting: Setting) -> ShardedWo
         product_s=float(found.entries_D[busiest]) * costs.entry_s,
         weights_s=float(found.experts_D[busiest]) * costs.expert_s,
         two_level=setting.two_level,
-        staying=float(found.staying_D[busiest] / max(found.entries_D[busiest], 1.0)),
+        staying=float(found.staying_D[busiest] / max(found.entries_D[busiest], 1.0)) if apart else 0.0,
         exchanged=float(exchanges(found, setting)),
     )
 

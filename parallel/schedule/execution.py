@@ -19,7 +19,7 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from parallel.cuts import Cut, backward_cut, forward_cut
+from parallel.cuts import Cut, backward_cut, forward_cut, stay_apart
 from parallel.flows import Plan, flows
 from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology, TransportKind
@@ -69,7 +69,7 @@ class LayerWork:
     row_bytes: float
     entries: float
     inside_bytes: float = 0.0  # on the leg within nodes, where there are two
-    staying: float = 0.0  # of the entries those of its own tokens, where they may be computed apart
+    staying: float = 0.0  # of the entries those of its own tokens, where they are apart (parallel/cuts.py)
 
     def differs(self, other: LayerWork, share: float) -> bool:
         """By more than this share of it."""
@@ -86,16 +86,17 @@ def layer_work(plan: Plan, loads_E: Floats, topology: Topology, top_k: int, row_
     sent = exchanged(found, Setting(topology, top_k, Budget(0, 0), False, costs, kind))
     if kind == "two_level":
         return LayerWork(float(sent.across_bytes), entries, float(sent.within_bytes))
-    busiest = int(found.entries_D.argmax())
-    return LayerWork(float(sent.within_bytes + sent.across_bytes), entries, staying=float(found.staying_D[busiest]))
+    apart = stay_apart(topology.devices, two_level=False)
+    staying = float(found.staying_D[found.entries_D.argmax()]) if apart else 0.0
+    return LayerWork(float(sent.within_bytes + sent.across_bytes), entries, staying=staying)
 
 
 def forward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
-    return _tasks(costs, work, forward_cut(degree, apart=not work.inside_bytes), costs.forward, 0.0)
+    return _tasks(costs, work, forward_cut(degree, apart=work.staying > 0), costs.forward, 0.0)
 
 
 def backward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
-    cut = backward_cut(degree, apart=not work.inside_bytes)
+    cut = backward_cut(degree, apart=work.staying > 0)
     return _tasks(costs, work, cut, costs.backward, costs.weights.seconds(work.entries))
 
 

@@ -43,7 +43,7 @@ def published(costs: LayerCosts, work: ShardedWorkload, sums_s: float, chunk_s: 
         inside=inside,
         chunk_s=chunk_s,
     )
-    return lines, LayerWork(first_bytes, ALL, inside_bytes, 0.0 if work.two_level else ALL * work.staying)
+    return lines, LayerWork(first_bytes, ALL, inside_bytes, ALL * work.staying)
 
 
 def _line(link: Link) -> Line:

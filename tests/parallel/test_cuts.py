@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.cuts import FINEST, Cut, backward_cut, forward_cut
+from parallel.cuts import FINEST, Cut, backward_cut, forward_cut, stay_apart
 from parallel.schedule.pipeline import MOST_CHUNKS
 
 cuts = st.builds(Cut, st.integers(1, MOST_CHUNKS), st.integers(0, 2))
@@ -31,7 +31,9 @@ def test_what_stays_comes_first_and_last(cut: Cut) -> None:
     assert (cut.turns[0] < cut.staying) == (cut.staying > 0) and (cut.turns[-1] < cut.staying) == (cut.staying > 1)
 
 
-def test_whole_layers_and_those_over_two_levels_have_nothing_apart() -> None:
+def test_whole_layers_and_those_of_many_ranks_or_over_two_levels_have_nothing_apart() -> None:
+    assert stay_apart(2, two_level=False) and stay_apart(4, two_level=False)
+    assert not stay_apart(5, two_level=False) and not stay_apart(4, two_level=True)
     for cut_of, staying in ((forward_cut, 2), (backward_cut, 1)):
         assert cut_of(1, apart=True) == cut_of(1, apart=False) == Cut(1)
         assert cut_of(3, apart=True) == Cut(3, staying) and cut_of(3, apart=False) == Cut(3)

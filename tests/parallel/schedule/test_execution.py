@@ -181,8 +181,7 @@ def test_what_each_chunk_costs_beside_its_parts_keeps_layers_whole_where_it_is_m
     work = LayerWork(6.0, 1.0)
     assert plan_layer(measured, work, 100).degrees.forward > 1
     costly = replace(measured, chunk_s=3.0)
-    # 2 for the first rows and for the last, under which chunks start; two more do between
-    assert simulate(forward_tasks(costly, work, 3)).seconds == pytest.approx(3 + 4 + 3 + 4 + 3 + 4 + 3)
+    assert simulate(forward_tasks(costly, work, 3)).seconds == pytest.approx(2 + 4 + 3 + 4 + 3 + 4 + 2)  # first, experts, last
     assert plan_layer(costly, work, 100).degrees.forward == 2
     assert plan_layer(replace(measured, chunk_s=40.0), work, 100).degrees == WHOLE
 
@@ -193,7 +192,7 @@ def test_no_layer_is_faster_for_it(measured: ExecutionCosts, work: LayerWork, de
     for tasks_of in (forward_tasks, backward_tasks):
         before, after = (simulate(tasks_of(one, work, degree)).seconds for one in (measured, costly))
         cut_of = forward_cut if tasks_of is forward_tasks else backward_cut
-        more = len(cut_of(degree, apart=not work.inside_bytes)) - 1
+        more = len(cut_of(degree, apart=work.staying > 0)) - 1
         assert before * (1 - 1e-12) <= after <= (before + more * chunk_s) * (1 + 1e-9)
 
 
