@@ -52,7 +52,5 @@ def exchange(world: World, groups: list[range]) -> list[list[list[int]]]:
 )
 def test_every_row_comes_from_whom_it_was_sent(size: int, groups: list[range]) -> None:
     by_rank = run_ranks(exchange, size, groups)
-    assert (
-        sum(count for found in by_rank for receive_W in found for count in receive_W)
-        == len(groups) * counts(len(groups[0])).sum()
-    )
+    received = sum(count for found in by_rank for receive_W in found for count in receive_W)
+    assert received == len(groups) * counts(len(groups[0])).sum() > 0
