@@ -112,17 +112,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --numprocesses, a worker gets a file at a time, or all of tests/end_to_end but the main job, or all of tests/gpu.
+    """With --numprocesses, a worker gets a file at a time, or the files that start clusters of Ray, or all of tests/gpu.
 
-    The first start clusters of Ray and of SLURM on the same addresses, where the main job and others start Ray on this machine
-    alone; the second take the same GPUs: never two at once.
+    The first start them at the same addresses, where SLURM has others, and the main job starts Ray on this machine alone; the
+    second take the same GPUs: never two at once.
     """
     from xdist.scheduler import LoadScopeScheduling  # is there if this hook is called
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            together = room(file) in ("end_to_end", "gpu") and Path(file).name != "test_main_job.py"
+            together = room(file) == "gpu" or Path(file).name in ("test_faults.py", "test_kills.py")
             return room(file) if together else file
 
     config.option.loadscopereorder = False  # the order from above

@@ -68,7 +68,7 @@ def require_slurm() -> None:
 
 
 class SlurmCluster:
-    """Nodes n1, n2, ... at the loopback addresses 127.0.0.2, 127.0.0.3, ..., two CPUs each."""
+    """Nodes n1, n2, ... at the loopback addresses 127.0.1.2, 127.0.1.3, ..., two CPUs each."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class SlurmCluster:
         key.chmod(0o600)
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            NODE.format(name=name, host=host, address=f"127.0.0.{index + 2}", port=free_port("127.0.0.1"))
+            NODE.format(name=name, host=host, address=f"127.0.1.{index + 2}", port=free_port("127.0.0.1"))
             for index, name in enumerate(self.names)
         ]
         fields = {"user": getpass.getuser(), "folder": self.folder, "port": free_port("127.0.0.1"), "nodes": "\n".join(nodes)}

@@ -105,7 +105,7 @@ def test_stopped_robbed_of_a_node_preempted_and_each_time_requeued_it_learns_the
     common = [*OPTIONS, f"data.cache_dir={tmp_path}/cache"]
     job, log = submitted("pretrain", runs, *common, "cluster.slurm.nodes=2")
     wait_for(reached(runs / "job", 3), "step 3", log)
-    assert "starting 2 trainer ranks on 127.0.0.2, 127.0.0.3, in this order" in log.read_text()
+    assert "starting 2 trainer ranks on 127.0.1.2, 127.0.1.3, in this order" in log.read_text()
     driver = driver_of(slurm, "pretrain")
     driver.suspend()
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=5")  # from its start: now it is as near as stop_before_s
@@ -150,7 +150,7 @@ def test_rl_that_reaches_its_time_limit_before_it_could_stop_goes_on_from_its_ch
     start_again(slurm, job, 1, log)
     assert "the time limit has come before the step ended" in log.read_text()
     require_finished(slurm, job, runs / "job", 2, log)
-    assert "starting 2 trainer ranks and 2 engines on 127.0.0.2, 127.0.0.3, in this order" in log.read_text()
+    assert "starting 2 trainer ranks and 2 engines on 127.0.1.2, 127.0.1.3, in this order" in log.read_text()
     assert log.read_text().count("continuing after round") == 1
     run("rl", *common, f"runs_dir={runs}", "run_name=whole", "cluster.threads_per_rank=1")
     for key in ("train/loss", "reward/mean"):
