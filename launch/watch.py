@@ -99,8 +99,8 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
         part = values[index * len(values) // count : (index + 1) * len(values) // count]
         means.append(sum(part) / len(part))
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+    spread = (high - low) or 1.0
+    return "".join(BARS[round((mean - low) / spread * (len(BARS) - 1))] for mean in means)
 
 
 def messages(run: Path, attempt: int) -> list[str]:

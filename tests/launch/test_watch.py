@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -147,6 +147,7 @@ def test_messages_are_the_last_ones(run: RunDir) -> None:
 
 
 @given(st.lists(st.floats(-1e9, 1e9), max_size=200), st.integers(1, 60))
+@example([0.0, 5e-324], 2)  # one over their difference is more than a float holds
 def test_a_curve_has_its_extremes_and_its_width(values: list[float], width: int) -> None:
     line = sparkline(values, width)
     assert len(line) == min(width, len(values)) and set(line) <= set(BARS)

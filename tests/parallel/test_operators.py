@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from select import select
 
 import pytest
 import torch.utils.cpp_extension as torch_build
@@ -19,27 +21,36 @@ import sys, time
 import torch.utils.cpp_extension as torch_build
 from parallel.operators import building
 with building():
-    torch_build.FileBaton(sys.argv[1]).try_acquire()
-print("held", flush=True)
+    baton = torch_build.FileBaton(sys.argv[1])
+    print("asks", flush=True)
+    assert baton.try_acquire()
+print("holds", flush=True)
 time.sleep(600)
 """
-ASKS = HOLDS.replace("time.sleep(600)", "")
+WAITS_S = 2  # for what must not happen
 
 
 def test_a_live_process_is_waited_for_and_a_killed_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()  # as torch leaves it behind
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    hold = [sys.executable, "-c", HOLDS, tmp_path / "lock"]
-    with subprocess.Popen(hold, env=environment, stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", HOLDS, tmp_path / "lock"]
+    hold = partial(
+        subprocess.Popen, command, env=environment, stdout=subprocess.PIPE, bufsize=0
+    )  # select sees all that is left
+    with hold() as first, hold() as second:
+        processes = {first.stdout: first, second.stdout: second}
         try:
-            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-            with subprocess.Popen([sys.executable, "-c", ASKS, tmp_path / "lock"], env=environment) as asker:
-                with pytest.raises(subprocess.TimeoutExpired):
-                    asker.wait(timeout=12)
-                holder.kill()
-                assert asker.wait(timeout=60) == 0
+            for stdout in processes:
+                assert stdout is not None and stdout.readline() == b"asks\n"
+            (one,) = select(list(processes), [], [], 60)[0]
+            assert one.readline() == b"holds\n"
+            assert not select(list(processes), [], [], WAITS_S)[0], "both hold it"
+            processes.pop(one).kill()
+            (other,) = processes
+            assert other.readline() == b"holds\n"
         finally:
-            holder.kill()
+            first.kill()
+            second.kill()
 
 
 def test_torch_keeps_its_own_way_outside() -> None:
