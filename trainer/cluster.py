@@ -7,6 +7,7 @@ killed.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -36,6 +37,7 @@ from trainer.stopping import Moved, Stopped, StopRequest
 T = TypeVar("T")
 MAX_AUTO_RANKS = 2
 LOOK_S = 0.5  # in which an idle process answers; one that is busy does not, and is there
+GOING_S = 15.0  # in which what a killed run has left on this machine notices, and ends
 LOOPBACK = "127.0.0.1"
 SENTENCE_END = re.compile(r"[.:]?\n|\. ")
 GONE = "its connection broke, so it was killed, crashed, or its machine is lost or had no memory left"
@@ -141,10 +143,12 @@ def check_cluster(config: ClusterConfig, ranks: int, apart: int = 0) -> None:
 
 def require_port(host: str, port: int, option: str, without: str) -> None:
     """Raises UserError unless this process could listen at `port` of this machine, where `option` has something listen;
-    `without` is what a person sets to do without it."""
-    taken = why_taken(host, port)
-    if taken is not None:
-        raise UserError(f"port {port} of {option} on {host} is not available ({taken}); choose another, or set {without}")
+    `without` is what a person sets to do without it. Waits for what a killed run has left there, if it goes by itself."""
+    deadline = time.monotonic() + GOING_S
+    while (taken := why_taken(host, port)) is not None:
+        if taken != os.strerror(errno.EADDRINUSE) or time.monotonic() > deadline:
+            raise UserError(f"port {port} of {option} on {host} is not available ({taken}); choose another, or set {without}")
+        time.sleep(0.2)
 
 
 def rank_choices(config: ClusterConfig, ranks: int, check: Callable[[int], None]) -> tuple[int, ...]:

@@ -431,7 +431,10 @@ def test_a_folder_that_was_copied_in_part_is_a_message_before_anything_starts(tm
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_port_for_prometheus_that_is_taken_is_a_message_before_anything_starts(tmp_path: Path) -> None:
+def test_a_port_for_prometheus_that_is_taken_is_a_message_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.cluster.GOING_S", 0.0)
     folder = untrained(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

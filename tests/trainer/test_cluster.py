@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import threading
 from collections import Counter
 from typing import Any
 
@@ -131,7 +132,8 @@ def test_a_ray_that_does_not_start_is_a_message(monkeypatch: pytest.MonkeyPatch)
         start_ray(cluster(host="10.0.0.1"), 2, lambda text: None)
 
 
-def test_a_dashboard_port_in_use_is_an_error() -> None:
+def test_a_dashboard_port_in_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.cluster.GOING_S", 0.0)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -141,6 +143,15 @@ def test_a_dashboard_port_in_use_is_an_error() -> None:
         ):
             check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
         check_cluster(cluster(dashboard=False, dashboard_port=port), 1)
+
+
+def test_a_port_that_a_killed_run_is_about_to_leave_is_waited_for() -> None:
+    other = socket.create_server(("127.0.0.1", 0))
+    port = other.getsockname()[1]
+    leaving = threading.Timer(1.0, other.close)
+    leaving.start()
+    check_cluster(cluster(dashboard=True, dashboard_port=port), 1)
+    assert leaving.finished.is_set(), "it was taken until then"
 
 
 @pytest.mark.parametrize("asks", [True, False])
