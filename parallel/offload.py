@@ -235,7 +235,7 @@ def _cpu_adam(settings: AdamWSettings) -> Any:
             optimizer = Unwrapped(
                 [torch.empty(0)], betas=settings.betas, bias_correction=False, adamw_mode=True, fp32_optimizer_states=True
             )
-    except Exception as error:  # whatever DeepSpeed, torch's build, the linker or a file system without locks raise
+    except (RuntimeError, ImportError, OSError) as error:  # of torch's build, of the linker, of a file system without locks
         reason = str(error.__cause__ or error).partition("\n")[0].partition(": [")[0]  # without the compiler's command line
         raise UserError(
             f"parallel.offload=cpu and nvme need DeepSpeed's AdamW for CPUs, which cannot be compiled here: {reason}. "

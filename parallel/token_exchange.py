@@ -177,7 +177,8 @@ def _hop(level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool) -> tuple[_
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same target
     leaders_TK = torch.where(first_TK == torch.arange(top_k, device=target_TK.device), target_TK, -1)  # absent ones stay -1
     cell_TK = rows.cell_T.unsqueeze(1) + FINEST * (apart * (leaders_TK != level.here).long())
-    rows_WC, splits, entries = _tell_counts(level, leaders_TK, target_TK, cell_TK, cuts)
+    chunk_TK = [cut.chunk_of(cell_TK) for cut in cuts]
+    rows_WC, splits, entries = _tell_counts(level, leaders_TK, target_TK, chunk_TK, cuts)
     whole = Splits(
         [sum(counts) for counts in zip(*(one.send_W for one in splits[0]), strict=True)],
         [sum(counts) for counts in zip(*(one.receive_W for one in splits[0]), strict=True)],
@@ -188,13 +189,16 @@ def _hop(level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool) -> tuple[_
     row_TK = place_TK.long().gather(1, first_TK)
     hop = Hop(level, whole, torch.where(row_TK >= 0, row_TK, len(entry_S)), source_R)
     chunked = []
-    for cut, counts_WC, split in zip(cuts, rows_WC, splits, strict=True):
-        chunk_TK = cut.chunk_of(cell_TK)
-        places_TK = _places_in_chunks(leaders_TK, place_TK, chunk_TK, counts_WC)
-        before_C = counts_WC.sum(dim=0).cumsum(dim=0) - counts_WC.sum(dim=0)
-        all_TK = torch.where(leaders_TK >= 0, places_TK + before_C[chunk_TK], -1).int()
-        chunked.append(_Chunks(places_TK, Apart(chunk_TK, all_TK) if cut.staying else None, split))
+    for cut, of_cut_TK, counts_WC, split in zip(cuts, chunk_TK, rows_WC, splits, strict=True):
+        places_TK = _places_in_chunks(leaders_TK, place_TK, of_cut_TK, counts_WC)
+        chunked.append(_Chunks(places_TK, _apart(places_TK, of_cut_TK, counts_WC) if cut.staying else None, split))
     return behind, hop, chunked, entries
+
+
+def _apart(places_TK: Tensor, chunk_TK: Tensor, rows_WC: Tensor) -> Apart:
+    rows_C = rows_WC.sum(dim=0)
+    before_C = rows_C.cumsum(dim=0) - rows_C
+    return Apart(chunk_TK, torch.where(places_TK >= 0, places_TK + before_C[chunk_TK], -1).int())
 
 
 def _tell(
@@ -217,15 +221,15 @@ def _tell(
 
 
 def _tell_counts(
-    level: Level, leaders_TK: Tensor, target_TK: Tensor, cell_TK: Tensor, cuts: Sequence[Cut]
+    level: Level, leaders_TK: Tensor, target_TK: Tensor, chunk_TK: Sequence[Tensor], cuts: Sequence[Cut]
 ) -> tuple[list[Tensor], list[list[Splits]], int]:
     """(rows from here to each member in each chunk, (W, C), and what is sent and received of each chunk: each for these
-    cuts; choices that come here)."""
+    cuts; choices that come here). `chunk_TK`: of each cut."""
     members = level.size
     rows_WC = []
-    for cut in cuts:
+    for cut, of_cut_TK in zip(cuts, chunk_TK, strict=True):
         chunks = len(cut)
-        box_N = torch.where(leaders_TK >= 0, leaders_TK * chunks + cut.chunk_of(cell_TK), members * chunks).flatten()
+        box_N = torch.where(leaders_TK >= 0, leaders_TK * chunks + of_cut_TK, members * chunks).flatten()
         rows_WC.append(_count(box_N, members * chunks).view(members, chunks))
     served_W = _count(torch.where(target_TK >= 0, target_TK, members).flatten(), members)
     told = torch.cat([*rows_WC, served_W.unsqueeze(1)], dim=1)

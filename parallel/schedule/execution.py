@@ -25,7 +25,7 @@ from parallel.layer_cost import LayerCosts, Link, Setting, exchanged
 from parallel.placement import Budget, Floats, Topology, TransportKind
 from parallel.schedule.cost import BACKWARD_PRODUCTS, Line
 from parallel.schedule.generalised import ALONE, LINK, Around, backward_around, forward_around
-from parallel.schedule.pipeline import ACROSS, COMPUTE, EXPERTS_HERE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
+from parallel.schedule.pipeline import ACROSS, COMPUTE, EXPERTS, EXPERTS_HERE, MOST_CHUNKS, WHOLE, WITHIN, Degrees
 from parallel.schedule.timeline import Task, Timeline, simulate
 
 NEARLY = 0.03
@@ -122,7 +122,7 @@ def _tasks(costs: ExecutionCosts, work: LayerWork, cut: Cut, rows: Line, weights
             relayed = program.add("relay", ahead, COMPUTE, relay_s, dispatched[ahead])
             gathered.append(program.add("gather", ahead, WITHIN, inside_s, relayed))
         program.add("start", chunk, COMPUTE, costs.chunk_s if chunk or cut.staying else 0.0)
-        computed = program.add("experts", chunk, COMPUTE, rows_s, gathered[chunk])
+        computed = program.add(EXPERTS, chunk, COMPUTE, rows_s, gathered[chunk])
         scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
         while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk after them
             behind = len(returned)
