@@ -23,6 +23,7 @@ import torch
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from kernels.errors import UserError
@@ -37,6 +38,7 @@ from trainer.stopping import Moved, Stopped, StopRequest
 T = TypeVar("T")
 MAX_AUTO_RANKS = 2
 LOOK_S = 0.5  # in which an idle process answers; one that is busy does not, and is there
+ANSWER_S = 10.0  # in which a head node answers, from anywhere
 GOING_S = 15.0  # in which what a killed run has left on this machine notices, and ends
 LOOPBACK = "127.0.0.1"
 SENTENCE_END = re.compile(r"[.:]?\n|\. ")
@@ -64,8 +66,7 @@ def start_ray(config: ClusterConfig, places: int, say: Say) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     ray_worker.print_to_stdstream = partial(_say_of_ray, say)  # which it calls with what its own processes report
     if config.address is not None:
-        say(f"joining the Ray cluster at {config.address}")
-        _join(config, common, say)
+        _join(config, _address(config.address), common, say)
         return
     if config.host == LOOPBACK:
         # Ray replaces a loopback address by the machine's own and then listens on all interfaces, unless it believes that
@@ -101,15 +102,35 @@ def _say_of_ray(say: Say, report: Mapping[str, Any], ignore_prefix: bool) -> Non
             say(f"Ray: {sentence}")
 
 
-def _join(config: ClusterConfig, common: dict[str, Any], say: Say) -> None:
-    started = time.monotonic()
-    while config.nodes and not listens(str(config.address)):  # they are being started; otherwise a cluster is there or not
-        _wait_a_little(started, config.start_timeout_s, f"Ray's head node at {config.address}", say)
+def _address(asked: str) -> str:
+    """host:port of a cluster; `auto` is what RAY_ADDRESS says, or else the last one that was started on this machine."""
     try:
-        ray.init(address=config.address, **common)
+        address = canonicalize_bootstrap_address_or_die(asked)
+        if not address.rpartition(":")[2].isdecimal():
+            raise ValueError(f"Invalid address format: {address}")
+    except (ConnectionError, ValueError) as error:
+        why = SENTENCE_END.split(str(error), maxsplit=1)[0]
+        raise UserError(
+            f"cluster.address={asked} leads to no Ray cluster: {why}. Name one as host:port, start one, or use cluster=local"
+        ) from None
+    return address
+
+
+def _join(config: ClusterConfig, address: str, common: dict[str, Any], say: Say) -> None:
+    say(f"joining the Ray cluster at {address}")
+    started = time.monotonic()
+    while config.nodes and not listens(address):  # they are being started; otherwise a cluster is there or not
+        _wait_a_little(started, config.start_timeout_s, f"Ray's head node at {address}", say)
+    if not listens(address, ANSWER_S):  # Ray itself asks for a quarter of an hour
+        raise UserError(
+            f"nothing listens at {address}, where cluster.address={config.address} leads: the cluster has ended, or a firewall "
+            "is between. Start one, name another, or use cluster=local"
+        )
+    try:
+        ray.init(address=address, **common)
     except ConnectionError as error:
         raise UserError(
-            f"no Ray cluster lets this driver in at cluster.address={config.address}: {error}. Start one, or use "
+            f"no Ray cluster lets this driver in at cluster.address={config.address} ({address}): {error}. Start one, or use "
             "cluster=local; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token here too"
         ) from None
     if not is_token_auth_enabled():

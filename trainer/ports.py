@@ -8,11 +8,11 @@ import socket
 PORTS = range(20_000, 32_000)  # outside what Ray gives its workers and what Linux gives away by itself
 
 
-def listens(address: str) -> bool:
-    """Whether somebody answers at host:port."""
+def listens(address: str, timeout_s: float = 1.0) -> bool:
+    """Whether somebody answers at host:port, or [host]:port, in that time."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=1).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
     except OSError:
         return False
     return True

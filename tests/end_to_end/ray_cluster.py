@@ -9,8 +9,10 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,6 +36,9 @@ class RayCluster:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.names: dict[str, str] = {}  # address -> name, of all that were started
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ENVIRONMENT}
+        # Jobs are told to join the cluster that was started last in this folder, which has a short name: it holds sockets.
+        self.own = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        environment["RAY_TMPDIR"] = self.own
         environment["RAY_health_check_period_ms"] = "1000"  # a third of Ray's own: a dead node is known in five seconds
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
@@ -45,6 +50,7 @@ class RayCluster:
     def __exit__(self, *_: object) -> None:
         for name in list(self.nodes):
             self.kill_node(name)
+        shutil.rmtree(self.own, ignore_errors=True)
 
     def start_node(self, name: str, cpus: int, gpu_type: str | None, notice_s: int = 0) -> None:
         """One that says it has such GPUs, and that waits so long for those who leave it when it is to go."""

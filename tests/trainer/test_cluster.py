@@ -28,6 +28,7 @@ from trainer.cluster import (
 )
 from trainer.config.run import ClusterConfig, PretrainConfig
 from trainer.places import seats
+from trainer.ports import free_port
 from trainer.stopping import Move, Moved
 from trainer.worker import check_division
 
@@ -160,9 +161,28 @@ def test_a_cluster_that_lets_everybody_in_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("trainer.cluster.nodes_alive", dict)
     monkeypatch.setattr("trainer.cluster.is_token_auth_enabled", lambda: asks)
     said: list[str] = []
-    start_ray(cluster(address="10.0.0.1:6379"), 1, said.append)
-    assert said[0] == "joining the Ray cluster at 10.0.0.1:6379"
+    with socket.create_server(("127.0.0.2", 0)) as head:
+        address = f"127.0.0.2:{head.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        start_ray(cluster(address="auto"), 1, said.append)
+    assert said[0] == f"joining the Ray cluster at {address}"
     assert [line.partition(":")[0] for line in said[1:]] == ([] if asks else ["this cluster requires no token"])
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would ask a head node that has ended for a quarter of an hour."""
+    port = free_port("127.0.0.2")
+    with pytest.raises(UserError, match=rf"nothing listens at 127\.0\.0\.2:{port}, where cluster\.address=127\..* leads"):
+        start_ray(cluster(address=f"127.0.0.2:{port}"), 1, lambda _: None)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.2:{port}")
+    with pytest.raises(UserError, match=rf"nothing listens at 127\.0\.0\.2:{port}, where cluster\.address=auto leads"):
+        start_ray(cluster(address="auto"), 1, lambda _: None)
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "10.0.0.1", "10.0.0.1:head", "http://10.0.0.1:8265"])
+def test_an_address_that_no_cluster_has_is_said(address: str) -> None:
+    with pytest.raises(UserError, match=rf"cluster\.address={address} leads to no .*: Invalid address format.* as host:port"):
+        start_ray(cluster(address=address), 1, lambda _: None)
 
 
 def test_ranks_are_as_asked() -> None:
