@@ -41,6 +41,7 @@ def expert_mlp(
     slots_E: Tensor | None = None,
     gradients: WeightGradients | None = None,
     sums: Sums | None = None,
+    again: bool = False,
 ) -> Tensor:
     """y[t] = sum over k of weights[t, k] * down_e @ (silu(gate_e @ x[t]) * (up_e @ x[t])), e the expert of entry t * K + k.
 
@@ -53,12 +54,15 @@ def expert_mlp(
     those of the E experts once; until then the arena must hold them. Outside of no_grad y_TD then requires a gradient. Kernels
     ask for `sums` in each backward pass, add the gradients of their experts there, in float32 and without a pass over memory,
     and give `gradients` those of the experts after them; nobody asks where there are no entries.
+
+    What is computed `again`, for a backward pass, has known results: kernels leave them out and return zeros.
     """
     # Backward comes only to what needs a gradient, and tokens and weights may be constants.
     anchor = None if gradients is None else x_TD.new_empty(0).requires_grad_()
     if takes_kernels(x_TD):
         check_hopper(x_TD, gate_up_SCD, down_SDF)
-        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, order, slots_E, gradients, sums, anchor)
+        matrices = gate_up_SCD, down_SDF
+        y_TD: Tensor = _HopperMLP.apply(x_TD, weights_TK, *matrices, order, slots_E, gradients, sums, again, anchor)
         return y_TD
     if gradients is not None:
         gate_up_SCD, down_SDF = _TakeSlots.apply(x_TD, weights_TK, gate_up_SCD, down_SDF, slots_E, gradients, anchor)
@@ -163,6 +167,7 @@ class _HopperMLP(torch.autograd.Function):
         slots_E: Tensor | None,
         gradients: WeightGradients | None,
         sums: Sums | None,
+        again: bool,
         anchor: Tensor | None,
     ) -> Tensor:
         from kernels.hopper import rows  # here, because CPU machines may lack Triton
@@ -171,18 +176,17 @@ class _HopperMLP(torch.autograd.Function):
         ctx.top_k = order.place_N.shape[0] // max(x_TD.shape[0], 1)
         if weights_TK is not None:
             weights_TK = weights_TK.float().contiguous()
-        h = x_TD
+        h, y_TD = x_TD, None
         if order.entry_N.shape[0]:
             x = of_entries(x_TD, order, ctx.top_k, down_SDF.shape[2])
             h, a_NF = rows.up(x.operand, gate_up_SCD, slots_E, order)
-            y_ND = rows.down(a_NF, down_SDF, slots_E, order)
-            y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
-        else:
-            y_TD = torch.zeros_like(x_TD)
+            if not again:
+                y_ND = rows.down(a_NF, down_SDF, slots_E, order)
+                y_TD = combine_rows(y_ND, order.place_N, ctx.top_k, weights_TK=weights_TK)
         # An arena is not saved: its owner may write to other slots before backward.
         ctx.arena = (gate_up_SCD, down_SDF) if gradients is not None else None
         ctx.save_for_backward(x_TD, weights_TK, h, *(() if gradients is not None else (gate_up_SCD, down_SDF)))
-        return y_TD
+        return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
     @staticmethod
     @once_differentiable
@@ -208,7 +212,7 @@ class _HopperMLP(torch.autograd.Function):
         if compact:
             ctx.gradients(d_gate_up, d_down)
             d_gate_up = d_down = None
-        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, None, None, None, None, None
+        return d_x, d_weights_TK if need_weights else None, d_gate_up, d_down, *[None] * 6
 
 
 def _hopper_backward(

@@ -70,31 +70,49 @@ class ForwardPass:
             weights_PK: float32.
             order: of the part (kernels/expert_order.parts_of).
         """
-        if self._entries:
-            spread_rows(x_PD, place_PK.flatten(), place_PK.shape[1], self._rows.rows)
-            self._products(self._rows, order)
+        self.hidden_of_rows(x_PD, place_PK, order)
+        self._down(order)
         return combine_rows(self._rows.rows, place_PK.flatten(), place_PK.shape[1], weights_TK=weights_PK)
 
-    def whole(self, x_RD: Tensor, weights_RK: Tensor, order: ExpertOrder, out_RD: Tensor) -> None:
-        """The same of all rows at once, into `out_RD`."""
-        top_k = weights_RK.shape[1]
+    def hidden_of_rows(self, x_PD: Tensor, place_PK: Tensor, order: ExpertOrder) -> None:
+        """The pre-activations of a part: all that backward needs, if the results are known."""
         if self._entries:
-            self._products(of_entries(x_RD, order, top_k, self._experts.hidden, self._rows), order)
-        combine_rows(self._rows.rows, order.place_N, top_k, weights_TK=weights_RK, out_TD=out_RD)
+            spread_rows(x_PD, place_PK.flatten(), place_PK.shape[1], self._rows.rows)
+            self._up(self._rows, order)
 
-    def _products(self, x: Room | Tokens, order: ExpertOrder) -> None:
-        """Results take the place of the tokens' rows, if those are copied."""
-        experts, rows_ND, h_NC = self._experts, self._rows.rows, self._h.rows
+    def whole(self, x_RD: Tensor, weights_RK: Tensor, order: ExpertOrder, out_RD: Tensor) -> None:
+        """Results of all rows at once, into `out_RD`."""
+        self.hidden_of_whole(x_RD, weights_RK.shape[1], order)
+        self._down(order)
+        combine_rows(self._rows.rows, order.place_N, weights_RK.shape[1], weights_TK=weights_RK, out_TD=out_RD)
+
+    def hidden_of_whole(self, x_RD: Tensor, top_k: int, order: ExpertOrder) -> None:
+        """The pre-activations of all rows."""
+        if self._entries:
+            self._up(of_entries(x_RD, order, top_k, self._experts.hidden, self._rows), order)
+
+    def _up(self, x: Room | Tokens, order: ExpertOrder) -> None:
+        experts, h_NC = self._experts, self._h.rows
         if self._kernels:
             from kernels.hopper import rows
 
-            _, a_NF = rows.up(x.operand, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
-            rows.down(a_NF, experts.down_SDF, experts.slots_E, order, self._rows.allocation)
+            rows.up(x.operand, experts.gate_up_SCD, experts.slots_E, order, (self.h, self._a.allocation))
             return
         assert isinstance(x, Room)
-        here = list(experts.in_turn(order))
-        for places, gate_up_CD, _ in here:
+        for places, gate_up_CD, _ in experts.in_turn(order):
             h_NC[places] = product(x.rows[places], gate_up_CD, h_NC.dtype)
+
+    def _down(self, order: ExpertOrder) -> None:
+        """Results take the place of the tokens' rows, if those were copied."""
+        experts, rows_ND, h_NC = self._experts, self._rows.rows, self._h.rows
+        if not self._entries:
+            return
+        if self._kernels:
+            from kernels.hopper import rows
+
+            rows.down(self._a.rows, experts.down_SDF, experts.slots_E, order, self._rows.allocation)
+            return
+        here = list(experts.in_turn(order))
         activated = swiglu(_rows_at(h_NC, here))  # of all experts at once: many small operations take longer
         for (places, _, down_DF), a_NF in zip(here, _of_each(activated, here), strict=True):
             rows_ND[places] = product(a_NF, down_DF, h_NC.dtype)

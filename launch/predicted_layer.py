@@ -25,8 +25,10 @@ from parallel.planning import predict
 from parallel.policies import POLICIES
 from parallel.schedule.cost import Line, ShardedWorkload, sharded_workload
 from parallel.schedule.execution import (
+    UP_SHARE,
     ExecutionCosts,
     LayerWork,
+    again_tasks,
     backward_tasks,
     degrees_of,
     forward_tasks,
@@ -89,6 +91,10 @@ class Described:
             tasks.sort(key=lambda task: task.name.startswith(("combine", "collect")))
         return in_sequence(tasks) if self.in_place or degrees.in_sequence else tasks
 
+    def again(self, degrees: Degrees) -> Timeline:
+        """Without copies."""
+        return simulate(forward_around(self._tasks(again_tasks, degrees.forward, degrees), Around(self.around.attention_s)))
+
     def planned(self) -> Degrees:
         return WHOLE if self.in_place else plan_layer(self.costs, self.work, self.tokens, around=self.around).degrees
 
@@ -104,6 +110,7 @@ class LayerPrediction:
 
     forward: PassTime
     backward: PassTime
+    again: PassTime  # forward once more, where activations are recomputed; copies are there, or counted with the backward pass
     imbalance: float  # entries of the busiest rank over the mean
     setting: Setting
     typical: Described  # of the mean loads, from which it was planned
@@ -128,8 +135,9 @@ def predicted_layer(policy: str, loads_SE: Floats, owner_E: Ints, setting: Setti
     pass_times = cache(partial(_pass_times, degrees=degrees))  # steps are often alike
     taken = [pass_times(described(work, copying)) for work, copying in zip(works, times, strict=True)]
     return LayerPrediction(
-        forward=_mean_time([forward for forward, _ in taken]),
-        backward=_mean_time([backward for _, backward in taken]),
+        forward=_mean_time([forward for forward, *_ in taken]),
+        backward=_mean_time([backward for _, backward, _ in taken]),
+        again=_mean_time([again for *_, again in taken]),
         imbalance=mean(imbalance(device_loads(plan, topology, loads_E)) for plan, loads_E in came),
         setting=setting,
         typical=typical,
@@ -147,8 +155,8 @@ def _mean(records: Sequence[Numbers]) -> Numbers:
     return replace(records[0], **{name: mean(each) for name, each in found.items() if not isinstance(each[0], bool)})
 
 
-def _pass_times(layer: Described, degrees: Degrees) -> tuple[PassTime, PassTime]:
-    """Both passes; what tells each rank what will come is the forward pass's."""
+def _pass_times(layer: Described, degrees: Degrees) -> tuple[PassTime, PassTime, PassTime]:
+    """Both passes, and the forward pass again; what tells each rank what will come is the forward pass's."""
     costs, work, around = layer.costs, layer.work, layer.around
     found = []
     for timeline_of, products_s, announce_s in (
@@ -162,7 +170,9 @@ def _pass_times(layer: Described, degrees: Degrees) -> tuple[PassTime, PassTime]
         alone_s = timeline_of(degrees, copies=False).seconds
         with_copies_s = timeline_of(degrees).seconds if layer.around.copies_s else alone_s
         found.append(PassTime(products_s, alone_s - products_s + announce_s, with_copies_s - alone_s))
-    return found[0], found[1]
+    products_s = around.attention_s + UP_SHARE * costs.forward.seconds(work.entries)
+    again = PassTime(products_s, layer.again(degrees).seconds + costs.announce_s - products_s, 0.0)
+    return found[0], found[1], again
 
 
 def _mean_time(times: Sequence[PassTime]) -> PassTime:

@@ -195,8 +195,7 @@ class Cluster:
         """`slices_s`: that dense gradients add to a backward pass which averages them."""
         config, layers = self.config, self.model.num_moe_layers
         micro_batches = config.batch_rows // config.gpus // layout.micro_rows
-        again = replace(layer.forward, copies_s=0.0)  # the copies are there, or counted with those of the backward pass
-        passes = [layer.forward, layer.backward] + [again] * layout.recompute
+        passes = [layer.forward, layer.backward] + [layer.again] * layout.recompute
         rest_s = layout.micro_rows * config.sequence_length * self._rest_flops() / self.flops_per_s
         rest_s *= (len(passes) + 1) / 3  # the backward pass has twice the products of the forward one
         products_s = rest_s + layers * sum(one.products_s for one in passes)
@@ -215,15 +214,18 @@ class Cluster:
         """With parallel.schedule=off: nothing overlaps but copies with the attention, and DeepSpeed reduces all dense gradients
         behind the backward pass."""
         layer, typical = prediction.layer, prediction.layer.typical
-        added = []
-        for timeline_of, degree in ((typical.forward, layer.degrees.forward), (typical.backward, layer.degrees.backward)):
-            added.append(timeline_of(OFF).seconds - timeline_of(Degrees(degree, degree)).seconds)
-        slower = [
-            PassTime(one.products_s, one.tokens_s + more_s, one.copies_s)
-            for one, more_s in zip((layer.forward, layer.backward), added, strict=True)
-        ]
-        reduction_s = 2 * self.gathering.seconds(self.counts.dense * BYTES)
-        return self._step(prediction.layout, replace(layer, forward=slower[0], backward=slower[1]), reduction_s)
+
+        def slower(planned: PassTime, timeline_of: Callable[[Degrees], Timeline]) -> PassTime:
+            more_s = timeline_of(OFF).seconds - timeline_of(layer.degrees).seconds
+            return replace(planned, tokens_s=planned.tokens_s + more_s)
+
+        without = replace(
+            layer,
+            forward=slower(layer.forward, typical.forward),
+            backward=slower(layer.backward, typical.backward),
+            again=slower(layer.again, typical.again),
+        )
+        return self._step(prediction.layout, without, 2 * self.gathering.seconds(self.counts.dense * BYTES))
 
     def _rest_flops(self) -> float:
         """Of everything but routed experts and the attention of their layers, for a token, forward and backward."""

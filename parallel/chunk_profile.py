@@ -268,7 +268,7 @@ class LayerParts:
 
     @torch.enable_grad()
     def _passes(self, run: Chunked) -> None:
-        y_TD = chunked_experts(self._x_TD, self._weights_TK.detach().requires_grad_(), run)
+        y_TD = chunked_experts(self._x_TD, self._weights_TK.detach().requires_grad_(), run)()
         y_TD.backward(self._x_TD)
 
     def send(self) -> object:

@@ -8,6 +8,10 @@ weights to the end, where the last chunks are on their way back. Messages have s
 threads on a CPU (gloo's), one for each level; in which order a level has them is the same on all ranks, because it is that of
 the program.
 
+A layer has two stages, between which its caller computes what else there is, its shared experts: results set out, and results
+are collected. Backward likewise gradients of results set out first. Where a layer is computed again for its backward pass,
+tokens travel and nothing returns: what comes of it is known.
+
 Letters: T tokens of this rank, K top-k, R rows received, P of a chunk, D model.
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.expert_mlp import WeightGradients
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
-from parallel.schedule.pipeline import EXPERTS, EXPERTS_HERE
+from parallel.schedule.pipeline import EXPERTS, EXPERTS_HERE, SHARED
 from parallel.token_exchange import Exchange
 from parallel.ways import InFlight, Way
 
@@ -41,6 +45,7 @@ class Chunked:
     first_rows: Callable[[], None]  # the first rows of a backward pass are there: what else travels now delays them no more
     mark: Callable[[str], None]  # is told the name of each part when the device is done with it, or with waiting for it
     in_sequence: bool = False  # every message is waited for where it is sent
+    again: bool = False  # for a backward pass: results are known, and not given back
 
 
 def unmarked(name: str) -> None:
@@ -52,16 +57,35 @@ def begins(direction: Direction) -> str:
     return f"{direction} begins"
 
 
-def chunked_experts(x_TD: Tensor, weights_TK: Tensor, run: Chunked) -> Tensor:
-    """y_TD, as kernels/expert_mlp.py has it. Collective; so is its backward pass, which comes whatever needs a gradient."""
-    anchor = x_TD.new_empty(0).requires_grad_()
-    y_TD: Tensor = _Layer.apply(x_TD, weights_TK, anchor, run)
-    return y_TD
+Collect = Callable[[], Tensor]  # waits for results and gives y_TD
 
 
-class _Layer(torch.autograd.Function):
+def chunked_experts(x_TD: Tensor, weights_TK: Tensor, run: Chunked) -> Collect:
+    """What collects y_TD, as kernels/expert_mlp.py has it, or zeros if computed `again`. Collective; so is the backward pass,
+    which comes whatever needs a gradient."""
+    call = _Call(run)
+    started = _Start.apply(x_TD, weights_TK, x_TD.new_empty(0).requires_grad_(), call)
+    return lambda: cast(Tensor, _Collect.apply(started, call))
+
+
+@dataclass
+class _Call:
+    """Of a layer: what is on its way between its stages."""
+
+    run: Chunked
+    passing: _Passing | None = None
+
+    def under_way(self) -> _Passing:
+        passing, self.passing = self.passing, None
+        assert passing is not None, "the stages of a layer follow each other, and its backward pass comes once"
+        return passing
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, run: Chunked) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, anchor: Tensor, call: _Call) -> Tensor:
+        """An empty tensor of as many rows, by which autograd goes from here to the results."""
+        run = call.run
         exchange, way = run.exchange, run.exchange.forward
         place_RK, weights_RK = exchange.places(way), exchange.weights_RK[way.row_R]
         run.mark(begins("forward"))
@@ -72,22 +96,27 @@ class _Layer(torch.autograd.Function):
         for chunk in way.cut.turns:
             here, part = way.arrived(chunk), exchange.forward_parts[chunk]
             rows[chunk] = passing.arrived(chunk)
+            if run.again:
+                computing.hidden_of_rows(rows[chunk], place_RK[here], part)
+                continue
             y_PD = computing.rows(rows[chunk], place_RK[here], weights_RK[here], part)
             passing.give_back(y_PD, chunk)
-        ctx.run = run
+        ctx.call = call
         arrived_RD = torch.cat([rows[chunk] for chunk in range(len(way))]) if len(way) > 1 else rows[0]
         ctx.save_for_backward(arrived_RD, computing.h, place_RK)
-        passing.give_back_last()
-        return passing.collect()
+        if not run.again:
+            passing.give_back_last()
+            call.passing = passing
+        return x_TD.new_empty(x_TD.shape[0], 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
-        run: Chunked = ctx.run
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        run, passing = call.run, call.under_way()
+        run.mark(SHARED)
         exchange, way = run.exchange, run.exchange.backward
         arrived_RD, h, arrived_RK = ctx.saved_tensors
-        run.mark(begins("backward"))
-        passing = _Passing(way, run, d_y_TD)
         run.ready("backward")
         place_RK = exchange.places(way)
         computing = BackwardPass(exchange.order, h, exchange.weights_RK, run.experts)
@@ -107,6 +136,25 @@ class _Layer(torch.autograd.Function):
         run.gradients(*gradients)
         run.mark("gradients")
         return passing.collect(), exchange.collect_weights(returning_weights), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, started_T0: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(started_T0)  # who computes a layer again comes as far as this, and leaves no results on their way
+        if call.run.again:
+            return started_T0.new_zeros(started_T0.shape[0], call.run.experts.gate_up_SCD.shape[2])
+        call.run.mark(SHARED)
+        return call.under_way().collect()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        call.run.mark(begins("backward"))
+        call.passing = _Passing(call.run.exchange.backward, call.run, d_y_TD)
+        return d_y_TD.new_empty(d_y_TD.shape[0], 0), None
 
 
 class _Passing:

@@ -21,7 +21,7 @@ from kernels.expert_mlp import expert_mlp
 from kernels.expert_order import ExpertOrder, expert_order
 from kernels.expert_passes import ArenaExperts
 from kernels.router import Routing
-from parallel.chunked_experts import Chunked, Direction, chunked_experts, unmarked
+from parallel.chunked_experts import Chunked, Collect, Direction, chunked_experts, unmarked
 from parallel.expert_arena import ExpertArena, LayerExperts
 from parallel.gradient_slices import GradientSlices
 from parallel.peer_exchange import PeerTokens
@@ -41,9 +41,16 @@ class LocalExperts:
     def prepare(self) -> None:
         """Everything is here."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def start(self, x_TD: Tensor, routing: Routing, *, again: bool = False) -> Collect:
         order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0], num_entries=routing.num_entries)
-        return expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF)
+        return _known(expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF, again=again))
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.start(x_TD, routing)()
+
+
+def _known(y_TD: Tensor) -> Collect:
+    return lambda: y_TD
 
 
 PREPARES = "a layer prepares"  # the first mark of a forward pass
@@ -67,11 +74,20 @@ class ShardedExperts:
         if self.arena.attention is not None:
             self.arena.attention.start()
 
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        hooks = self.arena.hooks
-        return hooks.after_end(self._computed(hooks.before_start(x_TD), routing))
+    def start(self, x_TD: Tensor, routing: Routing, *, again: bool = False) -> Collect:
+        """Until results are on their way; what it returns collects them: y_TD (T, D).
 
-    def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        Args:
+            again: for a backward pass; results are known, and what is collected may be zeros.
+        """
+        hooks = self.arena.hooks
+        collect = self._started(hooks.before_start(x_TD), routing, again)
+        return lambda: hooks.after_end(collect())
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.start(x_TD, routing)()
+
+    def _started(self, x_TD: Tensor, routing: Routing, again: bool) -> Collect:
         if self.arena.attention is not None:
             self.arena.attention.stop()
         self.mark(ATTENTION)
@@ -84,13 +100,13 @@ class ShardedExperts:
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
-            return self._alone(x_TD, order, routing.weights_TK, experts)
+            return _known(self._alone(x_TD, order, routing.weights_TK, experts, again))
         if self.arena.alone(self.layer):
             here_TK = experts.index_E[routing.experts_TK]
             if routing.num_entries is not None:
                 here_TK = here_TK.where(routing.experts_TK >= 0, -1)
             order = expert_order(here_TK, num_experts, num_entries=routing.num_entries)
-            return self._alone(x_TD, order, routing.weights_TK, experts)
+            return _known(self._alone(x_TD, order, routing.weights_TK, experts, again))
         split = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries) if experts.split else None
         rank_TK = destinations(routing.experts_TK, split, experts.ends_ED, experts.phase_E)
         here = experts.index_E, experts.slots_E.shape[0]
@@ -101,16 +117,17 @@ class ShardedExperts:
         if isinstance(tokens, PeerTokens):
             x_RD, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
             sums = partial(self.arena.sums, self.layer)
-            whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows)
-            y_TD = experts_in_place(x_TD, weights_TK, x_RD, whole)
+            whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows, again)
+            collect = _known(experts_in_place(x_TD, weights_TK, x_RD, whole))
         else:
             sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
-            run = Chunked(sent, slots, self._ready, self._return_gradients, first_rows, self.mark, self.degrees.in_sequence)
-            y_TD = chunked_experts(x_TD, weights_TK, run)
+            gradients, in_sequence = self._return_gradients, self.degrees.in_sequence
+            run = Chunked(sent, slots, self._ready, gradients, first_rows, self.mark, in_sequence, again)
+            collect = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
-        return y_TD
+        return collect
 
-    def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts) -> Tensor:
+    def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts, again: bool) -> Tensor:
         """All experts are here, owned or copies, and no token travels."""
         self._ready("forward")
         gate_up_SCD, down_SDF = self.arena.rows
@@ -123,6 +140,7 @@ class ShardedExperts:
             slots_E=experts.slots_E,
             gradients=self._all_gradients,
             sums=partial(self.arena.sums, self.layer),
+            again=again,
         )
 
     def _ready(self, direction: Direction) -> None:

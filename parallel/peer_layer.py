@@ -33,11 +33,12 @@ class InPlace:
     gradients: WeightGradients  # takes them, once in a backward pass
     sums: Sums
     first_rows: Callable[[], None]  # the rows of a backward pass are there: what else travels now delays them no more
+    again: bool = False  # for a backward pass: results are known, and not given back
 
 
 def experts_in_place(x_TD: Tensor, weights_TK: Tensor, x_RD: Tensor, run: InPlace) -> Tensor:
-    """y_TD, as kernels/expert_mlp.py has it; `weights_TK` is float32. Collective; so is its backward pass, which comes whatever
-    needs a gradient."""
+    """y_TD, as kernels/expert_mlp.py has it, or zeros if computed `again`; `weights_TK` is float32. Collective; so is its
+    backward pass, which comes whatever needs a gradient."""
     anchor = x_TD.new_empty(0).requires_grad_()
     y_TD: Tensor = _Layer.apply(x_TD, weights_TK, anchor, x_RD, run)
     return y_TD
@@ -52,10 +53,13 @@ class _Layer(torch.autograd.Function):
         exchange = run.exchange
         run.ready("forward")
         computing = ForwardPass(exchange.order.entry_N.shape[0], run.experts, x_RD)
-        results = exchange.results()
-        computing.whole(x_RD, exchange.weights_RK, exchange.order, results.own_RD)
         ctx.run = run
         ctx.save_for_backward(x_RD, computing.h)
+        if run.again:
+            computing.hidden_of_whole(x_RD, exchange.weights_RK.shape[1], exchange.order)
+            return torch.zeros_like(x_TD)
+        results = exchange.results()
+        computing.whole(x_RD, exchange.weights_RK, exchange.order, results.own_RD)
         return exchange.summed(results)
 
     @staticmethod

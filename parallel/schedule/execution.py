@@ -29,6 +29,7 @@ from parallel.schedule.pipeline import ACROSS, COMPUTE, EXPERTS, EXPERTS_HERE, M
 from parallel.schedule.timeline import Task, Timeline, simulate
 
 NEARLY = 0.03
+UP_SHARE = 2 / 3  # of an expert's products forward: gate and up, of gate, up and down
 NOTHING = Line(0.0, 0.0)
 
 
@@ -95,13 +96,19 @@ def forward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[T
     return _tasks(costs, work, forward_cut(degree, apart=work.staying > 0), costs.forward, 0.0)
 
 
+def again_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
+    """A forward pass for the backward pass that follows: products of the first matrices only, and nothing is given back."""
+    rows = Line(costs.forward.alpha_s, UP_SHARE * costs.forward.beta_s)
+    return _tasks(costs, work, forward_cut(degree, apart=work.staying > 0), rows, 0.0, back=False)
+
+
 def backward_tasks(costs: ExecutionCosts, work: LayerWork, degree: int) -> list[Task]:
     cut = backward_cut(degree, apart=work.staying > 0)
     return _tasks(costs, work, cut, costs.backward, costs.weights.seconds(work.entries))
 
 
-def _tasks(costs: ExecutionCosts, work: LayerWork, cut: Cut, rows: Line, weights_s: float) -> list[Task]:
-    degree = cut.degree
+def _tasks(costs: ExecutionCosts, work: LayerWork, cut: Cut, rows: Line, weights_s: float, *, back: bool = True) -> list[Task]:
+    degree, given = cut.degree, 1.0 if back else 0.0
     here_s = rows.seconds(work.staying / cut.staying) if cut.staying else 0.0
     rows_s = rows.seconds((work.entries - work.staying * (cut.staying > 0)) / degree)
     exchange_s, copy_s = (line.seconds(work.row_bytes / degree) for line in (costs.exchange, costs.copy))
@@ -123,22 +130,21 @@ def _tasks(costs: ExecutionCosts, work: LayerWork, cut: Cut, rows: Line, weights
             gathered.append(program.add("gather", ahead, WITHIN, inside_s, relayed))
         program.add("start", chunk, COMPUTE, costs.chunk_s if chunk or cut.staying else 0.0)
         computed = program.add(EXPERTS, chunk, COMPUTE, rows_s, gathered[chunk])
-        scattered.append(program.add("scatter", chunk, WITHIN, inside_s, computed))
+        scattered.append(program.add("scatter", chunk, WITHIN, given * inside_s, computed))
         while len(returned) < (chunk if chunk + 1 < degree else degree):  # a chunk after them
             behind = len(returned)
-            summed = program.add("sum", behind, COMPUTE, relay_s, scattered[behind])
-            returned.append(program.add("combine", behind, link, exchange_s, summed))
+            summed = program.add("sum", behind, COMPUTE, given * relay_s, scattered[behind])
+            returned.append(program.add("combine", behind, link, given * exchange_s, summed))
     if cut.staying > 1:
         program.add("start", degree, COMPUTE, costs.chunk_s)
         program.add(EXPERTS_HERE, 1, COMPUTE, here_s)
     program.add("weights", None, COMPUTE, weights_s, computed)
     if cut.staying:
-        program.add(
-            "collect", None, COMPUTE, costs.copy.seconds(work.row_bytes), tuple(last for one in returned for last in one)
-        )
+        whole_s = given * costs.copy.seconds(work.row_bytes)
+        program.add("collect", None, COMPUTE, whole_s, tuple(last for one in returned for last in one))
         return program.tasks
     for chunk in chunks:
-        program.add("collect", chunk, COMPUTE, copy_s, returned[chunk])
+        program.add("collect", chunk, COMPUTE, given * copy_s, returned[chunk])
     return program.tasks
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels.router import Routing, route
 from kernels.squares import squares
@@ -31,11 +30,14 @@ from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
 from parallel.moe_layer import LocalExperts, ShardedExperts
 from parallel.offload import expert_optimizer
+from parallel.peer_exchange import PeerExchange, PeerTokens
 from parallel.peer_memory import PeerMemory
 from parallel.placement import Floats, Ints, Placement, TransportKind
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
 from parallel.topology import World
+from parallel.ways import Leg
 from tests.distributed.ranks import run_ranks
+from trainer.model.recompute import recomputed
 
 pytestmark = pytest.mark.cpu_adam
 
@@ -132,16 +134,13 @@ def routed(logits_TE: Tensor) -> Routing:
 
 
 def forward(x_TD: Tensor, logits_LTE: Tensor, layers: Sequence[LocalExperts | ShardedExperts], recompute: bool) -> Tensor:
-    def block(x_TD: Tensor, logits_TE: Tensor, experts: LocalExperts | ShardedExperts) -> Tensor:
+    def block(x_TD: Tensor, logits_TE: Tensor, experts: LocalExperts | ShardedExperts, again: bool = False) -> Tensor:
         experts.prepare()
         hidden_TD = x_TD.tanh()  # where attention would be
-        return x_TD + experts(hidden_TD, routed(logits_TE))
+        return x_TD + experts.start(hidden_TD, routed(logits_TE), again=again)()
 
     for logits_TE, experts in zip(logits_LTE, layers, strict=True):
-        if recompute:
-            x_TD = checkpoint(block, x_TD, logits_TE, experts, use_reentrant=False)
-        else:
-            x_TD = block(x_TD, logits_TE, experts)
+        x_TD = recomputed(block, x_TD, logits_TE, experts) if recompute else block(x_TD, logits_TE, experts)
     return x_TD
 
 
@@ -289,6 +288,28 @@ def test_no_number_depends_on_the_degrees(size: int, kind: TransportKind) -> Non
     for whole, cut in zip(spread_whole(size, "none", kind), run_ranks(spread_in_chunks, size, kind), strict=True):
         for seed, found in cut:
             equal(found, whole[seed])
+
+
+def ways_of_rows(world: World, kind: TransportKind) -> list[tuple[int, int]]:
+    """How often rows set out and results return, with activations that are kept and with those that are computed again."""
+    found = []
+    told = replace(case(0, world.size), calibrated=False)
+    for recompute in (False, True):
+        with (
+            patch.object(Leg, "send", autospec=True, side_effect=Leg.send) as sent,
+            patch.object(Leg, "give_back", autospec=True, side_effect=Leg.give_back) as back,
+            patch.object(PeerTokens, "dispatch", autospec=True, side_effect=PeerTokens.dispatch) as read,
+            patch.object(PeerExchange, "summed", autospec=True, side_effect=PeerExchange.summed) as summed,
+        ):
+            spread_case(world, replace(told, recompute=recompute), "none", kind, [Degrees(2, 1)])
+        found.append((sent.call_count + read.call_count, back.call_count + summed.call_count))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["messages", "two_level", "peer_memory"])
+def test_computed_again_rows_travel_and_their_results_stay(kind: TransportKind) -> None:
+    for (sent, back), (sent_again, back_again) in run_ranks(ways_of_rows, 4, kind):
+        assert sent_again > sent > 0 and back_again == back > 0
 
 
 def close(found: Tensor, expected: Tensor, where: str) -> None:

@@ -316,6 +316,18 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
 
 @gpu
 @needs_hopper
+def test_computed_again_results_are_left_out_and_gradients_are_the_same() -> None:
+    case = Case.draw(different_experts(700, 16, 4, 3, 1.0), 16, 256, 192).to("cuda", torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (case.x_TD, case.weights_TK, case.gate_up_ECD, case.down_EDF)]
+    pull = torch.randn_like(case.x_TD)
+    ahead, again = (expert_mlp(inputs[0], case.order, *inputs[1:], again=again) for again in (False, True))
+    assert ahead.any() and not again.any()
+    for one, other in zip(torch.autograd.grad(ahead, inputs, pull), torch.autograd.grad(again, inputs, pull), strict=True):
+        assert torch.equal(one, other)
+
+
+@gpu
+@needs_hopper
 def test_no_wait_for_the_gpu_and_replays_in_a_graph() -> None:
     case = Case.draw(different_experts(300, 8, 2, 3), 8, 128, 64).to("cuda", torch.bfloat16)
     other = Case.draw(different_experts(300, 8, 2, 9, 2.0), 8, 128, 64, seed=5).to("cuda", torch.bfloat16)

@@ -29,7 +29,8 @@ def in_an_arena(case: Case) -> ArenaExperts:
 
 
 def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int]]) -> list[Tensor]:
-    """y, the gradients of tokens and weights, and those of the matrices. `starts`: where parts begin, forward and backward."""
+    """y, the gradients of tokens and weights, and those of the matrices, for which pre-activations are computed again.
+    `starts`: where parts begin, forward and backward."""
     rows, experts, place_TK = case.x_TD.shape[0], in_an_arena(case), order.place_N.view(case.experts_TK.shape)
     weights_TK = case.weights_TK.float()
 
@@ -41,7 +42,10 @@ def passes(case: Case, d_y_TD: Tensor, order: ExpertOrder, starts: list[list[int
 
     ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
     y = [ahead.rows(case.x_TD[here], place_TK[here], weights_TK[here], part) for here, part in parted(starts[0])]
-    back = BackwardPass(order, ahead.h, weights_TK, experts)
+    again = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
+    for here, part in parted(starts[0]):
+        again.hidden_of_rows(case.x_TD[here], place_TK[here], part)
+    back = BackwardPass(order, again.h, weights_TK, experts)
     found = [back.rows(d_y_TD[here], place_TK[here], part) for here, part in parted(starts[1])]
     return [torch.cat(y), *map(torch.cat, zip(*found, strict=True)), *back.weights(case.x_TD, place_TK)]
 
@@ -53,7 +57,9 @@ def in_place(case: Case, d_y_TD: Tensor, order: ExpertOrder, sums: tuple[Sum, Su
     d_weights_TK = torch.full_like(weights_TK, torch.nan)
     ahead = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
     ahead.whole(case.x_TD, weights_TK, order, y_TD)
-    back = BackwardPass(order, ahead.h, weights_TK, experts, lambda: sums, d_y_TD)
+    again = ForwardPass(order.entry_N.shape[0], experts, case.x_TD)
+    again.hidden_of_whole(case.x_TD, weights_TK.shape[1], order)
+    back = BackwardPass(order, again.h, weights_TK, experts, lambda: sums, d_y_TD)
     dots_PN = back.hidden(order)
     d_down = back.down()
     back.tokens(order.place_N.view(weights_TK.shape), dots_PN, order, (d_x_TD, d_weights_TK))

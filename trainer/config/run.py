@@ -144,7 +144,8 @@ class TrainConfig(Record):
     batch_rows: int = Field(gt=0)
     micro_rows: int = Field(gt=0)  # rows of one rank's forward pass
     dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on GPUs, float32 on CPUs
-    recompute: bool  # recompute activations in the backward pass
+    # Keep the input of each block and compute activations again in the backward pass, but not what experts give (docs/fsmoe.md)
+    recompute: bool
     eval_every: int = Field(gt=0)  # steps
     eval_rows: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)  # steps; the last step is always kept

@@ -18,18 +18,19 @@ from typing import NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from kernels.errors import UserError
 from kernels.expert_choice import choose_tokens
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
+from parallel.chunked_experts import Collect
 from parallel.moe_layer import LocalExperts
 from trainer.config.model import ExpertChoiceRouter, GroupLimitedRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
 from trainer.model.initial import fill_normal, initial_expert, residual_std
 from trainer.model.layers import Angles, Attend, Attention, Linear, RMSNorm, SwiGLU, linear
+from trainer.model.recompute import recomputed
 
 
 class LayerExperts(Protocol):
@@ -38,8 +39,9 @@ class LayerExperts(Protocol):
     def prepare(self) -> None:
         """Called before the layer's attention, under which weights may travel."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """y_TD: for every token the sum over k of its combine weight times the output of its expert k."""
+    def start(self, x_TD: Tensor, routing: Routing, *, again: bool) -> Collect:
+        """Until results are on their way; what it returns waits for them and gives y_TD: for every token the sum over k of its
+        combine weight times the output of its expert k. Computed `again`, for the backward pass, they may be left out."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,16 @@ class MoE(nn.Module):
         bias_E: Tensor,
         recorded_TK: Tensor | None,
         noise: RouterNoise | None,
+        again: bool,
     ) -> tuple[Tensor, Choice]:
         x_TD, valid_T = x_BSD.flatten(0, 1), valid_BS.flatten()
         logits_TE = self.gate(x_TD, self.layer, noise)
         routing, replaced_T = self._route(logits_TE, valid_T, bias_E), None
         if recorded_TK is not None:
             routing, replaced_T = replay(logits_TE, recorded_TK, routing, **self._weighing(valid_T))
-        y_TD = experts(x_TD, routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        collect = experts.start(x_TD, routing, again=again)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # while results travel
+        y_TD = collect() if shared_TD is None else collect() + shared_TD
         return y_TD.view_as(x_BSD), Choice(routing.counts_E, routing.experts_TK, replaced_T)
 
     def _weighing(self, valid_T: Tensor) -> Weighing:
@@ -149,14 +152,17 @@ class Block(nn.Module):
         bias_E: Tensor | None,
         recorded_TK: Tensor | None,
         noise: RouterNoise | None,
+        again: bool = False,
     ) -> tuple[Tensor, Tensor, Choice | None]:
+        """(the stream, what is added to it, the choice of an MoE layer); `again`: of a backward pass, to which what is added is
+        known."""
         if experts is not None:
             experts.prepare()
         x_BSD, normed_BSD = self.attention_norm.updated(x_BSD, update_BSD)
         x_BSD, normed_BSD = self.mlp_norm.updated(x_BSD, self.attention(self.layer, normed_BSD, angles, attend))
         if experts is None:
             return x_BSD, self.mlp(normed_BSD), None
-        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK, noise)
+        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK, noise, again)
         return x_BSD, y_BSD, choice
 
 
@@ -241,7 +247,7 @@ class Transformer(nn.Module):
                 x_BSD, update_BSD = x_BSD + update_BSD, None  # one tensor to keep instead of two
             arguments = (x_BSD, update_BSD, angles, attend, valid_BS, *routed, noise)
             if recompute:
-                x_BSD, update_BSD, choice = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x_BSD, update_BSD, choice = recomputed(block, *arguments)
             else:
                 x_BSD, update_BSD, choice = block(*arguments)
             if choice is not None:

@@ -15,8 +15,10 @@ from parallel.placement import Topology, even_owners, without_copies
 from parallel.schedule.cost import Line
 from parallel.schedule.execution import (
     NEARLY,
+    UP_SHARE,
     ExecutionCosts,
     LayerWork,
+    again_tasks,
     backward_tasks,
     forward_tasks,
     in_sequence_s,
@@ -103,6 +105,19 @@ def test_every_degree_keeps_the_bound_and_the_order(measured: ExecutionCosts, wo
         for resource in {span.task.resource for span in timeline.spans}:
             begins = [span.start_s for span in timeline.spans if span.task.resource == resource]
             assert begins == sorted(begins)
+
+
+@given(costs, works(), st.sampled_from(DEGREES))
+def test_forward_again_nothing_is_given_back_and_down_is_left_out(
+    measured: ExecutionCosts, work: LayerWork, degree: int
+) -> None:
+    again, ahead = again_tasks(measured, work, degree), forward_tasks(measured, work, degree)
+    back = ("scatter", "sum", "combine", "collect")
+    there = [(task.name, task.resource, task.seconds) for task in ahead if not task.name.startswith((*back, "experts"))]
+    assert there == [(task.name, task.resource, task.seconds) for task in again if not task.name.startswith("experts")]
+    products = [sum(task.seconds for task in tasks if task.name.startswith("experts")) for tasks in (again, ahead)]
+    assert UP_SHARE * products[1] * (1 - 1e-9) <= products[0] <= products[1]
+    assert simulate(again).seconds <= simulate(ahead).seconds * (1 + 1e-9)
 
 
 def test_equal_messages_and_products_hide_all_but_the_first_and_the_last() -> None:

@@ -1,0 +1,26 @@
+"""Activations that are computed again for the backward pass instead of being kept (Chen et al., arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
+
+
+def recomputed(block: Callable[..., Result], *arguments: object) -> Result:
+    """block(*arguments, again=...): once now, of which only the arguments are kept, and once more, `again`, when its backward
+    pass comes. That one asks for what the block saves inside; its results are known by then, and may be anything."""
+    run = _Twice(block)
+    return cast(Result, checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False))
+
+
+class _Twice:
+    def __init__(self, block: Callable[..., object]) -> None:
+        self._block, self._again = block, False
+
+    def __call__(self, *arguments: object) -> object:
+        again, self._again = self._again, True
+        return self._block(*arguments, again=again)
