@@ -24,11 +24,21 @@ from kernels.router import Routing
 from parallel.chunked_experts import Chunked, Collect, Direction, chunked_experts, unmarked
 from parallel.expert_arena import ExpertArena, LayerExperts
 from parallel.gradient_slices import GradientSlices
-from parallel.peer_exchange import PeerTokens
+from parallel.peer_exchange import PeerCounts, PeerTokens
 from parallel.peer_layer import InPlace, experts_in_place
 from parallel.schedule.pipeline import ATTENTION, COPIES, WHOLE, Degrees
 from parallel.schedule.slices import UNDER_DENSE, UNDER_LAYER, place_of
-from parallel.token_exchange import exchange
+from parallel.token_exchange import Counts, exchange
+
+
+@dataclass
+class Recomputation:
+    """Of a layer that is computed once forward and once more, `again`, for its backward pass. Then its results are known, and
+    so is how many rows travel, for which the host has waited."""
+
+    again: bool = False
+    counts: tuple[Counts, ...] | None = None  # if tokens travel as messages
+    peer_counts: PeerCounts | None = None  # if ranks read each other's memory
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,9 @@ class LocalExperts:
     def prepare(self) -> None:
         """Everything is here."""
 
-    def start(self, x_TD: Tensor, routing: Routing, *, again: bool = False) -> Collect:
+    def start(self, x_TD: Tensor, routing: Routing, recomputation: Recomputation | None = None) -> Collect:
         order = expert_order(routing.experts_TK, self.gate_up_ECD.shape[0], num_entries=routing.num_entries)
+        again = recomputation is not None and recomputation.again
         return _known(expert_mlp(x_TD, order, routing.weights_TK, self.gate_up_ECD, self.down_EDF, again=again))
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -74,20 +85,20 @@ class ShardedExperts:
         if self.arena.attention is not None:
             self.arena.attention.start()
 
-    def start(self, x_TD: Tensor, routing: Routing, *, again: bool = False) -> Collect:
+    def start(self, x_TD: Tensor, routing: Routing, recomputation: Recomputation | None = None) -> Collect:
         """Until results are on their way; what it returns collects them: y_TD (T, D).
 
         Args:
-            again: for a backward pass; results are known, and what is collected may be zeros.
+            recomputation: of a layer that is computed twice; what is collected the second time may be zeros.
         """
         hooks = self.arena.hooks
-        collect = self._started(hooks.before_start(x_TD), routing, again)
+        collect = self._started(hooks.before_start(x_TD), routing, recomputation or Recomputation())
         return lambda: hooks.after_end(collect())
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return self.start(x_TD, routing)()
 
-    def _started(self, x_TD: Tensor, routing: Routing, again: bool) -> Collect:
+    def _started(self, x_TD: Tensor, routing: Routing, recomputation: Recomputation) -> Collect:
         if self.arena.attention is not None:
             self.arena.attention.stop()
         self.mark(ATTENTION)
@@ -96,7 +107,7 @@ class ShardedExperts:
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
             self.arena.materialised(self.layer)  # new copies may take the rows of those under way
             self.calibrate(self.layer, routing.counts_E)
-        experts = self.arena.layers[self.layer]
+        experts, again = self.arena.layers[self.layer], recomputation.again
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
@@ -115,12 +126,16 @@ class ShardedExperts:
         slots = ArenaExperts(gate_up_SCD, down_SDF, experts.slots_E)
         first_rows, tokens = partial(self._slice, UNDER_LAYER), self.arena.transport.tokens
         if isinstance(tokens, PeerTokens):
-            x_RD, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here)
+            known = recomputation.peer_counts
+            x_RD, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here, known)
+            recomputation.peer_counts = way.counts
             sums = partial(self.arena.sums, self.layer)
             whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows, again)
             collect = _known(experts_in_place(x_TD, weights_TK, x_RD, whole))
         else:
-            sent = exchange(tokens, weights_TK.detach(), routing.experts_TK, rank_TK, *here, self.degrees)
+            told = weights_TK.detach(), routing.experts_TK, rank_TK
+            sent = exchange(tokens, *told, *here, self.degrees, recomputation.counts)
+            recomputation.counts = sent.counts
             gradients, in_sequence = self._return_gradients, self.degrees.in_sequence
             run = Chunked(sent, slots, self._ready, gradients, first_rows, self.mark, in_sequence, again)
             collect = chunked_experts(x_TD, weights_TK, run)

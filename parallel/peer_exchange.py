@@ -58,6 +58,14 @@ class Results:
     own_RK: Tensor
 
 
+@dataclass(frozen=True)
+class PeerCounts:
+    """Of what comes to this rank."""
+
+    rows: int  # R
+    entries: int  # choices that are served here
+
+
 class PeerTokens:
     """One rank's end. All ranks call `dispatch` together, and what it returns likewise."""
 
@@ -81,16 +89,24 @@ class PeerTokens:
         return Room(blocks, tokens, rows, top_k)
 
     def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, rank_TK: Tensor, index_E: Tensor, num_here: int
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        rank_TK: Tensor,
+        index_E: Tensor,
+        num_here: int,
+        known: PeerCounts | None = None,
     ) -> tuple[Tensor, PeerExchange]:
         """Tokens, with the choices that each rank serves, to their ranks. Constants to autograd. Returns (x_RD, sorted by the
         rank that they came from; what brings results back).
 
-        One wait for the device, in which the sizes come.
+        One wait for the device, in which the sizes come, if they are not known.
 
         Args:
             rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
             index_E: int32; which of the `num_here` experts on this rank an expert is.
+            known: of an exchange that is repeated, on all ranks.
         """
         (tokens, top_k), world, rank = experts_TK.shape, self.world, self.world.rank
         if top_k != self._room.top_k:  # on all ranks
@@ -102,21 +118,25 @@ class PeerTokens:
                 block.memory.barrier()
             # All of this has room for more than comes, so that the device is at work while the host waits for the sizes.
             plan = plan_rows(block.choices, index_E, rank)
-            numbers = to_host(plan.numbers)
+            numbers = None if known is not None else to_host(plan.numbers)
             order = expert_order(plan.slots_VK, num_here, most_entries=plan.slots_VK.numel())
             x_RD = x_TD.new_empty(min(room.rows, plan.row_WV.shape[1]), self.hidden)
             with world.exposed:
                 pull_rows(block.tokens, plan.row_WV[rank], x_RD)
+            if numbers is None:
+                break
             most_tokens, entries, *rows_W = map(int, numbers().tolist())
             if most_tokens <= room.tokens and max(rows_W) <= room.rows:
+                known = PeerCounts(rows_W[rank], entries)
                 break
             # All ranks see the same numbers, and drop the old blocks once the new ones are made.
             more = min(max(rows_W) * (SPARE + 1) // SPARE, self.world.size * max(most_tokens, room.tokens))
             self._room = self._made(max(most_tokens, room.tokens), max(more, room.rows), top_k)
-        rows = rows_W[rank]
+        assert known is not None
+        rows = known.rows
         own_WT = plan.row_WV[:, rank * room.tokens : rank * room.tokens + tokens]
-        order, weights_RK = cut(order, rows * top_k, entries), plan.weights_VK[:rows]
-        exchange = PeerExchange(self, rank_TK, own_WT, plan.row_WV[rank], rows, weights_RK, order)
+        order, weights_RK = cut(order, rows * top_k, known.entries), plan.weights_VK[:rows]
+        exchange = PeerExchange(self, rank_TK, own_WT, plan.row_WV[rank], known, weights_RK, order)
         return x_RD[:rows], exchange
 
     # ------------------------------------------------------------ the two ways of an exchange
@@ -140,26 +160,26 @@ class PeerExchange:
     rank_TK: Tensor  # int32; who serves each choice of this rank's tokens
     row_WT: Tensor  # int32; the row of each token at each rank; -1 where it has none
     row_V: Tensor  # int32; the row here of every rank's tokens; -1 where they have none
-    rows: int  # R
+    counts: PeerCounts
     weights_RK: Tensor  # float32; combine weights of the choices served here, elsewhere anything
     order: ExpertOrder  # of the choices served here, by their place among this rank's experts
 
     @property
     def place_RK(self) -> Tensor:
-        return self.order.place_N.view(self.rows, self.rank_TK.shape[1])
+        return self.order.place_N.view(self.counts.rows, self.rank_TK.shape[1])
 
     def pull(self, d_y_TD: Tensor) -> Tensor:
         """Rows for tokens whose choices are known: (R, D). Collective."""
         world, block = self.peers.world, self.peers.turn()
         block.tokens.of_rank[world.rank][: d_y_TD.shape[0]].copy_(d_y_TD)
-        out_RD = d_y_TD.new_empty(self.rows, d_y_TD.shape[1])
+        out_RD = d_y_TD.new_empty(self.counts.rows, d_y_TD.shape[1])
         with world.exposed:
             block.memory.barrier()
             pull_rows(block.tokens, self.row_V, out_RD)
         return out_RD
 
     def results(self) -> Results:
-        return self.peers.results(self.rows)
+        return self.peers.results(self.counts.rows)
 
     def summed(self, results: Results) -> Tensor:
         """Shows this rank's; what all ranks give back, summed for each token of this one in float32: (T, D). Collective."""

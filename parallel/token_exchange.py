@@ -55,9 +55,19 @@ def boundaries(shares_ED: Floats, rank: int) -> tuple[Floats, Floats]:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Of a hop: how many rows go where. They take a wait for the device, of which an exchange that is repeated needs none."""
+
+    rows_WC: list[Tensor]  # this and the next of each cut: rows from here to each member in each chunk
+    splits: list[list[Splits]]  # what is sent and received of each chunk
+    entries: int  # choices that come here
+
+
+@dataclass(frozen=True)
 class Exchange:
     """Which row goes where, and what of it is served here."""
 
+    counts: tuple[Counts, ...]  # of each hop
     forward: Way
     backward: Way
     hops: tuple[Hop, ...]
@@ -105,11 +115,13 @@ def exchange(
     index_E: Tensor,
     num_here: int,
     degrees: Degrees,
+    known: tuple[Counts, ...] | None = None,
 ) -> Exchange:
     """Tells every rank which choices it will serve: on each level in a message of a few numbers to each member, in which lies
     a wait for the device, and in one of the choices.
 
     Args:
+        known: of an exchange that is repeated; then nobody waits, on any rank.
         weights_TK: float32.
         rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
@@ -118,21 +130,24 @@ def exchange(
     forward, backward = forward_cut(degrees.forward, apart=apart), backward_cut(degrees.backward, apart=apart)
     cuts = tuple(dict.fromkeys((forward, backward)))
     cell_T = torch.arange(tokens, device=rank_TK.device) * FINEST // max(tokens, 1)
-    rows, entries = _Rows(experts_TK, rank_TK, weights_TK, cell_T), 0
+    rows = _Rows(experts_TK, rank_TK, weights_TK, cell_T)
     hops: list[Hop] = []
+    counts: list[Counts] = []
     legs: dict[Cut, list[Leg]] = {cut: [] for cut in cuts}
     arrivals: dict[Cut, _Arrivals] = {}
-    for level in levels:
-        rows, hop, chunked, entries = _hop(level, rows, cuts, apart)
+    for number, level in enumerate(levels):
+        rows, hop, chunked, counted = _hop(level, rows, cuts, apart, None if known is None else known[number])
         hops.append(hop)
+        counts.append(counted)
         for cut, chunks in zip(cuts, chunked, strict=True):
             legs[cut].append(_leg(level, cut, chunks, arrivals.get(cut), tokens))
             arrivals[cut] = _Arrivals(_as_they_arrive(rows.cell_T, hop.source_R, cut), chunks.splits)
     slots_RK = torch.where(rows.experts_TK >= 0, index_E[rows.experts_TK.long()], -1)
-    order = expert_order(slots_RK, num_here, num_entries=entries)
+    order = expert_order(slots_RK, num_here, num_entries=counts[-1].entries)
     ways = {cut: Way(tuple(legs[cut]), arrivals[cut].row_R) for cut in cuts}
     parts = {cut: parts_of(order, slots_RK, cut.chunk_of(rows.cell_T), len(cut)) for cut in cuts}
     return Exchange(
+        counts=tuple(counts),
         forward=ways[forward],
         backward=ways[backward],
         hops=tuple(hops),
@@ -169,19 +184,20 @@ def _leg(level: Level, cut: Cut, chunks: _Chunks, came: _Arrivals | None, tokens
     return Leg(level, cut, [slice(*pair) for pair in pairwise(ends)], chunks.place_TK[came.row_R], None, chunks.splits)
 
 
-def _hop(level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool) -> tuple[_Rows, Hop, list[_Chunks], int]:
-    """(the rows after it, what of it no cut changes, and what each does; choices that come with the rows). `apart`: rows that
-    stay."""
+def _hop(
+    level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool, known: Counts | None
+) -> tuple[_Rows, Hop, list[_Chunks], Counts]:
+    """(the rows after it, what of it no cut changes, and what each does). `apart`: rows that stay."""
     target_TK, top_k = level.member_of(rows.rank_TK), rows.rank_TK.shape[1]
     same_TKK = target_TK.unsqueeze(2) == target_TK.unsqueeze(1)
     first_TK = same_TKK.int().argmax(dim=2)  # the first choice with the same target
     leaders_TK = torch.where(first_TK == torch.arange(top_k, device=target_TK.device), target_TK, -1)  # absent ones stay -1
     cell_TK = rows.cell_T.unsqueeze(1) + FINEST * (apart * (leaders_TK != level.here).long())
     chunk_TK = [cut.chunk_of(cell_TK) for cut in cuts]
-    rows_WC, splits, entries = _tell_counts(level, leaders_TK, target_TK, chunk_TK, cuts)
+    counts = known or _tell_counts(level, leaders_TK, target_TK, chunk_TK, cuts)
     whole = Splits(
-        [sum(counts) for counts in zip(*(one.send_W for one in splits[0]), strict=True)],
-        [sum(counts) for counts in zip(*(one.receive_W for one in splits[0]), strict=True)],
+        [sum(rows) for rows in zip(*(one.send_W for one in counts.splits[0]), strict=True)],
+        [sum(rows) for rows in zip(*(one.receive_W for one in counts.splits[0]), strict=True)],
     )
     sent = expert_order(leaders_TK, level.size, num_entries=sum(whole.send_W))  # by member, then in the order of the rows
     place_TK, entry_S = sent.place_N.view(target_TK.shape), sent.entry_N.long()
@@ -189,10 +205,10 @@ def _hop(level: Level, rows: _Rows, cuts: Sequence[Cut], apart: bool) -> tuple[_
     row_TK = place_TK.long().gather(1, first_TK)
     hop = Hop(level, whole, torch.where(row_TK >= 0, row_TK, len(entry_S)), source_R)
     chunked = []
-    for cut, of_cut_TK, counts_WC, split in zip(cuts, chunk_TK, rows_WC, splits, strict=True):
+    for cut, of_cut_TK, counts_WC, split in zip(cuts, chunk_TK, counts.rows_WC, counts.splits, strict=True):
         places_TK = _places_in_chunks(leaders_TK, place_TK, of_cut_TK, counts_WC)
         chunked.append(_Chunks(places_TK, _apart(places_TK, of_cut_TK, counts_WC) if cut.staying else None, split))
-    return behind, hop, chunked, entries
+    return behind, hop, chunked, counts
 
 
 def _apart(places_TK: Tensor, chunk_TK: Tensor, rows_WC: Tensor) -> Apart:
@@ -222,9 +238,8 @@ def _tell(
 
 def _tell_counts(
     level: Level, leaders_TK: Tensor, target_TK: Tensor, chunk_TK: Sequence[Tensor], cuts: Sequence[Cut]
-) -> tuple[list[Tensor], list[list[Splits]], int]:
-    """(rows from here to each member in each chunk, (W, C), and what is sent and received of each chunk: each for these
-    cuts; choices that come here). `chunk_TK`: of each cut."""
+) -> Counts:
+    """`chunk_TK`: of each cut."""
     members = level.size
     rows_WC = []
     for cut, of_cut_TK in zip(cuts, chunk_TK, strict=True):
@@ -239,7 +254,7 @@ def _tell_counts(
     sent, received = torch.stack([told.t(), heard.t()]).tolist()
     every = [Splits(*pair) for pair in zip(sent, received, strict=True)]
     ends = [0, *accumulate(len(cut) for cut in cuts)]
-    return rows_WC, [every[start:end] for start, end in pairwise(ends)], sum(received[-1])
+    return Counts(rows_WC, [every[start:end] for start, end in pairwise(ends)], sum(received[-1]))
 
 
 def _count(box_N: Tensor, boxes: int) -> Tensor:

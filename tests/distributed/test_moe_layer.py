@@ -23,17 +23,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.host_device import to_host
 from kernels.router import Routing, route
 from kernels.squares import squares
 from parallel.adamw import AdamWSettings, adamw, set_lr
 from parallel.expert_arena import ExpertArena, ExpertShape
 from parallel.expert_shards import ExpertShards
-from parallel.moe_layer import LocalExperts, ShardedExperts
+from parallel.moe_layer import LocalExperts, Recomputation, ShardedExperts
 from parallel.offload import expert_optimizer
 from parallel.peer_exchange import PeerExchange, PeerTokens
 from parallel.peer_memory import PeerMemory
 from parallel.placement import Floats, Ints, Placement, TransportKind
 from parallel.schedule.pipeline import OFF, WHOLE, Degrees
+from parallel.token_exchange import _tell_counts
 from parallel.topology import World
 from parallel.ways import Leg
 from tests.distributed.ranks import run_ranks
@@ -134,10 +136,12 @@ def routed(logits_TE: Tensor) -> Routing:
 
 
 def forward(x_TD: Tensor, logits_LTE: Tensor, layers: Sequence[LocalExperts | ShardedExperts], recompute: bool) -> Tensor:
-    def block(x_TD: Tensor, logits_TE: Tensor, experts: LocalExperts | ShardedExperts, again: bool = False) -> Tensor:
+    def block(
+        x_TD: Tensor, logits_TE: Tensor, experts: LocalExperts | ShardedExperts, recomputation: Recomputation | None = None
+    ) -> Tensor:
         experts.prepare()
         hidden_TD = x_TD.tanh()  # where attention would be
-        return x_TD + experts.start(hidden_TD, routed(logits_TE), again=again)()
+        return x_TD + experts.start(hidden_TD, routed(logits_TE), recomputation)()
 
     for logits_TE, experts in zip(logits_LTE, layers, strict=True):
         x_TD = recomputed(block, x_TD, logits_TE, experts) if recompute else block(x_TD, logits_TE, experts)
@@ -290,8 +294,9 @@ def test_no_number_depends_on_the_degrees(size: int, kind: TransportKind) -> Non
             equal(found, whole[seed])
 
 
-def ways_of_rows(world: World, kind: TransportKind) -> list[tuple[int, int]]:
-    """How often rows set out and results return, with activations that are kept and with those that are computed again."""
+def ways_of_rows(world: World, kind: TransportKind) -> list[tuple[int, int, int]]:
+    """How often rows set out, results return, and the host waits to know of how many, with activations that are kept and with
+    those that are computed again."""
     found = []
     told = replace(case(0, world.size), calibrated=False)
     for recompute in (False, True):
@@ -300,16 +305,21 @@ def ways_of_rows(world: World, kind: TransportKind) -> list[tuple[int, int]]:
             patch.object(Leg, "give_back", autospec=True, side_effect=Leg.give_back) as back,
             patch.object(PeerTokens, "dispatch", autospec=True, side_effect=PeerTokens.dispatch) as read,
             patch.object(PeerExchange, "summed", autospec=True, side_effect=PeerExchange.summed) as summed,
+            patch("parallel.token_exchange._tell_counts", side_effect=_tell_counts) as counted,
+            patch("parallel.peer_exchange.to_host", side_effect=to_host) as waited,
         ):
             spread_case(world, replace(told, recompute=recompute), "none", kind, [Degrees(2, 1)])
-        found.append((sent.call_count + read.call_count, back.call_count + summed.call_count))
+        waits = counted.call_count + waited.call_count
+        found.append((sent.call_count + read.call_count, back.call_count + summed.call_count, waits))
     return found
 
 
 @pytest.mark.parametrize("kind", ["messages", "two_level", "peer_memory"])
-def test_computed_again_rows_travel_and_their_results_stay(kind: TransportKind) -> None:
-    for (sent, back), (sent_again, back_again) in run_ranks(ways_of_rows, 4, kind):
+def test_computed_again_rows_travel_their_results_stay_and_nobody_waits_for_sizes(kind: TransportKind) -> None:
+    for (sent, back, waits), (sent_again, back_again, waits_again) in run_ranks(ways_of_rows, 4, kind):
         assert sent_again > sent > 0 and back_again == back > 0
+        # Where ranks read each other's memory, a first exchange may find too little room.
+        assert waits_again == waits if kind != "peer_memory" else 0 < waits_again <= waits + SHAPE.layers
 
 
 def close(found: Tensor, expected: Tensor, where: str) -> None:

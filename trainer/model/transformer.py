@@ -24,7 +24,7 @@ from kernels.expert_choice import choose_tokens
 from kernels.replay import replay
 from kernels.router import Routing, Scores, route
 from parallel.chunked_experts import Collect
-from parallel.moe_layer import LocalExperts
+from parallel.moe_layer import LocalExperts, Recomputation
 from trainer.config.model import ExpertChoiceRouter, GroupLimitedRouter, ModelConfig
 from trainer.model.attention import rope
 from trainer.model.gate import Gate, RouterNoise, gate
@@ -39,9 +39,9 @@ class LayerExperts(Protocol):
     def prepare(self) -> None:
         """Called before the layer's attention, under which weights may travel."""
 
-    def start(self, x_TD: Tensor, routing: Routing, *, again: bool) -> Collect:
+    def start(self, x_TD: Tensor, routing: Routing, recomputation: Recomputation | None) -> Collect:
         """Until results are on their way; what it returns waits for them and gives y_TD: for every token the sum over k of its
-        combine weight times the output of its expert k. Computed `again`, for the backward pass, they may be left out."""
+        combine weight times the output of its expert k. Computed again, for the backward pass, they may be left out."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class MoE(nn.Module):
         bias_E: Tensor,
         recorded_TK: Tensor | None,
         noise: RouterNoise | None,
-        again: bool,
+        recomputation: Recomputation | None,
     ) -> tuple[Tensor, Choice]:
         x_TD, valid_T = x_BSD.flatten(0, 1), valid_BS.flatten()
         logits_TE = self.gate(x_TD, self.layer, noise)
         routing, replaced_T = self._route(logits_TE, valid_T, bias_E), None
         if recorded_TK is not None:
             routing, replaced_T = replay(logits_TE, recorded_TK, routing, **self._weighing(valid_T))
-        collect = experts.start(x_TD, routing, again=again)
+        collect = experts.start(x_TD, routing, recomputation)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while results travel
         y_TD = collect() if shared_TD is None else collect() + shared_TD
         return y_TD.view_as(x_BSD), Choice(routing.counts_E, routing.experts_TK, replaced_T)
@@ -152,17 +152,16 @@ class Block(nn.Module):
         bias_E: Tensor | None,
         recorded_TK: Tensor | None,
         noise: RouterNoise | None,
-        again: bool = False,
+        recomputation: Recomputation | None = None,
     ) -> tuple[Tensor, Tensor, Choice | None]:
-        """(the stream, what is added to it, the choice of an MoE layer); `again`: of a backward pass, to which what is added is
-        known."""
+        """(the stream, what is added to it, the choice of an MoE layer). `recomputation`: of a block that is computed twice."""
         if experts is not None:
             experts.prepare()
         x_BSD, normed_BSD = self.attention_norm.updated(x_BSD, update_BSD)
         x_BSD, normed_BSD = self.mlp_norm.updated(x_BSD, self.attention(self.layer, normed_BSD, angles, attend))
         if experts is None:
             return x_BSD, self.mlp(normed_BSD), None
-        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK, noise, again)
+        y_BSD, choice = self.mlp(normed_BSD, valid_BS, experts, bias_E, recorded_TK, noise, recomputation)
         return x_BSD, y_BSD, choice
 
 
