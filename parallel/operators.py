@@ -1,11 +1,15 @@
-"""DeepSpeed's operators, compiled at their first use: by one process at a time, and by the next if that is killed over it."""
+"""DeepSpeed's operators, compiled at their first use: once for each virtual environment, by one process at a time, and by the
+next if that is killed over it."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.utils.cpp_extension as torch_build
 from torch.utils.file_baton import FileBaton
@@ -27,9 +31,17 @@ class Baton:
         os.close(self._file)
 
 
+def folder(environment: str) -> Path:
+    """Where operators of a virtual environment are kept. Torch has one folder for all of a user, and compiles them again
+    whenever another environment than the last asks."""
+    return Path.home() / ".cache" / "tessera_operators" / hashlib.sha256(environment.encode()).hexdigest()[:8]
+
+
 @contextmanager
 def building() -> Iterator[None]:
-    """In it an operator that DeepSpeed loads, and torch builds, waits for live processes only."""
+    """In it an operator that DeepSpeed loads, and torch builds, waits for live processes only. TORCH_EXTENSIONS_DIR says where
+    it is kept, if that is set."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder(sys.prefix)))
     torch_build.FileBaton = Baton  # type: ignore[misc, assignment]
     try:
         yield

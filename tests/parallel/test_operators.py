@@ -13,13 +13,13 @@ from select import select
 import pytest
 import torch.utils.cpp_extension as torch_build
 
-from parallel.operators import building
+from parallel.operators import building, folder
 
 ROOT = Path(__file__).parents[2]
 HOLDS = """
 import sys, time
 import torch.utils.cpp_extension as torch_build
-from parallel.operators import building
+from parallel.operators import building, folder
 with building():
     baton = torch_build.FileBaton(sys.argv[1])
     print("asks", flush=True)
@@ -63,7 +63,8 @@ def test_torch_keeps_its_own_way_outside() -> None:
 
 @pytest.mark.cpu_adam
 def test_an_operator_loads_where_a_killed_process_was_building_it(tmp_path: Path) -> None:
-    built = Path(torch_build._get_build_directory("cpu_adam", verbose=False))
+    with building():
+        built = Path(torch_build._get_build_directory("cpu_adam", verbose=False))
     copy = tmp_path / "cpu_adam"
     shutil.copytree(built, copy)  # with its times: nothing is to be compiled
     (copy / "lock").touch()
@@ -71,3 +72,13 @@ def test_an_operator_loads_where_a_killed_process_was_building_it(tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=200)
     assert (copy / "lock").exists(), "it is torch's; another program may be building"
+
+
+def test_each_virtual_environment_keeps_its_own_where_nobody_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folder("/one/.venv") == folder("/one/.venv") != folder("/other/.venv")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/said")
+    with building():
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == "/said"
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    with building():
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(folder(sys.prefix))
