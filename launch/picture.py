@@ -24,7 +24,7 @@ LANES = (COMPUTE, WAITING, WITHIN, ACROSS)  # from top to bottom; any other reso
 COLOURS = {  # by the word that a task's name begins with
     "attention": "#8d99a6",
     "experts": "#e07b26",
-    "shared": "#e8b27a",
+    "beside": "#e8b27a",
     "dispatch": "#2f80c8",
     "gather": "#8fbce6",
     "scatter": "#8fd3bd",

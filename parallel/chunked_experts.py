@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.expert_mlp import WeightGradients
 from kernels.expert_passes import ArenaExperts, BackwardPass, ForwardPass
-from parallel.schedule.pipeline import EXPERTS, EXPERTS_HERE, SHARED
+from parallel.schedule.pipeline import BESIDE, EXPERTS, EXPERTS_HERE
 from parallel.token_exchange import Exchange
 from parallel.ways import InFlight, Way
 
@@ -114,7 +114,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         run, passing = call.run, call.under_way()
-        run.mark(SHARED)
+        run.mark(BESIDE)
         exchange, way = run.exchange, run.exchange.backward
         arrived_RD, h, arrived_RK = ctx.saved_tensors
         run.ready("backward")
@@ -145,7 +145,7 @@ class _Collect(torch.autograd.Function):
         ctx.save_for_backward(started_T0)  # who computes a layer again comes as far as this, and leaves no results on their way
         if call.run.again:
             return started_T0.new_zeros(started_T0.shape[0], call.run.experts.gate_up_SCD.shape[2])
-        call.run.mark(SHARED)
+        call.run.mark(BESIDE)
         return call.under_way().collect()
 
     @staticmethod

@@ -80,7 +80,8 @@ class ShardedExperts:
 
     def prepare(self) -> None:
         """Sends copies. Everything computed until the experts' products, the dispatch included, hides their transfer."""
-        self.mark(PREPARES)
+        if not (self.arena.walking_back and torch.is_grad_enabled()):  # what is computed again is in no timeline
+            self.mark(PREPARES)
         self.arena.fetch(self.layer)
         if self.arena.attention is not None:
             self.arena.attention.start()
@@ -101,13 +102,15 @@ class ShardedExperts:
     def _started(self, x_TD: Tensor, routing: Routing, recomputation: Recomputation) -> Collect:
         if self.arena.attention is not None:
             self.arena.attention.stop()
-        self.mark(ATTENTION)
+        again = recomputation.again
+        mark = unmarked if again else self.mark
+        mark(ATTENTION)
         self.arena.fetch(self.layer)
         # Recomputed activations must go where they went before, and evaluation must not change the plans of training.
         if self.calibrate is not None and torch.is_grad_enabled() and not self.arena.walking_back:
             self.arena.materialised(self.layer)  # new copies may take the rows of those under way
             self.calibrate(self.layer, routing.counts_E)
-        experts, again = self.arena.layers[self.layer], recomputation.again
+        experts = self.arena.layers[self.layer]
         num_experts = experts.index_E.shape[0]
         if self.arena.world.size == 1:
             order = expert_order(routing.experts_TK, num_experts, num_entries=routing.num_entries)
@@ -130,21 +133,21 @@ class ShardedExperts:
             x_RD, way = tokens.dispatch(x_TD, weights_TK, routing.experts_TK, rank_TK, *here, known)
             recomputation.peer_counts = way.counts
             sums = partial(self.arena.sums, self.layer)
-            whole = InPlace(way, slots, self._ready, self._return_gradients, sums, first_rows, again)
+            whole = InPlace(way, slots, partial(self._ready, mark=mark), self._return_gradients, sums, first_rows, again)
             collect = _known(experts_in_place(x_TD, weights_TK, x_RD, whole))
         else:
             told = weights_TK.detach(), routing.experts_TK, rank_TK
             sent = exchange(tokens, *told, *here, self.degrees, recomputation.counts)
             recomputation.counts = sent.counts
-            gradients, in_sequence = self._return_gradients, self.degrees.in_sequence
-            run = Chunked(sent, slots, self._ready, gradients, first_rows, self.mark, in_sequence, again)
+            ready, gradients = partial(self._ready, mark=mark), self._return_gradients
+            run = Chunked(sent, slots, ready, gradients, first_rows, mark, self.degrees.in_sequence, again)
             collect = chunked_experts(x_TD, weights_TK, run)
         self.arena.release(self.layer)
         return collect
 
     def _alone(self, x_TD: Tensor, order: ExpertOrder, weights_TK: Tensor, experts: LayerExperts, again: bool) -> Tensor:
         """All experts are here, owned or copies, and no token travels."""
-        self._ready("forward")
+        self.arena.materialised(self.layer)
         gate_up_SCD, down_SDF = self.arena.rows
         return expert_mlp(
             x_TD,
@@ -158,10 +161,10 @@ class ShardedExperts:
             again=again,
         )
 
-    def _ready(self, direction: Direction) -> None:
+    def _ready(self, direction: Direction, mark: Callable[[str], None]) -> None:
         """Tokens have been sent; waits until the copies are there."""
         self.arena.materialised(self.layer)
-        self.mark(COPIES)
+        mark(COPIES)
 
     def _slice(self, which: int) -> None:
         if self.slices is not None:

@@ -34,7 +34,7 @@ from parallel.schedule.cost import Fit, Line
 from parallel.schedule.execution import LayerPlan, LayerWork, layer_work
 from parallel.schedule.generalised import Around, around_copies
 from parallel.schedule.layers import DenseGradients, plan_layers
-from parallel.schedule.pipeline import COMPUTE, COPIES, GRADIENTS, SHARED, WHOLE, Degrees
+from parallel.schedule.pipeline import BESIDE, COMPUTE, COPIES, GRADIENTS, WHOLE, Degrees
 from parallel.schedule.timeline import Span, Task, Timeline
 from parallel.schedule.transports import Way, choose_transport
 from parallel.stopwatch import Mark, Marks
@@ -42,7 +42,7 @@ from parallel.stopwatch import Mark, Marks
 DRIFT = 0.1  # of the entries or the bytes of a layer's busiest rank, from where it is planned again
 WINDOW = 5  # updates whose mean load counts
 WATCHED = 3  # with which of a plan's updates its first layer is measured beside it; those before also warm up
-LEAST_SHARED = 0.01  # of a pass; where there are no shared experts the next stage of a layer comes at once
+LEAST_BESIDE = 0.01  # of a pass; where nothing is computed between the stages of a layer the next one comes at once
 FILE = "schedule.json"
 WAITING, SLICES = "waiting for", "slices"  # resources of what was measured
 ANNOUNCE = "announce"  # what tells each rank what will come
@@ -309,8 +309,8 @@ def measured_timeline(seen: Sequence[Mark], direction: Direction) -> Timeline:
         name = ANNOUNCE if mark.name in first else mark.name
         task = Task(name, WAITING if waits else COMPUTE, mark.at_s - before.at_s)
         spans.append(Span(task, before.at_s - start_s, mark.at_s - start_s))
-    least_s = LEAST_SHARED * spans[-1].end_s
-    spans = [span for span in spans if span.task.name != SHARED or span.task.seconds > least_s]
+    least_s = LEAST_BESIDE * spans[-1].end_s
+    spans = [span for span in spans if span.task.name != BESIDE or span.task.seconds > least_s]
     return Timeline((*spans, *_slices_under_way(seen, start_s, start_s + spans[-1].end_s)))
 
 

@@ -17,7 +17,9 @@ COMPUTE, WITHIN, ACROSS = "compute", "within a node", "between nodes"
 MOST_CHUNKS = 16
 EXPERTS, EXPERTS_HERE = "experts", "experts here"  # of rows that came to this rank, and of those that stay
 ATTENTION, COPIES, GRADIENTS = "attention", "copies", "gradients"  # names of tasks; those of chunks end in their number
-SHARED = "shared experts"  # in no plan, but seen: what is computed while the last results, or the first gradients, travel
+# In no plan, but seen: what is computed while the last results, or the first gradients, travel: shared experts, and the layer
+# again where activations are recomputed.
+BESIDE = "beside"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from parallel.gradient_slices import GradientSlices, Span
 from parallel.peer_memory import within_reach
 from parallel.placement import TransportKind
 from parallel.schedule.generalised import LINK
-from parallel.schedule.pipeline import ATTENTION, COMPUTE, COPIES, GRADIENTS
+from parallel.schedule.pipeline import ATTENTION, BESIDE, COMPUTE, COPIES, GRADIENTS
 from parallel.scheduling import ANNOUNCE, FILE, SLICES, WAITING
 from parallel.topology import World
 from tests.distributed.ranks import run_cases, run_ranks
@@ -241,9 +241,9 @@ def test_two_ranks_update_bit_for_bit_as_where_zero_reduces() -> None:
                     assert torch.equal(slices["state"][name], wanted), f"{name} of {changes}"
 
 
-def planned(world: World, schedule: str, folder: str) -> dict[str, Any]:
+def planned(world: World, schedule: str, folder: str, recompute: bool = False) -> dict[str, Any]:
     chunk_profile.BUDGET_S = 0.1
-    told_auto = told(schedule, micro_rows=4, parallel={"overlap": 4, "memory": 4})
+    told_auto = told(schedule, micro_rows=4, recompute=recompute, parallel={"overlap": 4, "memory": 4})
     trainer = Trainer(told_auto, world, Path(folder) / "refused")
     norms = []
     for step in range(10):
@@ -255,8 +255,10 @@ def planned(world: World, schedule: str, folder: str) -> dict[str, Any]:
     return {"norms": norms, "sums": None if slices is None else slices.sums_P, "state": state}
 
 
-def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_path: Path) -> None:
-    whole, by_rank = run_cases(planned, 2, [(schedule, str(tmp_path)) for schedule in ("off", "auto")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_path: Path, recompute: bool) -> None:
+    cases = [("off", str(tmp_path)), ("auto", str(tmp_path), recompute)]
+    whole, by_rank = run_cases(planned, 2, cases)
     assert by_rank[0]["sums"] == by_rank[1]["sums"] is not None
     for zero, sliced in zip(whole, by_rank, strict=True):
         assert zero["norms"] == sliced["norms"]
@@ -271,5 +273,8 @@ def test_planned_slices_change_no_bit_and_stand_in_the_timeline_with_copies(tmp_
     assert (COPIES, WAITING) in lanes["forward, measured"] and (ATTENTION, COMPUTE) in lanes["forward, measured"]
     first = record["timelines"]["forward, measured"]
     assert [span["task"]["name"] for span in first[:4]] == [ATTENTION, ANNOUNCE, "pack", COPIES]
+    seen = {name: {word for word, _ in lanes[f"{name}, measured"]} for name in ("forward", "backward")}
+    assert seen["forward"] >= {"experts", "combine", "collect"} and seen["backward"] >= {"dispatch", "experts", "weights"}
+    assert BESIDE in seen["backward"] or not recompute, "the layer again, while gradients of its results travel"
     if record["slices"][-2]:
         assert (GRADIENTS, LINK) in lanes["backward, planned"] and (GRADIENTS, SLICES) in lanes["backward, measured"]

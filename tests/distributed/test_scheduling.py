@@ -226,5 +226,5 @@ def test_all_ranks_plan_alike_and_plan_again_when_loads_change(tmp_path: Path) -
     for direction in ("forward", "backward"):
         planned, measured = (kept["timelines"][f"{direction}, {kind}"] for kind in ("planned", "measured"))
         words = [{span["task"]["name"].split()[0] for span in spans} for spans in (planned, measured)]
-        around = {"announce", "attention", "copies", "start", "gradients", "shared"}  # what one alone knows, or only sometimes
+        around = {"announce", "attention", "copies", "start", "gradients", "beside"}  # what one alone knows, or only sometimes
         assert words[0] - around == words[1] - around >= {"dispatch", "relay", "gather", "experts", "scatter", "sum", "combine"}

@@ -14,7 +14,7 @@ from launch.picture import COLOURS, IDLE, Panel, draw, draw_schedule, save
 from parallel.schedule.cost import Chunk, Line
 from parallel.schedule.execution import ExecutionCosts, LayerWork, backward_tasks, forward_tasks
 from parallel.schedule.generalised import Around, backward_around, forward_around
-from parallel.schedule.pipeline import SHARED, Copies, layer_tasks
+from parallel.schedule.pipeline import BESIDE, Copies, layer_tasks
 from parallel.schedule.timeline import Task, simulate
 from parallel.scheduling import FILE
 
@@ -56,7 +56,7 @@ def test_lanes_stand_in_one_order_and_the_unknown_below() -> None:
 def test_kinds_of_tasks_have_different_colours() -> None:
     assert len({*COLOURS.values(), IDLE}) == len(COLOURS) + 1
     planned = {span.task.name.split()[0] for timeline in TIMELINES for span in timeline.spans}
-    assert planned | {SHARED.split()[0]} == set(COLOURS)
+    assert planned | {BESIDE} == set(COLOURS)
 
 
 def test_files_are_what_their_names_say_and_the_same_each_time(tmp_path: Path) -> None:
