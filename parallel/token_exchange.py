@@ -121,10 +121,10 @@ def exchange(
     a wait for the device, and in one of the choices.
 
     Args:
-        known: of an exchange that is repeated; then nobody waits, on any rank.
         weights_TK: float32.
         rank_TK: int32; who serves each choice (kernels/destinations.py), -1 of one that is absent.
         index_E: int32; which of the `num_here` experts on this rank an expert is.
+        known: of an exchange that is repeated; then nobody waits, on any rank.
     """
     tokens, apart = rank_TK.shape[0], stay_apart(levels[0].size, two_level=len(levels) > 1)
     forward, backward = forward_cut(degrees.forward, apart=apart), backward_cut(degrees.backward, apart=apart)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 HOLDS = """
 import sys, time
 import torch.utils.cpp_extension as torch_build
-from parallel.operators import building, folder
+from parallel.operators import building
 with building():
     baton = torch_build.FileBaton(sys.argv[1])
     print("asks", flush=True)
